@@ -1,0 +1,1 @@
+"""Triton kernels of headscope; imports torch and triton only."""
