@@ -1,0 +1,131 @@
+"""Who serves a call: what each backend is, whether it is here, and what it can take."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from headscope.ops import schema
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a call asks for, as far as choosing a backend needs to know."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dim: int
+    dim_v: int
+    needs_gradient: bool
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute the operator.
+
+    Attributes:
+        name: what `backend=` takes.
+        description: one line for `headscope doctor`.
+        unavailable: why it can't run on this machine, or None.
+        rejects: why it can't take a problem, or None.
+    """
+
+    name: str
+    description: str
+    unavailable: Callable[[], str | None]
+    rejects: Callable[[Problem], str | None]
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _triton_unavailable() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton can't be imported ({error})"
+    if torch.cuda.is_available() or _interpreted():
+        return None
+    return "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
+
+
+def _triton_rejects(problem: Problem) -> str | None:
+    if problem.device.type != "cuda" and not (problem.device.type == "cpu" and _interpreted()):
+        return f"the tensors are on {problem.device}, it needs a GPU"
+    if max(problem.dim, problem.dim_v) > 256:
+        return f"head dims reach {max(problem.dim, problem.dim_v)}, it takes at most 256"
+    return _forward_only(problem)
+
+
+def _cpu_unavailable() -> str | None:
+    from headscope.ops import cpu_library
+
+    return cpu_library.unavailable_reason()
+
+
+def _cpu_rejects(problem: Problem) -> str | None:
+    if problem.device.type != "cpu":
+        return f"the tensors are on {problem.device}, it needs CPU tensors"
+    return _forward_only(problem)
+
+
+def _forward_only(problem: Problem) -> str | None:
+    if problem.dtype == torch.float64:
+        return "it computes in float32 and can't keep float64's precision"
+    if problem.needs_gradient:
+        return "it has no backward pass, and an input requires grad"
+    return None
+
+
+def _nothing() -> None:
+    return None
+
+
+def _anything(problem: Problem) -> None:
+    return None
+
+
+# fastest first; reference is only used when asked for
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("triton", "fused Triton kernel, GPU", _triton_unavailable, _triton_rejects),
+        Backend("cpu", "fused C++ kernel, CPU", _cpu_unavailable, _cpu_rejects),
+        Backend("portable", "plain torch over chunks of rows, any device, with gradients", _nothing, _anything),
+        Backend("reference", "plain torch in float64, for tests", _nothing, _anything),
+    )
+}
+
+
+def backend_status() -> dict[str, str | None]:
+    """For each backend, why it is unavailable here, or None."""
+    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+
+
+def select(requested: str | None, problem: Problem):
+    """The torch operator that serves the problem: the requested one, or the fastest that can.
+
+    Raises:
+        ValueError: the backend is unknown.
+        RuntimeError: the requested backend isn't available or can't take the problem.
+    """
+    if requested is not None and requested not in BACKENDS:
+        raise ValueError(f"backend: got {requested!r}, expected None or one of {', '.join(BACKENDS)}")
+    if requested is not None:
+        backend = BACKENDS[requested]
+        reason = backend.unavailable() or backend.rejects(problem)
+        if reason:
+            raise RuntimeError(f"backend {requested!r} can't serve this call: {reason}; backend=None picks one that can")
+        return _operator(requested)
+    # the interpreter makes Triton available on a CPU, but never the fastest
+    first = "triton" if problem.device.type == "cuda" else "cpu"
+    backend = BACKENDS[first]
+    return _operator("portable" if backend.rejects(problem) or backend.unavailable() else first)
+
+
+def _operator(name: str):
+    return getattr(schema.torch.ops.headscope, f"{name}_attention").default

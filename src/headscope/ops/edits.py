@@ -1,0 +1,71 @@
+"""What can be changed about the heads of one attention call."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadEdit:
+    """An edit of heads, per sample and per head: output = gate * attention + (1 - gate) * fill.
+
+    Attributes:
+        gate: [batch or 1, heads], floating; 1 keeps a head, 0 removes it. A gate of exactly 0 or 1 selects
+            instead of multiplying, so NaN in what is not selected stays out. None keeps every head.
+        fill: what takes a removed head's place: None (zeros), "uniform" (attention with q . k set to zero and
+            masks kept: the mean of the values a row may see), or a tensor broadcastable to
+            [batch, heads, queries, dim_v] (a mean, a patch, another sample's output).
+    """
+
+    gate: Tensor | None = None
+    fill: Tensor | Literal["uniform"] | None = None
+
+    @classmethod
+    def remove(
+        cls, heads: Iterable[int], of: int, *, fill: Tensor | Literal["uniform"] | None = None, device=None
+    ) -> "HeadEdit":
+        """The edit that removes `heads` out of `of` heads in every sample.
+
+        Raises:
+            ValueError: a head is not in 0..of-1.
+        """
+        gate = torch.ones(1, of, device=device)
+        for head in heads:
+            if not 0 <= head < of:
+                raise ValueError(f"heads: got {head}, expected indices from 0 to {of - 1}")
+            gate[0, head] = 0.0
+        return cls(gate, fill)
+
+
+class _Blend(torch.autograd.Function):
+    """gate * attention + (1 - gate) * fill that selects at exactly 0 and 1, yet passes the gate its gradient."""
+
+    @staticmethod
+    def forward(ctx, attention: Tensor, fill: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(attention, fill, gate)
+        mixed = gate * attention + (1 - gate) * fill
+        return torch.where(gate == 1, attention, torch.where(gate == 0, fill, mixed))
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        attention, fill, gate = ctx.saved_tensors
+        grad_attention = torch.where(gate == 0, 0, gate * grad_output)
+        grad_fill = torch.where(gate == 1, 0, (1 - gate) * grad_output)
+        grad_gate = (attention - fill) * grad_output
+        return (
+            grad_attention.sum_to_size(attention.shape),
+            grad_fill.sum_to_size(fill.shape),
+            grad_gate.sum_to_size(gate.shape),
+        )
+
+
+def blend(attention: Tensor, gate: Tensor | None, fill: Tensor | None) -> Tensor:
+    """attention [batch, heads, queries, dim_v] with removed heads filled; gate [batch or 1, heads]."""
+    if gate is None:
+        return attention
+    if fill is None:
+        fill = attention.new_zeros(())
+    return _Blend.apply(attention, fill.to(attention.dtype), gate.to(attention.dtype)[..., None, None])

@@ -1,0 +1,128 @@
+"""Checks of the operator's arguments. Each error names the argument, what came and what was expected."""
+
+import torch
+from torch import Tensor
+
+from headscope.ops.edits import HeadEdit
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return f"[{', '.join(str(size) for size in tensor.shape)}]"
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """query [batch, heads, queries, dim], key [batch, kv_heads, keys, dim], value [batch, kv_heads, keys, dim_v].
+
+    Raises:
+        TypeError: not a tensor, or a dtype that isn't floating or differs from query's.
+        ValueError: shapes or devices that don't fit.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _require_tensor(name, tensor)
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"{name}: got shape {shape_of(tensor)}, expected 4 dimensions [batch, heads, tokens, dim]"
+                " (headscope.scaled_dot_product_attention takes any number of leading ones)"
+            )
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected query's {query.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected query's {query.device}")
+    batch, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    if key.shape[0] != batch or key.shape[3] != dim:
+        raise ValueError(f"key: got shape {shape_of(key)}, expected [{batch}, kv_heads, keys, {dim}] as query's")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value: got shape {shape_of(value)}, expected [{batch}, {kv_heads}, {key.shape[2]}, dim_v] as key's"
+        )
+    if kv_heads != heads and not enable_gqa:
+        raise ValueError(f"key: got {kv_heads} heads, expected query's {heads} (enable_gqa=True shares key heads)")
+    if heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"key: got {kv_heads} heads, expected a divisor of query's {heads}")
+
+
+def check_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
+    """The mask with four dimensions, each 1 or that of [batch, heads, queries, keys].
+
+    Raises:
+        TypeError: not a tensor, or neither bool nor floating.
+        ValueError: a shape that doesn't broadcast, another device, or a mask together with is_causal.
+    """
+    if attn_mask is None:
+        return None
+    _require_tensor("attn_mask", attn_mask)
+    if is_causal:
+        raise ValueError("attn_mask: got a mask together with is_causal=True, expected one of them, as in torch's SDPA")
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOATING:
+        raise TypeError(f"attn_mask: got dtype {attn_mask.dtype}, expected bool or a floating dtype")
+    if attn_mask.device != query.device:
+        raise ValueError(f"attn_mask: got device {attn_mask.device}, expected query's {query.device}")
+    full = (*query.shape[:3], key.shape[2])
+    padded = attn_mask[(None,) * (4 - attn_mask.ndim)] if attn_mask.ndim < 4 else attn_mask
+    if padded.ndim != 4 or any(size not in (1, whole) for size, whole in zip(padded.shape, full, strict=True)):
+        raise ValueError(
+            f"attn_mask: got shape {shape_of(attn_mask)}, expected one broadcastable to"
+            f" [batch, heads, queries, keys] = {list(full)}"
+        )
+    return padded
+
+
+def check_scale(scale: float | None, default: float) -> float:
+    if scale is None:
+        return default
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: got {type(scale).__name__}, expected a float or None (1 / sqrt(dim))")
+    return float(scale)
+
+
+def check_edit(edit: HeadEdit | None, query: Tensor, value: Tensor) -> None:
+    """gate [batch or 1, heads]; fill None, "uniform" or broadcastable to [batch, heads, queries, dim_v].
+
+    Raises:
+        TypeError: an edit, gate or fill of another type, or not floating.
+        ValueError: a gate or fill of another shape or device, or a fill without a gate.
+    """
+    if edit is None:
+        return
+    if not isinstance(edit, HeadEdit):
+        raise TypeError(f"edit: got {type(edit).__name__}, expected a headscope.HeadEdit or None")
+    batch, heads = query.shape[:2]
+    if edit.gate is None:
+        if edit.fill is not None:
+            raise ValueError("edit.fill: got a fill without a gate, expected edit.gate to say which heads it fills")
+        return
+    _require_tensor("edit.gate", edit.gate)
+    if not edit.gate.is_floating_point():
+        raise TypeError(f"edit.gate: got dtype {edit.gate.dtype}, expected a floating dtype (1 keeps, 0 removes)")
+    if edit.gate.ndim != 2 or edit.gate.shape[0] not in (1, batch) or edit.gate.shape[1] != heads:
+        raise ValueError(f"edit.gate: got shape {shape_of(edit.gate)}, expected [{batch} or 1, {heads}]")
+    if edit.gate.device != query.device:
+        raise ValueError(f"edit.gate: got device {edit.gate.device}, expected query's {query.device}")
+    fill = edit.fill
+    if fill is None or isinstance(fill, str):
+        if fill not in (None, "uniform"):
+            raise ValueError(f'edit.fill: got {fill!r}, expected None, "uniform" or a tensor')
+        return
+    if not isinstance(fill, Tensor):
+        raise TypeError(f'edit.fill: got {type(fill).__name__}, expected None, "uniform" or a torch.Tensor')
+    if not fill.is_floating_point():
+        raise TypeError(f"edit.fill: got dtype {fill.dtype}, expected a floating dtype")
+    if fill.device != query.device:
+        raise ValueError(f"edit.fill: got device {fill.device}, expected query's {query.device}")
+    full = (*query.shape[:3], value.shape[3])
+    sizes = (1,) * (4 - fill.ndim) + tuple(fill.shape)
+    if fill.ndim > 4 or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=True)):
+        raise ValueError(
+            f"edit.fill: got shape {shape_of(fill)}, expected one broadcastable to"
+            f" [batch, heads, queries, dim_v] = {list(full)}"
+        )
