@@ -1,3 +1,53 @@
 """headscope: see and edit what every attention head of a diffusion model does."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from headscope.models import AttnProcessor, Recording, Scope, Site, Task
+    from headscope.ops import (
+        AttentionResult,
+        HeadEdit,
+        Statistic,
+        attention,
+        backend_status,
+        scaled_dot_product_attention,
+    )
+
+# public name -> the module it is loaded from when first used
+_LAZY = {
+    "AttentionResult": "headscope.ops",
+    "AttnProcessor": "headscope.models",
+    "HeadEdit": "headscope.ops",
+    "Recording": "headscope.models",
+    "Scope": "headscope.models",
+    "Site": "headscope.models",
+    "Statistic": "headscope.ops",
+    "Task": "headscope.models",
+    "attention": "headscope.ops",
+    "backend_status": "headscope.ops",
+    "scaled_dot_product_attention": "headscope.ops",
+}
+
+__all__ = [
+    "AttentionResult",
+    "AttnProcessor",
+    "HeadEdit",
+    "Recording",
+    "Scope",
+    "Site",
+    "Statistic",
+    "Task",
+    "__version__",
+    "attention",
+    "backend_status",
+    "scaled_dot_product_attention",
+]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'headscope' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

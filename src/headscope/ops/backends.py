@@ -119,7 +119,9 @@ def select(requested: str | None, problem: Problem):
         backend = BACKENDS[requested]
         reason = backend.unavailable() or backend.rejects(problem)
         if reason:
-            raise RuntimeError(f"backend {requested!r} can't serve this call: {reason}; backend=None picks one that can")
+            raise RuntimeError(
+                f"backend {requested!r} can't serve this call: {reason}; backend=None picks one that can"
+            )
         return _operator(requested)
     # the interpreter makes Triton available on a CPU, but never the fastest
     first = "triton" if problem.device.type == "cuda" else "cpu"

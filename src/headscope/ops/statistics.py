@@ -82,7 +82,9 @@ def statistic_names(statistics: Sequence[str | Statistic] | str) -> tuple[str, .
     for statistic in statistics:
         name = statistic.name if isinstance(statistic, Statistic) else statistic
         if not isinstance(name, str):
-            raise TypeError(f"statistics: got an entry of type {type(statistic).__name__}, expected names or Statistics")
+            raise TypeError(
+                f"statistics: got an entry of type {type(statistic).__name__}, expected names or Statistics"
+            )
         if name not in STATISTICS:
             raise ValueError(f"statistics: got {name!r}, expected some of {', '.join(STATISTICS)}")
         if name in names:

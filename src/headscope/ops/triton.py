@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from headscope_kernels.attention import attention_forward
 from headscope.ops.schema import allocate
+from headscope_kernels.attention import attention_forward
 
 
 def forward(
