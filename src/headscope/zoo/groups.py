@@ -1,0 +1,342 @@
+"""Image groups: small sets of images addressed by an integer, each with its source and its split.
+
+A *source* is what an image came from: a photograph, an identity, a file. A split never shares a source with another,
+so what is learned or selected on one is tested on material that had no part in it.
+
+Every resampling is Pillow's bicubic filter on 8-bit values. When it shrinks an image it widens the filter by the same
+factor (antialiasing), and it computes in fixed point, so that every machine gets the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headscope._extras import require
+from headscope.zoo.counter import counter_permutation, counter_uniform
+from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
+
+__all__ = [
+    "GROUPS",
+    "SPLITS",
+    "Faces",
+    "FacesGrey",
+    "FolderGroup",
+    "ImageGroup",
+    "Item",
+    "Lfw",
+    "Photographs",
+    "open_group",
+]
+
+SPLITS = ("train", "discover", "confirm")
+# of every hundred sources: 60 train, 20 discover, 20 confirm
+_SPLIT_OF_RANK = ("train",) * 60 + ("discover",) * 20 + ("confirm",) * 20
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One image of a group and what is known of it."""
+
+    group: str
+    index: int
+    source_id: str  # the photograph, identity or file that the image came from
+    split: str  # "train", "discover" or "confirm"
+    image: np.ndarray = field(repr=False)  # uint8 [size, size, 3]
+    caption: str = ""
+    attributes: dict[str, Any] | None = field(default=None, repr=False)
+    part_mask: np.ndarray | None = field(default=None, repr=False)  # uint8 [size, size], indices of part_names
+
+    @property
+    def key(self) -> str:
+        """The item's address, as in "faces/3": the key of its noise."""
+        return f"{self.group}/{self.index}"
+
+
+class ImageGroup(ABC):
+    """A finite set of images. Item i is the same on every machine and whatever the group's length."""
+
+    name: str
+    description: str
+    part_names: tuple[str, ...] = ()
+
+    def __init__(self, length: int, size: int = 32) -> None:
+        if length < 1:
+            raise ValueError(f"length: got {length}, expected at least 1")
+        if size < 8:
+            raise ValueError(f"size: got {size}, expected at least 8 pixels")
+        self.length = length
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {len(self)} images of {self.size} x {self.size})"
+
+    @abstractmethod
+    def _source(self, index: int) -> tuple[str, str]:
+        """Source and split of an item, without its image."""
+
+    @abstractmethod
+    def _load(self, index: int) -> Item:
+        """The item itself; `index` is valid."""
+
+    def item(self, index: int) -> Item:
+        """Item `index`, 0 <= index < len(group). Raises IndexError outside."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: got {index}, expected 0 to {len(self) - 1} in the group {self.name!r}")
+        return self._load(int(index))
+
+    def indices(self, split: str | None = None) -> list[int]:
+        """Indices of one split's items, or of all; ascending. Raises ValueError for an unknown split."""
+        _check_split(split)
+        return [index for index in range(len(self)) if split is None or self._source(index)[1] == split]
+
+    def sources(self, split: str | None = None) -> list[str]:
+        """Source ids of one split, or of all, each once, in the order of their first items."""
+        return list(dict.fromkeys(self._source(index)[0] for index in self.indices(split)))
+
+
+def _check_split(split: str | None) -> None:
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"split: got {split!r}, expected None or one of {', '.join(SPLITS)}")
+
+
+@lru_cache(maxsize=1024)
+def _split_block(name: str, block: int) -> tuple[str, ...]:
+    """The splits of the sources 100 * block ... 100 * block + 99 of a group."""
+    ranks = counter_permutation("split", name, block, count=len(_SPLIT_OF_RANK))
+    return tuple(_SPLIT_OF_RANK[rank] for rank in ranks)
+
+
+def _split_of_source(name: str, source: int) -> str:
+    return _split_block(name, source // 100)[source % 100]
+
+
+def _resize(image: np.ndarray, size: int) -> np.ndarray:
+    """A square image at another size, uint8 [n, n] or [n, n, 3], by Pillow's bicubic filter."""
+    pil = require("PIL.Image", "study")
+    return np.asarray(pil.fromarray(image).resize((size, size), pil.Resampling.BICUBIC))
+
+
+def _grey_patch(image: np.ndarray, size: int) -> np.ndarray:
+    """The path of the LFW patches: 8-bit grey, 25 x 25, resampled to `size`, repeated as three channels."""
+    small = image if image.shape == (25, 25) else _resize(image, 25)
+    grey = _resize(small, size)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+class Faces(ImageGroup):
+    """Procedural faces; one source is one identity."""
+
+    name = "faces"
+    description = "Procedurally generated colour faces with controlled attributes and a part mask"
+    part_names = PART_NAMES
+
+    def __init__(self, length: int = 100, size: int = 32) -> None:
+        super().__init__(length, size)
+
+    def _source(self, index: int) -> tuple[str, str]:
+        # the grey group asks under the same name, so both split alike
+        return f"identity-{index:05d}", _split_of_source("faces", index)
+
+    def _image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return render_face(face_attributes(index), self.size)
+
+    def _load(self, index: int) -> Item:
+        source, split = self._source(index)
+        attributes = face_attributes(index)
+        image, mask = self._image(index)
+        return Item(self.name, index, source, split, image, _face_caption(attributes), attributes, mask)
+
+
+def _face_caption(attributes: dict[str, Any]) -> str:
+    hair = "no hair" if attributes["hair_style"] == "bald" else f"{attributes['hair_style']} hair"
+    extras = [f"{attributes['glasses']} glasses"] if attributes["glasses"] != "none" else []
+    extras += [f"a {attributes['facial_hair']}"] if attributes["facial_hair"] != "none" else []
+    return ", ".join([f"a drawn face with {hair}", *extras])
+
+
+class FacesGrey(Faces):
+    """The procedural faces through the exact path of the LFW patches: item i is face i."""
+
+    name = "faces_grey"
+    description = "The procedural faces made grey and resampled through 25 x 25, exactly as the LFW patches are"
+
+    def _image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        pil = require("PIL.Image", "study")
+        image, _ = render_face(face_attributes(index), 32)
+        _, mask = render_face(face_attributes(index), self.size)
+        return _grey_patch(np.asarray(pil.fromarray(image).convert("L")), self.size), mask
+
+
+class Lfw(ImageGroup):
+    """The 100 faces of scikit-image's lfw_subset: 25 x 25 grey patches of Labeled Faces in the Wild.
+
+    The subset does not say whose faces they are. A patch is therefore taken as its own source; two patches may show
+    one person, and intervals over sources are that much too narrow.
+    """
+
+    name = "lfw"
+    description = "100 grey face patches of Labeled Faces in the Wild; identities unknown, a patch counts as its source"
+
+    def __init__(self, length: int = 100, size: int = 32) -> None:
+        if length > 100:
+            raise ValueError(f"length: got {length}, expected at most 100, the faces in the subset")
+        super().__init__(length, size)
+
+    def _source(self, index: int) -> tuple[str, str]:
+        return f"lfw-{index:03d}", _split_of_source("lfw", index)
+
+    def _load(self, index: int) -> Item:
+        source, split = self._source(index)
+        grey = np.floor(_lfw_patches()[index].astype(np.float64) * 255.0 + 0.5).astype(np.uint8)
+        return Item(self.name, index, source, split, _grey_patch(grey, self.size), "a grey photograph of a face")
+
+
+@lru_cache(maxsize=1)
+def _lfw_patches() -> np.ndarray:
+    """The subset, float32 [200, 25, 25] from 0 to 1; the first hundred are faces."""
+    return require("skimage.data", "study").lfw_subset()
+
+
+_PHOTOGRAPHS = (
+    ("chelsea", "chelsea.png", "train", "a cat"),
+    ("coffee", "coffee.png", "train", "a cup of coffee"),
+    ("motorcycle", "motorcycle_left.png", "train", "a motorcycle"),
+    ("rocket", "rocket.jpg", "discover", "a rocket on its launch pad"),
+    ("astronaut", "astronaut.png", "confirm", "an astronaut"),
+)
+
+
+class Photographs(ImageGroup):
+    """Square crops, at several scales, of the five colour photographs in scikit-image's wheel.
+
+    Item i is a crop of photograph i % 5. Its side is 0.2 + 0.8 u^2 of the photograph's shorter side, u uniform from 0
+    to 1; nearly uniform crops (empty sky) are drawn again. With five sources, and one in each held-out split, this
+    group is for illustration: it carries no interval.
+    """
+
+    name = "photographs"
+    description = "Crops of scikit-image's colour photographs; the photograph is the source"
+
+    def __init__(self, length: int = 100, size: int = 32) -> None:
+        super().__init__(length, size)
+
+    def _source(self, index: int) -> tuple[str, str]:
+        name, _, split, _ = _PHOTOGRAPHS[index % len(_PHOTOGRAPHS)]
+        return name, split
+
+    def _load(self, index: int) -> Item:
+        name, file, split, subject = _PHOTOGRAPHS[index % len(_PHOTOGRAPHS)]
+        photograph = _photograph(file)
+        height, width = photograph.shape[:2]
+        for attempt in range(12):
+            u, v, w = (
+                float(x) for x in counter_uniform("photographs", name, index // len(_PHOTOGRAPHS), attempt, shape=3)
+            )
+            side = int(min(height, width) * (0.2 + 0.8 * u * u))
+            left, top = int(v * (width - side + 1)), int(w * (height - side + 1))
+            image = _resize(photograph[top : top + side, left : left + side], self.size)
+            if _has_content(image):
+                break
+        attributes = {"left": left, "top": top, "side": side}
+        return Item(self.name, index, name, split, image, f"a crop of a photograph of {subject}", attributes)
+
+
+def _has_content(image: np.ndarray) -> bool:
+    """Whether the channels' mean varies by a standard deviation of more than 24 levels, decided in integers."""
+    brightness = image.astype(np.int64).sum(axis=-1)
+    count = brightness.size
+    return int(count * (brightness * brightness).sum() - brightness.sum() ** 2) > (3 * 24 * count) ** 2
+
+
+@lru_cache(maxsize=8)
+def _photograph(file: str) -> np.ndarray:
+    """One of scikit-image's photographs, uint8 [height, width, 3]."""
+    pil = require("PIL.Image", "study")
+    folder = Path(str(require("skimage.data", "study").__file__)).parent
+    with pil.open(folder / file) as opened:
+        return np.ascontiguousarray(np.asarray(opened.convert("RGB")))
+
+
+class FolderGroup(ImageGroup):
+    """Any folder of images, searched recursively and sorted by relative path; one source is one file.
+
+    Half of the sources are for discovery and half for confirmation, by a hash of the relative path; none is for
+    training. An image is cropped to its central square and resized.
+    """
+
+    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+    def __init__(self, path: str | Path, name: str | None = None, size: int = 32) -> None:
+        folder = Path(path)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"path: got {str(path)!r}, expected an existing folder of images")
+        found = (file for file in folder.rglob("*") if file.suffix.lower() in self.suffixes and file.is_file())
+        self.files = sorted(file.relative_to(folder).as_posix() for file in found)
+        if not self.files:
+            raise ValueError(
+                f"path: got {str(path)!r}, which holds no image, expected files ending in {', '.join(self.suffixes)}"
+            )
+        self.folder = folder
+        self.name = name or folder.resolve().name
+        self.description = f"{len(self.files)} images of a folder"
+        super().__init__(len(self.files), size)
+
+    @cached_property
+    def _splits(self) -> list[str]:
+        # ranked by hash, so that the halves are equal; an odd one goes to discovery
+        order = sorted(range(len(self.files)), key=lambda i: hashlib.sha256(self.files[i].encode()).digest())
+        splits = ["confirm"] * len(order)
+        for index in order[: math.ceil(len(order) / 2)]:
+            splits[index] = "discover"
+        return splits
+
+    def _source(self, index: int) -> tuple[str, str]:
+        return self.files[index], self._splits[index]
+
+    def _load(self, index: int) -> Item:
+        pil = require("PIL.Image", "study")
+        source, split = self._source(index)
+        try:
+            with pil.open(self.folder / source) as opened:
+                picture = require("PIL.ImageOps", "study").exif_transpose(opened).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"path: the file {source!r} of the group {self.name!r} can't be read: {error}") from error
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        image = _resize(np.asarray(picture)[top : top + side, left : left + side], self.size)
+        return Item(self.name, index, source, split, image)
+
+
+GROUPS: dict[str, Callable[[], ImageGroup]] = {
+    "faces": Faces,
+    "faces_grey": FacesGrey,
+    "lfw": Lfw,
+    "photographs": Photographs,
+}
+
+
+def open_group(name: str, path: str | Path | None = None, size: int = 32) -> ImageGroup:
+    """A built-in group by its name, or, given a path, that folder's images under the name.
+
+    name: one of GROUPS, or any name when `path` is given. size: pixels to a side of the square images.
+    Raises ValueError for an unknown name; see FolderGroup for what a folder must hold.
+    """
+    if path is not None:
+        return FolderGroup(path, name, size)
+    if name not in GROUPS:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(GROUPS)}, or a path to a folder of images")
+    group = GROUPS[name]()
+    group.size = size
+    return group
