@@ -56,7 +56,7 @@ class ActiveEdit:
                         )
                     if wanted.gate is None:
                         raise ValueError(f"edits[{name!r}]: got a HeadEdit without a gate, expected edit.gate")
-                    gates[name], fills[name] = wanted.gate, wanted.fill
+                    gates[name], fills[name] = wanted.gate, fill if wanted.fill is None else wanted.fill
                     continue
                 gate = gates.setdefault(name, torch.ones(len(samples), site.heads))
                 for head in wanted:

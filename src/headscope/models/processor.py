@@ -93,7 +93,7 @@ class AttnProcessor:
         if routing.active():
             if self.statistics or self.edit is not None:
                 raise RuntimeError(
-                    "AttnProcessor: got statistics or an edit of its own inside an active Scope, expected one of the two"
+                    "AttnProcessor: got statistics or an edit of its own inside an active Scope, expected one of them"
                 )
             return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         result = attention(

@@ -150,9 +150,10 @@ class Recording:
 
         Columns: step (the denoiser's forward since the context was entered), timestep (the scheduler's), site, call
         (within that forward), sample (within its guidance branch), branch ("cond", "uncond", or null where there is
-        no guidance), head, query_group ("image", or "all" where image and text share a sequence), queries, keys, and for each statistic its mean and std over the queries
-        (nats for entropy, logsumexp and max_logit; 0..1 for max_prob). entropy_normalised_mean is the mean of
-        H / ln(valid keys), each row divided by its own; null where rows see a single key.
+        no guidance), head, query_group ("image", or "all" where image and text share a sequence), queries, keys, and
+        for each statistic its mean and std over the queries (nats for entropy, logsumexp and max_logit; 0..1 for
+        max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row divided by its own; null where
+        rows see a single key.
         """
         pa = require("pyarrow", "diffusers")
         tables = [self._call_table(call, pa) for call in self._calls]

@@ -84,7 +84,13 @@ class Scope:
         raise KeyError(f"site: got {name!r}, expected one of {', '.join(site.name for site in self.sites)}")
 
     @contextmanager
-    def record(self, *statistics: str, sites: Sequence[str] | None = None, reduce: str = "mean") -> Iterator[Recording]:
+    def record(
+        self,
+        *statistics: str,
+        sites: Sequence[str] | None = None,
+        reduce: str = "mean",
+        into: Recording | None = None,
+    ) -> Iterator[Recording]:
         """Record statistics of every attention call made inside the context.
 
         Args:
@@ -93,6 +99,7 @@ class Scope:
                 each head, averaged over samples per (site, call, timestep, branch, query position).
             sites: names of the sites to record; all by default.
             reduce: "mean", the only reduction there is for head outputs.
+            into: an earlier recording of the same statistics to go on with.
 
         Raises:
             ValueError: an unknown statistic or reduction, nothing to record, or unseen sites when all are asked for.
@@ -106,6 +113,10 @@ class Scope:
             raise ValueError(f'reduce: got {reduce!r}, expected "mean"')
         joint = any(site.kind == "joint" for site in self.sites)
         recording = Recording(rows, HEAD_OUTPUT in statistics, "all" if joint else "image")
+        if into is not None:
+            if (into.statistics, into.records_head_output) != (recording.statistics, recording.records_head_output):
+                raise ValueError(f"into: got {into!r}, expected a recording of {', '.join(statistics)}")
+            recording = into
         entry = (recording, self._chosen(sites))
         with self._context(self._recordings, entry):
             yield recording
@@ -123,9 +134,9 @@ class Scope:
         Args:
             edits: {site name: heads to remove, or a HeadEdit}; or a sequence of such mappings, one per sample of
                 the batch. Under classifier-free guidance they hit both branches.
-            fill: what takes the place of heads given by number: None (zeros), "uniform", a tensor broadcastable to
-                [batch, heads, queries, dim], or a Recording of "head_output" (its mean at the same site, timestep
-                and branch).
+            fill: what takes the place of heads given by number, or by a HeadEdit without a fill: None (zeros),
+                "uniform", a tensor broadcastable to [batch, heads, queries, dim], or a Recording of "head_output"
+                (its mean at the same site, timestep and branch).
             steps: the denoiser's forwards, counted from entering the context, in which the edit acts; all if None.
 
         Raises:

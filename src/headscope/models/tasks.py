@@ -223,7 +223,7 @@ class LatentTask(Task):
 
     def prepare(self, items: Sequence[TaskItem]) -> Prepared:
         vae = self.pipeline.vae
-        factor = self._vae_factor()
+        factor = self.vae_factor
         size = int(self.denoiser.config.sample_size) * factor
         images = to_signed(items, (size, size)).to(self.device, vae.dtype)
         with torch.inference_mode():
@@ -252,7 +252,9 @@ class LatentTask(Task):
             self.pipeline.set_progress_bar_config(**bar)
         return np.rint(images * 255).astype(np.uint8)
 
-    def _vae_factor(self) -> int:
+    @property
+    def vae_factor(self) -> int:
+        """Image pixels per latent pixel, along an edge."""
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
 

@@ -103,7 +103,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def _uniform_fill(operator, query, key, value, mask, is_causal, gate) -> Tensor:
-    """The output of attention with q . k set to zero and masks kept, broadcastable to [batch, heads, queries, dim_v]."""
+    """Attention's output with q . k set to zero and masks kept, broadcastable to [batch, heads, queries, dim_v]."""
     if mask is None and not is_causal:
         keys = max(1, value.shape[2])
         mean = value.sum(2, keepdim=True, dtype=gate.dtype) / keys
@@ -182,7 +182,8 @@ def _four_dimensions(
     else:
         leads = [torch.broadcast_shapes(*(tensor.shape[:-2] for tensor in tensors))] * 3
     if len(leads[0]) == 2 and all(tensor.ndim == 4 for tensor in tensors):
-        expanded = [t if t.shape[:2] == lead else t.expand(*lead, *t.shape[2:]) for t, lead in zip(tensors, leads)]
+        pairs = zip(tensors, leads, strict=True)
+        expanded = [t if t.shape[:2] == lead else t.expand(*lead, *t.shape[2:]) for t, lead in pairs]
         return tuple(leads[0]), *expanded  # type: ignore[return-value]
     flat = []
     for tensor, lead in zip(tensors, leads, strict=True):

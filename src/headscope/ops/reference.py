@@ -1,4 +1,4 @@
-"""The reference backend: the formula on the whole matrix in float64. Slow, and what every other one is tested against."""
+"""The reference backend: the formula on the whole matrix in float64. Slow; every other one is tested against it."""
 
 from collections.abc import Sequence
 

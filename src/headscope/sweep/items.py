@@ -1,0 +1,224 @@
+"""The model and the items of a sweep, read and checked before any work starts."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from headscope._extras import require
+from headscope.models import LatentTask, PixelTask, Task
+from headscope.sweep.config import SweepConfig
+from headscope.zoo import GROUPS, ImageGroup, Item, load_pipeline, open_group
+
+PROMPTS = "prompts"
+
+
+@dataclass(frozen=True)
+class GroupItems:
+    """One group's items as the sweep uses them.
+
+    Attributes:
+        name: the group's name.
+        description: what it is, for the report.
+        swept: the items observed and edited.
+        reference: items disjoint from them (by source too, where the group allows it), for the mean fill.
+        source_count: how many different sources the swept items come from.
+    """
+
+    name: str
+    description: str
+    swept: tuple[Item, ...]
+    reference: tuple[Item, ...]
+
+    @property
+    def source_count(self) -> int:
+        return len({item.source_id for item in self.swept})
+
+
+def load_task(config: SweepConfig) -> Task:
+    """The model, on its device, in eval mode.
+
+    Raises:
+        ValueError: the device isn't there.
+    """
+    device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {config.device!r}, expected one that torch sees (it sees no CUDA device)")
+    if config.model == "builtin":
+        pipeline = load_pipeline()
+    else:
+        diffusers = require("diffusers", "diffusers")
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(config.model, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    task = Task.of(pipeline)
+    task.denoiser.to(getattr(torch, config.dtype))
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    return task
+
+
+def model_fingerprint(task: Task) -> str:
+    """sha256 over the denoiser's parameters and buffers, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(task.denoiser.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def choose_timesteps(config: SweepConfig, task: Task) -> tuple[int, ...]:
+    """The configured timesteps, or one per log-SNR band: evenly spaced from 3 to -3, the middles of fixed bands.
+
+    Raises:
+        ValueError: a timestep that the scheduler doesn't have.
+    """
+    if config.timesteps is not None:
+        for timestep in config.timesteps:
+            if not 0 <= timestep < task.train_timesteps:
+                raise ValueError(f"timesteps: got {timestep}, expected 0 to {task.train_timesteps - 1}")
+        return config.timesteps
+    log_snr = np.array([task.log_snr(timestep) for timestep in range(task.train_timesteps)])
+    wanted = np.linspace(3.0, -3.0, config.bands) if config.bands > 1 else np.zeros(1)
+    return tuple(dict.fromkeys(int(np.abs(log_snr - value).argmin()) for value in wanted))
+
+
+def image_size(task: Task) -> int:
+    """The edge, in pixels, of the images the model takes.
+
+    Raises:
+        ValueError: the model's images aren't square.
+    """
+    sample_size = task.denoiser.config.sample_size
+    if not isinstance(sample_size, int):
+        height, width = sample_size
+        if height != width:
+            raise ValueError(f"model: got a sample size of {height} x {width}, expected a square one")
+        sample_size = height
+    return int(sample_size) * (task.vae_factor if isinstance(task, LatentTask) else 1)
+
+
+def open_items(config: SweepConfig, task: Task) -> list[GroupItems]:
+    """Every item of the sweep, its image read and resized to the model's size.
+
+    Raises:
+        ValueError: an unknown group, one without enough items, a folder or prompts file that can't be used.
+    """
+    opened = [_open_group(text, config, image_size(task)) for text in config.groups]
+    if config.prompts is not None:
+        if isinstance(task, PixelTask):
+            raise ValueError("prompts: got a prompts file, expected none: the model takes no text")
+        opened.append(_open_prompts(Path(config.prompts), config))
+    names = [group.name for group in opened]
+    if len(set(names)) != len(names):
+        raise ValueError(f"groups: got {', '.join(names)}, expected different names")
+    return opened
+
+
+def _open_group(text: str, config: SweepConfig, size: int) -> GroupItems:
+    name, equals, folder = text.partition("=")
+    if equals:
+        group = open_group(name, folder, size=size)
+    elif name in GROUPS:
+        group = open_group(name)
+    else:
+        raise ValueError(f"groups: got {name!r}, expected NAME=DIR or one of {', '.join(GROUPS)}")
+    swept = [index for split in config.splits for index in _spread(group.indices(split), config.items)]
+    if not swept:
+        raise ValueError(f"groups: {name!r} has no items in the splits {', '.join(config.splits)}")
+    reference = _reference_indices(group, swept, config) if "mean" in config.fills else []
+    kept = [index for index in swept if index not in reference]
+    return GroupItems(
+        name,
+        group.description,
+        tuple(_fitted(group.item(index), size) for index in kept),
+        tuple(_fitted(group.item(index), size) for index in reference),
+    )
+
+
+def _spread(indices: list[int], count: int) -> list[int]:
+    """At most `count` of the indices, evenly spaced, so that every source of a long list is met."""
+    if len(indices) <= count:
+        return list(indices)
+    return [indices[position * len(indices) // count] for position in range(count)]
+
+
+def _reference_indices(group: ImageGroup, swept: list[int], config: SweepConfig) -> list[int]:
+    """Items for the mean fill: training items, else items that aren't swept, else a quarter of the swept ones."""
+    train = group.indices("train")
+    if train:
+        return _spread(train, config.reference_items)
+    others = [index for index in group.indices() if index not in set(swept)]
+    if others:
+        return _spread(others, config.reference_items)
+    if len(swept) < 2:
+        raise ValueError(
+            f"groups: {group.name!r} has {len(swept)} item, expected at least 2 for the mean fill's reference"
+        )
+    return _spread(swept, max(1, min(len(swept) // 4, config.reference_items)))
+
+
+def _fitted(item: Item, size: int) -> Item:
+    """The item with its image at the model's size (bicubic)."""
+    if item.image is None or item.image.shape[:2] == (size, size):
+        return item
+    image_module = require("PIL.Image", "study")
+    resized = image_module.fromarray(item.image).resize((size, size), image_module.Resampling.BICUBIC)
+    return replace(item, image=np.asarray(resized), part_mask=None)
+
+
+@dataclass(frozen=True)
+class PromptItem:
+    """A prompt, later with the image the model itself makes of it."""
+
+    index: int
+    caption: str
+    split: str
+    image: np.ndarray | None = None
+    group: str = PROMPTS
+
+    @property
+    def key(self) -> str:
+        return f"{self.group}/{self.source_id}"
+
+    @property
+    def source_id(self) -> str:
+        """Names the prompt by its text, so that reordering the file changes no noise."""
+        return hashlib.sha256(self.caption.encode()).hexdigest()[:16]
+
+
+def _open_prompts(path: Path, config: SweepConfig) -> GroupItems:
+    if not path.is_file():
+        raise ValueError(f"prompts: got {str(path)!r}, expected a text file with a prompt per line")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {str(path)!r} isn't UTF-8 text ({error})") from None
+    captions = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not captions:
+        raise ValueError(f"prompts: {str(path)!r} has no prompts, expected one per line")
+    items = [PromptItem(index, caption, SPLITS_BY_PARITY[index % 2]) for index, caption in enumerate(captions)]
+    swept = [item for split in config.splits for item in [i for i in items if i.split == split][: config.items]]
+    if not swept:
+        raise ValueError(f"prompts: {str(path)!r} has no prompts in the splits {', '.join(config.splits)}")
+    reference: list[PromptItem] = []
+    if "mean" in config.fills:
+        others = [item for item in items if item not in swept]
+        if not others and len(swept) < 2:
+            raise ValueError(f"prompts: {str(path)!r} has 1 prompt, expected at least 2 for the mean fill's reference")
+        reference = (others or _spread_items(swept, max(1, len(swept) // 4)))[: config.reference_items]
+    kept = tuple(item for item in swept if item not in reference)
+    description = f"prompts of {path.name}; their images are the model's own"
+    return GroupItems(PROMPTS, description, kept, tuple(reference))  # type: ignore[arg-type]
+
+
+# prompts carry no split of their own
+SPLITS_BY_PARITY = ("discover", "confirm")
+
+
+def _spread_items(items: list[Any], count: int) -> list[Any]:
+    return [items[index] for index in _spread(list(range(len(items))), count)]
