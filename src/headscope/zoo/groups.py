@@ -71,10 +71,8 @@ class ImageGroup(ABC):
     def __init__(self, length: int, size: int = 32) -> None:
         if length < 1:
             raise ValueError(f"length: got {length}, expected at least 1")
-        if size < 8:
-            raise ValueError(f"size: got {size}, expected at least 8 pixels")
         self.length = length
-        self.size = size
+        self.size = _checked_size(size)
 
     def __len__(self) -> int:
         return self.length
@@ -104,6 +102,12 @@ class ImageGroup(ABC):
     def sources(self, split: str | None = None) -> list[str]:
         """Source ids of one split, or of all, each once, in the order of their first items."""
         return list(dict.fromkeys(self._source(index)[0] for index in self.indices(split)))
+
+
+def _checked_size(size: int) -> int:
+    if size < 8:
+        raise ValueError(f"size: got {size}, expected at least 8 pixels")
+    return size
 
 
 def _check_split(split: str | None) -> None:
@@ -174,8 +178,9 @@ class FacesGrey(Faces):
 
     def _image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         pil = require("PIL.Image", "study")
-        image, _ = render_face(face_attributes(index), 32)
-        _, mask = render_face(face_attributes(index), self.size)
+        image, mask = render_face(face_attributes(index), 32)
+        if self.size != 32:
+            _, mask = render_face(face_attributes(index), self.size)
         return _grey_patch(np.asarray(pil.fromarray(image).convert("L")), self.size), mask
 
 
@@ -199,14 +204,18 @@ class Lfw(ImageGroup):
 
     def _load(self, index: int) -> Item:
         source, split = self._source(index)
-        grey = np.floor(_lfw_patches()[index].astype(np.float64) * 255.0 + 0.5).astype(np.uint8)
-        return Item(self.name, index, source, split, _grey_patch(grey, self.size), "a grey photograph of a face")
+        image = _grey_patch(_lfw_patches()[index], self.size)
+        return Item(self.name, index, source, split, image, "a grey photograph of a face")
 
 
 @lru_cache(maxsize=1)
 def _lfw_patches() -> np.ndarray:
-    """The subset, float32 [200, 25, 25] from 0 to 1; the first hundred are faces."""
-    return require("skimage.data", "study").lfw_subset()
+    """The subset, uint8 [200, 25, 25]; the first hundred are faces."""
+    patches = require("skimage.data", "study").lfw_subset()
+    if np.issubdtype(patches.dtype, np.floating):
+        # stored as 0 to 1, whatever its documentation says
+        patches = np.floor(patches.astype(np.float64) * 255.0 + 0.5).astype(np.uint8)
+    return patches
 
 
 _PHOTOGRAPHS = (
@@ -338,5 +347,5 @@ def open_group(name: str, path: str | Path | None = None, size: int = 32) -> Ima
     if name not in GROUPS:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(GROUPS)}, or a path to a folder of images")
     group = GROUPS[name]()
-    group.size = size
+    group.size = _checked_size(size)
     return group
