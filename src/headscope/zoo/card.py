@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialise
 
-from headscope._extras import require
 from headscope.zoo.charts import PALETTE, Series, image_sheet, line_charts
 from headscope.zoo.groups import open_group
 from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, load_pipeline
@@ -85,14 +86,14 @@ def export(
 
 def _write_weights(checkpoint: Path, folder: Path) -> int:
     """Write the averaged weights in float16 and the two configurations; returns the checkpoint's step."""
-    with require("safetensors", "study").safe_open(checkpoint, framework="pt") as stored:
+    with safe_open(checkpoint, framework="pt") as stored:
         step = int(stored.metadata()["step"])
         names = [name for name in stored.keys() if name.startswith("average.")]  # noqa: SIM118 - not a dict
         weights = {name.removeprefix("average."): stored.get_tensor(name).half() for name in names}
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"run_dir: the weight {name} is not finite in half precision")
-    content = require("safetensors.torch", "study").save(weights, metadata={"format": "pt", "step": str(step)})
+    content = serialise(weights, metadata={"format": "pt", "step": str(step)})
     replace_atomically(folder / "model.safetensors", content)
     for part, config in (
         ("unet", {"_class_name": "UNet2DModel", **UNET_CONFIG}),
@@ -249,7 +250,7 @@ def _training_hours(log: list[dict[str, Any]], batch: int) -> float:
 
 
 def _parameter_count(weights: Path) -> int:
-    with require("safetensors", "study").safe_open(weights, framework="np") as stored:
+    with safe_open(weights, framework="np") as stored:
         return sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118 - not a dict
 
 

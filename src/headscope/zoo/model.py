@@ -51,6 +51,9 @@ def load_pipeline(path: str | Path | None = None) -> Any:
     None is the one in the package. The stored weights are half precision. Raises FileNotFoundError naming what is
     missing, ValueError when the weights don't belong to the configuration.
     """
+    # imported here: the package itself must stay light
+    from safetensors.torch import load_file
+
     diffusers = require("diffusers", "study")
     folder = Path(str(files("headscope.zoo"))) / "weights" if path is None else Path(path)
     parts = {name: folder / name for name in ("unet/config.json", "scheduler/config.json", "model.safetensors")}
@@ -60,7 +63,6 @@ def load_pipeline(path: str | Path | None = None) -> Any:
         raise FileNotFoundError(
             f"path: {where} lacks {', '.join(missing)}, expected a folder that headscope.zoo.train.export wrote"
         )
-    load_file = require("safetensors.torch", "study").load_file
     model = diffusers.UNet2DModel.from_config(json.loads(parts["unet/config.json"].read_text()))
     weights = {name: tensor.float() for name, tensor in load_file(parts["model.safetensors"]).items()}
     try:

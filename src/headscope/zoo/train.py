@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialise
 
 from headscope._extras import require
 from headscope.zoo.counter import counter_integers, counter_normal, counter_permutation, counter_uniform
@@ -102,7 +104,8 @@ def train(config: TrainConfig) -> TrainResult:
     begun = time.monotonic()
     last_mark, last_step, recent = begun, step, []
     with _progress_bar(config, step) as advance, (out / "log.jsonl").open("a") as log:
-        _write_line(log, {"step": step, "sitting": _circumstances(config)})
+        if step < config.steps:
+            _write_line(log, {"step": step, "sitting": _circumstances(config)})
         while step < config.steps:
             recent.append(state.advance(step, *data.batch(step)))
             step += 1
@@ -327,11 +330,11 @@ class _State:
             for moment in ("exp_avg", "exp_avg_sq", "step"):
                 tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
-        replace_atomically(file, require("safetensors.torch", "study").save(tensors, metadata={"step": str(step)}))
+        replace_atomically(file, serialise(tensors, metadata={"step": str(step)}))
 
     def load(self, file: Path) -> int:
         """Read what `save` wrote; returns the number of steps done."""
-        with require("safetensors", "study").safe_open(file, framework="pt") as stored:
+        with safe_open(file, framework="pt") as stored:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(stored.get_tensor(f"model.{name}"))
