@@ -90,7 +90,9 @@ def _portable_backward(ctx, grad_output: Tensor, grad_statistics: Sequence[Tenso
     query_grad, key_grad, value_grad, mask_grad, gate_grad, fill_grad = (
         next(found) if need else None for need in needed
     )
-    return query_grad, key_grad, value_grad, mask_grad, None, None, gate_grad, fill_grad, None
+    # torch takes an empty str[] for an empty Tensor[], and wants its structure back
+    names_grad = None if statistics else []
+    return query_grad, key_grad, value_grad, mask_grad, None, None, gate_grad, fill_grad, names_grad
 
 
 LIBRARY = torch.library.Library("headscope", "DEF")
