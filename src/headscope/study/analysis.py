@@ -1,0 +1,168 @@
+"""From the tables of a study's sweeps to its numbers."""
+
+from dataclasses import dataclass, field
+
+import polars as pl
+
+from headscope.study.ablation import confirm_heads, degradation_by_timestep, rank_distances, rank_heads, select_heads
+from headscope.study.entropy import Contrast, contrast_groups, entropy_by_group, entropy_by_head
+
+NATURAL, SYNTHETIC = "lfw", "faces_grey"
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What was found. Every table is None where its sweep was not run.
+
+    Attributes:
+        groups, sites, timesteps: what the tables hold; sites in the network's order.
+        sources: group, split, items, sources: how many were observed or ablated.
+        entropy_heads: see `entropy.entropy_by_head`.
+        entropy_groups: see `entropy.entropy_by_group`.
+        contrast: natural against synthetic images.
+        ablation_ranking: see `ablation.rank_heads`.
+        ablation_timesteps: see `ablation.degradation_by_timestep`.
+        ablation_confirm: see `ablation.confirm_heads`.
+        generation_ranking: see `ablation.rank_distances`.
+        omitted: a section's name, and why it is absent.
+    """
+
+    groups: list[str]
+    sites: list[str]
+    timesteps: list[int]
+    sources: pl.DataFrame
+    entropy_heads: pl.DataFrame | None = None
+    entropy_groups: pl.DataFrame | None = None
+    contrast: Contrast | None = None
+    ablation_ranking: pl.DataFrame | None = None
+    ablation_timesteps: pl.DataFrame | None = None
+    ablation_confirm: pl.DataFrame | None = None
+    generation_ranking: pl.DataFrame | None = None
+    omitted: dict[str, str] = field(default_factory=dict)
+
+    def tables(self) -> dict[str, pl.DataFrame]:
+        """The tables there are, by name, in columns that CSV can hold."""
+        found = {
+            "sources": self.sources,
+            "entropy_heads": self.entropy_heads,
+            "entropy_groups": self.entropy_groups,
+            "contrast_timesteps": self.contrast.timesteps if self.contrast else None,
+            "contrast_heads": self.contrast.heads if self.contrast else None,
+            "ablation_ranking": self.ablation_ranking,
+            "ablation_timesteps": self.ablation_timesteps,
+            "ablation_confirm": self.ablation_confirm,
+            "generation_ranking": self.generation_ranking,
+        }
+        return {name: _flat(table) for name, table in found.items() if table is not None}
+
+
+def analyse(
+    observations: pl.DataFrame | None,
+    discover: pl.DataFrame | None = None,
+    confirm: pl.DataFrame | None = None,
+    *,
+    natural: str = NATURAL,
+    synthetic: str = SYNTHETIC,
+    selected_heads: int = 10,
+    count_per_group: int = 5,
+    seed: int = 0,
+) -> StudyResult:
+    """All numbers of a study, from its three sweeps; a table that is None or empty leaves its section out.
+
+    observations: entropies of all heads, both splits. discover: paired losses of all heads on the discover split.
+    confirm: paired losses of the heads that were selected on discover, on the confirm split. natural, synthetic: the
+    groups to compare. selected_heads: how many heads the comparison selects on discover. count_per_group: what
+    `select_heads` was called with, to mark the selected heads in the ranking. seed: of the resampling.
+    """
+    observations, discover, confirm = (_text(table) for table in (observations, discover, confirm))
+    if discover is not None:
+        discover = _text(discover.filter(pl.col("split") == "discover"))
+    if confirm is not None:
+        confirm = _text(confirm.filter(pl.col("split") == "confirm"))
+    omitted: dict[str, str] = {}
+    contrast: Contrast | None = None
+    if observations is None:
+        omitted["entropy"] = omitted["contrast"] = "No entropies were recorded."
+    else:
+        compared = contrast_groups(observations, natural, synthetic, selected_heads, seed)
+        if isinstance(compared, str):
+            omitted["contrast"] = compared
+        else:
+            contrast = compared
+    ranking = None
+    if discover is None:
+        omitted["ablation"] = "No head was ablated on the discover split."
+    else:
+        ranking = rank_heads(discover, select_heads(discover, count_per_group), seed)
+    if confirm is None:
+        omitted["confirm"] = "No head was ablated on the confirm split."
+    return StudyResult(
+        **_described(observations, discover, confirm),
+        entropy_heads=None if observations is None else entropy_by_head(observations, seed),
+        entropy_groups=None if observations is None else entropy_by_group(observations, seed),
+        contrast=contrast,
+        ablation_ranking=ranking,
+        ablation_timesteps=None if discover is None else degradation_by_timestep(discover, seed),
+        ablation_confirm=None if confirm is None else confirm_heads(confirm, ranking, seed),
+        omitted=omitted,
+    )
+
+
+def analyse_sweep(
+    observations: pl.DataFrame | None = None,
+    ablations: pl.DataFrame | None = None,
+    generations: pl.DataFrame | None = None,
+    *,
+    seed: int = 0,
+) -> StudyResult:
+    """The numbers of a plain sweep: entropies and rankings over the sources of all its splits, nothing selected.
+
+    Without a selection on one split and a test on another, every ranking is exploratory and there are no p-values.
+    """
+    observations, ablations, generations = (_text(table) for table in (observations, ablations, generations))
+    return StudyResult(
+        **_described(observations, ablations, generations),
+        entropy_heads=None if observations is None else entropy_by_head(observations, seed),
+        entropy_groups=None if observations is None else entropy_by_group(observations, seed),
+        ablation_ranking=None if ablations is None else rank_heads(ablations, (), seed),
+        ablation_timesteps=None if ablations is None else degradation_by_timestep(ablations, seed),
+        generation_ranking=None if generations is None else rank_distances(generations, seed),
+    )
+
+
+def _text(table: pl.DataFrame | None) -> pl.DataFrame | None:
+    """The table with plain strings for dictionary-coded columns; None where it has no row."""
+    if table is None or not len(table):
+        return None
+    return table.with_columns(
+        pl.col(name).cast(pl.String)
+        for name in ("group", "source_id", "split", "site", "branch", "query_group", "fill")
+        if name in table.columns
+    )
+
+
+def _described(*tables: pl.DataFrame | None) -> dict:
+    """What the tables hold: groups, sites, timesteps, and the counts of items and sources."""
+    found = [table for table in tables if table is not None]
+    if not found:
+        raise ValueError("tables: got no rows at all, expected observations or ablations")
+    named = {
+        name: list(dict.fromkeys(value for table in found for value in table[name].unique(maintain_order=True)))
+        for name in ("group", "site")
+    }
+    timesteps = {int(value) for table in found if "timestep" in table.columns for value in table["timestep"].unique()}
+    items = pl.concat(
+        table.select("group", "split", "item", "source_id") for table in found if "split" in table.columns
+    )
+    counts = items.group_by("group", "split", maintain_order=True).agg(
+        pl.col("item").n_unique().alias("items"), pl.col("source_id").n_unique().alias("sources")
+    )
+    return {"groups": named["group"], "sites": named["site"], "timesteps": sorted(timesteps), "sources": counts}
+
+
+def _flat(table: pl.DataFrame) -> pl.DataFrame:
+    return table.with_columns(
+        pl.col(name).cast(pl.List(pl.String)).list.join(" ")
+        for name, kind in table.schema.items()
+        if isinstance(kind, pl.List)
+    )
