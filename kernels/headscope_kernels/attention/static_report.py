@@ -1,0 +1,290 @@
+"""What the compiler makes of the attention kernels, without a GPU.
+
+Compiles for a target, disassembles, and counts: registers, spills, shared memory, and what the loop over full key
+tiles issues per logit. `python -m headscope_kernels.attention.static_report --help`.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration
+from headscope_kernels.attention.forward import attention_forward_kernel, forward_arguments
+from headscope_kernels.attention.statistics import STATISTICS
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# the first pattern that matches an opcode names its kind
+KINDS = {
+    "matrix": r"HGMMA|HMMA|UTC.MMA|WARPGROUP",
+    "exp2": r"MUFU\.EX2",
+    "maximum": r"FMNMX",
+    "fma": r"FFMA",
+    "add": r"FADD",
+    "multiply": r"FMUL",
+    "convert": r"F2FP|F2F|HADD2|PRMT",
+    "spill": r"STL|LDL",
+    "memory": r"LD|ST|CP|UTMA|SYNCS|DEPBAR|ARRIVES",
+    "compare": r"FSETP|ISETP|FSEL|SEL|PLOP3|P2R|R2P",
+    "address": r"U?IADD|U?IMAD|U?LEA|U?LOP3|U?SHF|U?MOV|R2UR|S2R|USEL|USETP|UISETP",
+    "control": r"BRA|BAR|BSYNC|BSSY|NOP|SHFL|VOTE|WARPSYNC",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is compiled: [1, heads, queries, dim] against [1, heads, keys, dim], contiguous."""
+
+    dtype: torch.dtype = torch.bfloat16
+    dim: int = 64
+    dim_v: int | None = None
+    statistics: tuple[str, ...] = ("entropy",)
+    gate: bool = True
+    fill: bool = False
+    mask: str = "none"
+    causal: bool = False
+    queries: int = 4096
+    keys: int = 4096
+    configuration: ForwardConfiguration | None = None
+
+
+@dataclass(frozen=True)
+class StaticReport:
+    """The figures of one compiled kernel.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: stack of one thread, or spilled registers times 4 on AMD.
+        shared_bytes: of one program.
+        loop: instructions of one iteration over a full key tile by kind, one thread; empty on AMD.
+        scores: logits of that iteration, per thread.
+    """
+
+    target: str
+    problem: Problem
+    configuration: ForwardConfiguration
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    loop: dict[str, int] = field(default_factory=dict)
+    scores: int = 0
+
+    @property
+    def instructions_per_score(self) -> float:
+        return sum(self.loop.values()) / self.scores
+
+    def __str__(self) -> str:
+        shape = f"{self.configuration.block_queries}x{self.configuration.block_keys}w{self.configuration.num_warps}"
+        statistics = ",".join(self.problem.statistics) or "-"
+        line = (
+            f"{self.target} {str(self.problem.dtype)[6:]} d{self.problem.dim} {shape}s{self.configuration.num_stages} "
+            f"{statistics} mask={self.problem.mask} causal={self.problem.causal} gate={self.problem.gate}: "
+            f"{self.registers} registers, {self.spill_bytes} B spilled, {self.shared_bytes} B shared"
+        )
+        if self.loop:
+            kinds = " ".join(f"{kind} {count}" for kind, count in sorted(self.loop.items(), key=lambda item: -item[1]))
+            line += f", {self.instructions_per_score:.2f} instructions per score ({kinds})"
+        return line
+
+
+def problem_arguments(problem: Problem, configuration: ForwardConfiguration) -> dict[str, Any]:
+    """The kernel's arguments for a problem, its tensors without data."""
+    heads, queries, keys, dim = 8, problem.queries, problem.keys, problem.dim
+    dim_v = problem.dim_v or dim
+
+    def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    mask = None
+    if problem.mask != "none":
+        mask = empty(1, 1, queries, keys, dtype=torch.bool if problem.mask == "bool" else torch.float32)
+    return forward_arguments(
+        empty(1, heads, queries, dim),
+        empty(1, heads, keys, dim),
+        empty(1, heads, keys, dim_v),
+        attn_mask=mask,
+        is_causal=problem.causal,
+        scale=dim**-0.5,
+        gate=empty(1, heads, dtype=torch.float32) if problem.gate else None,
+        fill=empty(1, heads, queries, dim_v) if problem.fill else None,
+        statistics=problem.statistics,
+        output=empty(1, heads, queries, dim_v),
+        statistic_outputs=[empty(1, heads, queries, dtype=torch.float32) for _ in problem.statistics],
+        configuration=configuration,
+    )
+
+
+def ast_source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
+    """What a launch with these arguments would compile: aligned pointers, strides specialised by value."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def type_of(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of(element, (*path, index)) for index, element in enumerate(value))
+        if isinstance(value, Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + TYPE_NAMES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value == 1:
+            constants[path] = 1
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if value < 2**31 else "i64"
+
+    signature = {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            constants[(index,)] = value
+            signature[parameter.name] = "constexpr"
+        else:
+            signature[parameter.name] = type_of(value, (index,))
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def target_key(target: GPUTarget) -> tuple[str, int]:
+    """("cuda", 90) or ("hip", 942), as the configurations want it."""
+    return target.backend, int(re.sub(r"\D", "", str(target.arch)))
+
+
+def report(problem: Problem, target: str = "sm_90") -> StaticReport:
+    """Compiles the forward kernel for one of TARGETS and reads the result."""
+    gpu = TARGETS[target]
+    configuration = problem.configuration or forward_configuration(
+        problem.dtype, problem.dim, problem.dim_v or problem.dim, problem.queries, problem.keys, target_key(gpu)
+    )
+    source = ast_source(attention_forward_kernel, problem_arguments(problem, configuration))
+    options = {
+        "num_warps": configuration.num_warps,
+        "num_stages": configuration.num_stages,
+        "enable_fp_fusion": True,
+    }
+    compiled = triton.compile(source, target=gpu, options=options)
+    shared = compiled.metadata.shared
+    if gpu.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers, spilled = (
+            int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")
+        )
+        return StaticReport(target, problem, configuration, registers, 4 * spilled, shared)
+    usage, assembly = disassemble(compiled.asm["cubin"])
+    registers, stack = _figure(r"REG:(\d+)", usage), _figure(r"STACK:(\d+)", usage)
+    threads = 32 * configuration.num_warps
+    tile_scores = configuration.block_queries * configuration.block_keys // threads
+    loop = densest_matrix_loop(assembly)
+    # ptxas may unroll: every score takes one power of two
+    unrolled = max(1, sum("MUFU.EX2" in opcode for opcode in loop) // tile_scores)
+    return StaticReport(
+        target, problem, configuration, registers, stack, shared, dict(count_kinds(loop)), tile_scores * unrolled
+    )
+
+
+def _figure(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"the compiler's output lacks {pattern}")
+    return int(match[1])
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """The resource usage line and the assembly of a binary, by the tools Triton ships."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
+        return usage, _run(triton.knobs.nvidia.nvdisasm.path, "-c", str(path))
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def densest_matrix_loop(assembly: str) -> list[str]:
+    """The opcodes of the shortest innermost loop with matrix instructions: the one over full tiles."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            opcodes.append(instruction[1])
+            destination = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
+            if destination and instruction[1].startswith("BRA") and destination[1] in labels:
+                loops.append((labels[destination[1]], len(opcodes)))
+    bodies = [(begin, end) for begin, end in loops if any("MMA" in opcode for opcode in opcodes[begin:end])]
+    if not bodies:
+        # float32 products run on the FMA units
+        bodies = [(begin, end) for begin, end in loops if any("FFMA" in opcode for opcode in opcodes[begin:end])]
+    innermost = [
+        (begin, end)
+        for begin, end in bodies
+        if not any((begin, end) != other and begin <= other[0] and other[1] <= end for other in bodies)
+    ]
+    return min((opcodes[begin:end] for begin, end in innermost), key=len, default=[])
+
+
+def count_kinds(opcodes: list[str]) -> Counter[str]:
+    """Instructions by kind."""
+    return Counter(
+        next((kind for kind, pattern in KINDS.items() if re.match(pattern, opcode)), "other") for opcode in opcodes
+    )
+
+
+def default_problems() -> Iterator[Problem]:
+    """The kernels that matter most: half precision, head dimensions of image models, with and without entropy."""
+    for dim in (64, 128, 40):
+        for statistics in ((), ("entropy",), tuple(STATISTICS)):
+            yield Problem(dim=dim, statistics=statistics)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", choices=sorted(TARGETS), default="sm_90")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--dim", type=int, help="head dimension; default: a table of several")
+    parser.add_argument("--statistics", nargs="*", choices=sorted(STATISTICS), default=["entropy"])
+    parser.add_argument("--mask", choices=("none", "bool", "additive"), default="none")
+    parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--tile", type=int, nargs=4, metavar=("QUERIES", "KEYS", "WARPS", "STAGES"))
+    options = parser.parse_args()
+    problems = list(default_problems())
+    if options.dim:
+        problems = [
+            Problem(
+                dtype=DTYPES[options.dtype],
+                dim=options.dim,
+                statistics=tuple(options.statistics),
+                mask=options.mask,
+                causal=options.causal,
+                configuration=ForwardConfiguration(*options.tile) if options.tile else None,
+            )
+        ]
+    for problem in problems:
+        print(report(problem, options.target), flush=True)
+
+
+if __name__ == "__main__":
+    main()
