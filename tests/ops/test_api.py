@@ -55,7 +55,11 @@ BAD_CALLS = {
         ValueError,
         "statistics: got 'entropi', expected some of entropy, logsumexp",
     ),
-    "statistic twice": (lambda: attention(QUERY, KEY, VALUE, statistics=["entropy"] * 2), ValueError, "asked for twice"),
+    "statistic twice": (
+        lambda: attention(QUERY, KEY, VALUE, statistics=["entropy"] * 2),
+        ValueError,
+        "asked for twice",
+    ),
     "edit type": (lambda: attention(QUERY, KEY, VALUE, edit=torch.ones(1, 3)), TypeError, "edit: got Tensor"),
     "gate shape": (
         lambda: attention(QUERY, KEY, VALUE, edit=HeadEdit(torch.ones(3))),

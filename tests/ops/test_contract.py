@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from contract import CASES, assert_close, make_inputs, output_tolerance, statistic_tolerance, truth
 
+from contract import CASES, assert_close, make_inputs, output_tolerance, statistic_tolerance, truth
 from headscope.ops import STATISTICS, HeadEdit, attention, backend_status
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

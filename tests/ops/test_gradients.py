@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from contract import CASES, make_inputs
 
+from contract import CASES, make_inputs
 from headscope.ops import HeadEdit, attention
 
 DIFFERENTIABLE = ["entropy", "logsumexp"]

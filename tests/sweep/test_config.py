@@ -1,0 +1,70 @@
+"""Configurations that can't be run are refused before any work starts."""
+
+import pytest
+
+from headscope.sweep import SweepConfig, run_sweep
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"groups": ()}, "groups: got none and no prompts"),
+        ({"fills": ("median",)}, "fills: got median, expected some of mean, zero, uniform"),
+        ({"fills": ("mean", "mean")}, "each once"),
+        ({"scores": ("fid",)}, "scores: got fid"),
+        ({"splits": ()}, "splits: got none"),
+        ({"splits": ("train",)}, "splits: got train"),
+        ({"dtype": "int8"}, "dtype: got int8"),
+        ({"items": 0}, "items: got 0, expected at least 1"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"timesteps": (5, 5)}, "timesteps: got"),
+        ({"timesteps": ()}, "timesteps: got an empty list"),
+        ({"observe": False, "fills": ()}, "nothing to observe"),
+        ({"model": "nowhere"}, "model: got 'nowhere', expected \"builtin\" or a directory"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SweepConfig(**{"groups": ("faces",), **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"groups": ("cats",)}, "groups: got 'cats', expected NAME=DIR or one of faces"),
+        ({"groups": ("faces", "faces")}, "expected different names"),
+        ({"groups": ("mine=nowhere",)}, "nowhere"),
+        ({"groups": ("faces",), "timesteps": (1000,)}, "timesteps: got 1000, expected 0 to 999"),
+        ({"groups": ("faces",), "heads": (("mid_block.attentions.0", 9),)}, "heads: got"),
+        ({"groups": ("faces",), "prompts": "nowhere.txt"}, "prompts: got"),
+    ],
+)
+def test_requests_that_do_not_fit_the_model(fields, message, ddpm_directory, tmp_path):
+    config = SweepConfig(model=ddpm_directory, items=2, **fields)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_sweep(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\n \n", "has no prompts"), (b"\xff\xfe\xff", "isn't UTF-8"), (b"a fox\n", "1 prompt")]
+)
+def test_prompt_files_that_cannot_be_used(content, message, diffusion_directory, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    config = SweepConfig(model=diffusion_directory, prompts=str(tmp_path / "prompts.txt"))
+    with pytest.raises(ValueError, match=message):
+        run_sweep(config, tmp_path / "run", progress=False)
+
+
+def test_unreadable_images_are_named(ddpm_directory, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("torn.png", "other.png"):
+        (tmp_path / "images" / name).write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    config = SweepConfig(model=ddpm_directory, groups=(f"mine={tmp_path / 'images'}",), items=2)
+    with pytest.raises(ValueError, match=r"(torn|other)\.png"):
+        run_sweep(config, tmp_path / "run", progress=False)
+
+
+def test_batch_must_be_positive(ddpm_directory, tmp_path):
+    with pytest.raises(ValueError, match="batch: got 0"):
+        run_sweep(SweepConfig(model=ddpm_directory, groups=("faces",)), tmp_path, batch=0)

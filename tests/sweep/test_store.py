@@ -1,0 +1,91 @@
+"""Files are written whole or not at all, and a directory belongs to one run."""
+
+import pyarrow as pa
+import pytest
+import torch
+
+from headscope.sweep.store import MANIFEST, Run, RunStore, write_atomic
+
+IDENTITY = {"seed": 0, "timesteps": [1, 2]}
+
+
+def table(rows: int = 3) -> pa.Table:
+    return pa.table({"head": pa.array(range(rows), pa.int16()), "loss": pa.array([0.5] * rows)})
+
+
+def test_a_table_is_there_once_written(tmp_path):
+    store = RunStore(tmp_path / "run", IDENTITY, {})
+    assert not store.has_table("ablations", "abc")
+    store.write_table("ablations", "abc", table())
+    assert store.has_table("ablations", "abc")
+    assert Run.open(tmp_path / "run").table("ablations").collect()["loss"].to_list() == [0.5] * 3
+    assert Run.open(tmp_path / "run").table("observations") is None
+    with pytest.raises(ValueError, match="kind: got 'losses'"):
+        Run.open(tmp_path / "run").table("losses")
+
+
+def test_torn_and_foreign_tables_count_as_absent(tmp_path):
+    store = RunStore(tmp_path / "run", IDENTITY, {})
+    store.write_table("ablations", "abc", table())
+    path = store.table_path("ablations", "abc")
+    whole = path.read_bytes()
+    for length in (0, 4, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert not store.has_table("ablations", "abc")
+    store.table_path("ablations", "def").write_bytes(whole)
+    assert not store.has_table("ablations", "def")
+
+
+def test_torn_and_foreign_tensors_count_as_absent(tmp_path):
+    store = RunStore(tmp_path / "run", IDENTITY, {})
+    assert not store.has_tensors("reference", "abc")
+    store.write_tensors("reference", "abc", {"mean": torch.arange(6.0)})
+    assert store.has_tensors("reference", "abc")
+    assert torch.equal(store.read_tensors("reference", "abc")["mean"], torch.arange(6.0))
+    path = store.tensor_path("reference", "abc")
+    whole = path.read_bytes()
+    for length in (0, 4, 40, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert not store.has_tensors("reference", "abc")
+    store.tensor_path("reference", "def").write_bytes(whole)
+    assert not store.has_tensors("reference", "def")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"new")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, fail)
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_another_configuration_is_refused(tmp_path):
+    RunStore(tmp_path / "run", IDENTITY, {})
+    RunStore(tmp_path / "run", dict(IDENTITY), {})
+    with pytest.raises(ValueError, match=r"another configuration.*\n  seed: 0 there, 1 now"):
+        RunStore(tmp_path / "run", {**IDENTITY, "seed": 1}, {})
+
+
+def test_a_directory_with_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="isn't a headscope run"):
+        RunStore(tmp_path, IDENTITY, {})
+    with pytest.raises(ValueError, match="isn't a headscope run"):
+        RunStore(tmp_path / "thesis.tex", IDENTITY, {})
+
+
+def test_unreadable_runs_say_why(tmp_path):
+    with pytest.raises(ValueError, match="expected a directory with a headscope run"):
+        Run.open(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="can't be read"):
+        Run.open(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="has format 99, expected 1"):
+        Run.open(tmp_path)
