@@ -1,0 +1,63 @@
+// logits = packed queries . packed keys, one register tile at a time.
+#ifndef HEADSCOPE_KERNEL_LOGITS_H
+#define HEADSCOPE_KERNEL_LOGITS_H
+
+#include "pack.h"
+
+namespace headscope {
+namespace HEADSCOPE_TARGET {
+
+// The most keys a step takes, and the stride between rows of logits. The stride is a constant, so that the rows of a
+// tile are one base register apart; it isn't a power of two, so that they don't share cache sets.
+constexpr int64_t MAX_KEY_BLOCK = 512;
+constexpr int64_t LOGIT_STRIDE = MAX_KEY_BLOCK + 16;
+
+// queries [dim][TILE_ROWS] . keys [dim][VECTORS * LANES] -> logits [TILE_ROWS][VECTORS * LANES]
+template <int VECTORS>
+HEADSCOPE_INLINE void logits_tile(const float* queries, const float* keys, int64_t dim, float* logits) {
+    Floats sums[TILE_ROWS][VECTORS];
+    HEADSCOPE_UNROLL
+    for (int row = 0; row < TILE_ROWS; ++row) {
+        HEADSCOPE_UNROLL
+        for (int v = 0; v < VECTORS; ++v) sums[row][v] = broadcast(0.0f);
+    }
+    for (int64_t d = 0; d < dim; ++d) {
+        Floats key[VECTORS];
+        HEADSCOPE_UNROLL
+        for (int v = 0; v < VECTORS; ++v) key[v] = load(keys + (d * VECTORS + v) * LANES);
+        HEADSCOPE_UNROLL
+        for (int row = 0; row < TILE_ROWS; ++row) {
+            const Floats query = broadcast(queries[d * TILE_ROWS + row]);
+            HEADSCOPE_UNROLL
+            for (int v = 0; v < VECTORS; ++v) sums[row][v] = multiply_add(query, key[v], sums[row][v]);
+        }
+    }
+    HEADSCOPE_UNROLL
+    for (int row = 0; row < TILE_ROWS; ++row) {
+        HEADSCOPE_UNROLL
+        for (int v = 0; v < VECTORS; ++v) store(logits + row * LOGIT_STRIDE + v * LANES, sums[row][v]);
+    }
+}
+
+// queries [tiles][dim][TILE_ROWS] . keys [panels][dim][panel_keys] -> logits [tiles * TILE_ROWS][count], stride
+// LOGIT_STRIDE. A panel of keys stays in the first cache while all tiles pass over it.
+inline void compute_logits(const float* queries, int64_t tiles, const float* keys, int64_t count, int64_t dim,
+                           float* logits) {
+    for (int64_t key = 0; key < count; key += PANEL_KEYS) {
+        const bool whole = panel_keys(key, count) == PANEL_KEYS;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const float* tile_queries = queries + tile * TILE_ROWS * dim;
+            float* tile_logits = logits + tile * TILE_ROWS * LOGIT_STRIDE + key;
+            if (whole) {
+                logits_tile<2>(tile_queries, keys + key * dim, dim, tile_logits);
+            } else {
+                logits_tile<1>(tile_queries, keys + key * dim, dim, tile_logits);
+            }
+        }
+    }
+}
+
+}  // namespace HEADSCOPE_TARGET
+}  // namespace headscope
+
+#endif
