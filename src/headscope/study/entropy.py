@@ -18,14 +18,14 @@ from headscope.study.inference import DIFFERENCE, MEAN, RATIO, Estimate, differe
 MEASURES = {
     "normalised": "Normalised entropy H / ln K of a head's attention: 0 is one key, 1 is all keys alike. No unit.",
     "nats": "Entropy H of a head's attention, in nats; at most ln K, which differs between sites.",
-    "deficit": "ln K - H, in nats: how far a head's attention is from uniform, 0 or more.",
+    "deficit": "ln K − H, in nats: how far a head's attention is from uniform, 0 or more.",
 }
 POOLED = (
     "Normalised entropy H / ln K, averaged over queries, then over all heads with equal weight. " + MEAN + " Overall ="
     " mean over the timesteps, each with equal weight."
 )
 SELECTION = (
-    "Heads are chosen on the discover split by |difference| / standard error (the square root of s1^2/n1 + s2^2/n2, s"
+    "Heads are chosen on the discover split by |difference| / standard error (the square root of s₁²/n₁ + s₂²/n₂, s"
     " the standard deviation between sources) and tested on the confirm split, whose sources had no part in the choice."
 )
 _HEAD = ["site", "head", "query_group", "keys"]

@@ -41,13 +41,13 @@ RATIO = (
     " not a mean of ratios). It equals 1 where the difference is 0, and the test of the difference is its test."
 )
 RELATIVE = (
-    "Degradation at a timestep = sum of (edited loss - clean loss) / sum of clean loss, both sums over sources (a ratio"
+    "Degradation at a timestep = sum of (edited loss − clean loss) / sum of clean loss, both sums over sources (a ratio"
     " of sums, not a mean of ratios: that mean is ruled by the images with the smallest loss). Overall = mean over the"
     " timesteps, each with equal weight, as each stands for one band of log signal-to-noise. Two-sided sign-flip"
     " permutation test, over sources, of the hypothesis that the edit changes the loss symmetrically around zero."
 )
 ABSOLUTE = (
-    "Mean over sources of edited loss - clean loss, at a timestep; overall = mean over the timesteps, each with equal"
+    "Mean over sources of edited loss − clean loss, at a timestep; overall = mean over the timesteps, each with equal"
     " weight. Same test as the relative degradation, without its denominator."
 )
 HOLM = (

@@ -1,0 +1,5 @@
+"""Reports: one self-contained HTML file. Needs the extra study (plotly, Pillow, jinja2, polars, scipy)."""
+
+from headscope.report.page import GroupInfo, write_report, write_sweep_report
+
+__all__ = ["GroupInfo", "write_report", "write_sweep_report"]

@@ -1,0 +1,268 @@
+"""The kinds of chart the report is made of, as Plotly figures in plain dictionaries.
+
+Colours of text, axes and backgrounds are left to the page, which follows the reader's light or dark preference.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from headscope.report.naming import Names, plot_text
+
+Figure = dict[str, Any]
+_TITLE = {"showarrow": False, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
+
+
+@dataclass(frozen=True)
+class View:
+    """One of the figures a reader may switch between at one place."""
+
+    label: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Dots:
+    """One series of a dot plot: a point with an interval for every label.
+
+    Attributes:
+        values, lows, highs: aligned with the labels of the plot; None leaves the point or its interval out.
+        filled: whether each marker is solid.
+        notes: what hovering over each point says.
+        shift: vertical displacement, in rows, to keep series apart.
+    """
+
+    name: str
+    values: Sequence[float | None]
+    lows: Sequence[float | None]
+    highs: Sequence[float | None]
+    filled: Sequence[bool]
+    notes: Sequence[str]
+    colour: str
+    symbol: str = "circle"
+    shift: float = 0.0
+    size: int = 8
+
+
+def heat_maps(
+    panels: Sequence[tuple[str, pl.DataFrame]],
+    names: Names,
+    rows: Sequence[tuple[str, int]],
+    timesteps: Sequence[int],
+    colour_axis: dict[str, Any],
+    value: str,
+    note: str,
+) -> Figure:
+    """Head x timestep, a panel per group on one colour scale; sites are separated by lines.
+
+    panels: title and table (site, head, timestep, the column `value` to colour by, the column `note` to show).
+    rows: the heads, top to bottom, heads of a site together.
+    """
+    place = {row: index for index, row in enumerate(rows)}
+    column = {timestep: index for index, timestep in enumerate(timesteps)}
+    data, layout = [], _layout(height=max(320, 11 * len(rows)) + 130)
+    gap = 0.02
+    width = (1 - gap * (len(panels) - 1)) / len(panels)
+    centres, labels, lines = _site_marks(rows, names)
+    for index, (title, table) in enumerate(panels):
+        number = "" if index == 0 else str(index + 1)
+        cells: list[list[float | None]] = [[None] * len(timesteps) for _ in rows]
+        texts = [[""] * len(timesteps) for _ in rows]
+        for row in table.filter(pl.col("timestep").is_not_null()).iter_rows(named=True):
+            y, x = place[row["site"], row["head"]], column[row["timestep"]]
+            cells[y][x], texts[y][x] = row[value], row[note]
+        data.append(
+            {
+                "type": "heatmap",
+                "z": cells,
+                "text": texts,
+                "hovertemplate": "%{text}<extra></extra>",
+                "coloraxis": "coloraxis",
+                "xaxis": f"x{number}",
+                "yaxis": f"y{number}",
+            }
+        )
+        left = index * (width + gap)
+        layout[f"xaxis{number}"] = {
+            "domain": [left, left + width],
+            "anchor": f"y{number}",
+            "tickvals": list(range(len(timesteps))),
+            "ticktext": [str(timestep) for timestep in timesteps],
+            "title": {"text": "timestep", "standoff": 8},
+            "showgrid": False,
+            "zeroline": False,
+        }
+        layout[f"yaxis{number}"] = {
+            "anchor": f"x{number}",
+            "range": [len(rows) - 0.5, -0.5],
+            "tickvals": centres,
+            "ticktext": labels if index == 0 else [""] * len(labels),
+            "showgrid": False,
+            "zeroline": False,
+            "ticks": "",
+        }
+        layout["annotations"].append({**_TITLE, "text": f"<b>{plot_text(title)}</b>", "x": left, "y": 1.005})
+        layout["shapes"] += [
+            {"type": "line", "xref": f"x{number} domain", "x0": 0, "x1": 1, "yref": f"y{number}", "y0": y, "y1": y}
+            | {"line": {"width": 2, "color": "page"}}
+            for y in lines
+        ]
+    layout["yaxis"]["title"] = {"text": "site (its heads, first to last, downwards)", "standoff": 12}
+    layout["coloraxis"] = colour_axis
+    layout["margin"] |= {"t": 40, "b": 60}
+    return {"data": data, "layout": layout}
+
+
+def dot_panels(
+    panels: Sequence[tuple[str, Sequence[str], Sequence[Dots]]],
+    axis_title: str,
+    *,
+    reference: float | None = 0.0,
+    row_height: int = 24,
+    share_rows: bool = False,
+    tick_format: str | None = None,
+) -> Figure:
+    """Horizontal dot plots side by side: title, labels from top to bottom, and series of each panel.
+
+    reference: where a line stands for "no difference". share_rows: the labels of the first panel serve all.
+    """
+    longest = max(len(labels) for _, labels, _ in panels)
+    layout = _layout(height=row_height * max(3, longest) + 150)
+    data = []
+    gap = 0.04 if share_rows or len(panels) == 1 else 0.17
+    width = (1 - gap * (len(panels) - 1)) / len(panels)
+    shown: set[str] = set()
+    for index, (title, labels, series) in enumerate(panels):
+        number = "" if index == 0 else str(index + 1)
+        left = index * (width + gap)
+        for dots in series:
+            trace = _dots_trace(dots, [row + dots.shift for row in range(len(labels))], horizontal=True)
+            trace |= {"xaxis": f"x{number}", "yaxis": f"y{number}", "legendgroup": dots.name}
+            trace["showlegend"] = dots.name not in shown and bool(dots.name)
+            shown.add(dots.name)
+            data.append(trace)
+        layout[f"xaxis{number}"] = {
+            "domain": [left, left + width],
+            "anchor": f"y{number}",
+            "title": {"text": axis_title, "standoff": 10},
+            "zeroline": False,
+        }
+        if tick_format:
+            layout[f"xaxis{number}"]["tickformat"] = tick_format
+        if index:
+            layout[f"xaxis{number}"]["matches"] = "x"
+        hidden = share_rows and index > 0
+        layout[f"yaxis{number}"] = {
+            "anchor": f"x{number}",
+            "range": [longest - 0.4, -0.6],
+            "tickvals": list(range(len(labels))),
+            "ticktext": [""] * len(labels) if hidden else [plot_text(label) for label in labels],
+            "zeroline": False,
+        }
+        if title:
+            layout["annotations"].append({**_TITLE, "text": f"<b>{plot_text(title)}</b>", "x": left, "y": 1.005})
+        if reference is not None:
+            line = {"type": "line", "yref": f"y{number} domain", "y0": 0, "y1": 1, "xref": f"x{number}"}
+            layout["shapes"].append(line | {"x0": reference, "x1": reference, "line": {"width": 1.5, "color": "axis"}})
+    layout["margin"] |= {"t": 64 if any(shown) else 40, "b": 60}
+    pixels = layout["height"] - layout["margin"]["t"] - layout["margin"]["b"]
+    layout["legend"] = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1 + 30 / pixels, "yanchor": "bottom"}
+    return {"data": data, "layout": layout}
+
+
+def over_timesteps(
+    labels: Sequence[str], series: Sequence[Dots], axis_title: str, *, reference: float | None = None, line: bool = True
+) -> Figure:
+    """Points with intervals along the timesteps; `labels` may end with the overall mean, which no line reaches."""
+    layout = _layout(height=400)
+    data = []
+    apart = min(0.09, 0.5 / max(1, len(series)))
+    for index, dots in enumerate(series):
+        shift = (index - (len(series) - 1) / 2) * apart
+        trace = _dots_trace(dots, [place + shift for place in range(len(labels))], horizontal=False)
+        trace["mode"] = "markers"
+        trace["showlegend"] = bool(dots.name)
+        if line:
+            connected = [None if labels[i] == "overall" else value for i, value in enumerate(dots.values)]
+            path = {"type": "scatter", "x": trace["x"], "y": connected, "mode": "lines", "hoverinfo": "skip"}
+            data.append(path | {"line": {"color": dots.colour, "width": 1.5}, "opacity": 0.55, "showlegend": False})
+        data.append(trace)
+    layout["xaxis"] = {
+        "tickvals": list(range(len(labels))),
+        "ticktext": list(labels),
+        "range": [-0.5, len(labels) - 0.5],
+        "title": {"text": "timestep (the larger, the noisier the image)", "standoff": 10},
+        "showgrid": False,
+        "zeroline": False,
+    }
+    layout["yaxis"] = {"title": {"text": axis_title, "standoff": 10}, "zeroline": False}
+    if reference is not None:
+        shape = {"type": "line", "xref": "x domain", "x0": 0, "x1": 1, "yref": "y", "y0": reference, "y1": reference}
+        layout["shapes"].append(shape | {"line": {"width": 1.5, "color": "axis"}})
+    if labels and labels[-1] == "overall":
+        edge = len(labels) - 1.5
+        shape = {"type": "line", "yref": "y domain", "y0": 0, "y1": 1, "xref": "x", "x0": edge, "x1": edge}
+        layout["shapes"].append(shape | {"line": {"width": 1, "color": "axis", "dash": "dot"}})
+    layout["margin"] |= {"t": 44, "b": 60}
+    layout["legend"] = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.03, "yanchor": "bottom"}
+    return {"data": data, "layout": layout}
+
+
+def _layout(height: int) -> Figure:
+    return {
+        "height": height,
+        "margin": {"l": 12, "r": 16, "t": 30, "b": 50},
+        "annotations": [],
+        "shapes": [],
+        "hovermode": "closest",
+        "showlegend": True,
+    }
+
+
+def _dots_trace(dots: Dots, places: Sequence[float], horizontal: bool) -> Figure:
+    """Markers with asymmetric intervals, along x (horizontal) or y."""
+    along, across = ("x", "y") if horizontal else ("y", "x")
+    kept = [i for i, value in enumerate(dots.values) if value is not None and not math.isnan(value)]
+    values: list[Any] = [dots.values[i] for i in kept]
+
+    def reach(bounds: Sequence[float | None], sign: int) -> list[float]:
+        ends = [bounds[i] for i in kept]
+        return [0.0 if end is None else sign * (end - value) for end, value in zip(ends, values, strict=True)]
+
+    symbols = [dots.symbol if dots.filled[i] else f"{dots.symbol}-open" for i in kept]
+    trace: Figure = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": plot_text(dots.name),
+        along: values,
+        across: [places[i] for i in kept],
+        "text": [dots.notes[i] for i in kept],
+        "hovertemplate": "%{text}<extra></extra>",
+        "marker": {"color": dots.colour, "symbol": symbols, "size": dots.size, "line": {"width": 1.6}},
+    }
+    trace["marker"]["line"]["color"] = dots.colour
+    if any(dots.lows[i] is not None for i in kept):
+        trace[f"error_{along}"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": reach(dots.highs, 1),
+            "arrayminus": reach(dots.lows, -1),
+            "thickness": 1.5,
+            "width": 0,
+            "color": dots.colour,
+        }
+    return trace
+
+
+def _site_marks(rows: Sequence[tuple[str, int]], names: Names) -> tuple[list[float], list[str], list[float]]:
+    """Where the labels of the sites stand, the labels, and the lines between sites."""
+    sites = list(dict.fromkeys(site for site, _ in rows))
+    centres, lines = [], []
+    for site in sites:
+        places = [index for index, (other, _) in enumerate(rows) if other == site]
+        centres.append((places[0] + places[-1]) / 2)
+        lines.append(places[-1] + 0.5)
+    return centres, [plot_text(names.sites.get(site, site)) for site in sites], lines[:-1]

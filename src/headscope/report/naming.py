@@ -1,0 +1,95 @@
+"""How heads, sites and numbers are written on the page."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+# distinct for colour-blind readers and on light and dark backgrounds (after Paul Tol's bright scheme)
+COLOURS = ("#AA5599", "#4477AA", "#E0656F", "#228833", "#B8860B", "#2AA1B8")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
+_SHORTER = (
+    ("down_blocks.", "down "),
+    ("mid_block.", "mid "),
+    ("up_blocks.", "up "),
+    ("single_transformer_blocks.", "single "),
+    ("transformer_blocks.", "block "),
+    ("attentions.", ""),
+)
+
+
+class Names:
+    """Short labels of sites and heads, and the colour and marker of every group.
+
+    Labels of sites are shortened where that keeps them distinct.
+    """
+
+    def __init__(self, sites: Sequence[str], groups: Sequence[str]) -> None:
+        short = {site: _shorten(site) for site in sites}
+        self.sites = short if len(set(short.values())) == len(short) else {site: site for site in sites}
+        self._groups = list(groups)
+
+    def head(self, site: str, head: int) -> str:
+        return f"{self.sites.get(site, site)} h{head}"
+
+    def colour(self, group: str) -> str:
+        return COLOURS[self._groups.index(group) % len(COLOURS)]
+
+    def symbol(self, group: str) -> str:
+        return SYMBOLS[self._groups.index(group) % len(SYMBOLS)]
+
+
+def _shorten(site: str) -> str:
+    for long, short in _SHORTER:
+        site = site.replace(long, short)
+    return site
+
+
+def plot_text(text: str) -> str:
+    """Text for a label of a figure, where markup would be obeyed."""
+    return escape(text, quote=False)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number to a fixed count of decimals, with a true minus sign; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    return text.replace("-", "−")
+
+
+def significant(value: float | None) -> str:
+    """A number to three significant digits."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.3g}".replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage, with as many decimals as its size deserves."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{number(100 * value, 0 if abs(value) >= 1 else 1)} %"
+
+
+def probability(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "1" if value >= 0.9995 else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
+
+
+def interval(low: float | None, high: float | None, write=number) -> str:
+    return "no interval" if low is None or high is None else f"{write(low)} to {write(high)}"
+
+
+def listed(value: Any) -> str:
+    """A setting as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {listed(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(listed(item) for item in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,197 @@
+"""The report's tables of numbers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from headscope.report.naming import Names, interval, number, percent, probability, significant
+from headscope.study.analysis import StudyResult
+from headscope.study.entropy import Contrast
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for the page.
+
+    Attributes:
+        columns: headings, and whether the column is of numbers.
+        rows: cells as text; the first of each row is its heading.
+    """
+
+    caption: str
+    columns: Sequence[tuple[str, bool]]
+    rows: Sequence[Sequence[str]]
+
+
+def contrast_table(contrast: Contrast) -> Table:
+    """Natural against synthetic, per timestep and overall."""
+    rows = []
+    for row in contrast.timesteps.iter_rows(named=True):
+        rows.append(
+            [
+                str(row["timestep"]),
+                number(row["natural"], 4),
+                number(row["synthetic"], 4),
+                number(row["value"], 4),
+                interval(row["low"], row["high"], _four),
+                probability(row["p_value"]),
+                probability(row["p_holm"]),
+                number(row["ratio"]),
+                interval(row["ratio_low"], row["ratio_high"]),
+            ]
+        )
+    difference, ratio = contrast.difference, contrast.ratio
+    rows.append(
+        [
+            "overall",
+            number(contrast.natural_mean.value, 4),
+            number(contrast.synthetic_mean.value, 4),
+            number(difference.value, 4),
+            interval(difference.low, difference.high, _four),
+            probability(difference.p_value),
+            "–",
+            number(ratio.value),
+            interval(ratio.low, ratio.high),
+        ]
+    )
+    sources = " and ".join(map(str, difference.sources))
+    columns = [("timestep", False), (contrast.natural, True), (contrast.synthetic, True), ("difference", True)]
+    columns += [("95 % interval", True), ("p", True), ("corrected p", True), ("ratio", True), ("95 % interval", True)]
+    caption = f"Normalised entropy, mean over heads, confirm split ({sources} sources)."
+    return Table(caption, columns, rows)
+
+
+def contrast_heads_table(contrast: Contrast, names: Names) -> Table:
+    """The heads that the comparison selected, and their test."""
+    chosen = contrast.heads.filter(pl.col("selected")).sort(["p_holm", "site", "head"], nulls_last=True)
+    rows = [
+        [
+            names.head(row["site"], row["head"]),
+            number(row["discover"], 4),
+            number(row["discover_score"], 1),
+            number(row["value"], 4),
+            interval(row["low"], row["high"], _four),
+            probability(row["p_value"]),
+            probability(row["p_holm"]),
+        ]
+        for row in chosen.iter_rows(named=True)
+    ]
+    columns = [("head", False), ("difference, discover", True), ("|difference| / SE", True)]
+    columns += [("difference, confirm", True), ("95 % interval", True), ("p", True), ("corrected p", True)]
+    return Table("Heads selected on the discover split, tested on the confirm split.", columns, rows)
+
+
+def confirm_table(confirmed: pl.DataFrame, names: Names) -> Table:
+    """Every tested head, group and fill."""
+    rows = [
+        [
+            names.head(row["site"], row["head"]),
+            row["group"],
+            row["fill"],
+            percent(row["discover"]),
+            percent(row["value"]),
+            interval(row["low"], row["high"], percent),
+            significant(row["absolute"]),
+            interval(row["absolute_low"], row["absolute_high"], significant),
+            probability(row["p_value"]),
+            probability(row["p_holm"]),
+            str(row["sources"]),
+        ]
+        for row in confirmed.iter_rows(named=True)
+    ]
+    columns = [("head", False), ("group", False), ("fill", False), ("discover", True), ("confirm", True)]
+    columns += [("95 % interval", True), ("absolute", True), ("95 % interval", True), ("p", True)]
+    return Table(
+        "Degradation of the selected heads on the confirm split.",
+        [*columns, ("corrected p", True), ("sources", True)],
+        rows,
+    )
+
+
+def ranking_table(ranking: pl.DataFrame, names: Names) -> Table:
+    """Every ablated head's degradation on the split that ranks them."""
+    rows = [
+        [
+            names.head(row["site"], row["head"]),
+            row["group"],
+            row["fill"],
+            str(row["rank"]),
+            percent(row["value"]),
+            interval(row["low"], row["high"], percent),
+            significant(row["absolute"]),
+            interval(row["absolute_low"], row["absolute_high"], significant),
+            str(row["sources"]),
+        ]
+        for row in ranking.iter_rows(named=True)
+    ]
+    columns = [("head", False), ("group", False), ("fill", False), ("rank", True), ("relative", True)]
+    columns += [("95 % interval", True), ("absolute", True), ("95 % interval", True), ("sources", True)]
+    return Table("Degradation of every ablated head, mean over timesteps; exploratory.", columns, rows)
+
+
+def distance_table(ranking: pl.DataFrame, names: Names) -> Table:
+    rows = [
+        [
+            names.head(row["site"], row["head"]),
+            row["group"],
+            row["fill"],
+            str(row["rank"]),
+            significant(row["value"]),
+            interval(row["low"], row["high"], significant),
+            str(row["sources"]),
+        ]
+        for row in ranking.iter_rows(named=True)
+    ]
+    columns = [("head", False), ("group", False), ("fill", False), ("rank", True), ("distance", True)]
+    columns += [("95 % interval", True), ("sources", True)]
+    return Table("Distance of the drawn image, every head; exploratory.", columns, rows)
+
+
+def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) -> Table:
+    """Every head's entropy, averaged over timesteps, groups side by side."""
+    overall = entropy.filter(pl.col("timestep").is_null() & pl.col("group").is_in(groups))
+    found = {(row["site"], row["head"], row["group"], row["measure"]): row for row in overall.iter_rows(named=True)}
+    rows = []
+    for site, head, keys in overall.select("site", "head", "keys").unique(maintain_order=True).iter_rows():
+        cells = [names.head(site, head), str(keys)]
+        for group in groups:
+            row = found.get((site, head, group, "normalised"))
+            nats = found.get((site, head, group, "nats"))
+            cells.append("–" if row is None else f"{number(row['value'])} ({interval(row['low'], row['high'])})")
+            cells.append("–" if nats is None else number(nats["value"]))
+        rows.append(cells)
+    columns = [("head", False), ("keys", True)]
+    for group in groups:
+        columns += [(f"{group}, H / ln K", True), (f"{group}, nats", True)]
+    return Table("Entropy of every head, mean over timesteps, all observed sources (95 % interval).", columns, rows)
+
+
+def sites_table(result: StudyResult, names: Names) -> Table:
+    """What the short labels stand for, and how many keys a site has."""
+    keys: dict[str, set[int]] = {}
+    heads: dict[str, set[int]] = {}
+    for table in (result.entropy_heads, result.ablation_ranking, result.generation_ranking):
+        if table is not None:
+            for site, head in table.select("site", "head").unique().iter_rows():
+                heads.setdefault(site, set()).add(head)
+    if result.entropy_heads is not None:
+        for site, count in result.entropy_heads.select("site", "keys").unique().iter_rows():
+            keys.setdefault(site, set()).add(count)
+    rows = [
+        [
+            names.sites[site],
+            site,
+            str(len(heads.get(site, ()))),
+            ", ".join(str(count) for count in sorted(keys.get(site, ()))) or "–",
+            ", ".join(number(math.log(count), 2) for count in sorted(keys.get(site, ()))) or "–",
+        ]
+        for site in result.sites
+    ]
+    columns = [("label", False), ("module", False), ("heads", True), ("keys K", True), ("ln K, nats", True)]
+    return Table("Attention sites, in the order of the network; h0 is a site's first head.", columns, rows)
+
+
+def _four(value: float | None) -> str:
+    return number(value, 4)
