@@ -79,7 +79,7 @@ def test_max_statistics_carry_no_gradient():
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_forward_only_backends_say_so(backend):
     query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
-    with pytest.raises(RuntimeError, match="no backward|source"):
+    with pytest.raises(RuntimeError, match=r"no backward|source"):
         attention(query, key, value, backend=backend)
     assert attention(query, key, value).output.requires_grad
 

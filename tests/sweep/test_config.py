@@ -9,6 +9,7 @@ from headscope.sweep import SweepConfig, run_sweep
     ("fields", "message"),
     [
         ({"groups": ()}, "groups: got none and no prompts"),
+        ({"groups": ("cats",)}, "groups: got 'cats', expected NAME=DIR or one of faces"),
         ({"fills": ("median",)}, "fills: got median, expected some of mean, zero, uniform"),
         ({"fills": ("mean", "mean")}, "each once"),
         ({"scores": ("fid",)}, "scores: got fid"),
@@ -31,7 +32,6 @@ def test_bad_fields(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"groups": ("cats",)}, "groups: got 'cats', expected NAME=DIR or one of faces"),
         ({"groups": ("faces", "faces")}, "expected different names"),
         ({"groups": ("mine=nowhere",)}, "nowhere"),
         ({"groups": ("faces",), "timesteps": (1000,)}, "timesteps: got 1000, expected 0 to 999"),

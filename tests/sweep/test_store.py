@@ -19,9 +19,9 @@ def test_a_table_is_there_once_written(tmp_path):
     store.write_table("ablations", "abc", table())
     assert store.has_table("ablations", "abc")
     assert Run.open(tmp_path / "run").table("ablations").collect()["loss"].to_list() == [0.5] * 3
-    assert Run.open(tmp_path / "run").table("observations") is None
-    with pytest.raises(ValueError, match="kind: got 'losses'"):
-        Run.open(tmp_path / "run").table("losses")
+    assert Run.open(tmp_path / "run").kinds == ("ablations",)
+    with pytest.raises(ValueError, match="kind: got 'observations', expected one of ablations"):
+        Run.open(tmp_path / "run").table("observations")
 
 
 def test_torn_and_foreign_tables_count_as_absent(tmp_path):

@@ -136,7 +136,7 @@ def test_prompts_and_images_through_stable_diffusion(diffusion_directory, tmp_pa
     generated = run.table("generations").collect()
     assert generated.height == 4 * len(heads) * 2
     assert (generated["distance"] >= 0).all()
-    assert generated["distance"].max() > 0
+    assert (generated["distance"] > 0).any()
     again = run_sweep(config, tmp_path / "again", progress=False)
     for kind in ("observations", "ablations", "generations"):
         assert_frame_equal(ordered(run, kind), ordered(again, kind), check_exact=True)

@@ -85,7 +85,7 @@ class Task(ABC):
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.denoiser = find_denoiser(pipeline)
+        self.denoiser: Any = find_denoiser(pipeline)
         self.scheduler = pipeline.scheduler
         for needed in ("alphas_cumprod", "add_noise"):
             if not hasattr(self.scheduler, needed):
@@ -109,6 +109,20 @@ class Task(ABC):
     @property
     def train_timesteps(self) -> int:
         return int(self.scheduler.config.num_train_timesteps)
+
+    @property
+    def sample_size(self) -> int:
+        """The edge of the denoiser's input, in its own pixels."""
+        size = self.denoiser.config.sample_size
+        edges = {int(edge) for edge in (size if isinstance(size, (list, tuple)) else [size])}
+        if len(edges) != 1:
+            raise ValueError(f"model: got a sample size of {size}, expected a square one")
+        return edges.pop()
+
+    @property
+    def image_size(self) -> int:
+        """The edge of the images it takes and makes, in pixels."""
+        return self.sample_size
 
     def log_snr(self, timestep: int) -> float:
         """ln(alpha_bar / (1 - alpha_bar)) at a timestep of the scheduler."""
@@ -165,7 +179,8 @@ class Task(ABC):
         deterministic. Wrap the call in `scope.edit(..., steps=range(a, b))` to edit a window of its steps.
         """
 
-    def _initial_noise(self, items: Sequence[TaskItem], shape: tuple[int, ...], seed: int) -> Tensor:
+    def _initial_noise(self, items: Sequence[TaskItem], size: int, seed: int) -> Tensor:
+        shape = (int(self.denoiser.config.in_channels), size, size)
         drawn = [counter_normal("generate", item.key, seed, shape=shape) for item in items]
         return torch.from_numpy(np.stack(drawn).astype(np.float32)).to(self.device, self.dtype)
 
@@ -194,23 +209,16 @@ class Task(ABC):
 class PixelTask(Task):
     """Unconditional models in pixel space, such as DDPMPipeline's."""
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        size = self.denoiser.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(self.denoiser.config.in_channels), int(height), int(width)
-
     def prepare(self, items: Sequence[TaskItem]) -> Prepared:
-        images = to_signed(items, self.image_shape[1:]).to(self.device)
-        if images.shape[1] != self.image_shape[0]:
-            raise ValueError(f"items: got images of 3 channels, expected {self.image_shape[0]} as the model's")
+        images = to_signed(items, self.image_size).to(self.device)
+        if images.shape[1] != self.denoiser.config.in_channels:
+            raise ValueError(f"items: got images of 3 channels, expected {self.denoiser.config.in_channels}")
         return Prepared(tuple(item.key for item in items), images, {})
 
     def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> np.ndarray:
         scheduler = self._deterministic_scheduler()
         scheduler.set_timesteps(steps, device=self.device)
-        sample = self._initial_noise(items, self.image_shape, seed)
+        sample = self._initial_noise(items, self.sample_size, seed)
         with torch.inference_mode():
             for timestep in scheduler.timesteps:
                 answer = self.denoiser(sample, timestep, return_dict=False)[0]
@@ -223,9 +231,7 @@ class LatentTask(Task):
 
     def prepare(self, items: Sequence[TaskItem]) -> Prepared:
         vae = self.pipeline.vae
-        factor = self.vae_factor
-        size = int(self.denoiser.config.sample_size) * factor
-        images = to_signed(items, (size, size)).to(self.device, vae.dtype)
+        images = to_signed(items, self.image_size).to(self.device, vae.dtype)
         with torch.inference_mode():
             latents = vae.encode(images).latent_dist.mode()
             shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -238,8 +244,7 @@ class LatentTask(Task):
         return Prepared(tuple(item.key for item in items), latents.clone(), conditioning)
 
     def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> np.ndarray:
-        size = int(self.denoiser.config.sample_size)
-        latents = self._initial_noise(items, (int(self.denoiser.config.in_channels), size, size), seed)
+        latents = self._initial_noise(items, self.sample_size, seed)
         stock, self.pipeline.scheduler = self.pipeline.scheduler, self._deterministic_scheduler()
         bar = dict(getattr(self.pipeline, "_progress_bar_config", {}))
         self.pipeline.set_progress_bar_config(**{**bar, "disable": True})
@@ -253,13 +258,12 @@ class LatentTask(Task):
         return np.rint(images * 255).astype(np.uint8)
 
     @property
-    def vae_factor(self) -> int:
-        """Image pixels per latent pixel, along an edge."""
-        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+    def image_size(self) -> int:
+        return self.sample_size * 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
 
-def to_signed(items: Sequence[TaskItem], size: tuple[int, int]) -> Tensor:
-    """The items' images as float32 in [-1, 1], [items, 3, height, width].
+def to_signed(items: Sequence[TaskItem], size: int) -> Tensor:
+    """The items' images as float32 in [-1, 1], [items, 3, size, size].
 
     Raises:
         ValueError: an item has no image, or one of another shape or dtype.
@@ -268,9 +272,9 @@ def to_signed(items: Sequence[TaskItem], size: tuple[int, int]) -> Tensor:
         image = item.image
         if image is None:
             raise ValueError(f"items: {item.key!r} has no image, which the teacher-forced loss needs")
-        if image.dtype != np.uint8 or image.shape != (*size, 3):
+        if image.dtype != np.uint8 or image.shape != (size, size, 3):
             raise ValueError(
-                f"items: {item.key!r} has an image {list(image.shape)} of {image.dtype}, expected {[*size, 3]} of uint8"
+                f"items: {item.key!r} has an image {list(image.shape)} of {image.dtype}, expected {[size, size, 3]} of uint8"
             )
     images = np.stack([item.image for item in items])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()

@@ -125,7 +125,9 @@ def backward(
             chunk_grad = next(chunk_grads)
             if chunk_grad is not None:
                 # only the query, and masks and fills of full length, are cut along the rows
-                _part(total, samples, rows if index in (0, 3, 5) else None).add_(chunk_grad)
+                target = _part(total, samples, rows if index in (0, 3, 5) else None)
+                assert target is not None
+                target += chunk_grad
     return [
         total.to(tensor.dtype)
         for total, tensor in zip(totals, tensors, strict=True)

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from headscope.zoo import GROUPS
+
 FILLS = ("mean", "zero", "uniform")
 SCORES = ("loss", "generate")
 SPLITS = ("discover", "confirm")
@@ -54,6 +56,9 @@ class SweepConfig:
         """Raises ValueError naming the field, what came and what was expected."""
         if not self.groups and self.prompts is None:
             raise ValueError("groups: got none and no prompts, expected zoo groups, NAME=DIR or a prompts file")
+        for group in self.groups:
+            if "=" not in group and group not in GROUPS:
+                raise ValueError(f"groups: got {group!r}, expected NAME=DIR or one of {', '.join(GROUPS)}")
         _subset("fills", self.fills, FILLS, empty=True)
         _subset("scores", self.scores, SCORES, empty=True)
         _subset("splits", self.splits, SPLITS)

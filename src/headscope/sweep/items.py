@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from headscope._extras import require
-from headscope.models import LatentTask, PixelTask, Task
-from headscope.sweep.config import SweepConfig
-from headscope.zoo import GROUPS, ImageGroup, Item, load_pipeline, open_group
+from headscope.models import PixelTask, Task
+from headscope.sweep.config import SPLITS, SweepConfig
+from headscope.zoo import ImageGroup, Item, load_pipeline, open_group
 
 PROMPTS = "prompts"
 
@@ -47,15 +47,18 @@ def load_task(config: SweepConfig) -> Task:
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {config.device!r}, expected one that torch sees (it sees no CUDA device)")
+    dtype = getattr(torch, config.dtype)
     if config.model == "builtin":
         pipeline = load_pipeline()
+        pipeline.unet.to(dtype)
     else:
         diffusers = require("diffusers", "diffusers")
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(config.model, local_files_only=True)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            config.model, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     task = Task.of(pipeline)
-    task.denoiser.to(getattr(torch, config.dtype))
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
@@ -87,28 +90,13 @@ def choose_timesteps(config: SweepConfig, task: Task) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(np.abs(log_snr - value).argmin()) for value in wanted))
 
 
-def image_size(task: Task) -> int:
-    """The edge, in pixels, of the images the model takes.
-
-    Raises:
-        ValueError: the model's images aren't square.
-    """
-    sample_size = task.denoiser.config.sample_size
-    if not isinstance(sample_size, int):
-        height, width = sample_size
-        if height != width:
-            raise ValueError(f"model: got a sample size of {height} x {width}, expected a square one")
-        sample_size = height
-    return int(sample_size) * (task.vae_factor if isinstance(task, LatentTask) else 1)
-
-
 def open_items(config: SweepConfig, task: Task) -> list[GroupItems]:
     """Every item of the sweep, its image read and resized to the model's size.
 
     Raises:
         ValueError: an unknown group, one without enough items, a folder or prompts file that can't be used.
     """
-    opened = [_open_group(text, config, image_size(task)) for text in config.groups]
+    opened = [_open_group(text, config, task.image_size) for text in config.groups]
     if config.prompts is not None:
         if isinstance(task, PixelTask):
             raise ValueError("prompts: got a prompts file, expected none: the model takes no text")
@@ -121,12 +109,7 @@ def open_items(config: SweepConfig, task: Task) -> list[GroupItems]:
 
 def _open_group(text: str, config: SweepConfig, size: int) -> GroupItems:
     name, equals, folder = text.partition("=")
-    if equals:
-        group = open_group(name, folder, size=size)
-    elif name in GROUPS:
-        group = open_group(name)
-    else:
-        raise ValueError(f"groups: got {name!r}, expected NAME=DIR or one of {', '.join(GROUPS)}")
+    group = open_group(name, folder, size=size) if equals else open_group(name)
     swept = [index for split in config.splits for index in _spread(group.indices(split), config.items)]
     if not swept:
         raise ValueError(f"groups: {name!r} has no items in the splits {', '.join(config.splits)}")
@@ -201,7 +184,8 @@ def _open_prompts(path: Path, config: SweepConfig) -> GroupItems:
     captions = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not captions:
         raise ValueError(f"prompts: {str(path)!r} has no prompts, expected one per line")
-    items = [PromptItem(index, caption, SPLITS_BY_PARITY[index % 2]) for index, caption in enumerate(captions)]
+    # prompts carry no split of their own: every other line is for selecting, the rest for testing
+    items = [PromptItem(index, caption, SPLITS[index % 2]) for index, caption in enumerate(captions)]
     swept = [item for split in config.splits for item in [i for i in items if i.split == split][: config.items]]
     if not swept:
         raise ValueError(f"prompts: {str(path)!r} has no prompts in the splits {', '.join(config.splits)}")
@@ -214,10 +198,6 @@ def _open_prompts(path: Path, config: SweepConfig) -> GroupItems:
     kept = tuple(item for item in swept if item not in reference)
     description = f"prompts of {path.name}; their images are the model's own"
     return GroupItems(PROMPTS, description, kept, tuple(reference))  # type: ignore[arg-type]
-
-
-# prompts carry no split of their own
-SPLITS_BY_PARITY = ("discover", "confirm")
 
 
 def _spread_items(items: list[Any], count: int) -> list[Any]:

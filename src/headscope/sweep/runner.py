@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-import headscope
+from headscope._versions import versions
 from headscope.models import Scope
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.items import GroupItems, load_task, open_items
@@ -86,19 +86,6 @@ def describe(config: SweepConfig, plan: Plan, groups: list[GroupItems], scope: S
         "units": len(plan.units),
         "forwards": sum(unit.forwards for unit in plan.units),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"headscope": headscope.__version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "diffusers", "transformers", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def device_name(device: str) -> str:

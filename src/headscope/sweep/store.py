@@ -123,15 +123,24 @@ class Run:
         path = Path(path)
         return cls(path, read_manifest(path))
 
-    def table(self, kind: str) -> pl.LazyFrame | None:
-        """The rows of every finished unit of a kind (observations, ablations, generations), None if there are none.
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The tables that have rows: some of observations, ablations, generations."""
+        return tuple(kind for kind in TABLES if any((self.path / kind).glob("*.parquet")))
+
+    def table(self, kind: str) -> pl.LazyFrame:
+        """The rows of every finished unit of a kind.
 
         Files are read in the order of their names, so that two runs of one configuration give equal tables.
+
+        Raises:
+            ValueError: no unit of that kind is finished.
         """
-        if kind not in TABLES:
-            raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(TABLES)}")
-        files = sorted((self.path / kind).glob("*.parquet"))
-        return pl.scan_parquet(files) if files else None
+        if kind not in self.kinds:
+            raise ValueError(
+                f"kind: got {kind!r}, expected one of {', '.join(self.kinds) or 'none: nothing is finished'}"
+            )
+        return pl.scan_parquet(sorted((self.path / kind).glob("*.parquet")))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

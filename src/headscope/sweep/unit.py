@@ -40,7 +40,7 @@ class UnitRunner:
         self.batch = batch
         self.groups = {group.name: group for group in groups}
         self._references: dict[tuple[str, str], Recording] = {}
-        self._drawn: dict[str, Tensor] = {}
+        self._drawn: dict[str, dict[str, Tensor]] = {}
 
     @cached_property
     def _loss_scope(self) -> Scope:

@@ -1,0 +1,258 @@
+"""The command line: study, sweep, report, train, doctor."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import headscope
+
+app = typer.Typer(
+    help="See and edit what every attention head of a diffusion model does.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(stderr=True)
+
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
+DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Batch = Annotated[int, typer.Option(help="Rows that pass through the denoiser at once; changes speed and memory only.")]
+Seed = Annotated[int, typer.Option(help="The noise replicate: the same seed gives the same noise everywhere.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """One line instead of a traceback for what a user can mend; HEADSCOPE_TRACEBACK=1 shows all of it."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
+        if os.environ.get("HEADSCOPE_TRACEBACK") == "1":
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        console.print(f"[bold red]error[/] {_escaped(str(text))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        _interrupted()
+
+
+def _interrupted() -> NoReturn:
+    console.print("stopped; what is finished is kept, and the same command goes on from there")
+    raise typer.Exit(130) from None
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command()
+def study(
+    out: Annotated[Path, typer.Option(help="The study's directory; an unfinished study there is gone on with.")] = Path(
+        "headscope-study"
+    ),
+    items: Annotated[int, typer.Option(help="Items of each group and split whose entropies are observed.")] = 20,
+    discover_items: Annotated[int, typer.Option(help="Items on which every head is ablated, to select some.")] = 10,
+    confirm_items: Annotated[int, typer.Option(help="Items on which the selected heads are tested.")] = 20,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    batch: Batch = 64,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """The whole study on the bundled model: entropies, ablations, statistics, and a page to read."""
+    with _clear_errors():
+        from headscope._extras import require
+
+        for module in ("scipy", "skimage", "plotly", "jinja2", "PIL", "polars", "diffusers"):
+            require(module, "study")
+        from headscope.study.demonstration import StudyConfig, run_study
+
+        config = StudyConfig(
+            items=items,
+            discover_items=discover_items,
+            confirm_items=confirm_items,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        page = run_study(config, out, batch=batch, progress=not quiet, console=console)
+        console.print(f"report  {_escaped(str(page))}\ntables  {_escaped(str(out / 'tables'))}", highlight=False)
+
+
+@app.command()
+def sweep(
+    model: Annotated[str, typer.Option(help='"builtin", or a directory with a diffusers pipeline.')] = "builtin",
+    prompts: Annotated[str | None, typer.Option(help="A text file with a prompt per line.")] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(help="A zoo group, or NAME=DIR for a folder of images; may be repeated.")
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help="Comma-separated; default: three, evenly spaced in log-SNR.")
+    ] = None,
+    fill: Annotated[
+        list[str] | None, typer.Option(help="zero, mean or uniform; may be repeated. Default: mean and zero.")
+    ] = None,
+    score: Annotated[list[str] | None, typer.Option(help="loss or generate; may be repeated. Default: loss.")] = None,
+    no_ablation: Annotated[bool, typer.Option("--no-ablation", help="Observe entropies only.")] = False,
+    items: Annotated[int, typer.Option(help="Items of each group and split.")] = 20,
+    generate_steps: Annotated[int, typer.Option(help="Sampling steps of the generate score.")] = 10,
+    out: Annotated[Path, typer.Option(help="The run directory; an unfinished run there is gone on with.")] = Path(
+        "headscope-run"
+    ),
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    batch: Batch = 64,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Observe every head and ablate each in turn, over images and timesteps, into Parquet."""
+    with _clear_errors():
+        from headscope._extras import require
+
+        for module in ("diffusers", "polars", "pyarrow"):
+            require(module, "diffusers")
+        from headscope.sweep import SweepConfig, run_sweep
+
+        groups = tuple(group) if group else (() if prompts else ("faces", "faces_grey", "lfw", "photographs"))
+        config = SweepConfig(
+            model=model,
+            groups=groups,
+            prompts=prompts,
+            items=items,
+            timesteps=_integers("timesteps", timesteps),
+            fills=() if no_ablation else tuple(fill or ("mean", "zero")),
+            scores=() if no_ablation else tuple(score or ("loss",)),
+            generate_steps=generate_steps,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        run = run_sweep(config, out, batch=batch, progress=not quiet, console=console)
+        for kind in run.kinds:
+            rows = run.table(kind).collect().height
+            console.print(f"{kind:<13} {rows:>9,} rows  {_escaped(str(out / kind))}", highlight=False)
+        console.print(f"to read it: headscope report {_escaped(str(out))}", highlight=False)
+
+
+def _integers(name: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name}: got {text!r}, expected integers separated by commas") from None
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A study's or a sweep's directory.")],
+) -> None:
+    """Write report.html for a study or a sweep, from what is finished."""
+    with _clear_errors():
+        from headscope._extras import require
+
+        for module in ("scipy", "plotly", "jinja2", "PIL", "polars"):
+            require(module, "study")
+        from headscope.study.demonstration import is_study, report_study, report_sweep
+
+        page = report_study(directory) if is_study(directory) else report_sweep(directory)
+        console.print(f"report  {_escaped(str(page))}", highlight=False)
+
+
+@app.command()
+def train(
+    out: Annotated[
+        Path, typer.Option(help="The training run's directory; an unfinished run there is gone on with.")
+    ] = (Path("headscope-train")),
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 8000,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes, at the end of a step.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the initial weights, the batches and the noise.")] = 0,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the forward pass: bfloat16 (autocast) or float32.")] = "bfloat16",
+    export: Annotated[
+        Path | None, typer.Option(help="Write the weights and the model card there when training is done.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the bundled model on the zoo's image groups; resumable."""
+    with _clear_errors():
+        from headscope._extras import require
+
+        for module in ("diffusers", "skimage", "PIL"):
+            require(module, "study")
+        from headscope.zoo.train import TrainConfig
+        from headscope.zoo.train import train as run_training
+
+        result = run_training(
+            TrainConfig(
+                out=out, steps=steps, minutes=minutes, seed=seed, device=device, dtype=dtype, progress=not quiet
+            )
+        )
+        console.print(f"trained {result.step} of {steps} steps  {_escaped(str(out))}", highlight=False)
+        if export is not None:
+            from headscope.zoo.card import export as export_model
+
+            export_model(out, export)
+            console.print(f"model   {_escaped(str(export))}", highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and which backends are available here or why they are not."""
+    with _clear_errors():
+        import torch
+
+        from headscope._versions import versions
+        from headscope.ops import cpu_library
+        from headscope.ops.backends import BACKENDS
+
+        output = Console()
+        found = Table("package", "version", title="versions", title_justify="left")
+        for name, version in versions().items():
+            found.add_row(name, version)
+        output.print(found)
+        devices = Table("device", "what", title="devices", title_justify="left")
+        devices.add_row("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            devices.add_row(f"cuda:{index}", f"{properties.name}, {memory}, sm_{properties.major}{properties.minor}")
+        output.print(devices)
+        backends = Table("backend", "available", "what", title="backends", title_justify="left")
+        for backend in BACKENDS.values():
+            reason = backend.unavailable()
+            backends.add_row(backend.name, "yes" if reason is None else f"no: {reason}", backend.description)
+        output.print(backends)
+        if cpu_library.unavailable_reason() is None:
+            built = ", ".join(f"{name} {value}" for name, value in cpu_library.build_info().items())
+            output.print(f"cpu kernel: {_escaped(built)}", highlight=False)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(headscope.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """See and edit what every attention head of a diffusion model does."""
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

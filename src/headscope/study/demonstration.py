@@ -1,0 +1,215 @@
+"""`headscope study`: three sweeps, the analysis, and the page, with what was selected on one split tested on the other.
+
+observe/    every head's entropy, all groups, both splits
+discover/   every head ablated (mean fill), the contrast's groups, discover split
+confirm/    the heads selected there, mean and zero fill, confirm split
+tables/     the numbers of the page, as CSV
+report.html
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from rich.console import Console
+
+from headscope.report.page import GroupInfo, write_report, write_sweep_report
+from headscope.study.ablation import select_heads
+from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
+from headscope.sweep import Run, SweepConfig, run_sweep
+from headscope.sweep.store import write_atomic
+from headscope.zoo import GROUPS, open_group
+
+REPORT = "report.html"
+TITLE = "Attention heads of a small diffusion model"
+STAGES = ("observe", "discover", "confirm")
+# how many images of each group the page shows
+SHOWN_IMAGES = 20
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What a study is asked to do. The defaults take about two minutes on two cores.
+
+    Attributes:
+        groups: the zoo groups whose entropies are observed; the contrast's two are always among them.
+        items: items of each group and split, observed.
+        discover_items: items of each of the contrast's groups on which every head is ablated, to select some.
+        confirm_items: items of each of the contrast's groups on which the selected heads are tested.
+        heads_per_group: how many heads each group selects.
+        observe_bands, ablate_bands: how many log-SNR bands, one timestep each.
+        seed: the noise replicate, and the resampling's seed.
+        device, dtype: where and in what the model runs.
+    """
+
+    groups: tuple[str, ...] = ("faces", "faces_grey", "lfw", "photographs")
+    items: int = 20
+    discover_items: int = 10
+    confirm_items: int = 20
+    heads_per_group: int = 5
+    observe_bands: int = 5
+    ablate_bands: int = 3
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("items", "discover_items", "confirm_items", "heads_per_group", "observe_bands", "ablate_bands"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        unknown = [name for name in self.groups if name not in GROUPS]
+        if unknown:
+            raise ValueError(f"groups: got {', '.join(unknown)}, expected some of {', '.join(GROUPS)}")
+
+    @property
+    def contrast(self) -> tuple[str, str]:
+        return SYNTHETIC, NATURAL
+
+    def observe(self) -> SweepConfig:
+        groups = tuple(dict.fromkeys((*self.groups, *self.contrast)))
+        return self._sweep(groups=groups, items=self.items, bands=self.observe_bands, fills=(), scores=())
+
+    def discover(self) -> SweepConfig:
+        return self._ablate(splits=("discover",), items=self.discover_items, fills=("mean",))
+
+    def confirm(self, heads: list[tuple[str, int]]) -> SweepConfig:
+        return replace(
+            self._ablate(splits=("confirm",), items=self.confirm_items, fills=("mean", "zero")), heads=tuple(heads)
+        )
+
+    def _ablate(self, **fields: Any) -> SweepConfig:
+        return self._sweep(groups=self.contrast, bands=self.ablate_bands, observe=False, **fields)
+
+    def _sweep(self, **fields: Any) -> SweepConfig:
+        return SweepConfig(seed=self.seed, device=self.device, dtype=self.dtype, **fields)
+
+
+def run_study(
+    config: StudyConfig, out: str | Path, *, batch: int = 64, progress: bool = True, console: Console | None = None
+) -> Path:
+    """Run the study, or what is left of it, and write its page.
+
+    Args:
+        out: the study's directory; a study of the same configuration there is gone on with.
+        batch: rows that pass through the denoiser at once.
+        progress: show progress.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ValueError: the directory holds a study of another configuration, or something else.
+    """
+    out = Path(out)
+    show: dict[str, Any] = {"batch": batch, "progress": progress, "console": console}
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: got {str(out)!r}, which is a file; expected a directory")
+    run_sweep(config.observe(), out / "observe", title="entropy of every head", **show)
+    discover = run_sweep(config.discover(), out / "discover", title="every head ablated", **show)
+    heads = select_heads(_text(discover, "ablations"), config.heads_per_group)
+    run_sweep(config.confirm(heads), out / "confirm", title="selected heads tested", **show)
+    return report_study(out, seed=config.seed, heads_per_group=config.heads_per_group)
+
+
+def report_study(out: Path, *, seed: int = 0, heads_per_group: int = 5) -> Path:
+    """Write report.html and tables/ from a study's three runs.
+
+    Raises:
+        ValueError: a run is missing.
+    """
+    runs = {stage: Run.open(out / stage) for stage in STAGES}
+    result = analyse(
+        _text(runs["observe"], "observations"),
+        _text(runs["discover"], "ablations"),
+        _text(runs["confirm"], "ablations"),
+        count_per_group=heads_per_group,
+        seed=seed,
+    )
+    write_tables(out / "tables", result)
+    manifest = runs["observe"].manifest
+    info = run_info(manifest)
+    for stage in STAGES[1:]:
+        info[f"Ablations, {stage}"] = _work(runs[stage].manifest)
+    return write_report(out / REPORT, title=TITLE, run_info=info, groups=group_infos(manifest), result=result)
+
+
+def report_sweep(path: Path) -> Path:
+    """Write report.html into a sweep's run directory, from whichever tables it has.
+
+    Raises:
+        ValueError: it isn't a run, or has no finished unit.
+    """
+    run = Run.open(path)
+    tables = {kind: _text(run, kind) for kind in run.kinds}
+    if not tables:
+        raise ValueError(f"run: {str(path)!r} has no finished unit yet, expected some results to report")
+    return write_sweep_report(
+        path / REPORT,
+        title=f"Sweep of {_model_name(run.manifest)}",
+        run_info=run_info(run.manifest),
+        groups=group_infos(run.manifest),
+        seed=run.manifest["config"]["seed"],
+        **tables,
+    )
+
+
+def is_study(path: Path) -> bool:
+    return all((path / stage).is_dir() for stage in STAGES)
+
+
+def write_tables(folder: Path, result: StudyResult) -> None:
+    """The numbers of the page, a CSV file each."""
+    for name, table in result.tables().items():
+        write_atomic(folder / f"{name}.csv", table.write_csv)
+
+
+def run_info(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What was run, in the order to show it."""
+    config = manifest["config"]
+    heads = sum(site["heads"] for site in manifest["sites"])
+    return {
+        "Model": f"{_model_name(manifest)}: {len(manifest['sites'])} attention sites, {heads} heads",
+        "Model fingerprint": manifest["identity"]["model"][:16],
+        "Device": f"{manifest['device']}, {config['dtype']}",
+        "Versions": manifest["versions"],
+        "Started": manifest["created"],
+        "Noise replicate (seed)": config["seed"],
+        "Timesteps": manifest["timesteps"],
+        "Work": _work(manifest),
+    }
+
+
+def group_infos(manifest: dict[str, Any]) -> list[GroupInfo]:
+    """The run's groups with sample images, as far as they can be opened again."""
+    folders = dict(text.partition("=")[::2] for text in manifest["config"]["groups"])
+    infos = []
+    for group in manifest["groups"]:
+        images = np.zeros((0, 1, 1, 3), np.uint8)
+        if group["name"] in folders:
+            try:
+                opened = open_group(group["name"], folders[group["name"]] or None)
+            except (ValueError, OSError):
+                opened = None
+            if opened is not None:
+                indices = opened.indices("confirm")
+                chosen = indices[:: max(1, len(indices) // SHOWN_IMAGES)][:SHOWN_IMAGES]
+                images = np.stack([opened.item(index).image for index in chosen]) if chosen else images
+        infos.append(GroupInfo(group["name"], group["description"], images))
+    return infos
+
+
+def _model_name(manifest: dict[str, Any]) -> str:
+    model = manifest["config"]["model"]
+    return "the bundled 2.6 M-parameter UNet (32 x 32 pixels)" if model == "builtin" else Path(model).name
+
+
+def _work(manifest: dict[str, Any]) -> str:
+    groups = ", ".join(f"{group['name']} {group['items']} items" for group in manifest["groups"])
+    return f"{manifest['forwards']:,} forwards of one image; {groups}; timesteps {manifest['timesteps']}"
+
+
+def _text(run: Run, kind: str) -> pl.DataFrame:
+    """A run's table with its labels as strings."""
+    return run.table(kind).with_columns(pl.col(pl.Categorical).cast(pl.String)).collect()
