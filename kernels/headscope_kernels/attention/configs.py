@@ -4,11 +4,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-import triton
-
-# Shared memory of one program, bytes: what a Hopper or data-centre Ampere card allows, and everything else (consumer
-# cards; CDNA3 has 64 KiB, but keeps the query in registers and loads through them).
-SMALL_SHARED_MEMORY = 99 * 1024
 
 
 @dataclass(frozen=True)
@@ -34,14 +29,27 @@ class ForwardConfiguration:
 INTERPRETER = ForwardConfiguration(32, 32)
 
 
+def covering_block(size: int) -> int:
+    """The smallest block that holds `size`: tl.dot wants a power of two, at least 16."""
+    return max(16, 1 << max(size - 1, 0).bit_length())
+
+
 def chunk_widths(dim: int) -> tuple[int, ...]:
-    """One chunk that holds dim: tl.dot wants a power of two, at least 16."""
-    return (max(16, triton.next_power_of_2(dim)),)
+    """The chunks of a head dimension: so far one that holds it all."""
+    return (covering_block(dim),)
 
 
 @lru_cache
 def forward_configuration(
-    dtype: torch.dtype, dim: int, dim_v: int, queries: int, keys: int, target: tuple[str, int] | None
+    dtype: torch.dtype,
+    dim: int,
+    dim_v: int,
+    queries: int,
+    keys: int,
+    target: tuple[str, int] | None,
+    *,
+    exact: bool = True,
+    masked: bool = False,
 ) -> ForwardConfiguration:
     """The configuration for this problem.
 
@@ -50,32 +58,40 @@ def forward_configuration(
         dim, dim_v: head dimensions.
         queries, keys: sequence lengths.
         target: ("cuda", 90), ("hip", 942), ...: backend and architecture; None under the interpreter.
+        exact: float32 products are not rounded to TensorFloat-32.
+        masked: there is a mask to load.
     """
     if target is None:
         return INTERPRETER
     backend, architecture = target
     width = max(*chunk_widths(dim), *chunk_widths(dim_v))
     if dtype == torch.float32:
-        configuration = _single_precision(width)
+        configuration = _exact(width, backend) if exact or backend == "hip" else _tensor_float(width)
     elif backend == "hip":
         configuration = _cdna(width)
-    elif architecture in (90, 100):
-        configuration = _hopper(width)
+    elif architecture // 10 in (9, 10):
+        configuration = _hopper(width, masked)
     else:
         configuration = _ampere(width, large_shared_memory=architecture == 80)
     return _shrink(configuration, queries, keys)
 
 
-def _single_precision(width: int) -> ForwardConfiguration:
-    # exact products run on the FMA units, which hold their operands in registers: small tiles, or they spill
-    return ForwardConfiguration(32 if width <= 128 else 16, 32, num_warps=4, num_stages=2)
+def _exact(width: int, backend: str) -> ForwardConfiguration:
+    # exact products run on the FMA units, which hold whole rows of their operands in registers: small tiles, many
+    # warps, or the loop spills; one stage where shared memory is 64 KiB
+    return ForwardConfiguration(32 if width <= 128 else 16, 32, num_warps=8, num_stages=1 if backend == "hip" else 2)
 
 
-def _hopper(width: int) -> ForwardConfiguration:
-    if width <= 128:
-        # two warp groups of 64 queries each; longer key tiles make rescaling and addresses cheaper per score
+def _tensor_float(width: int) -> ForwardConfiguration:
+    # twice the bytes of half precision; fits 99 KiB of shared memory
+    return ForwardConfiguration(64, 32 if width <= 128 else 16, num_warps=4, num_stages=2)
+
+
+def _hopper(width: int, masked: bool) -> ForwardConfiguration:
+    if width <= 64 or (width <= 128 and not masked):
+        # two warp groups of 64 queries each; longer key tiles make rescaling and addresses cheaper per logit
         return ForwardConfiguration(128, 128, num_warps=8, num_stages=2)
-    # the output alone takes 128 registers of each thread
+    # a mask's tile takes registers and shared memory, an output wider than 128 takes 128 registers of each thread
     return ForwardConfiguration(128, 64, num_warps=8, num_stages=2)
 
 
@@ -85,6 +101,8 @@ def _ampere(width: int, large_shared_memory: bool) -> ForwardConfiguration:
     if width <= 128:
         # eight warps share the output's registers; 99 KiB hold two stages of 32 keys beside the query
         return ForwardConfiguration(128, 64 if large_shared_memory else 32, num_warps=8, num_stages=2)
+    if large_shared_memory:
+        return ForwardConfiguration(64, 64, num_warps=8, num_stages=2)
     return ForwardConfiguration(64, 32, num_warps=4, num_stages=2)
 
 
@@ -97,11 +115,12 @@ def _cdna(width: int) -> ForwardConfiguration:
 
 def _shrink(configuration: ForwardConfiguration, queries: int, keys: int) -> ForwardConfiguration:
     """No tile much larger than the problem: text has 77 keys, the middle of a U-Net 64 queries."""
-    smaller = replace(
+    block_queries = min(configuration.block_queries, covering_block(queries))
+    # fewer queries, fewer warps: on the matrix units a warp has at least 16 of them
+    warps = max(4, configuration.num_warps * block_queries // configuration.block_queries)
+    return replace(
         configuration,
-        block_queries=min(configuration.block_queries, max(16, triton.next_power_of_2(max(queries, 1)))),
-        block_keys=min(configuration.block_keys, max(16, triton.next_power_of_2(max(keys, 1)))),
+        block_queries=block_queries,
+        block_keys=min(configuration.block_keys, covering_block(keys)),
+        num_warps=min(warps, configuration.num_warps),
     )
-    if smaller.block_queries < 128 and smaller.num_warps == 8:
-        smaller = replace(smaller, num_warps=4)
-    return smaller

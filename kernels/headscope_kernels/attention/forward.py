@@ -14,9 +14,11 @@ entropy. With a mask to add, the maximum is subtracted in natural units first: t
 Keys come in tiles; only tiles that reach past the last key or across the causal diagonal are masked.
 """
 
+# tl.static_range exists for the compiler only
+# pyright: reportGeneralTypeIssues=false
+
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +27,15 @@ import triton.language as tl
 from torch import Tensor
 
 from headscope_kernels.attention.configs import ForwardConfiguration, chunk_widths, forward_configuration
+from headscope_kernels.attention.host import (
+    broadcast_strides,
+    device_target,
+    dot_dtype,
+    float32_precision,
+    in_units,
+    launch_context,
+    stride_unit,
+)
 from headscope_kernels.attention.statistics import statistic_set
 from headscope_kernels.attention.tiles import (
     add_products,
@@ -39,6 +50,7 @@ from headscope_kernels.attention.tiles import (
     indices,
     initial_accumulators,
     load_chunks,
+    masked_logits,
     scaled_strides,
     softmax_step,
     update_accumulators,
@@ -47,50 +59,6 @@ from headscope_kernels.attention.tiles import (
 
 MAXIMUM_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def masked_logits(
-    products,
-    mask_base,
-    mask_strides,
-    scale,
-    rows,
-    columns,
-    first_query,
-    first_key,
-    queries,
-    keys,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
-    BORDER: tl.constexpr,
-):
-    """What the softmax runs over: products [queries, keys], or logits where there is a mask to add; -inf if masked."""
-    if MASK != "none":
-        tile_base = advance(advance(mask_base, first_query, mask_strides[2]), first_key, mask_strides[3])
-        if MASK_ROWS:
-            pointers = tile_base + rows[:, None] * mask_strides[2] + columns[None, :] * mask_strides[3]
-            if BORDER:
-                inside = (rows < queries - first_query)[:, None] & (columns < keys - first_key)[None, :]
-            else:
-                inside = (rows < queries - first_query)[:, None]
-        else:
-            # the same for every query: one row
-            pointers = tile_base + columns[None, :] * mask_strides[3]
-            inside = (columns < keys - first_key)[None, :]
-        # the hole-filling 0 of a bool mask is "masked"
-        mask = tl.load(pointers, mask=inside, other=0)  # [queries or 1, keys]
-        if MASK == "bool":
-            products = tl.where(mask != 0, products, float("-inf"))
-        else:
-            products = tl.fma(products, scale, tl.broadcast_to(mask.to(tl.float32), products.shape))
-    if BORDER:
-        valid = (columns < keys - first_key)[None, :]
-        if CAUSAL:
-            valid = valid & (first_key + columns[None, :] <= first_query + rows[:, None])
-        products = tl.where(valid, products, float("-inf"))
-    return products
 
 
 @triton.jit
@@ -267,7 +235,10 @@ def attention_forward_kernel(
 
     output_base = advance(head_base(output_ptr, batch, head, output_strides), first_query, output_strides[2])
     fill_base = fill_ptr
+    fill_limit = query_limit
     if HAS_FILL:
+        # a kept head reads no fill
+        fill_limit = tl.where(gate == 1.0, 0, query_limit)
         fill_base = advance(head_base(fill_ptr, batch, head, fill_strides), first_query, fill_strides[2])
     for index in tl.static_range(len(VALUE_WIDTHS)):
         columns_v = indices(chunk_start(VALUE_WIDTHS, index), entry(VALUE_WIDTHS, index), WIDE)  # [width]
@@ -276,50 +247,13 @@ def attention_forward_kernel(
         if HAS_GATE:
             if HAS_FILL:
                 pointers = fill_base + rows[:, None] * fill_strides[2] + columns_v[None, :] * fill_strides[3]
-                fill = tl.load(pointers, mask=inside & (gate != 1.0), other=0.0).to(tl.float32)  # [queries, width]
+                needed = inside & (rows < fill_limit)[:, None]  # [queries, width]
+                fill = tl.load(pointers, mask=needed, other=0.0).to(tl.float32)  # [queries, width]
             else:
                 fill = tl.zeros([BLOCK_QUERIES, entry(VALUE_WIDTHS, index)], tl.float32)
             chunk = gated(chunk, fill, gate)
         pointers = output_base + rows[:, None] * output_strides[2] + columns_v[None, :] * output_strides[3]
         tl.store(pointers, chunk.to(output_ptr.dtype.element_ty), mask=inside)
-
-
-def broadcast_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of `tensor` read as one of `shape`, 0 wherever it repeats.
-
-    Raises:
-        ValueError: it doesn't broadcast to shape.
-    """
-    return tensor.expand(tuple(shape)).stride() if tuple(tensor.shape) != tuple(shape) else tensor.stride()
-
-
-def stride_unit(tensors: Sequence[Tensor]) -> int:
-    """The elements of 16 bytes if all rows begin at multiples of that, else 1.
-
-    Triton looks at integers for multiples of 16, which a head of 40 channels is not; its rows can still be read
-    16 bytes at a time.
-    """
-    unit = 16 // tensors[0].element_size()
-    aligned = all(stride % unit == 0 for tensor in tensors for stride in tensor.stride()[:3])
-    return unit if aligned else 1
-
-
-def in_units(tensor: Tensor, unit: int) -> tuple[int, ...]:
-    """A tensor's strides, all but the last divided by unit."""
-    batch, head, row, column = tensor.stride()
-    return (batch // unit, head // unit, row // unit, column)
-
-
-def float32_precision() -> str:
-    """Whether torch's matrix products of float32 may round their inputs, as tl.dot names it."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The operands' type in matrix products: their own, but the interpreter can't multiply bfloat16."""
-    if dtype == torch.float16:
-        return tl.float16
-    return tl.bfloat16 if dtype == torch.bfloat16 and not triton.knobs.runtime.interpret else tl.float32
 
 
 def forward_arguments(
@@ -414,7 +348,7 @@ def forward_arguments(
         "MASK_ROWS": mask_strides[2] != 0,
         "SIGN": sign,
         "HAS_GATE": gate is not None,
-        "HAS_FILL": fill is not None,
+        "HAS_FILL": fill is not None and gate is not None,
         "ACCUMULATORS": chosen.accumulators,
         "UPDATES": chosen.updates,
         "FINISHES": chosen.finishes,
@@ -425,21 +359,6 @@ def forward_arguments(
         "STRIDE_UNIT": unit,
         "WIDE": reach >= 2**31,
     }
-
-
-def device_target(tensor: Tensor) -> tuple[str, int] | None:
-    """("cuda", 90) and the like; None for a tensor that only the interpreter can work on.
-
-    Raises:
-        ValueError: the tensor is not on a GPU, and the interpreter is off.
-    """
-    if tensor.is_cuda:
-        target = triton.runtime.driver.active.get_current_target()
-        digits = "".join(letter for letter in str(target.arch) if letter.isdigit())
-        return target.backend, int(digits)
-    if not triton.knobs.runtime.interpret:
-        raise ValueError(f"Triton kernels need tensors on a GPU, got {tensor.device} (TRITON_INTERPRET is off)")
-    return None
 
 
 def attention_forward(
@@ -479,10 +398,19 @@ def attention_forward(
     """
     batch, heads, queries, dim = query.shape
     keys, dim_v = value.shape[2:]
-    with torch.cuda.device_of(query) if query.is_cuda else nullcontext():
+    with launch_context(query):
         if configuration is None:
             target = device_target(query)
-            configuration = forward_configuration(query.dtype, dim, dim_v, queries, keys, target)
+            configuration = forward_configuration(
+                query.dtype,
+                dim,
+                dim_v,
+                queries,
+                keys,
+                target,
+                exact=float32_precision() == "ieee",
+                masked=attn_mask is not None,
+            )
         arguments = forward_arguments(
             query,
             key,

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration
 from headscope_kernels.attention.forward import attention_forward_kernel, forward_arguments
+from headscope_kernels.attention.host import float32_precision
 from headscope_kernels.attention.statistics import STATISTICS
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -173,7 +174,14 @@ def report(problem: Problem, target: str = "sm_90") -> StaticReport:
     """Compiles the forward kernel for one of TARGETS and reads the result."""
     gpu = TARGETS[target]
     configuration = problem.configuration or forward_configuration(
-        problem.dtype, problem.dim, problem.dim_v or problem.dim, problem.queries, problem.keys, target_key(gpu)
+        problem.dtype,
+        problem.dim,
+        problem.dim_v or problem.dim,
+        problem.queries,
+        problem.keys,
+        target_key(gpu),
+        exact=float32_precision() == "ieee",
+        masked=problem.mask != "none",
     )
     source = ast_source(attention_forward_kernel, problem_arguments(problem, configuration))
     options = {
@@ -185,17 +193,16 @@ def report(problem: Problem, target: str = "sm_90") -> StaticReport:
     shared = compiled.metadata.shared
     if gpu.backend == "hip":
         text = compiled.asm["amdgcn"]
-        registers, spilled = (
-            int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")
-        )
+        registers = _figure(r"\.vgpr_count:\s*(\d+)", text)
+        spilled = _figure(r"\.vgpr_spill_count:\s*(\d+)", text)
         return StaticReport(target, problem, configuration, registers, 4 * spilled, shared)
     usage, assembly = disassemble(compiled.asm["cubin"])
     registers, stack = _figure(r"REG:(\d+)", usage), _figure(r"STACK:(\d+)", usage)
     threads = 32 * configuration.num_warps
     tile_scores = configuration.block_queries * configuration.block_keys // threads
     loop = densest_matrix_loop(assembly)
-    # ptxas may unroll: every score takes one power of two
-    unrolled = max(1, sum("MUFU.EX2" in opcode for opcode in loop) // tile_scores)
+    # ptxas may unroll: every score takes one power of two (and every row a few, which tiny tiles must not mistake)
+    unrolled = max(1, sum("MUFU.EX2" in opcode for opcode in loop) // tile_scores) if tile_scores >= 16 else 1
     return StaticReport(
         target, problem, configuration, registers, stack, shared, dict(count_kinds(loop)), tile_scores * unrolled
     )

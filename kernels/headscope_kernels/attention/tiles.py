@@ -5,6 +5,8 @@ A head dimension is a tuple of chunks, each a power of two wide (Triton's tiles 
 """
 
 # ruff: noqa: RUF005 (the kernel language joins tuples with + only)
+# tl.static_range exists for the compiler only
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -174,6 +176,50 @@ def initial_accumulators(ROWS: tl.constexpr, COUNTS: tl.constexpr):
             own = own + (tl.zeros([ROWS], tl.float32),)
         accumulators = accumulators + (own,)
     return accumulators
+
+
+@triton.jit
+def masked_logits(
+    products,
+    mask_base,
+    mask_strides,
+    scale,
+    rows,
+    columns,
+    first_query,
+    first_key,
+    queries,
+    keys,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    BORDER: tl.constexpr,
+):
+    """What the softmax runs over: products [queries, keys], or logits where there is a mask to add; -inf if masked."""
+    if MASK != "none":
+        tile_base = advance(advance(mask_base, first_query, mask_strides[2]), first_key, mask_strides[3])
+        if MASK_ROWS:
+            pointers = tile_base + rows[:, None] * mask_strides[2] + columns[None, :] * mask_strides[3]
+            if BORDER:
+                inside = (rows < queries - first_query)[:, None] & (columns < keys - first_key)[None, :]
+            else:
+                inside = (rows < queries - first_query)[:, None]
+        else:
+            # the same for every query: one row
+            pointers = tile_base + columns[None, :] * mask_strides[3]
+            inside = (columns < keys - first_key)[None, :]
+        # the hole-filling 0 of a bool mask is "masked"
+        mask = tl.load(pointers, mask=inside, other=0)  # [queries or 1, keys]
+        if MASK == "bool":
+            products = tl.where(mask != 0, products, float("-inf"))
+        else:
+            products = tl.fma(products, scale, tl.broadcast_to(mask.to(tl.float32), products.shape))
+    if BORDER:
+        valid = (columns < keys - first_key)[None, :]
+        if CAUSAL:
+            valid = valid & (first_key + columns[None, :] <= first_query + rows[:, None])
+        products = tl.where(valid, products, float("-inf"))
+    return products
 
 
 @triton.jit

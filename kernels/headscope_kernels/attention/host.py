@@ -1,0 +1,78 @@
+"""What the launchers read off tensors and settings: strides, alignment, precision, device. Nothing touches data."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def broadcast_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of `tensor` read as one of `shape`, 0 wherever it repeats.
+
+    Raises:
+        ValueError: it doesn't broadcast to shape.
+    """
+    return tensor.expand(tuple(shape)).stride() if tuple(tensor.shape) != tuple(shape) else tensor.stride()
+
+
+def stride_unit(tensors: Sequence[Tensor]) -> int:
+    """The elements of 16 bytes if all rows begin at multiples of that, else 1.
+
+    Triton looks at integers for multiples of 16, which a head of 40 channels is not; its rows can still be read
+    16 bytes at a time.
+    """
+    unit = 16 // tensors[0].element_size()
+    aligned = all(stride % unit == 0 for tensor in tensors for stride in tensor.stride()[:3])
+    return unit if aligned else 1
+
+
+def in_units(tensor: Tensor, unit: int) -> tuple[int, ...]:
+    """A tensor's strides, all but the last divided by unit."""
+    batch, head, row, column = tensor.stride()
+    return (batch // unit, head // unit, row // unit, column)
+
+
+def float32_precision() -> str:
+    """Whether torch's matrix products of float32 may round their inputs, as tl.dot names it."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The operands' type in matrix products: their own, but the interpreter can't multiply bfloat16."""
+    if dtype == torch.float16:
+        return tl.float16
+    return tl.bfloat16 if dtype == torch.bfloat16 and not triton.knobs.runtime.interpret else tl.float32
+
+
+def device_target(tensor: Tensor) -> tuple[str, int] | None:
+    """("cuda", 90) and the like; None for a tensor that only the interpreter can work on.
+
+    Raises:
+        ValueError: the tensor is not on a GPU, and the interpreter is off.
+    """
+    if tensor.is_cuda:
+        target = triton.runtime.driver.active.get_current_target()
+        digits = "".join(letter for letter in str(target.arch) if letter.isdigit())
+        return target.backend, int(digits)
+    if not triton.knobs.runtime.interpret:
+        raise ValueError(f"Triton kernels need tensors on a GPU, got {tensor.device} (TRITON_INTERPRET is off)")
+    return None
+
+
+@contextmanager
+def launch_context(tensor: Tensor) -> Iterator[None]:
+    """The tensor's GPU is current inside: Triton launches on the current one, wherever the tensors are.
+
+    Under the interpreter NumPy's warnings about NaN and infinity are off; a GPU has none.
+    """
+    if tensor.is_cuda:
+        with torch.cuda.device_of(tensor):
+            yield
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
