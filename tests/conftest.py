@@ -1,8 +1,30 @@
-"""Settings that must come before torch and Triton are imported."""
+"""Settings that must come before torch and Triton are imported, and models that several folders use."""
 
 import os
+
+import pytest
 
 # without a GPU the Triton kernels run in Triton's interpreter; the choice is made when triton is first imported
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def ddpm_directory(tmp_path_factory):
+    """A tiny pixel-space pipeline on disk, as `--model DIR` takes it."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("ddpm")
+    tiny.ddpm(size=32).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def diffusion_directory(tmp_path_factory):
+    """A tiny text-to-image pipeline on disk."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("stable_diffusion")
+    tiny.stable_diffusion().save_pretrained(path)
+    return str(path)

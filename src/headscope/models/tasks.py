@@ -274,7 +274,8 @@ def to_signed(items: Sequence[TaskItem], size: int) -> Tensor:
             raise ValueError(f"items: {item.key!r} has no image, which the teacher-forced loss needs")
         if image.dtype != np.uint8 or image.shape != (size, size, 3):
             raise ValueError(
-                f"items: {item.key!r} has an image {list(image.shape)} of {image.dtype}, expected {[size, size, 3]} of uint8"
+                f"items: {item.key!r} has an image {list(image.shape)} of {image.dtype},"
+                f" expected [{size}, {size}, 3] of uint8"
             )
     images = np.stack([item.image for item in items])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()

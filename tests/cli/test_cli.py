@@ -1,0 +1,79 @@
+"""The command line as a user meets it."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import headscope
+from headscope.cli import app
+from headscope.sweep import Run
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def test_version_and_help():
+    assert call("--version").output.strip() == headscope.__version__
+    text = call("--help").output
+    for command in ("study", "sweep", "report", "train", "doctor"):
+        assert command in text
+
+
+def test_help_is_quick_to_import():
+    """`headscope --help` loads neither torch nor diffusers."""
+    code = (
+        "import sys, headscope.cli; print([m for m in ('torch', 'diffusers', 'scipy', 'plotly') if n in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_doctor_names_versions_and_every_backend():
+    result = call("doctor")
+    assert result.exit_code == 0
+    for word in ("headscope", "torch", "triton", "cpu", "portable", "reference", headscope.__version__):
+        assert word in result.output
+
+
+def test_sweep_then_report(ddpm_directory, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("sweep", "--model", ddpm_directory, "--group", "lfw", "--items", 2, "--timesteps", "60,500")
+    result = call(*arguments, "--fill", "zero", "--out", out)
+    assert result.exit_code == 0, result.output
+    run = Run.open(out)
+    assert run.kinds == ("observations", "ablations")
+    assert run.table("ablations").collect().height == 2 * 2 * 2 * 8
+    assert f"{2 * 2 * 2 * 8} rows" in result.output
+    again = call(*arguments, "--fill", "uniform", "--out", out)
+    assert again.exit_code == 2
+    assert "another configuration" in again.output
+    result = call("report", out)
+    assert result.exit_code == 0, result.output
+    page = (out / "report.html").read_text()
+    assert "lfw" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sweep", "--group", "cats"), "groups: got 'cats'"),
+        (("sweep", "--timesteps", "a,b"), "timesteps: got 'a,b', expected integers"),
+        (("sweep", "--fill", "median"), "fills: got median"),
+        (("sweep", "--model", "nowhere"), "model: got 'nowhere'"),
+        (("sweep", "--dtype", "int8"), "dtype: got int8"),
+        (("study", "--items", "0"), "items: got 0, expected at least 1"),
+        (("report", "nowhere"), "expected a directory with a headscope run"),
+        (("train", "--steps", "0"), "steps: got 0, expected at least 1"),
+    ],
+)
+def test_mistakes_get_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert result.output.startswith("error")
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
