@@ -91,7 +91,7 @@ HEADSCOPE_EXPORT const char* headscope_instruction_set_name(int requested);
 // "OpenMP" or "none".
 HEADSCOPE_EXPORT const char* headscope_threading(void);
 
-// The kernel's own 2^x on `count` floats at most 0, for tests. Relative error below 2^-22; below 2^-126 it gives 0.
+// The kernel's own 2^x on `count` floats at most 0, for tests. Relative error below 2^-23; below 2^-126 it gives 0.
 HEADSCOPE_EXPORT int headscope_exp2(const float* input, float* output, int64_t count, int instruction_set);
 
 #ifdef __cplusplus

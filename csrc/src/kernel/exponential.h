@@ -13,7 +13,7 @@ constexpr float LOG2_E = 1.44269504f;
 // Arguments below this give 0: the result would be subnormal, which is slow and adds nothing to a sum of at least 1.
 constexpr float LOWEST_EXPONENT = -126.0f;
 
-// 2^x for x <= 0, relative error below 2^-22; exactly 1 at 0, exactly 0 below -126 (so at -inf too), NaN at NaN.
+// 2^x for x <= 0, relative error below 2^-23; exactly 1 at 0, exactly 0 below -126 (so at -inf too), NaN at NaN.
 // `bounded` is x or, where that is lower, -127: finite, so that a product with the result of 0 is 0.
 HEADSCOPE_INLINE Floats exp2_of(Floats x, Floats* bounded) {
     // x second: a NaN passes

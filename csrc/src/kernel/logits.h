@@ -12,9 +12,13 @@ namespace HEADSCOPE_TARGET {
 constexpr int64_t MAX_KEY_BLOCK = 512;
 constexpr int64_t LOGIT_STRIDE = MAX_KEY_BLOCK + 16;
 
-// queries [dim][TILE_ROWS] . keys [dim][VECTORS * LANES] -> logits [TILE_ROWS][VECTORS * LANES]
-template <int VECTORS>
-HEADSCOPE_INLINE void logits_tile(const float* queries, const float* keys, int64_t dim, float* logits) {
+// A dot product is summed in pieces of at most this many terms. One float32 sum of 160 terms errs by eight units in the
+// last place of a large logit; the contract allows four.
+constexpr int64_t MAX_PIECE = 24;
+
+// queries [dim][TILE_ROWS] . keys [dim][VECTORS * LANES] -> logits [TILE_ROWS][VECTORS * LANES], or added to them
+template <int VECTORS, bool ADD>
+HEADSCOPE_INLINE void logits_piece(const float* queries, const float* keys, int64_t dim, float* logits) {
     Floats sums[TILE_ROWS][VECTORS];
     HEADSCOPE_UNROLL
     for (int row = 0; row < TILE_ROWS; ++row) {
@@ -35,7 +39,21 @@ HEADSCOPE_INLINE void logits_tile(const float* queries, const float* keys, int64
     HEADSCOPE_UNROLL
     for (int row = 0; row < TILE_ROWS; ++row) {
         HEADSCOPE_UNROLL
-        for (int v = 0; v < VECTORS; ++v) store(logits + row * LOGIT_STRIDE + v * LANES, sums[row][v]);
+        for (int v = 0; v < VECTORS; ++v) {
+            float* to = logits + row * LOGIT_STRIDE + v * LANES;
+            store(to, ADD ? add(load(to), sums[row][v]) : sums[row][v]);
+        }
+    }
+}
+
+template <int VECTORS>
+HEADSCOPE_INLINE void logits_tile(const float* queries, const float* keys, int64_t dim, float* logits) {
+    const int64_t pieces = (dim + MAX_PIECE - 1) / MAX_PIECE;
+    const int64_t length = pieces ? (dim + pieces - 1) / pieces : 0;
+    logits_piece<VECTORS, false>(queries, keys, smaller(length, dim), logits);
+    for (int64_t d = length; d < dim; d += length) {
+        logits_piece<VECTORS, true>(queries + d * TILE_ROWS, keys + d * VECTORS * LANES, smaller(length, dim - d),
+                                    logits);
     }
 }
 
