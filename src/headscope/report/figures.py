@@ -11,7 +11,8 @@ from headscope.study.entropy import Contrast
 
 # ordered by lightness, for colour-blind readers
 _SEQUENTIAL = "Viridis"
-_DISCOVER, _FIRST, _SECOND = "#8A8F98", "#4477AA", "#E0656F"
+# none of them the colour of one of the first four groups
+_DISCOVER, _FIRST, _SECOND = "#8A8F98", "#1F8FA6", "#B8860B"
 _SIGNIFICANT = 0.05
 # degradation is coloured on a logarithmic scale from here up
 _FLOOR = 1e-3

@@ -54,7 +54,7 @@ def findings(result: StudyResult, names: Names) -> list[str]:
     if result.contrast:
         sentences += [_contrast_sentence(result.contrast), *_contrast_head_sentence(result.contrast, names)]
     if result.entropy_heads is not None:
-        sentences.append(_spread_sentence(result, names))
+        sentences += _spread_sentence(result, names)
     if result.ablation_confirm is not None:
         sentences += _confirm_sentences(result, names)
     if result.ablation_ranking is not None:
@@ -116,19 +116,21 @@ def _contrast_head_sentence(contrast: Contrast, names: Names) -> list[str]:
     return [f"{sentence}."]
 
 
-def _spread_sentence(result: StudyResult, names: Names) -> str:
+def _spread_sentence(result: StudyResult, names: Names) -> list[str]:
     assert result.entropy_heads is not None
     overall = result.entropy_heads.filter(pl.col("timestep").is_null() & (pl.col("measure") == "normalised"))
     group = result.contrast.natural if result.contrast else result.groups[0]
     rows = overall.filter(pl.col("group") == group)
     rows = (rows if len(rows) else overall).drop_nulls("value").sort(["value", "site", "head"])
+    if len(rows) < 2:
+        return []
     first, last = rows.row(0, named=True), rows.row(-1, named=True)
-    return (
+    return [
         f"Across the {len(rows)} heads, on {last['group']} and averaged over timesteps, normalised entropy runs from"
         f" {number(first['value'])} at {names.head(first['site'], first['head'])} ({_interval(first)}) to"
         f" {number(last['value'])} at {names.head(last['site'], last['head'])} ({_interval(last)});"
         f" {_sources(last['sources'])}; the extremes of many, so exploratory."
-    )
+    ]
 
 
 def _confirm_sentences(result: StudyResult, names: Names) -> list[str]:

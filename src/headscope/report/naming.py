@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 # distinct for colour-blind readers and on light and dark backgrounds (after Paul Tol's bright scheme)
-COLOURS = ("#AA5599", "#4477AA", "#E0656F", "#228833", "#B8860B", "#2AA1B8")
+COLOURS = ("#AA5599", "#4477AA", "#E0656F", "#228833", "#7A6FBF", "#5B7F2B")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 _SHORTER = (
     ("down_blocks.", "down "),
@@ -64,7 +64,7 @@ def significant(value: float | None) -> str:
     """A number to three significant digits."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:.3g}".replace("-", "−")
+    return f"{value:#.3g}".rstrip(".").replace("-", "−")
 
 
 def percent(value: float | None) -> str:

@@ -22,6 +22,11 @@ from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult, analyse_sweep
 
 STUDY_SUMMARY = "A small model on small data: it shows what can be measured and how, not what is true of large models."
+STUDY_CAVEATS = (
+    "The model is small and so are the images. Nothing here says how heads of larger models behave.",
+    "Few images per group, and each at one noise draw per timestep: intervals describe the variation between sources,"
+    " not that between noise draws, training runs or models.",
+)
 SWEEP_SUMMARY = "What a sweep measured, without a selection and a separate test: every ranking here is exploratory."
 
 
@@ -49,13 +54,14 @@ def write_report(
     result: StudyResult,
     label: str = "Demonstration",
     summary: str = STUDY_SUMMARY,
-    caveats: Sequence[str] = (),
+    caveats: Sequence[str] = STUDY_CAVEATS,
 ) -> Path:
     """Write a study's report: one HTML file, with Plotly inside, that opens without a network.
 
     run_info: what was run, in the order to show it (model, versions, device, date, duration, settings); values may be
     lists and dictionaries. groups: in the order to show them; the tables' other groups come after. label: stands above
-    the title. summary: the sentence below it. caveats: added to those that follow from the numbers. Returns the path.
+    the title. summary: the sentence below it. caveats: stand before those that follow from the tables. Returns
+    the path.
     """
     path = Path(path)
     shown = [info.name for info in groups]
@@ -73,7 +79,7 @@ def write_report(
         result=result,
         figures=_figures(result, names, order),
         tables=_tables(result, names, order),
-        caveats=[*_caveats(result), *caveats],
+        caveats=[*caveats, *_caveats(result)],
         words=_words(),
         example=_example(result, names),
         fill=_fill(result),
@@ -222,16 +228,12 @@ def _words() -> dict[str, Any]:
 
 def _caveats(result: StudyResult) -> list[str]:
     """What a reader must not conclude, as far as it follows from the tables."""
-    found = [
-        "The model is small and so are the images. Nothing here says how heads of larger models behave.",
-        "Few images per group, and each at one noise draw per timestep: intervals describe the variation between"
-        " sources, not that between noise draws, training runs or models.",
-    ]
+    found = []
     if "lfw" in result.groups:
         found.append(
             "The LFW photographs come without identities; each is counted as its own source. If a person appears twice,"
             " intervals for lfw are somewhat too narrow. They were cut out, aligned and reduced to grey 25 x 25 pixels"
-            " by others, so a difference from synthetic faces may lie in that processing as much as in what is depicted;"
+            " by others, so a difference from synthetic faces may lie in that processing as much as in what is shown;"
             " faces_grey passes through the same resampling, which removes one such difference, not all."
         )
     few = result.sources.filter(pl.col("sources") < inference.FEWEST_SOURCES)
@@ -266,6 +268,6 @@ def _caveats(result: StudyResult) -> list[str]:
         )
         found.append(
             "The mean fill stands on reference images of the same group; zero moves the activations further from what"
-            " the network knows, and usually overstates a head's part."
+            " the network knows, and may overstate a head's part."
         )
     return found

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from headscope.study.inference import degradations, holm, means
+from headscope.study.inference import degradations, holm, means, plain_text
 
 HEADLINE_FILL = "mean"
 FILLS = {
@@ -44,7 +44,7 @@ def select_heads(ablations_discover: pl.DataFrame, count_per_group: int = 5) -> 
     ranking, then what the next groups add; ties are broken by the head's name. Raises ValueError where there is no row
     of the discover split.
     """
-    rows = ablations_discover.filter(pl.col("split") == "discover")
+    rows = plain_text(ablations_discover).filter(pl.col("split") == "discover")
     if not len(rows):
         raise ValueError("ablations_discover: got no row whose split is discover")
     rows = rows.filter(pl.col("fill") == headline_fill(rows))

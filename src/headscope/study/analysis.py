@@ -6,6 +6,7 @@ import polars as pl
 
 from headscope.study.ablation import confirm_heads, degradation_by_timestep, rank_distances, rank_heads, select_heads
 from headscope.study.entropy import Contrast, contrast_groups, entropy_by_group, entropy_by_head
+from headscope.study.inference import plain_text
 
 NATURAL, SYNTHETIC = "lfw", "faces_grey"
 
@@ -74,11 +75,11 @@ def analyse(
     groups to compare. selected_heads: how many heads the comparison selects on discover. count_per_group: what
     `select_heads` was called with, to mark the selected heads in the ranking. seed: of the resampling.
     """
-    observations, discover, confirm = (_text(table) for table in (observations, discover, confirm))
+    observations, discover, confirm = (_filled(table) for table in (observations, discover, confirm))
     if discover is not None:
-        discover = _text(discover.filter(pl.col("split") == "discover"))
+        discover = _filled(discover.filter(pl.col("split") == "discover"))
     if confirm is not None:
-        confirm = _text(confirm.filter(pl.col("split") == "confirm"))
+        confirm = _filled(confirm.filter(pl.col("split") == "confirm"))
     omitted: dict[str, str] = {}
     contrast: Contrast | None = None
     if observations is None:
@@ -119,7 +120,7 @@ def analyse_sweep(
 
     Without a selection on one split and a test on another, every ranking is exploratory and there are no p-values.
     """
-    observations, ablations, generations = (_text(table) for table in (observations, ablations, generations))
+    observations, ablations, generations = (_filled(table) for table in (observations, ablations, generations))
     return StudyResult(
         **_described(observations, ablations, generations),
         entropy_heads=None if observations is None else entropy_by_head(observations, seed),
@@ -130,15 +131,11 @@ def analyse_sweep(
     )
 
 
-def _text(table: pl.DataFrame | None) -> pl.DataFrame | None:
-    """The table with plain strings for dictionary-coded columns; None where it has no row."""
+def _filled(table: pl.DataFrame | None) -> pl.DataFrame | None:
+    """The table with plain strings for dictionary-coded columns and a split; None where it has no row."""
     if table is None or not len(table):
         return None
-    return table.with_columns(
-        pl.col(name).cast(pl.String)
-        for name in ("group", "source_id", "split", "site", "branch", "query_group", "fill")
-        if name in table.columns
-    )
+    return plain_text(table if "split" in table.columns else table.with_columns(split=pl.lit("all")))
 
 
 def _described(*tables: pl.DataFrame | None) -> dict:
@@ -151,9 +148,7 @@ def _described(*tables: pl.DataFrame | None) -> dict:
         for name in ("group", "site")
     }
     timesteps = {int(value) for table in found if "timestep" in table.columns for value in table["timestep"].unique()}
-    items = pl.concat(
-        table.select("group", "split", "item", "source_id") for table in found if "split" in table.columns
-    )
+    items = pl.concat(table.select("group", "split", "item", "source_id") for table in found)
     counts = items.group_by("group", "split", maintain_order=True).agg(
         pl.col("item").n_unique().alias("items"), pl.col("source_id").n_unique().alias("sources")
     )

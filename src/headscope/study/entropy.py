@@ -88,8 +88,12 @@ def pooled_items(observations: pl.DataFrame) -> pl.DataFrame:
     """One row per item and timestep: its normalised entropy averaged over heads, column normalised."""
     rows = observations.filter(pl.col("query_group") == main_query_group(observations))
     item = ["group", "split", "source_id", "item", "timestep"]
-    head = rows.group_by(*item, "site", "head").agg(pl.col("entropy_normalised_mean").mean())
-    return head.group_by(item).agg(pl.col("entropy_normalised_mean").mean().alias("normalised")).sort(item)
+    head = rows.group_by(*item, "site", "head", maintain_order=True).agg(pl.col("entropy_normalised_mean").mean())
+    return (
+        head.group_by(item, maintain_order=True)
+        .agg(pl.col("entropy_normalised_mean").mean().alias("normalised"))
+        .sort(item)
+    )
 
 
 def entropy_by_group(observations: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
@@ -164,7 +168,9 @@ def _contrast_heads(
         return differences(one, two, value, _HEAD, "timestep", seed, test)
 
     everything = compare("confirm", None, test=False)
-    discover = compare("discover", None, test=False)
+    before = observations.filter((pl.col("split") == "discover") & pl.col("group").is_in([natural, synthetic]))
+    # without both groups on discover nothing can be selected
+    discover = compare("discover", None, test=False) if before["group"].n_unique() == 2 else everything.clear()
     score = (pl.col("value").abs() / pl.col("standard_error")).fill_nan(0.0).fill_null(0.0)
     discover = discover.select(*_HEAD, pl.col("value").alias("discover"), score.alias("discover_score"))
     # with ties, the name decides, so that a repetition selects the same heads

@@ -19,6 +19,7 @@ Rows are polars tables with a column source_id. `by` names the columns that tell
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import polars as pl
@@ -98,6 +99,11 @@ class Estimate:
         )
 
 
+def plain_text(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows with plain strings in place of dictionary-coded ones, which stores of tables prefer."""
+    return rows.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
+
+
 @dataclass(frozen=True)
 class SourceMeans:
     """Means over the items of each source: NaN where a source has no item for a quantity.
@@ -137,7 +143,9 @@ def source_means(
         cells = rows.select(by).unique(maintain_order=True) if by else pl.DataFrame({"": [0]})
     sources = sorted(rows["source_id"].unique().to_list())
     levels = rows[bands].unique().sort().to_list() if bands else [0]
-    means = rows.group_by("source_id", *by, *([bands] if bands else [])).agg(pl.col(name).mean() for name in values)
+    # in the order of the rows, as sums in another order differ in their last bits
+    grouped = rows.group_by("source_id", *by, *([bands] if bands else []), maintain_order=True)
+    means = grouped.agg(pl.col(name).mean() for name in values)
     means = means.with_columns(
         pl.col("source_id").replace_strict(sources, list(range(len(sources))), return_dtype=pl.Int64).alias("_source")
     )
@@ -150,7 +158,7 @@ def source_means(
         means = means.join(cells.select(by).with_row_index("_cell"), on=by, how="inner")
     else:
         means = means.with_columns(pl.lit(0, pl.Int64).alias("_cell"))
-    position = tuple(means[name].to_numpy() for name in ("_source", "_cell", "_band"))
+    position = tuple(means[name].to_numpy().astype(np.int64) for name in ("_source", "_cell", "_band"))
     arrays = []
     for name in values:
         array = np.full((len(sources), len(cells), len(levels)), np.nan)
@@ -264,15 +272,16 @@ def bootstrap(
     groups: Sequence[Sequence[np.ndarray]],
     statistic: Callable[..., np.ndarray],
     seed: int = 0,
-    resamples: int = RESAMPLES,
+    resamples: int | None = None,
     level: float = LEVEL,
 ) -> Bounds:
     """Bootstrap intervals of functions of group means, for a whole family at once.
 
     groups: for each independently drawn group its arrays [sources, cells, bands], which share the group's draws.
     statistic: takes the mean of every array over sources, [draws, cells, bands], groups in order; returns
-    [draws, cells]. A source that lacks a quantity (NaN) is left out of that quantity.
+    [draws, cells]. A source that lacks a quantity (NaN) is left out of that quantity. resamples: None is `RESAMPLES`.
     """
+    resamples = RESAMPLES if resamples is None else resamples
     cells = groups[0][0].shape[1]
     blocks = [
         _bootstrap_block(
@@ -301,14 +310,20 @@ def _bootstrap_block(groups, statistic, seed: int, resamples: int, level: float)
     if min(sizes) < 2:
         undefined = np.full_like(value, np.nan)
         return Bounds(value, undefined, undefined)
-    generator = np.random.default_rng(seed)
-    draws = evaluate([generator.multinomial(size, np.full(size, 1.0 / size), resamples) * 1.0 for size in sizes])
+    draws = evaluate(_draw(seed, tuple(sizes), resamples))
     draws.sort(axis=0)
     outer = np.array([(1 - level) / 2, (1 + level) / 2])[:, None]
     adjusted = _bca_levels(draws, value, _acceleration(evaluate, sizes), outer)
     low, high = _quantile(draws, np.where(np.isfinite(adjusted).all(axis=0), adjusted, outer))
     too_few = counts < 2
     return Bounds(value, np.where(too_few, np.nan, low), np.where(too_few, np.nan, high))
+
+
+@lru_cache(maxsize=8)
+def _draw(seed: int, sizes: tuple[int, ...], resamples: int) -> list[np.ndarray]:
+    """How often every source is drawn, for each group: [draws, sources]."""
+    generator = np.random.default_rng(seed)
+    return [generator.multinomial(size, np.full(size, 1.0 / size), resamples) * 1.0 for size in sizes]
 
 
 def _weighted_mean(weights: np.ndarray, array: np.ndarray) -> np.ndarray:

@@ -1,0 +1,246 @@
+"""The page: self-contained, escaped, parseable, and showing the numbers it was given."""
+
+import base64
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import polars as pl
+import pytest
+
+from headscope.report import GroupInfo, write_report, write_sweep_report
+from headscope.report.images import sheet
+from headscope.report.naming import Names, number, percent, probability, significant
+from headscope.study import analyse, inference, select_heads
+from study import simulated
+
+EVIL = '<img src=x onerror=alert(1)></script><script>alert("&")'
+STEPS = (100, 500)
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements, attributes, text by element, and whether tags are balanced."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.elements, self.text, self.unbalanced = [], [], {}, []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data):
+        if self.open:
+            self.text.setdefault(self.open[-1], []).append(data)
+
+    def figures(self):
+        found = [attrs["data-figure"] for tag, attrs in self.elements if "data-figure" in attrs]
+        sources = [text for text in self.text["script"] if text.startswith('[{"label"')]
+        return {name: json.loads(text) for name, text in zip(found, sources, strict=True)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Fewer draws: what is tested here does not hang on them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "RESAMPLES", 999)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tables():
+    discover = simulated.ablations(timesteps=STEPS, heads=2)
+    chosen = select_heads(discover, 2)
+    confirm = simulated.ablations(split="confirm", fills=("mean", "zero"), chosen=chosen, timesteps=STEPS, heads=2)
+    return simulated.observations(timesteps=STEPS, heads=2), discover, confirm
+
+
+@pytest.fixture(scope="module")
+def result(tables):
+    return analyse(*tables, selected_heads=3, count_per_group=2)
+
+
+def infos(groups):
+    generator = np.random.default_rng(0)
+    return [GroupInfo(name, f"about {name}", generator.integers(0, 256, (7, 8, 8, 3), np.uint8)) for name in groups]
+
+
+@pytest.fixture(scope="module")
+def written(result, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "new" / "report.html"
+    info = {"Model": "tiny", "Versions": {"torch": "2.13.0"}, "Timesteps": STEPS, "Seed": 0}
+    write_report(path, title="A study", run_info=info, groups=infos(["faces", "lfw"]), result=result)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(written):
+    return Page(written)
+
+
+def test_nothing_is_loaded_from_elsewhere(written, page):
+    for tag, attributes in page.elements:
+        for name in ("src", "href", "action", "data", "srcset", "poster"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("#", "data:image/png;base64,")), (tag, target)
+    (policy,) = [a["content"] for t, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "http" not in policy
+    style = "".join(page.text["style"])
+    assert "url(" not in style
+    assert "@import" not in style
+    assert len(written.encode()) < 6e6
+
+
+def test_the_page_is_well_formed(written, page):
+    assert written.lstrip().startswith("<!doctype html>")
+    assert page.open == []
+    assert page.unbalanced == []
+    names = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(names) == len(set(names))
+    targets = [a["href"][1:] for t, a in page.elements if t == "a"]
+    assert set(targets) <= set(names)
+    assert all(attrs.get("alt") for tag, attrs in page.elements if tag == "img")
+    assert all(attrs.get("scope") for tag, attrs in page.elements if tag == "th")
+
+
+def test_the_page_says_demonstration_and_the_numbers(result, written, page):
+    assert "Demonstration" in page.text["span"]
+    difference = result.contrast.difference
+    assert number(difference.value, 4) in written
+    assert f"{number(difference.low, 4)} to {number(difference.high, 4)}" in written
+    top = result.ablation_confirm.filter(fill="mean").sort("value", descending=True).row(0, named=True)
+    assert any(percent(top["value"]) in text for text in page.text["b"])
+    assert f"{percent(top['low'])} to {percent(top['high'])}" in written
+    assert "20 and 20 confirm sources" in written
+    assert "torch 2.13.0" in written
+
+
+def test_definitions_and_caveats_stand_on_the_page(page):
+    text = " ".join(" ".join(parts) for tag, parts in page.text.items() if tag not in ("script", "style"))
+    for phrase in (
+        "ratio of sums, not a mean of ratios",
+        "Normalised entropy H / ln K",
+        "step-down correction",
+        "without identities",
+        "photographs, confirm: 1 source, 4 images",
+        "number of keys K",
+        "divides by the clean loss",
+        "The model is small",
+    ):
+        assert phrase in text, phrase
+
+
+def test_figures_hold_what_the_tables_hold(result, page):
+    figures = page.figures()
+    assert set(figures) == {
+        "entropy_groups",
+        "entropy_maps",
+        "contrast",
+        "contrast_heads",
+        "ranking",
+        "degradation_maps",
+        "confirm",
+    }
+    normalised, nats, deficit = figures["entropy_maps"]
+    assert [view["label"][:4] for view in (normalised, nats, deficit)] == ["Norm", "Nats", "From"]
+    row = result.entropy_heads.filter(group="lfw", site=simulated.SITES[1][0], head=1, timestep=500)
+    panel = normalised["data"][1]
+    assert panel["z"][3][1] == pytest.approx(row.filter(measure="normalised")["value"].item())
+    assert nats["data"][1]["z"][3][1] == pytest.approx(row.filter(measure="nats")["value"].item())
+    overall = figures["contrast"][0]["data"][-1]
+    assert overall["y"][-1] == pytest.approx(result.contrast.difference.value)
+    assert overall["y"][-1] - overall["error_y"]["arrayminus"][-1] == pytest.approx(result.contrast.difference.low)
+
+
+def test_plotly_accepts_the_figures(page):
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    for views in page.figures().values():
+        for view in views:
+            layout = json.loads(json.dumps(view["layout"]))
+            for shape in layout["shapes"]:
+                # the page puts its own colours in place of these names
+                assert shape["line"].pop("color") in ("page", "axis")
+            graph_objects.Figure({"data": view["data"], "layout": layout})
+
+
+def test_names_are_escaped_everywhere(tables, tmp_path):
+    rename = pl.col("group").replace({"lfw": EVIL})
+    observations, discover, confirm = (
+        table.with_columns(rename, pl.col("site").replace({simulated.SITES[0][0]: EVIL})) for table in tables
+    )
+    result = analyse(observations, discover, confirm, natural=EVIL)
+    path = write_report(
+        tmp_path / "r.html", title=EVIL, run_info={EVIL: EVIL}, groups=infos([EVIL]), result=result, caveats=[EVIL]
+    )
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.unbalanced == []
+    assert page.open == []
+    assert not [attrs for _, attrs in page.elements if "onerror" in attrs]
+    assert sum(tag == "script" for tag, _ in page.elements) == len(page.figures()) + 2
+    assert EVIL in page.text["h1"]
+    # Plotly obeys a little markup in labels: none may come from a name
+    assert "<img" not in json.dumps(page.figures())
+
+
+def test_one_group_without_ablations(tables, tmp_path):
+    result = analyse(tables[0].filter(pl.col("group") == "photographs"))
+    path = write_report(tmp_path / "r.html", title="One", run_info={}, groups=[], result=result)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert any("Not compared." in text for text in page.text["p"])
+    assert set(page.figures()) == {"entropy_groups", "entropy_maps"}
+
+
+def test_sweep_report_shows_what_there_is(tables, tmp_path):
+    generations = simulated.generations(simulated.items(("lfw",), sources=5), heads=2)
+    path = write_sweep_report(tmp_path / "s.html", title="A sweep", run_info={"Model": "x"}, generations=generations)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert set(page.figures()) == {"distances"}
+    assert "Sweep" in page.text["span"]
+    path = write_sweep_report(tmp_path / "t.html", title="A sweep", run_info={}, ablations=tables[2])
+    page = Page(path.read_text(encoding="utf-8"))
+    assert set(page.figures()) == {"ranking", "degradation_maps"}
+    assert not any("corrected p" in text for text in page.text["th"])
+
+
+def test_reports_repeat(result, written, tmp_path):
+    info = {"Model": "tiny", "Versions": {"torch": "2.13.0"}, "Timesteps": STEPS, "Seed": 0}
+    path = write_report(
+        tmp_path / "r.html", title="A study", run_info=info, groups=infos(["faces", "lfw"]), result=result
+    )
+    assert path.read_text(encoding="utf-8") == written
+
+
+def test_sheet_is_a_png_of_every_image():
+    images = np.zeros((12, 5, 4, 3), np.uint8)
+    uri, width, height = sheet(images)
+    assert (width, height) == (10 * 6 - 2, 2 * 7 - 2)
+    assert base64.b64decode(uri.partition(",")[2]).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="images"):
+        sheet(images.astype(np.float32))
+
+
+def test_numbers_are_written_for_people():
+    assert number(-0.01234, 3) == "−0.012"
+    assert number(-0.00001, 3) == "0.000"
+    assert number(None) == number(float("nan")) == "–"
+    assert percent(0.4567) == "45.7 %"
+    assert percent(1.283) == "128 %"
+    assert significant(0.05) == "0.0500"
+    assert probability(0.0002) == "0.0002"
+    assert probability(0.0321) == "0.032"
+    assert probability(1.0) == "1"
+
+
+def test_short_site_names_stay_distinct():
+    assert Names(["down_blocks.1.attentions.0"], []).head("down_blocks.1.attentions.0", 3) == "down 1.0 h3"
+    clash = Names(["mid_block.attentions.0", "mid 0"], [])
+    assert clash.head("mid_block.attentions.0", 1) == "mid_block.attentions.0 h1"

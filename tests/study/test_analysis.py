@@ -1,0 +1,204 @@
+"""From tables to numbers: selection, contrast, ranking, and tables that lack something."""
+
+import numpy as np
+import polars as pl
+import pytest
+
+from headscope.study import analyse, analyse_sweep, inference, select_heads
+from headscope.study.entropy import entropy_by_head, pooled_items
+from study import simulated
+
+SITES = simulated.SITES[:2]
+STEPS = (100, 500)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Fewer draws: what is tested here does not hang on them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "RESAMPLES", 999)
+        yield
+
+
+@pytest.fixture(scope="module")
+def observations():
+    return simulated.observations(timesteps=STEPS, sites=SITES, heads=4)
+
+
+@pytest.fixture(scope="module")
+def discover():
+    return simulated.ablations(timesteps=STEPS, heads=2)
+
+
+@pytest.fixture(scope="module")
+def study(observations, discover):
+    confirm = simulated.ablations(
+        split="confirm", fills=("mean", "zero"), chosen=select_heads(discover, 2), timesteps=STEPS, heads=2
+    )
+    return analyse(observations, discover, confirm, selected_heads=3, count_per_group=2)
+
+
+def contrast_of(result):
+    assert result.contrast is not None
+    return result.contrast
+
+
+def ranking_of(result):
+    assert result.ablation_ranking is not None
+    return result.ablation_ranking
+
+
+def losses(effects, split="discover", group="g", fill="mean", sources=4):
+    """Rows of paired losses whose overall degradation is `effects[site, head]`."""
+    return pl.DataFrame(
+        [
+            {"item": item, "group": group, "source_id": f"{split}{item}", "split": split, "timestep": 1, "replicate": 0}
+            | {"site": site, "head": head, "fill": fill, "clean": 1.0, "edited": 1.0 + effect}
+            for item in range(sources)
+            for (site, head), effect in effects.items()
+        ]
+    )
+
+
+def test_select_heads_takes_the_union_of_the_largest_and_breaks_ties_by_name():
+    first = losses({("b", 1): 0.5, ("b", 0): 0.5, ("a", 3): 0.5, ("a", 0): 0.1}, group="g")
+    second = losses({("b", 1): 0.1, ("b", 0): 0.2, ("a", 3): -0.9, ("a", 0): 0.8}, group="h")
+    table = pl.concat([first, second])
+    expected = [("a", 3), ("b", 0), ("a", 0)]
+    assert select_heads(table, 2) == expected
+    assert select_heads(table.reverse(), 2) == expected
+    coded = table.with_columns(pl.col("group", "site", "fill", "split", "source_id").cast(pl.Categorical))
+    assert select_heads(coded, 2) == expected
+
+
+def test_select_heads_looks_at_the_discover_split_and_the_headline_fill_only():
+    discover = losses({("a", 0): 0.5, ("a", 1): 0.1})
+    confirm = losses({("a", 0): 0.0, ("a", 1): 99.0}, split="confirm")
+    zero = losses({("a", 0): 0.0, ("a", 1): 99.0}, fill="zero")
+    assert select_heads(pl.concat([confirm, zero, discover]), 1) == [("a", 0)]
+    with pytest.raises(ValueError, match="discover"):
+        select_heads(confirm)
+
+
+def test_entropy_is_given_in_three_measures(observations, study):
+    table = study.entropy_heads.filter(pl.col("group") == "lfw", pl.col("timestep") == 500, pl.col("head") == 2)
+    row = dict(table.filter(pl.col("keys") == 64).select("measure", "value").rows())
+    assert row["nats"] + row["deficit"] == pytest.approx(np.log(64))
+    assert row["normalised"] == pytest.approx(row["nats"] / np.log(64))
+    rows = observations.filter(group="lfw", timestep=500, head=2, keys=64)
+    assert row["normalised"] == pytest.approx(rows["entropy_normalised_mean"].mean())
+
+
+def test_overall_entropy_weighs_timesteps_alike(study):
+    table = study.entropy_groups.filter(group="faces")
+    overall = table.filter(pl.col("timestep").is_null())["value"].item()
+    assert overall == pytest.approx(table.drop_nulls("timestep")["value"].mean())
+    assert study.entropy_groups.filter(group="photographs")["exploratory"].all()
+
+
+def test_contrast_is_that_of_the_confirm_split(observations, study):
+    pooled = observations.filter(split="confirm").group_by("group").agg(pl.col("entropy_normalised_mean").mean())
+    mean = dict(pooled.rows())
+    contrast = study.contrast
+    assert contrast.difference.value == pytest.approx(mean["lfw"] - mean["faces_grey"])
+    assert contrast.ratio.value == pytest.approx(mean["lfw"] / mean["faces_grey"])
+    assert contrast.difference.low < contrast.difference.value < contrast.difference.high
+    assert contrast.difference.sources == (20, 20)
+    assert contrast.difference.p_value is not None
+    assert contrast.timesteps["timestep"].to_list() == list(STEPS)
+
+
+def test_contrast_selects_on_discover_and_tests_the_selected_only(observations, study):
+    heads = study.contrast.heads
+    top = heads.sort("discover_score", descending=True).head(3)
+    assert top["selected"].all()
+    assert heads["selected"].sum() == 3
+    assert heads.filter(~pl.col("selected"))["p_value"].is_null().all()
+    assert heads.filter("selected")["p_holm"].is_not_null().all()
+    # whatever happens on confirm changes the test, not the selection
+    shift = pl.when(pl.col("split") == "confirm", pl.col("head") == 0).then(0.3).otherwise(0.0)
+    shifted = observations.with_columns(pl.col("entropy_normalised_mean") * (1 - shift))
+    other = contrast_of(analyse(shifted, selected_heads=3)).heads
+    assert other["selected"].equals(heads["selected"])
+    assert other["discover"].equals(heads["discover"])
+    assert not other["value"].equals(heads["value"])
+
+
+def test_ablation_is_ranked_on_discover_and_tested_on_confirm(discover, study):
+    ranking = study.ablation_ranking
+    assert ranking["exploratory"].all()
+    assert "p_value" not in ranking.columns
+    first = ranking.filter(group="lfw", rank=1).row(0, named=True)
+    rows = discover.filter(group="lfw", site=first["site"], head=first["head"])
+    ratio = rows.group_by("timestep").agg((pl.col("edited") - pl.col("clean")).sum() / pl.col("clean").sum())
+    assert first["value"] == pytest.approx(ratio["edited"].mean())
+    confirmed = study.ablation_confirm
+    assert set(confirmed.select("site", "head").rows()) == set(select_heads(discover, 2))
+    assert (confirmed["p_holm"] >= confirmed["p_value"]).all()
+    # one family per fill: as many tests as groups times heads
+    family = confirmed.filter(fill="mean")
+    assert family["p_holm"].min() == pytest.approx(family["p_value"].min() * len(family))
+    beside = confirmed.filter(fill="mean", group="lfw", site=first["site"], head=first["head"])
+    assert beside["discover"].item() == first["value"]
+
+
+def test_analysis_repeats(observations, discover, study):
+    again = analyse(observations, discover, None, selected_heads=3, count_per_group=2)
+    for name, table in again.tables().items():
+        assert table.equals(study.tables()[name]), name
+
+
+def test_missing_groups_and_splits_are_said(observations):
+    alone = analyse(observations.filter(pl.col("group") == "lfw"))
+    assert alone.contrast is None
+    assert "faces_grey" in alone.omitted["contrast"]
+    assert set(alone.omitted) == {"contrast", "ablation", "confirm"}
+    no_confirm = analyse(observations.filter(pl.col("split") == "discover"))
+    assert "confirm split" in no_confirm.omitted["contrast"]
+    no_discover = analyse(observations.filter(pl.col("split") == "confirm"))
+    assert no_discover.contrast is not None
+    assert not no_discover.contrast.heads["selected"].any()
+    with pytest.raises(ValueError, match="no rows"):
+        analyse(None)
+
+
+def test_few_sources_make_the_contrast_exploratory(observations):
+    contrast = contrast_of(analyse(observations.filter(pl.col("item") % 1000 < 8)))
+    assert contrast.difference.exploratory
+    assert contrast.difference.p_value is None
+    assert contrast.heads["p_value"].is_null().all()
+
+
+def test_dictionary_columns_and_ragged_tables_work(observations, discover):
+    names = ["group", "source_id", "split", "site", "query_group"]
+    coded = observations.with_columns(pl.col(names).cast(pl.Categorical))
+    assert analyse(coded).tables()["entropy_heads"].equals(analyse(observations).tables()["entropy_heads"])
+    ragged = discover.filter(~((pl.col("timestep") == 500) & (pl.col("head") == 1) & (pl.col("group") == "lfw")))
+    ranking = ranking_of(analyse(None, ragged))
+    # an overall value needs every timestep
+    assert ranking.filter(group="lfw", head=1)["value"].is_null().all()
+    assert ranking.filter(group="lfw", head=0)["value"].is_not_null().all()
+
+
+def test_pooling_stays_within_one_query_group(observations):
+    text = observations.with_columns(pl.lit("text").alias("query_group"), pl.lit(0.0).alias("entropy_normalised_mean"))
+    both = pl.concat([text, observations])
+    assert pooled_items(both).equals(pooled_items(observations))
+    assert set(entropy_by_head(both)["query_group"]) == {"image", "text"}
+
+
+def test_a_plain_sweep_has_no_tests(observations, discover):
+    generations = simulated.generations(simulated.items(("lfw",), sources=5), heads=2).drop("split")
+    result = analyse_sweep(observations, discover, generations)
+    assert result.contrast is None
+    assert result.ablation_confirm is None
+    assert result.generation_ranking is not None
+    assert result.generation_ranking["exploratory"].all()
+    assert result.generation_ranking["value"].is_sorted(descending=True)
+    assert result.groups == ["faces", "faces_grey", "lfw", "photographs"]
+    assert not analyse_sweep(None, None, generations).timesteps
+
+
+def test_tables_can_be_written_as_csv(study):
+    for name, table in study.tables().items():
+        assert len(pl.read_csv(table.write_csv().encode(), infer_schema_length=None)) == len(table), name
