@@ -29,6 +29,7 @@ void for_each_fill(const headscope_attention& call, int64_t sample, int64_t head
 // in what isn't selected stays out; sums aren't read at gate 0, nor at a normaliser of 0 (a row without a valid key).
 inline void write_output(const headscope_attention& call, int64_t sample, int64_t head, int64_t row, const float* sums,
                          float normaliser, float gate) {
+    if (call.dim_v == 0) return;
     with_element(call.output.dtype, [&](auto element) {
         using Element = decltype(element);
         Element* output = at<Element>(call.output, sample, head, row);

@@ -42,6 +42,8 @@ void pack_panel(const Element* source, int64_t row_stride, int64_t dim_stride, i
 // Rows first..first + count - 1 of a head's queries -> [tiles][dim][TILE_ROWS], scaled.
 inline void pack_queries(const headscope_attention& call, int64_t sample, int64_t head, int64_t first, int64_t count,
                          float* packed) {
+    // an empty tensor has no address to count from
+    if (call.dim == 0) return;
     with_element(call.query.dtype, [&](auto element) {
         using Element = decltype(element);
         const int64_t* strides = call.query.strides;
@@ -57,6 +59,7 @@ inline void pack_queries(const headscope_attention& call, int64_t sample, int64_
 // Keys first..first + count - 1 of a key head -> [panels][dim][panel_keys].
 inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
                       float* packed) {
+    if (call.dim == 0 || count <= 0) return;
     with_element(call.key.dtype, [&](auto element) {
         using Element = decltype(element);
         const int64_t* strides = call.key.strides;
@@ -73,6 +76,7 @@ inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t k
 // Returns whether all of them are finite.
 inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
                         float* packed) {
+    if (call.dim_v == 0 || count <= 0) return true;
     constexpr uint32_t EXPONENT = 0x7f800000u;
     uint32_t not_finite = 0;
     with_element(call.value.dtype, [&](auto element) {
