@@ -49,13 +49,13 @@ def _run(*command: str | Path, cwd: Path | None = None, **environment: str) -> s
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
+@pytest.fixture
+def tree(tmp_path) -> Path:
     """A copy of the project without build outputs, so that no test finds another one's."""
     if not shutil.which("git") or not (ROOT / ".git").exists():
         pytest.skip("needs a git checkout, to know which files belong to the project")
     listed = _run("git", "ls-files", "-co", "--exclude-standard", "-z", cwd=ROOT).split("\0")
-    copy = tmp_path_factory.mktemp("tree") / "headscope"
+    copy = tmp_path / "headscope"
     for name in filter(None, listed):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
