@@ -4,7 +4,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from headscope.sweep.store import MANIFEST, Run, RunStore, write_atomic
+from headscope._files import write_atomic
+from headscope.sweep.store import MANIFEST, Run, RunStore
 
 IDENTITY = {"seed": 0, "timesteps": [1, 2]}
 
@@ -53,7 +54,7 @@ def test_torn_and_foreign_tensors_count_as_absent(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "file"
-    write_atomic(path, lambda file: file.write(b"old"))
+    write_atomic(path, b"old")
 
     def fail(file):
         file.write(b"new")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope.models.scope import find_denoiser
-from headscope.zoo.counter import counter_normal
+from headscope.counter import counter_normal
 
 
 @runtime_checkable

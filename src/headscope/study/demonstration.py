@@ -15,11 +15,11 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
+from headscope._files import write_atomic
 from headscope.report.page import GroupInfo, write_report, write_sweep_report
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.store import write_atomic
 from headscope.zoo import GROUPS, open_group
 
 REPORT = "report.html"

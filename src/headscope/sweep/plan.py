@@ -12,6 +12,8 @@ from headscope.sweep.items import GroupItems, choose_timesteps, model_fingerprin
 
 # items of a unit: some seconds of work on a laptop, so that little is lost when a run is killed
 ITEMS_PER_UNIT = 4
+# observing takes one forward an item and timestep, not one a head
+ITEMS_PER_OBSERVATION = 20
 
 # kinds of unit, in the order they run: what a later kind needs, an earlier one has written
 IMAGES, REFERENCE, OBSERVE, ABLATE, GENERATE = "images", "reference", "observations", "ablations", "generations"
@@ -78,7 +80,6 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
         )
 
     for group in groups:
-        chunks = [range(start, min(start + ITEMS_PER_UNIT, len(group.swept))) for start in _starts(len(group.swept))]
         reference = range(len(group.reference))
         sampling = 2 * config.generate_steps
         if _needs_images(group):
@@ -89,9 +90,10 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
                 add(REFERENCE, group, reference, len(reference) * len(timesteps), score="loss")
             if "generate" in config.scores:
                 add(REFERENCE, group, reference, len(reference) * sampling, score="generate")
-        for chunk in chunks:
-            if config.observe:
+        if config.observe:
+            for chunk in _chunks(len(group.swept), ITEMS_PER_OBSERVATION):
                 add(OBSERVE, group, chunk, len(chunk) * len(timesteps))
+        for chunk in _chunks(len(group.swept), ITEMS_PER_UNIT):
             edits = len(chunk) * len(heads) * len(config.fills)
             if edits and "loss" in config.scores:
                 for timestep in timesteps:
@@ -103,8 +105,8 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
     return Plan(identity, timesteps, heads, tuple(units))
 
 
-def _starts(count: int) -> range:
-    return range(0, count, ITEMS_PER_UNIT)
+def _chunks(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _needs_images(group: GroupItems) -> bool:

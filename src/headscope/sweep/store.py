@@ -11,9 +11,6 @@ A file is written under a temporary name, flushed to disk and renamed. A unit is
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,8 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+
+from headscope._files import write_atomic
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -49,7 +48,7 @@ class RunStore:
             )
         path.mkdir(parents=True, exist_ok=True)
         content = {"format": FORMAT, "identity": identity, **description}
-        write_atomic(manifest, lambda file: file.write(json.dumps(content, indent=2).encode()))
+        write_atomic(manifest, json.dumps(content, indent=2).encode())
 
     def table_path(self, kind: str, unit: str) -> Path:
         return self.path / kind / f"{unit}.parquet"
@@ -94,7 +93,7 @@ class RunStore:
 
     def write_tensors(self, kind: str, unit: str, tensors: dict[str, torch.Tensor]) -> None:
         content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"unit": unit})
-        write_atomic(self.tensor_path(kind, unit), lambda file: file.write(content))
+        write_atomic(self.tensor_path(kind, unit), content)
 
     def read_tensors(self, kind: str, unit: str) -> dict[str, torch.Tensor]:
         with safe_open(self.tensor_path(kind, unit), "pt") as file:
@@ -154,33 +153,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise ValueError(f"run: {str(path)!r} has format {manifest.get('format')!r}, expected {FORMAT}")
     return manifest
-
-
-def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file whole or not at all: temporary name, flush to disk, rename, flush the directory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _same_identity(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ Training and exporting live in `headscope.zoo.train` and `headscope.zoo.card`, w
 imported here.
 """
 
-from headscope.zoo.counter import counter_normal, counter_uniform
+from headscope.counter import counter_normal, counter_uniform
 from headscope.zoo.faces import face_attributes, render_face
 from headscope.zoo.groups import GROUPS, SPLITS, FolderGroup, ImageGroup, Item, open_group
 from headscope.zoo.model import load_pipeline

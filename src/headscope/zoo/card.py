@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialise
 
+from headscope._files import write_atomic
 from headscope.zoo.charts import PALETTE, Series, image_sheet, line_charts
 from headscope.zoo.groups import open_group
 from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, load_pipeline
-from headscope.zoo.train import TrainConfig, evaluate, replace_atomically
+from headscope.zoo.train import TrainConfig, evaluate
 
 __all__ = ["export"]
 
@@ -79,8 +80,8 @@ def export(
         "losses": losses,
         "nearest_training_image": {"samples": _median(distances), "held_out_items": _median(reference)},
     }
-    replace_atomically(folder / "evaluation.json", json.dumps(summary, indent=1).encode())
-    replace_atomically(folder / "MODEL_CARD.md", _card(recipe, log, summary, folder).encode())
+    write_atomic(folder / "evaluation.json", json.dumps(summary, indent=1).encode())
+    write_atomic(folder / "MODEL_CARD.md", _card(recipe, log, summary, folder).encode())
     return folder
 
 
@@ -94,13 +95,13 @@ def _write_weights(checkpoint: Path, folder: Path) -> int:
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"run_dir: the weight {name} is not finite in half precision")
     content = serialise(weights, metadata={"format": "pt", "step": str(step)})
-    replace_atomically(folder / "model.safetensors", content)
+    write_atomic(folder / "model.safetensors", content)
     for part, config in (
         ("unet", {"_class_name": "UNet2DModel", **UNET_CONFIG}),
         ("scheduler", {"_class_name": "DDPMScheduler", **SCHEDULER_CONFIG}),
     ):
         (folder / part).mkdir(exist_ok=True)
-        replace_atomically(folder / part / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_atomic(folder / part / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     return step
 
 
@@ -147,7 +148,7 @@ def _median(values: np.ndarray) -> float:
 def _save_png(picture: Any, file: Path) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
-    replace_atomically(file, buffer.getvalue())
+    write_atomic(file, buffer.getvalue())
 
 
 def _sample_sheet(images: np.ndarray, nearest: np.ndarray, columns: int = 10) -> Any:

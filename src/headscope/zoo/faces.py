@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from headscope.zoo.counter import counter_uniform
+from headscope.counter import counter_uniform
 
 __all__ = ["HAIR_STYLES", "PART_NAMES", "face_attributes", "render_face"]
 

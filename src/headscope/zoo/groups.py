@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from headscope._extras import require
-from headscope.zoo.counter import counter_permutation, counter_uniform
+from headscope.counter import counter_permutation, counter_uniform
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
 
 __all__ = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -25,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save as serialise
 
 from headscope._extras import require
-from headscope.zoo.counter import counter_integers, counter_normal, counter_permutation, counter_uniform
+from headscope._files import write_atomic
+from headscope.counter import counter_integers, counter_normal, counter_permutation, counter_uniform
 from headscope.zoo.groups import GROUPS, ImageGroup, open_group
 from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, build_model, build_scheduler
 
@@ -130,7 +130,7 @@ def _check_recipe(out: Path, recipe: dict[str, Any]) -> None:
     """Record the recipe of a new run; refuse to continue a run of another."""
     file = out / "recipe.json"
     if not file.exists():
-        replace_atomically(file, json.dumps(recipe, indent=2).encode())
+        write_atomic(file, json.dumps(recipe, indent=2).encode())
         return
     recorded = json.loads(file.read_text())
     differing = sorted(name for name in recipe.keys() | recorded.keys() if recipe.get(name) != recorded.get(name))
@@ -139,16 +139,6 @@ def _check_recipe(out: Path, recipe: dict[str, Any]) -> None:
         raise ValueError(
             f"out: {str(out)!r} holds a run of another configuration ({listed}), expected the same or none"
         )
-
-
-def replace_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part: temporary name, fsync, rename."""
-    temporary = file.with_name(file.name + ".part")
-    with temporary.open("wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
 
 
 def _circumstances(config: TrainConfig) -> dict[str, Any]:
@@ -192,7 +182,7 @@ def _truncate_log(file: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             break  # the line that was being written when the run was killed
-    replace_atomically(file, "".join(kept).encode())
+    write_atomic(file, "".join(kept).encode())
 
 
 @contextmanager
@@ -330,7 +320,7 @@ class _State:
             for moment in ("exp_avg", "exp_avg_sq", "step"):
                 tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
-        replace_atomically(file, serialise(tensors, metadata={"step": str(step)}))
+        write_atomic(file, serialise(tensors, metadata={"step": str(step)}))
 
     def load(self, file: Path) -> int:
         """Read what `save` wrote; returns the number of steps done."""

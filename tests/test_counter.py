@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from headscope.zoo.counter import (
+from headscope.counter import (
     _cos_turns,
     _log,
     counter_integers,
