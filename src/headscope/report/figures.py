@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import polars as pl
 
 from headscope.report.charts import Dots, Figure, View, dot_panels, heat_maps, over_timesteps
-from headscope.report.naming import Names, interval, number, percent, plot_text, probability, significant
+from headscope.report.naming import Names, fitted, interval, number, percent, plot_text, probability, significant
 from headscope.study.entropy import Contrast
 
 # ordered by lightness, for colour-blind readers
@@ -14,23 +14,21 @@ _SEQUENTIAL = "Viridis"
 # none of them the colour of one of the first four groups
 _DISCOVER, _FIRST, _SECOND = "#8A8F98", "#1F8FA6", "#B8860B"
 _SIGNIFICANT = 0.05
-# degradation is coloured on a logarithmic scale from here up
-_FLOOR = 1e-3
 
 
 def entropy_maps(entropy: pl.DataFrame, names: Names, groups: Sequence[str], timesteps: Sequence[int]) -> list[View]:
     """Head x timestep, a panel per group; a view per measure."""
     rows = _heads(entropy, names)
     views = []
-    ceiling = math.log(entropy["keys"].max())
-    for measure, label, title, top in (
-        ("normalised", "Normalised, H / ln K", "H / ln K", 1.0),
-        ("nats", "Nats, H", "H, nats", ceiling),
-        ("deficit", "From uniform, ln K − H", "ln K − H,<br>nats", None),
+    for measure, label, title in (
+        ("normalised", "Normalised, H / ln K", "H / ln K"),
+        ("nats", "Nats, H", "H, nats"),
+        ("deficit", "From uniform, ln K − H", "ln K − H,<br>nats"),
     ):
-        table = entropy.filter(pl.col("measure") == measure).with_columns(note=_notes(names, "timestep", number))
-        axis = {"colorscale": _SEQUENTIAL, "cmin": 0.0, "colorbar": _colour_bar(title)}
-        axis["cmax"] = top or max(0.1, table["value"].max() or 0.1)
+        table = entropy.filter((pl.col("measure") == measure) & pl.col("timestep").is_not_null())
+        table = table.with_columns(note=_notes(names, "timestep", None))
+        axis = {"colorscale": _SEQUENTIAL, "cmin": table["value"].min(), "cmax": table["value"].max()}
+        axis["colorbar"] = _colour_bar(title)
         panels = [(group, table.filter(pl.col("group") == group)) for group in groups]
         panels = [(group, panel) for group, panel in panels if len(panel)]
         views.append(View(label, heat_maps(panels, names, rows, timesteps, axis, "value", "note")))
@@ -99,7 +97,7 @@ def contrast_by_head(contrast: Contrast, names: Names) -> list[View]:
         confirm = _dots("confirm split", members, notes, _FIRST)
         confirm = Dots(**{**vars(confirm), "filled": found})
         before = [row["discover"] for row in members]
-        text = [f"{plot_text(t)}, discover: {number(value, 4)}" for t, value in zip(titles, before, strict=True)]
+        text = [f"{plot_text(t)}, discover: {number(value, 6)}" for t, value in zip(titles, before, strict=True)]
         empty = [None] * len(members)
         solid = [True] * len(members)
         discover = Dots("discover split", before, empty, empty, solid, text, _DISCOVER, "line-ns", size=8)
@@ -112,15 +110,16 @@ def degradation_maps(
     by_timestep: pl.DataFrame, names: Names, groups: Sequence[str], timesteps: Sequence[int], fill: str
 ) -> Figure:
     """Relative degradation, head x timestep, a panel per group; logarithmic colours."""
-    table = by_timestep.filter(pl.col("fill") == fill).with_columns(
-        note=_notes(names, "timestep", percent),
-        shade=pl.max_horizontal(pl.col("value"), pl.lit(_FLOOR)).log10(),
-    )
-    top = max(-1.0, table["shade"].max() or -1.0)
-    ticks = [-3, -2.5229, -2, -1.5229, -1, -0.5229, 0, 0.4771, 1, 1.4771, 2]
-    labels = ["≤ 0.1 %", "0.3 %", "1 %", "3 %", "10 %", "30 %", "100 %", "300 %", "1,000 %", "3,000 %", "10,000 %"]
-    bar = _colour_bar("degradation") | {"tickvals": ticks, "ticktext": labels}
-    axis = {"colorscale": _SEQUENTIAL, "cmin": -3.0, "cmax": top, "colorbar": bar}
+    table = by_timestep.filter(pl.col("fill") == fill).with_columns(note=_notes(names, "timestep", percent))
+    top = math.log10(max(1e-6, table["value"].max() or 0.0))
+    # three decades, more where the largest value leaves less than two of them above 0.1 %
+    floor = min(-3, math.floor(top) - 2)
+    table = table.with_columns(shade=pl.max_horizontal("value", pl.lit(10.0**floor)).log10())
+    marks = [factor * 10.0**exponent for exponent in range(floor, math.ceil(top) + 1) for factor in (1, 3)]
+    labels = [f"{100 * mark:,.6g} %" for mark in marks]
+    bar = _colour_bar("degradation") | {"tickvals": [math.log10(mark) for mark in marks]}
+    bar["ticktext"] = [f"≤ {labels[0]}", *labels[1:]]
+    axis = {"colorscale": _SEQUENTIAL, "cmin": floor, "cmax": top, "colorbar": bar}
     panels = [(group, table.filter(pl.col("group") == group)) for group in groups]
     panels = [(group, panel) for group, panel in panels if len(panel)]
     return heat_maps(panels, names, _heads(table, names), timesteps, axis, "shade", "note")
@@ -198,7 +197,7 @@ def distance_ranking(
 
 # label, value, low, high, axis title, how a value is written, tick format
 _MEASURES: tuple[tuple[str, str, str, str, str, Callable[..., str], str | None], ...] = (
-    ("Relative", "value", "low", "high", "degradation of the loss", percent, ".0%"),
+    ("Relative", "value", "low", "high", "degradation of the loss", percent, ".3~p"),
     ("Absolute", "absolute", "absolute_low", "absolute_high", "edited − clean loss", significant, None),
 )
 
@@ -210,7 +209,7 @@ def _heads(table: pl.DataFrame, names: Names) -> list[tuple[str, int]]:
     return sorted(heads, key=lambda row: (order.get(row[0], len(order)), row[1]))
 
 
-def _notes(names: Names, when: str, write: Callable[..., str]) -> pl.Expr:
+def _notes(names: Names, when: str, write: Callable[..., str] | None) -> pl.Expr:
     """What hovering over a cell says."""
     return pl.struct("site", "head", when, "value", "low", "high", "sources").map_elements(
         lambda row: (
@@ -231,9 +230,10 @@ def _when(timestep: int | None) -> str:
     return "mean over timesteps" if timestep is None else f"timestep {timestep}"
 
 
-def _estimate(row: dict, write: Callable[..., str] = number) -> str:
+def _estimate(row: dict, write: Callable[..., str] | None = None) -> str:
     sources = row["sources"]
     counted = " and ".join(map(str, sources)) if isinstance(sources, list) else str(sources)
+    write = write or fitted((row["low"], row["high"]))
     text = f"{write(row['value'])} ({interval(row['low'], row['high'], write)}), sources: {counted}"
     if row.get("p_holm") is not None:
         text += f"<br>p = {probability(row['p_value'])}, corrected {probability(row['p_holm'])}"

@@ -1,13 +1,15 @@
 """What the report says in words: every sentence is computed from the numbers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import polars as pl
 
-from headscope.report.naming import Names, interval, number, percent, probability
+from headscope.report.naming import Names, fitted, interval, percent, probability
 from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult
 from headscope.study.entropy import Contrast
+from headscope.study.inference import Estimate
 
 _SIGNIFICANT = 0.05
 
@@ -44,7 +46,7 @@ def tiles(result: StudyResult, names: Names) -> list[Tile]:
     if not found and result.entropy_groups is not None:
         for row in result.entropy_groups.filter(pl.col("timestep").is_null()).head(3).iter_rows(named=True):
             detail = f"{_interval(row)}; {_sources(row['sources'])}"
-            found.append(Tile(number(row["value"]), f"normalised entropy on {row['group']}", detail))
+            found.append(Tile(_value(row), f"normalised entropy on {row['group']}", detail))
     return found
 
 
@@ -67,8 +69,9 @@ def findings(result: StudyResult, names: Names) -> list[str]:
 def _contrast_tile(contrast: Contrast) -> Tile:
     one, two = contrast.ratio, contrast.difference
     tested = "exploratory" if two.p_value is None else f"p = {probability(two.p_value)}"
+    write = fitted((one.low, one.high))
     return Tile(
-        f"× {number(one.value)}",
+        f"× {write(one.value)}",
         f"attention entropy on {contrast.natural} over {contrast.synthetic}",
         f"{_interval(one)}; {tested}; {_pair(one.sources)} confirm sources",
     )
@@ -76,14 +79,15 @@ def _contrast_tile(contrast: Contrast) -> Tile:
 
 def _contrast_sentence(contrast: Contrast) -> str:
     difference, ratio = contrast.difference, contrast.ratio
+    write = fitted((difference.low, difference.high))
     means = (
-        f"mean normalised entropy {number(contrast.natural_mean.value)} on {contrast.natural} (natural) and"
-        f" {number(contrast.synthetic_mean.value)} on {contrast.synthetic} (synthetic)"
+        f"mean normalised entropy {write(contrast.natural_mean.value)} on {contrast.natural} (natural) and"
+        f" {write(contrast.synthetic_mean.value)} on {contrast.synthetic} (synthetic)"
     )
     numbers = (
-        f"difference {number(difference.value, 4)} ({_interval(difference, 4)}"
+        f"difference {write(difference.value)} ({_interval(difference)}"
         + (f", p = {probability(difference.p_value)}" if difference.p_value is not None else "")
-        + f"), ratio {number(ratio.value)} ({_interval(ratio)}), {_pair(difference.sources)} confirm sources"
+        + f"), ratio {_value(ratio)} ({_interval(ratio)}), {_pair(difference.sources)} confirm sources"
     )
     if difference.exploratory:
         lead = "Too few sources to test whether attention is spread out differently on natural and synthetic images"
@@ -110,7 +114,7 @@ def _contrast_head_sentence(contrast: Contrast, names: Names) -> list[str]:
     if len(kept):
         row = kept.sort(pl.col("value").abs(), descending=True).row(0, named=True)
         sentence += (
-            f"; the largest of them is {names.head(row['site'], row['head'])}, {number(row['value'])}"
+            f"; the largest of them is {names.head(row['site'], row['head'])}, {_value(row)}"
             f" ({_interval(row)}, corrected p = {probability(row['p_holm'])})"
         )
     return [f"{sentence}."]
@@ -127,8 +131,8 @@ def _spread_sentence(result: StudyResult, names: Names) -> list[str]:
     first, last = rows.row(0, named=True), rows.row(-1, named=True)
     return [
         f"Across the {len(rows)} heads, on {last['group']} and averaged over timesteps, normalised entropy runs from"
-        f" {number(first['value'])} at {names.head(first['site'], first['head'])} ({_interval(first)}) to"
-        f" {number(last['value'])} at {names.head(last['site'], last['head'])} ({_interval(last)});"
+        f" {_value(first)} at {names.head(first['site'], first['head'])} ({_interval(first)}) to"
+        f" {_value(last)} at {names.head(last['site'], last['head'])} ({_interval(last)});"
         f" {_sources(last['sources'])}; the extremes of many, so exploratory."
     ]
 
@@ -178,7 +182,7 @@ def _distance_sentences(ranking: pl.DataFrame, names: Names) -> list[str]:
         row = rows.row(0, named=True)
         sentences.append(
             f"On {group}, the drawn image moves most without {names.head(row['site'], row['head'])}: mean squared pixel"
-            f" difference {number(row['value'], 4)} ({_interval(row, 4)}; exploratory, {_sources(row['sources'])})."
+            f" difference {_value(row)} ({_interval(row)}; exploratory, {_sources(row['sources'])})."
         )
     return sentences
 
@@ -195,11 +199,17 @@ def _largest(result: StudyResult) -> dict | None:
     return rows.sort("value", descending=True).row(0, named=True) if len(rows) else None
 
 
-def _interval(found, digits: int = 3, write=None) -> str:
-    low, high = (found["low"], found["high"]) if isinstance(found, dict) else (found.low, found.high)
-    if low is None:
-        return "no interval"
-    return f"95 % interval {interval(low, high, write or (lambda value: number(value, digits)))}"
+def _bounds(found: dict | Estimate) -> tuple[float | None, float | None]:
+    return (found["low"], found["high"]) if isinstance(found, dict) else (found.low, found.high)
+
+
+def _value(found: dict | Estimate) -> str:
+    return fitted(_bounds(found))(found["value"] if isinstance(found, dict) else found.value)
+
+
+def _interval(found: dict | Estimate, write: Callable[..., str] | None = None) -> str:
+    low, high = _bounds(found)
+    return "no interval" if low is None else f"95 % interval {interval(low, high, write or fitted((low, high)))}"
 
 
 def _pair(sources: tuple[int, ...]) -> str:

@@ -1,7 +1,7 @@
 """How heads, sites and numbers are written on the page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -60,6 +60,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def fitted(*intervals: tuple[float | None, float | None], least: int = 3) -> Callable[[float | None], str]:
+    """How to write numbers so that the narrowest of some intervals shows two digits of its half-width."""
+    widths = [high - low for low, high in intervals if low is not None and high is not None and high > low]
+    digits = max(least, math.ceil(-math.log10(min(widths) / 2)) + 1) if widths else least
+    return lambda value: number(value, min(digits, 9))
+
+
 def significant(value: float | None) -> str:
     """A number to three significant digits."""
     if value is None or math.isnan(value):
@@ -71,7 +78,11 @@ def percent(value: float | None) -> str:
     """A fraction as a percentage, with as many decimals as its size deserves."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{number(100 * value, 0 if abs(value) >= 1 else 1)} %"
+    size = abs(100 * value)
+    if size == 0:
+        return "0 %"
+    digits = 0 if size >= 100 else 1 if size >= 1 else 1 - math.floor(math.log10(size))
+    return f"{number(100 * value, min(digits, 9))} %"
 
 
 def probability(value: float | None) -> str:

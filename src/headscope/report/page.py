@@ -199,7 +199,7 @@ def _example(result: StudyResult, names: Names) -> tuple[str, int, str] | None:
 
 def _group_card(info: GroupInfo, result: StudyResult) -> dict[str, Any]:
     counts = result.sources.filter(pl.col("group") == info.name)
-    sources = info.sources or dict(counts.select("split", "sources").iter_rows())
+    sources = info.sources or dict(counts.select("split", "sources").sort("split", descending=True).iter_rows())
     card: dict[str, Any] = {"name": info.name, "description": info.description, "sources": sources, "sheet": None}
     if len(info.images):
         uri, width, height = sheet(info.images)

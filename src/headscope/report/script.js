@@ -16,7 +16,7 @@
     copy.hoverlabel = { align: "left", bgcolor: variable("--card"), bordercolor: named.axis, font: { color: ink } };
     for (const key of Object.keys(copy)) {
       if (!/^[xy]axis\d*$/.test(key)) continue;
-      Object.assign(copy[key], { gridcolor: line, linecolor: line, automargin: true, fixedrange: true });
+      Object.assign(copy[key], { gridcolor: line, linecolor: line, automargin: true, fixedrange: true, exponentformat: "none" });
       copy[key].tickfont = { color: soft, size: 11.5 };
       if (copy[key].title) copy[key].title.font = { color: soft, size: 12.5 };
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from headscope.report.naming import Names, interval, number, percent, probability, significant
+from headscope.report.naming import Names, fitted, interval, number, percent, probability, significant
 from headscope.study.analysis import StudyResult
 from headscope.study.entropy import Contrast
 
@@ -28,32 +28,35 @@ class Table:
 def contrast_table(contrast: Contrast) -> Table:
     """Natural against synthetic, per timestep and overall."""
     rows = []
+    found = contrast.timesteps.select("low", "high", "ratio_low", "ratio_high").rows()
+    write = fitted(*(row[:2] for row in found), least=4)
+    write_ratio = fitted(*(row[2:] for row in found))
     for row in contrast.timesteps.iter_rows(named=True):
         rows.append(
             [
                 str(row["timestep"]),
-                number(row["natural"], 4),
-                number(row["synthetic"], 4),
-                number(row["value"], 4),
-                interval(row["low"], row["high"], _four),
+                write(row["natural"]),
+                write(row["synthetic"]),
+                write(row["value"]),
+                interval(row["low"], row["high"], write),
                 probability(row["p_value"]),
                 probability(row["p_holm"]),
-                number(row["ratio"]),
-                interval(row["ratio_low"], row["ratio_high"]),
+                write_ratio(row["ratio"]),
+                interval(row["ratio_low"], row["ratio_high"], write_ratio),
             ]
         )
     difference, ratio = contrast.difference, contrast.ratio
     rows.append(
         [
             "overall",
-            number(contrast.natural_mean.value, 4),
-            number(contrast.synthetic_mean.value, 4),
-            number(difference.value, 4),
-            interval(difference.low, difference.high, _four),
+            write(contrast.natural_mean.value),
+            write(contrast.synthetic_mean.value),
+            write(difference.value),
+            interval(difference.low, difference.high, write),
             probability(difference.p_value),
             "–",
-            number(ratio.value),
-            interval(ratio.low, ratio.high),
+            write_ratio(ratio.value),
+            interval(ratio.low, ratio.high, write_ratio),
         ]
     )
     sources = " and ".join(map(str, difference.sources))
@@ -66,13 +69,14 @@ def contrast_table(contrast: Contrast) -> Table:
 def contrast_heads_table(contrast: Contrast, names: Names) -> Table:
     """The heads that the comparison selected, and their test."""
     chosen = contrast.heads.filter(pl.col("selected")).sort(["p_holm", "site", "head"], nulls_last=True)
+    write = fitted(*chosen.select("low", "high").rows(), least=4)
     rows = [
         [
             names.head(row["site"], row["head"]),
-            number(row["discover"], 4),
+            write(row["discover"]),
             number(row["discover_score"], 1),
-            number(row["value"], 4),
-            interval(row["low"], row["high"], _four),
+            write(row["value"]),
+            interval(row["low"], row["high"], write),
             probability(row["p_value"]),
             probability(row["p_holm"]),
         ]
@@ -153,14 +157,18 @@ def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) ->
     """Every head's entropy, averaged over timesteps, groups side by side."""
     overall = entropy.filter(pl.col("timestep").is_null() & pl.col("group").is_in(groups))
     found = {(row["site"], row["head"], row["group"], row["measure"]): row for row in overall.iter_rows(named=True)}
+    normalised = overall.filter(pl.col("measure") == "normalised")
+    # the middle of the widths: one very certain head shall not decide for all
+    middle = (normalised["high"] - normalised["low"]).median()
+    write = fitted((0.0, middle if isinstance(middle, float) else None))
     rows = []
     for site, head, keys in overall.select("site", "head", "keys").unique(maintain_order=True).iter_rows():
         cells = [names.head(site, head), str(keys)]
         for group in groups:
             row = found.get((site, head, group, "normalised"))
             nats = found.get((site, head, group, "nats"))
-            cells.append("–" if row is None else f"{number(row['value'])} ({interval(row['low'], row['high'])})")
-            cells.append("–" if nats is None else number(nats["value"]))
+            cells.append("–" if row is None else f"{write(row['value'])} ({interval(row['low'], row['high'], write)})")
+            cells.append("–" if nats is None else write(nats["value"]))
         rows.append(cells)
     columns = [("head", False), ("keys", True)]
     for group in groups:
@@ -191,7 +199,3 @@ def sites_table(result: StudyResult, names: Names) -> Table:
     ]
     columns = [("label", False), ("module", False), ("heads", True), ("keys K", True), ("ln K, nats", True)]
     return Table("Attention sites, in the order of the network; h0 is a site's first head.", columns, rows)
-
-
-def _four(value: float | None) -> str:
-    return number(value, 4)

@@ -88,7 +88,9 @@ def pooled_items(observations: pl.DataFrame) -> pl.DataFrame:
     """One row per item and timestep: its normalised entropy averaged over heads, column normalised."""
     rows = observations.filter(pl.col("query_group") == main_query_group(observations))
     item = ["group", "split", "source_id", "item", "timestep"]
-    head = rows.group_by(*item, "site", "head", maintain_order=True).agg(pl.col("entropy_normalised_mean").mean())
+    head = rows.group_by(*item, "site", "head", maintain_order=True).agg(
+        pl.col("entropy_normalised_mean").cast(pl.Float64).mean()
+    )
     return (
         head.group_by(item, maintain_order=True)
         .agg(pl.col("entropy_normalised_mean").mean().alias("normalised"))

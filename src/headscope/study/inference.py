@@ -145,7 +145,7 @@ def source_means(
     levels = rows[bands].unique().sort().to_list() if bands else [0]
     # in the order of the rows, as sums in another order differ in their last bits
     grouped = rows.group_by("source_id", *by, *([bands] if bands else []), maintain_order=True)
-    means = grouped.agg(pl.col(name).mean() for name in values)
+    means = grouped.agg(pl.col(name).cast(pl.Float64).mean() for name in values)
     means = means.with_columns(
         pl.col("source_id").replace_strict(sources, list(range(len(sources))), return_dtype=pl.Int64).alias("_source")
     )
