@@ -10,7 +10,7 @@ import pytest
 
 from headscope.report import GroupInfo, write_report, write_sweep_report
 from headscope.report.images import sheet
-from headscope.report.naming import Names, number, percent, probability, significant
+from headscope.report.naming import Names, fitted, number, percent, probability, significant
 from headscope.study import analyse, inference, select_heads
 from study import simulated
 
@@ -234,10 +234,18 @@ def test_numbers_are_written_for_people():
     assert number(None) == number(float("nan")) == "–"
     assert percent(0.4567) == "45.7 %"
     assert percent(1.283) == "128 %"
+    assert percent(0.00026123) == "0.026 %"
+    assert percent(0.0) == "0 %"
     assert significant(0.05) == "0.0500"
     assert probability(0.0002) == "0.0002"
     assert probability(0.0321) == "0.032"
     assert probability(1.0) == "1"
+
+
+def test_decimals_follow_the_narrowest_interval():
+    assert fitted((-0.000091, 0.000077))(-0.0000121) == "−0.000012"
+    assert fitted((0.0, 0.5), (0.1, 0.12))(1 / 3) == "0.333"
+    assert fitted((None, None), (0.2, 0.2), least=4)(0.5) == "0.5000"
 
 
 def test_short_site_names_stay_distinct():
