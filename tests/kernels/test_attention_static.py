@@ -104,18 +104,20 @@ def test_other_targets(target: str):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_every_variant(target: str, dtype: str):
-    problems = [
-        {"target": target, "dtype": dtype, "dim": dim, "statistics": statistics, "gate": gate, "fill": gate, **variant}
-        for dim in (40, 64, 128)
-        for statistics in ([], EVERYTHING)
-        for gate in (False, True)
-        for variant in ({}, {"mask": "bool"}, {"mask": "additive"}, {"causal": True})
+    common = {"target": target, "dtype": dtype}
+    everything = {**common, "statistics": EVERYTHING, "gate": True, "fill": True}
+    variants = ({}, {"mask": "bool"}, {"mask": "additive"}, {"causal": True})
+    problems = [{**everything, "dim": dim, **variant} for dim in (40, 128) for variant in variants]
+    problems += [
+        {**common, "dim": 64, "statistics": [], "gate": False},
+        {**common, "dim": 256},
+        {**common, "dim": 64, "keys": 77},
+        {**common, "dim": 160, "dim_v": 40, "queries": 64, "keys": 64},
+        # a tile of this mask spans more than 2^31 elements
+        {**common, "dim": 64, "mask": "bool", "keys": 2**24},
     ]
-    problems.append({"target": target, "dtype": dtype, "dim": 256})
-    problems.append({"target": target, "dtype": dtype, "dim": 64, "keys": 77})
-    problems.append({"target": target, "dtype": dtype, "dim": 160, "queries": 64, "keys": 64, "dim_v": 40})
     for problem, result in zip(problems, reports(problems), strict=True):
         assert_fits(problem, result)
-        # exact float32 products hold whole rows in registers and may spill a little
+        # exact float32 products hold whole rows in registers, wide outputs too: those may spill a little
         if dtype != "float32" and problem["dim"] <= 64:
-            assert "spill" not in result["loop"], (problem, result)
+            assert result["loop"].get("spill", 0) <= 0.01 * sum(result["loop"].values()), (problem, result)

@@ -152,7 +152,7 @@ def attention_forward_kernel(
         full = tl.minimum(full, (first_query + 1) // BLOCK_KEYS * BLOCK_KEYS)
     gate = 1.0
     if HAS_GATE:
-        gate = tl.load(head_base(gate_ptr, batch, head, gate_strides))
+        gate = tl.load(head_base(gate_ptr, batch, head, gate_strides)).to(tl.float32)
         if len(FINISHES) == 0:
             # nobody looks at a removed head
             limit = tl.where(gate == 0.0, 0, limit)
@@ -293,12 +293,12 @@ def forward_arguments(
 
     mask, mask_strides = None, (0, 0, 0, 0)
     if attn_mask is not None:
-        mask_strides = broadcast_strides(attn_mask, (batch, heads, queries, keys))
+        mask_strides = broadcast_strides("attn_mask", attn_mask, (batch, heads, queries, keys))
         mask = attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask
     fill_strides = (0, 0, 0, 0)
     if fill is not None:
-        fill_strides = broadcast_strides(fill, (batch, heads, queries, dim_v))
-    gate_strides = (0, 0) if gate is None else broadcast_strides(gate, (batch, heads))
+        fill_strides = broadcast_strides("fill", fill, (batch, heads, queries, dim_v))
+    gate_strides = (0, 0) if gate is None else broadcast_strides("gate", gate, (batch, heads))
 
     sign = (scale > 0) - (scale < 0)
     size = abs(scale) if sign else 1.0

@@ -10,13 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 
-def broadcast_strides(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+def broadcast_strides(name: str, tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of `tensor` read as one of `shape`, 0 wherever it repeats.
 
     Raises:
         ValueError: it doesn't broadcast to shape.
     """
-    return tensor.expand(tuple(shape)).stride() if tuple(tensor.shape) != tuple(shape) else tensor.stride()
+    if tensor.shape == shape:
+        return tensor.stride()
+    try:
+        return tensor.expand(shape).stride()
+    except RuntimeError as error:
+        raise ValueError(f"{name} must broadcast to {shape}, got {tuple(tensor.shape)}") from error
 
 
 def stride_unit(tensors: Sequence[Tensor]) -> int:
@@ -38,7 +43,7 @@ def in_units(tensor: Tensor, unit: int) -> tuple[int, ...]:
 
 def float32_precision() -> str:
     """Whether torch's matrix products of float32 may round their inputs, as tl.dot names it."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
