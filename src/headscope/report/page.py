@@ -13,6 +13,7 @@ import polars as pl
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from headscope._files import write_atomic
 from headscope.report import figures, findings, tables
 from headscope.report.charts import Figure, View
 from headscope.report.images import sheet
@@ -86,8 +87,7 @@ def write_report(
         fills=ablation.FILLS,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_atomic(path, text.encode())
     return path
 
 

@@ -16,7 +16,7 @@ import polars as pl
 from rich.console import Console
 
 from headscope._files import write_atomic
-from headscope.report.page import GroupInfo, write_report, write_sweep_report
+from headscope.report.page import STUDY_CAVEATS, GroupInfo, write_report, write_sweep_report
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
@@ -25,6 +25,10 @@ from headscope.zoo import GROUPS, open_group
 REPORT = "report.html"
 TITLE = "Attention heads of a small diffusion model"
 STAGES = ("observe", "discover", "confirm")
+TRAINING_CAVEAT = (
+    "The model was trained on equally many sources and presentations of each group, none of them observed here. Drawn and"
+    " photographed faces still differ in more than being drawn: photographs carry sensor noise, and more varied poses."
+)
 # how many images of each group the page shows
 SHOWN_IMAGES = 20
 
@@ -132,7 +136,14 @@ def report_study(out: Path, *, seed: int = 0, heads_per_group: int = 5) -> Path:
     info = run_info(manifest)
     for stage in STAGES[1:]:
         info[f"Ablations, {stage}"] = _work(runs[stage].manifest)
-    return write_report(out / REPORT, title=TITLE, run_info=info, groups=group_infos(manifest), result=result)
+    return write_report(
+        out / REPORT,
+        title=TITLE,
+        run_info=info,
+        groups=group_infos(manifest),
+        result=result,
+        caveats=(*STUDY_CAVEATS, TRAINING_CAVEAT),
+    )
 
 
 def report_sweep(path: Path) -> Path:
