@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from headscope._extras import require
-from headscope.models.scope import find_denoiser
 from headscope.counter import counter_normal
+from headscope.models.scope import find_denoiser
 
 
 @runtime_checkable

@@ -26,8 +26,8 @@ REPORT = "report.html"
 TITLE = "Attention heads of a small diffusion model"
 STAGES = ("observe", "discover", "confirm")
 TRAINING_CAVEAT = (
-    "The model was trained on equally many sources and presentations of each group, none of them observed here. Drawn and"
-    " photographed faces still differ in more than being drawn: photographs carry sensor noise, and more varied poses."
+    "The model was trained on equally many sources and presentations of each group, none of them observed here. Drawn"
+    " and photographed faces still differ in more than being drawn: photographs carry sensor noise and varied poses."
 )
 # how many images of each group the page shows
 SHOWN_IMAGES = 20
