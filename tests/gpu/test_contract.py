@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from contract import CASES, Inputs, assert_close, make_inputs, output_tolerance, statistic_tolerance, truth
 
+from contract import CASES, Inputs, assert_close, make_inputs, output_tolerance, statistic_tolerance, truth
 from headscope.ops import STATISTICS, HeadEdit, attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -49,7 +49,7 @@ def test_contract(backend, case, dtype):
 
 
 def test_twenty_runs_are_bitwise_equal():
-    tensors, options, edit = on_device(make_inputs(LARGE[0], torch.bfloat16))
+    tensors, options, _ = on_device(make_inputs(LARGE[0], torch.bfloat16))
     first = attention(*tensors, statistics=["entropy"], backend="triton", **options)
     for _ in range(20):
         again = attention(*tensors, statistics=["entropy"], backend="triton", **options)
