@@ -16,22 +16,27 @@ constexpr int64_t LOGIT_STRIDE = MAX_KEY_BLOCK + 16;
 // last place of a large logit; the contract allows four.
 constexpr int64_t MAX_PIECE = 24;
 
-// queries [dim][TILE_ROWS] . keys [dim][VECTORS * LANES] -> logits [TILE_ROWS][VECTORS * LANES], or added to them
+// queries [TILE_ROWS][length], stride dim . keys [length][VECTORS * LANES] -> logits [TILE_ROWS][VECTORS * LANES],
+// or added to them
 template <int VECTORS, bool ADD>
-HEADSCOPE_INLINE void logits_piece(const float* queries, const float* keys, int64_t dim, float* logits) {
+HEADSCOPE_INLINE void logits_piece(const float* queries, int64_t dim, const float* keys, int64_t length,
+                                   float* logits) {
+    const float* rows[TILE_ROWS];
+    HEADSCOPE_UNROLL
+    for (int row = 0; row < TILE_ROWS; ++row) rows[row] = queries + row * dim;
     Floats sums[TILE_ROWS][VECTORS];
     HEADSCOPE_UNROLL
     for (int row = 0; row < TILE_ROWS; ++row) {
         HEADSCOPE_UNROLL
         for (int v = 0; v < VECTORS; ++v) sums[row][v] = broadcast(0.0f);
     }
-    for (int64_t d = 0; d < dim; ++d) {
+    for (int64_t d = 0; d < length; ++d) {
         Floats key[VECTORS];
         HEADSCOPE_UNROLL
         for (int v = 0; v < VECTORS; ++v) key[v] = load(keys + (d * VECTORS + v) * LANES);
         HEADSCOPE_UNROLL
         for (int row = 0; row < TILE_ROWS; ++row) {
-            const Floats query = broadcast(queries[d * TILE_ROWS + row]);
+            const Floats query = broadcast(rows[row][d]);
             HEADSCOPE_UNROLL
             for (int v = 0; v < VECTORS; ++v) sums[row][v] = multiply_add(query, key[v], sums[row][v]);
         }
@@ -50,14 +55,13 @@ template <int VECTORS>
 HEADSCOPE_INLINE void logits_tile(const float* queries, const float* keys, int64_t dim, float* logits) {
     const int64_t pieces = (dim + MAX_PIECE - 1) / MAX_PIECE;
     const int64_t length = pieces ? (dim + pieces - 1) / pieces : 0;
-    logits_piece<VECTORS, false>(queries, keys, smaller(length, dim), logits);
+    logits_piece<VECTORS, false>(queries, dim, keys, smaller(length, dim), logits);
     for (int64_t d = length; d < dim; d += length) {
-        logits_piece<VECTORS, true>(queries + d * TILE_ROWS, keys + d * VECTORS * LANES, smaller(length, dim - d),
-                                    logits);
+        logits_piece<VECTORS, true>(queries + d, dim, keys + d * VECTORS * LANES, smaller(length, dim - d), logits);
     }
 }
 
-// queries [tiles][dim][TILE_ROWS] . keys [panels][dim][panel_keys] -> logits [tiles * TILE_ROWS][count], stride
+// queries [tiles * TILE_ROWS][dim] . keys [panels][dim][panel_keys] -> logits [tiles * TILE_ROWS][count], stride
 // LOGIT_STRIDE. A panel of keys stays in the first cache while all tiles pass over it.
 inline void compute_logits(const float* queries, int64_t tiles, const float* keys, int64_t count, int64_t dim,
                            float* logits) {

@@ -35,7 +35,9 @@ inline void write_output(const headscope_attention& call, int64_t sample, int64_
         Element* output = at<Element>(call.output, sample, head, row);
         const int64_t stride = call.output.strides[3];
         const auto attention = [&](int64_t c) { return normaliser == 0.0f ? 0.0f : sums[c] * normaliser; };
-        if (gate == 1.0f) {
+        if (gate == 1.0f && stride == 1) {
+            for (int64_t c = 0; c < call.dim_v; ++c) output[c] = from_float<Element>(attention(c));
+        } else if (gate == 1.0f) {
             for (int64_t c = 0; c < call.dim_v; ++c) output[c * stride] = from_float<Element>(attention(c));
         } else if (gate == 0.0f) {
             for_each_fill(call, sample, head, row,

@@ -25,21 +25,7 @@ HEADSCOPE_INLINE int value_vectors(int64_t first, int64_t count) {
     return static_cast<int>(smaller(left, MAX_VALUE_VECTORS));
 }
 
-// [rows, dim] -> [rows / width][dim][width], multiplied by `scale`; rows past the last are 0.
-// The width is TILE_ROWS for queries, and that of the panel for keys.
-template <typename Element>
-void pack_panel(const Element* source, int64_t row_stride, int64_t dim_stride, int64_t rows, int64_t width, int64_t dim,
-                float scale, float* packed) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const Element* from = source + row * row_stride;
-        for (int64_t d = 0; d < dim; ++d) packed[d * width + row] = scale * to_float(from[d * dim_stride]);
-    }
-    for (int64_t row = rows; row < width; ++row) {
-        for (int64_t d = 0; d < dim; ++d) packed[d * width + row] = 0.0f;
-    }
-}
-
-// Rows first..first + count - 1 of a head's queries -> [tiles][dim][TILE_ROWS], scaled.
+// Rows first..first + count - 1 of a head's queries -> [count rounded up to TILE_ROWS][dim], scaled; the rest are 0.
 inline void pack_queries(const headscope_attention& call, int64_t sample, int64_t head, int64_t first, int64_t count,
                          float* packed) {
     // an empty tensor has no address to count from
@@ -49,14 +35,21 @@ inline void pack_queries(const headscope_attention& call, int64_t sample, int64_
         const int64_t* strides = call.query.strides;
         const Element* source = at<Element>(call.query, sample, head, first);
         const float scale = static_cast<float>(call.scale);
-        for (int64_t row = 0; row < count; row += TILE_ROWS) {
-            pack_panel(source + row * strides[2], strides[2], strides[3], smaller(TILE_ROWS, count - row), TILE_ROWS,
-                       call.dim, scale, packed + row * call.dim);
+        for (int64_t row = 0; row < count; ++row) {
+            const Element* from = source + row * strides[2];
+            float* to = packed + row * call.dim;
+            if (strides[3] == 1) {
+                for (int64_t d = 0; d < call.dim; ++d) to[d] = scale * to_float(from[d]);
+            } else {
+                for (int64_t d = 0; d < call.dim; ++d) to[d] = scale * to_float(from[d * strides[3]]);
+            }
         }
+        const int64_t padding = round_up(count, TILE_ROWS) - count;
+        memset(packed + count * call.dim, 0, static_cast<size_t>(padding * call.dim) * sizeof(float));
     });
 }
 
-// Keys first..first + count - 1 of a key head -> [panels][dim][panel_keys].
+// Keys first..first + count - 1 of a key head -> [panels][dim][panel_keys]; keys past the last are 0.
 inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
                       float* packed) {
     if (call.dim == 0 || count <= 0) return;
@@ -66,8 +59,15 @@ inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t k
         const Element* source = at<Element>(call.key, sample, kv_head, first);
         for (int64_t key = 0; key < count; key += PANEL_KEYS) {
             const int64_t width = panel_keys(key, count);
-            pack_panel(source + key * strides[2], strides[2], strides[3], smaller(width, count - key), width, call.dim,
-                       1.0f, packed + key * call.dim);
+            const int64_t rows = smaller(width, count - key);
+            float* panel = packed + key * call.dim;
+            for (int64_t row = 0; row < rows; ++row) {
+                const Element* from = source + (key + row) * strides[2];
+                for (int64_t d = 0; d < call.dim; ++d) panel[d * width + row] = to_float(from[d * strides[3]]);
+            }
+            for (int64_t row = rows; row < width; ++row) {
+                for (int64_t d = 0; d < call.dim; ++d) panel[d * width + row] = 0.0f;
+            }
         }
     });
 }

@@ -39,6 +39,7 @@ HEADSCOPE_INLINE To bit_cast(From from) {
 //   max_of(a, b)            the larger; b where either is NaN
 //   keep_from(x, low, y)    y where x >= low or x is NaN, else 0
 //   round_to_integer(x)     to the nearest integer, |x| < 2^22
+//   sum_of_lanes(x), max_of_lanes(x)   of numbers without NaN, the maximum
 //   times_power_of_two(y, n)  y * 2^n for integral n in -126..127; anything at n = -127
 
 #if defined(__AVX512F__)
@@ -64,6 +65,8 @@ HEADSCOPE_INLINE Floats round_to_integer(Floats x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 HEADSCOPE_INLINE Floats times_power_of_two(Floats y, Floats n) { return _mm512_scalef_ps(y, n); }
+HEADSCOPE_INLINE float sum_of_lanes(Floats x) { return _mm512_reduce_add_ps(x); }
+HEADSCOPE_INLINE float max_of_lanes(Floats x) { return _mm512_reduce_max_ps(x); }
 
 #elif defined(__AVX2__)
 
@@ -173,9 +176,7 @@ HEADSCOPE_INLINE Floats times_power_of_two(Floats y, Floats n) {
 
 #endif
 
-// keys to a panel of packed keys: two vectors
-constexpr int PANEL_KEYS = 2 * LANES;
-
+#if !defined(__AVX512F__)
 HEADSCOPE_INLINE float sum_of_lanes(Floats x) {
     float lanes[LANES];
     store(lanes, x);
@@ -193,6 +194,10 @@ HEADSCOPE_INLINE float max_of_lanes(Floats x) {
     for (int i = 1; i < LANES; ++i) greatest = lanes[i] > greatest ? lanes[i] : greatest;
     return greatest;
 }
+#endif
+
+// keys to a panel of packed keys: two vectors
+constexpr int PANEL_KEYS = 2 * LANES;
 
 }  // namespace HEADSCOPE_TARGET
 }  // namespace headscope

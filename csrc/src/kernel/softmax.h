@@ -46,6 +46,12 @@ inline void move_maximum(RowState* row, float new_max) {
         row->rescale = 1.0f;
         return;
     }
+    if (row->running_max == -INFINITE) {
+        // the sums are 0, or NaN and stay so
+        row->rescale = 0.0f;
+        row->running_max = new_max;
+        return;
+    }
     const double moved = (static_cast<double>(row->running_max) - static_cast<double>(new_max)) * 1.4426950408889634;
     row->rescale = static_cast<float>(exp2(moved));
     // at a factor of 0 the distance may be infinite; a NaN sum stays NaN
@@ -98,9 +104,10 @@ inline void write_statistics(const headscope_attention& call, const RowState& ro
         // without a NaN, a logit was +inf: the maximum and logsumexp are known
         if (row.saw_nan) maximum = logsumexp = missing;
     } else if (row.sum != 0.0) {
-        logsumexp = maximum + log(row.sum);
-        entropy = log(row.sum) - LN_2 * row.weighted / row.sum;
+        const double log_sum = log(row.sum);
         max_prob = 1.0 / row.sum;
+        logsumexp = maximum + log_sum;
+        entropy = log_sum - LN_2 * row.weighted * max_prob;
     }
     if (call.entropy) call.entropy[index] = static_cast<float>(entropy);
     if (call.logsumexp) call.logsumexp[index] = static_cast<float>(logsumexp);
