@@ -87,10 +87,11 @@ def _late_nan(query, key, value):
     query[..., -1, :] = 0.0
 
 
+# The bound on outputs is torch's own worst error in the same call, so a case needs enough rows to show it.
 CASES = [
     *(case for case in CASES if case.fill != "uniform"),
     *(Case(f"tokens_{n}", (1, 2, 2, n, n, 16, 16)) for n in (1, 63, 64, 65, 77, 111)),
-    *(Case(f"keys_{n}", (1, 1, 1, 9, n, 16, 16)) for n in (8, 15, 17, 31, 33, 511, 512, 513, 1025)),
+    *(Case(f"keys_{n}", (1, 2, 2, 70, n, 16, 16)) for n in (8, 15, 17, 31, 33, 511, 512, 513, 1025)),
     *(Case(f"dim_{n}", (1, 2, 2, 11, 77, n, n)) for n in (1, 8, 12, 17, 33, 40, 48, 64, 65, 80, 96, 128, 160, 200)),
     Case("dim_wider", (1, 2, 2, 11, 600, 300, 500)),
     Case("dim_v_only", (1, 2, 2, 11, 77, 40, 24)),
@@ -105,7 +106,7 @@ CASES = [
     Case("transposed_mask", (2, 2, 2, 21, 60, 16, 16), mask=_transposed_mask),
     Case("causal_blocks", (1, 2, 2, 700, 700, 16, 16), is_causal=True),
     Case("causal_unequal", (1, 2, 2, 130, 600, 16, 16), is_causal=True),
-    # many rows: few have two keys close enough to show an error, and torch's own worst has to be among them
+    # many rows: only few have two keys close enough for an error to show
     Case("extreme_blocks", (1, 2, 2, 400, 1100, 40, 40), magnitude=2500.0),
     Case("extreme_wide", (1, 4, 4, 800, 111, 160, 160), magnitude=2500.0),
     Case("gates_and_fill", (2, 4, 2, 21, 60, 16, 24), gate=_gate, fill=_fill),

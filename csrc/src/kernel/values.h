@@ -8,12 +8,14 @@
 namespace headscope {
 namespace HEADSCOPE_TARGET {
 
+// Keys whose values are summed apart before they are added to the outputs: short sums round less.
+constexpr int64_t MAX_TERMS = 128;
+
 // powers [TILE_ROWS][count], stride LOGIT_STRIDE . values [count][VECTORS * LANES], added to outputs
 // [TILE_ROWS][VECTORS * LANES], stride output_stride
-template <int VECTORS>
-HEADSCOPE_INLINE void values_tile(const float* powers, const float* values, int64_t count, const RowState* rows,
-                                  float* outputs, int64_t output_stride) {
-    // summed apart from the outputs: short sums round less
+template <int VECTORS, bool RESCALE>
+HEADSCOPE_INLINE void values_piece(const float* powers, const float* values, int64_t count, const RowState* rows,
+                                   float* outputs, int64_t output_stride) {
     Floats sums[TILE_ROWS][VECTORS];
     HEADSCOPE_UNROLL
     for (int row = 0; row < TILE_ROWS; ++row) {
@@ -37,8 +39,18 @@ HEADSCOPE_INLINE void values_tile(const float* powers, const float* values, int6
         HEADSCOPE_UNROLL
         for (int v = 0; v < VECTORS; ++v) {
             float* to = outputs + row * output_stride + v * LANES;
-            store(to, multiply_add(rescale, load(to), sums[row][v]));
+            store(to, RESCALE ? multiply_add(rescale, load(to), sums[row][v]) : add(load(to), sums[row][v]));
         }
+    }
+}
+
+template <int VECTORS>
+HEADSCOPE_INLINE void values_tile(const float* powers, const float* values, int64_t count, const RowState* rows,
+                                  float* outputs, int64_t output_stride) {
+    values_piece<VECTORS, true>(powers, values, smaller(MAX_TERMS, count), rows, outputs, output_stride);
+    for (int64_t key = MAX_TERMS; key < count; key += MAX_TERMS) {
+        values_piece<VECTORS, false>(powers + key, values + key * VECTORS * LANES, smaller(MAX_TERMS, count - key),
+                                     rows, outputs, output_stride);
     }
 }
 
