@@ -85,6 +85,11 @@ def _pip(python: Path, *arguments: str | Path, **environment: str) -> None:
     _run(sys.executable, "-m", "pip", "--python", python, *arguments, "--no-deps", *offline, **environment)
 
 
+def _install(python: Path, *what: str | Path, **environment: str) -> None:
+    # a headscope of the outer environment counts as installed, but isn't to be kept, nor removed
+    _pip(python, "install", "--ignore-installed", *what, **environment)
+
+
 def _check(python: Path) -> str:
     """What CHECK prints, run away from the sources and from PYTHONPATH."""
     return _run(python, "-I", "-W", "error", "-c", CHECK, cwd=python.parent).strip()
@@ -100,7 +105,7 @@ def test_wheel(tree, python, tmp_path, compiler):
     assert "headscope/_native/libheadscope_cpu.so" in names
     assert "headscope_kernels/__init__.py" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"headscope", "headscope_kernels"}
-    _pip(python, "install", wheel)
+    _install(python, wheel)
     assert _check(python) == "None"
 
 
@@ -113,17 +118,17 @@ def test_sdist(tree, python, tmp_path, compiler):
         files = [member.split("/", 1)[-1] for member in archive.getnames()]
     assert "csrc/CMakeLists.txt" in files
     assert not any(file.endswith((".so", ".o")) or file.startswith("build/") for file in files)
-    _pip(python, "install", tmp_path / name)
+    _install(python, tmp_path / name)
     assert _check(python) == "None"
 
 
 def test_editable(tree, python, compiler):
-    _pip(python, "install", "--editable", tree)
+    _install(python, "--editable", tree)
     assert _check(python) == "None"
     where = _run(python, "-I", "-c", "import headscope; print(headscope.__file__)").strip()
     assert where == str(tree / "src" / "headscope" / "__init__.py")
 
 
 def test_without_a_compiler(tree, python):
-    _pip(python, "install", tree, CC="/bin/false", CXX="/bin/false")
+    _install(python, tree, CC="/bin/false", CXX="/bin/false")
     assert "pip install ." in _check(python)
