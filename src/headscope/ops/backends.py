@@ -7,7 +7,8 @@ from functools import cache
 
 import torch
 
-from headscope.ops import schema
+# cpu_library at once: it has to see forks from the start
+from headscope.ops import cpu_library, schema
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,6 @@ def _triton_rejects(problem: Problem) -> str | None:
 
 
 def _cpu_unavailable() -> str | None:
-    from headscope.ops import cpu_library
-
     return cpu_library.unavailable_reason()
 
 
