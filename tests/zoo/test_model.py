@@ -10,7 +10,6 @@ from headscope import zoo
 from headscope.zoo import model as zoo_model
 
 WEIGHTS = Path(zoo_model.__file__).parent / "weights"
-bundled = pytest.mark.skipif(not (WEIGHTS / "model.safetensors").exists(), reason="the model is not exported yet")
 
 
 def test_architecture():
@@ -21,7 +20,6 @@ def test_architecture():
     assert zoo_model.build_scheduler().config.prediction_type == "epsilon"
 
 
-@bundled
 def test_bundled_weights_are_small_and_half_precision():
     file = WEIGHTS / "model.safetensors"
     assert file.stat().st_size < 10_000_000
@@ -29,7 +27,6 @@ def test_bundled_weights_are_small_and_half_precision():
     assert (WEIGHTS / "MODEL_CARD.md").exists()
 
 
-@bundled
 def test_bundled_pipeline_denoises():
     pipeline = zoo.load_pipeline()
     assert not pipeline.unet.training
@@ -46,7 +43,6 @@ def test_bundled_pipeline_denoises():
     assert float((prediction - noise).square().mean()) < 0.06
 
 
-@bundled
 def test_bundled_pipeline_samples():
     generator = torch.Generator().manual_seed(0)
     result = zoo.load_pipeline()(batch_size=2, num_inference_steps=4, generator=generator, output_type="np")
