@@ -327,7 +327,8 @@ and `confirm`. The last step was taken as it came: no checkpoint was selected on
 The first {draws} samples under seed 0, {sampling} DDPM steps, none left out; under each row, the nearest training
 image of any group, flips and shifts included. Median root mean square distance to the nearest training image, in
 levels of 255: samples {near["samples"]}, held-out items {near["held_out_items"]}. Samples much nearer than held-out
-items are copies from memory rather than new images.
+items are copies from memory rather than new images. Expect colour casts, blur and misplaced features: the run is
+short and the training set small.
 
 ![Samples](samples.png)
 """

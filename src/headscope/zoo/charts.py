@@ -41,7 +41,7 @@ def _text(
     draw.text((position[0] * _SUPERSAMPLING, position[1] * _SUPERSAMPLING), text, fill=colour, font=font, anchor=anchor)
 
 
-def line_charts(panels: Sequence[tuple[str, str, Sequence[Series]]], width: int = 480, height: int = 320) -> Any:
+def line_charts(panels: Sequence[tuple[str, str, Sequence[Series]]], width: int = 520, height: int = 320) -> Any:
     """Charts side by side, a Pillow image. A panel is (title, x label, series); the vertical axis is logarithmic.
 
     width, height: of one panel, in pixels. All y must be positive.
@@ -56,7 +56,9 @@ def line_charts(panels: Sequence[tuple[str, str, Sequence[Series]]], width: int 
 
 
 def _panel(draw: Any, offset: int, width: int, height: int, title: str, x_label: str, series: Sequence[Series]) -> None:
-    left, right, top, bottom = offset + 58, offset + width - 14, 34, height - 46
+    labelled = [line for line in series if line.label]
+    # the labels stand beside the lines, not on them
+    left, right, top, bottom = offset + 58, offset + width - (166 if labelled else 14), 34, height - 46
     values = [value for line in series for value in line.y]
     low, high = min(values) * 0.95, max(values) * 1.05
     last = max(max(line.x) for line in series)
@@ -81,10 +83,10 @@ def _panel(draw: Any, offset: int, width: int, height: int, title: str, x_label:
     for line in series:
         points = [place(x, y) for x, y in zip(line.x, line.y, strict=True)]
         _stroke(draw, points, line.colour, line.dashed)
-    for row, line in enumerate(line for line in series if line.label):
+    for row, line in enumerate(labelled):
         y = top + 8 + 16 * row
-        _stroke(draw, [(right - 138, y), (right - 112, y)], line.colour, line.dashed)
-        _text(draw, (right - 106, y), line.label, 11, _INK, "lm")
+        _stroke(draw, [(right + 10, y), (right + 36, y)], line.colour, line.dashed)
+        _text(draw, (right + 42, y), line.label, 11, _INK, "lm")
 
 
 def _stroke(draw: Any, points: list[tuple[float, float]], colour: tuple[int, int, int], dashed: bool) -> None:
