@@ -60,7 +60,7 @@ def study(
         "headscope-study"
     ),
     items: Annotated[int, typer.Option(help="Items of each group and split whose entropies are observed.")] = 20,
-    discover_items: Annotated[int, typer.Option(help="Items on which every head is ablated, to select some.")] = 10,
+    discover_items: Annotated[int, typer.Option(help="Items on which every head is ablated, to select some.")] = 16,
     confirm_items: Annotated[int, typer.Option(help="Items on which the selected heads are tested.")] = 20,
     device: Device = "cpu",
     dtype: DType = "float32",

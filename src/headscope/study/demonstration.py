@@ -50,7 +50,7 @@ class StudyConfig:
 
     groups: tuple[str, ...] = ("faces", "faces_grey", "lfw", "photographs")
     items: int = 20
-    discover_items: int = 10
+    discover_items: int = 16
     confirm_items: int = 20
     heads_per_group: int = 5
     observe_bands: int = 5

@@ -50,7 +50,8 @@ def load_task(config: SweepConfig) -> Task:
     dtype = getattr(torch, config.dtype)
     if config.model == "builtin":
         pipeline = load_pipeline()
-        pipeline.unet.to(dtype)
+        if dtype != torch.float32:
+            pipeline.unet.to(dtype)
     else:
         diffusers = require("diffusers", "diffusers")
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
