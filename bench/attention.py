@@ -11,7 +11,6 @@ rounds, with its quartiles. Numbers are checked against float64 first: a wrong r
 import argparse
 import datetime
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import headscope
-from headscope._versions import versions
+from headscope._machine import device_name, versions
 
 # (batch, heads, queries, keys, dim): Stable Diffusion's self-attention at three sizes and its cross-attention, and a
 # small model's
@@ -87,8 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    cuda = options.device != "cpu"
-    name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
+    name = device_name(options.device)
     table = Table(
         "shape", "call", "ms (p20 p50 p80)", "over SDPA (p25 p50 p75)", "TFLOP/s", title=f"{name}, {options.dtype}"
     )

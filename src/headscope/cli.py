@@ -211,7 +211,7 @@ def doctor() -> None:
     with _clear_errors():
         import torch
 
-        from headscope._versions import versions
+        from headscope._machine import processor_name, versions
         from headscope.ops import cpu_library
         from headscope.ops.backends import BACKENDS
 
@@ -221,7 +221,9 @@ def doctor() -> None:
             found.add_row(name, version)
         output.print(found)
         devices = Table("device", "what", title="devices", title_justify="left")
-        devices.add_row("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+        devices.add_row(
+            "cpu", f"{processor_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+        )
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             memory = f"{properties.total_memory / 2**30:.0f} GiB"

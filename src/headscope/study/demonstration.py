@@ -183,7 +183,7 @@ def run_info(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "Model": f"{_model_name(manifest)}: {len(manifest['sites'])} attention sites, {heads} heads",
         "Model fingerprint": manifest["identity"]["model"][:16],
-        "Device": f"{manifest['device']}, {config['dtype']}",
+        "Device": f"{manifest['device']}, {manifest['threads']} threads, {config['dtype']}",
         "Versions": manifest["versions"],
         "Started": manifest["created"],
         "Noise replicate (seed)": config["seed"],

@@ -1,7 +1,6 @@
 """Running a sweep in this process, with progress, and picking it up where it stopped."""
 
 import datetime
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from headscope._versions import versions
+from headscope._machine import device_name, versions
 from headscope.models import Scope
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.items import GroupItems, load_task, open_items
@@ -86,12 +85,6 @@ def describe(config: SweepConfig, plan: Plan, groups: list[GroupItems], scope: S
         "units": len(plan.units),
         "forwards": sum(unit.forwards for unit in plan.units),
     }
-
-
-def device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from safetensors.torch import save as serialise
 
 from headscope._extras import require
 from headscope._files import write_atomic
+from headscope._machine import device_name
 from headscope.counter import counter_integers, counter_normal, counter_permutation, counter_uniform
 from headscope.zoo.groups import GROUPS, ImageGroup, open_group
 from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, build_model, build_scheduler
@@ -143,27 +144,14 @@ def _check_recipe(out: Path, recipe: dict[str, Any]) -> None:
 
 def _circumstances(config: TrainConfig) -> dict[str, Any]:
     """What a sitting ran on: for the model card, not for comparison."""
-    device = _processor_name()
-    if torch.device(config.device).type == "cuda":
-        device = torch.cuda.get_device_name(config.device)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["diffusers"] = require("diffusers", "study").__version__
     return {
         "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "device": device,
+        "device": device_name(config.device),
         "threads": torch.get_num_threads(),
         "versions": versions,
     }
-
-
-def _processor_name() -> str:
-    """The CPU's model name where the system tells it, else its architecture."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _write_line(log: Any, row: dict[str, Any]) -> None:

@@ -1,0 +1,37 @@
+"""What numbers and speeds depend on: versions and devices."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import headscope
+
+
+def versions() -> dict[str, str]:
+    """headscope, Python, and those of its dependencies that are installed."""
+    found = {"headscope": headscope.__version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "diffusers", "transformers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: str) -> str:
+    """The model name of a torch device, "cpu" or "cuda:1"."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return processor_name()
+
+
+def processor_name() -> str:
+    """The CPU's model name where the system tells it, else its architecture."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
