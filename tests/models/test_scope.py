@@ -258,6 +258,26 @@ def test_contexts_nest(unet, sample):
         pass
 
 
+def test_a_second_scope_on_an_active_model_is_refused(unet, sample):
+    first, second = Scope(unet), Scope(unet)
+    with first.record("entropy"):
+        with pytest.raises(RuntimeError, match="another Scope is active"), second.record("entropy"):
+            pass
+        run(unet, sample)
+    with second.record("entropy") as recording:
+        run(unet, sample)
+    assert len(recording) == 2
+
+
+def test_a_denoiser_called_directly_has_no_branches(diffusion):
+    """The pipeline remembers its last guidance scale, which says nothing of other calls."""
+    draw(diffusion)
+    scope = Scope(diffusion)
+    with scope.record("entropy") as recording, torch.inference_mode():
+        diffusion.unet(torch.randn(2, 4, 8, 8), 5, torch.randn(2, 7, 32))
+    assert recording.to_polars()["branch"].null_count() == len(recording.to_polars())
+
+
 def test_two_models_in_two_threads_do_not_meet(sample):
     models = [tiny.ddpm().unet for _ in range(2)]
     expected = []

@@ -1,6 +1,8 @@
 """headscope.Scope: see and edit the attention heads of a diffusion model while it runs."""
 
 import inspect
+import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,9 @@ from headscope.models.recording import HEAD_OUTPUT, Forward, Recording
 from headscope.models.sites import Site, Unseen, find_sites
 from headscope.ops import attention
 from headscope.ops.statistics import statistic_names
+
+# denoisers that a Scope is recording or editing right now
+_observed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 # additive masks in diffusers forbid a key with -10000 or with the dtype's minimum
 FORBIDDEN_LOGIT = -9999.0
@@ -104,7 +109,7 @@ class Scope:
         Raises:
             ValueError: an unknown statistic or reduction, nothing to record, or unseen sites when all are asked for.
             KeyError: an unknown site.
-            RuntimeError: the model is compiled.
+            RuntimeError: the model is compiled, or another Scope is active on it.
         """
         rows = statistic_names([name for name in statistics if name != HEAD_OUTPUT])
         if not statistics:
@@ -142,7 +147,7 @@ class Scope:
         Raises:
             KeyError: an unknown site, or one that can't be seen.
             ValueError: a head out of range, or a site that another active edit already edits.
-            RuntimeError: the model is compiled.
+            RuntimeError: the model is compiled, or another Scope is active on it.
         """
         active = ActiveEdit.build(edits, fill, steps, self)
         for other in self._edits:
@@ -183,6 +188,11 @@ class Scope:
                 self._detach()
 
     def _attach(self) -> None:
+        if self.denoiser in _observed:
+            raise RuntimeError(
+                "another Scope is active on this model, and each would hide attention from the other;"
+                " use one Scope for both"
+            )
         for module in self.denoiser.modules():
             if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
                 raise RuntimeError(
@@ -190,6 +200,7 @@ class Scope:
                     " before torch.compile"
                 )
         self.refresh()
+        _observed.add(self.denoiser)
         self._forwards = 0
         modules = dict(self.denoiser.named_modules())
         self._hooks.append(self.denoiser.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
@@ -200,6 +211,7 @@ class Scope:
         routing.install()
 
     def _detach(self) -> None:
+        _observed.discard(self.denoiser)
         routing.uninstall()
         for hook in self._hooks:
             hook.remove()
@@ -278,9 +290,19 @@ def find_denoiser(pipeline_or_model: Any) -> nn.Module:
 
 def guidance_branches(pipeline: Any, batch: int) -> tuple[str | None, ...]:
     """The branch of each equal part of a denoiser's batch: (uncond, cond) under classifier-free guidance."""
-    if getattr(pipeline, "do_classifier_free_guidance", False) and batch % 2 == 0:
-        return ("uncond", "cond")
-    return (None,)
+    guided = getattr(pipeline, "do_classifier_free_guidance", False) and batch % 2 == 0
+    # pipelines keep their last guidance scale; it says nothing of a denoiser called directly
+    return ("uncond", "cond") if guided and _is_running(pipeline) else (None,)
+
+
+def _is_running(pipeline: Any) -> bool:
+    """Whether this thread is inside the pipeline's call."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def count_valid_keys(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | int:
