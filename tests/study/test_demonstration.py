@@ -1,11 +1,6 @@
 """`headscope study` on the bundled model: small, whole, and the same after any number of kills."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import polars as pl
@@ -14,6 +9,7 @@ from polars.testing import assert_frame_equal
 
 from headscope.study.demonstration import STAGES, StudyConfig, is_study, run_study
 from headscope.sweep import Run
+from kills import finish, kill_then_finish
 
 SMALL = {
     "items": 3,
@@ -82,23 +78,10 @@ run_study(StudyConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), progress=Fa
 
 @pytest.mark.full
 def test_kills_at_random_moments_change_nothing(tmp_path):
-    def start(name):
-        command = [sys.executable, "-W", "ignore", "-c", STUDY, json.dumps(SMALL), str(tmp_path / name)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-    whole = start("whole")
-    started = time.perf_counter()
-    assert whole.wait() == 0
-    length = time.perf_counter() - started
-    for share in np.random.default_rng(0).uniform(0.0, 0.9, 10):
-        process = start("killed")
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(share * length)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    assert start("killed").wait() == 0
+    settings = json.dumps(SMALL)
+    length = finish(STUDY, settings, str(tmp_path / "whole"))
+    delays = length * np.random.default_rng(0).uniform(0.0, 0.7, 10)
+    kill_then_finish(STUDY, settings, str(tmp_path / "killed"), delays=delays)
     expected, found = tables(tmp_path / "whole"), tables(tmp_path / "killed")
     assert expected.keys() == found.keys()
     for name, frame in expected.items():

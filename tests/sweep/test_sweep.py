@@ -1,11 +1,5 @@
 """A sweep's rows are the plain loop's numbers, and a killed run ends as an undisturbed one."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import numpy as np
 import polars as pl
 import pytest
@@ -16,6 +10,7 @@ from headscope.models import Scope
 from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.items import load_task, open_items
 from headscope.sweep.unit import UnitRunner
+from kills import finish, kill_then_finish
 
 
 def text_columns(frame: pl.DataFrame) -> pl.DataFrame:
@@ -187,22 +182,9 @@ run_sweep(config, sys.argv[2], progress=False)
 def test_kills_at_random_moments_change_nothing(ddpm_directory, tmp_path):
     """kill -9 again and again, then the same table: no row lost, none twice."""
 
-    def start(out):
-        return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", KILLED, ddpm_directory, str(out)], stdout=subprocess.PIPE, text=True
-        )
-
-    assert start(tmp_path / "whole").wait() == 0
+    finish(KILLED, ddpm_directory, str(tmp_path / "whole"))
     delays = np.random.default_rng(0).uniform(0.0, 4.0, 8)
-    for delay in delays:
-        process = start(tmp_path / "run")
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    assert start(tmp_path / "run").wait() == 0
+    kill_then_finish(KILLED, ddpm_directory, str(tmp_path / "run"), delays=delays)
     for kind in ("observations", "ablations"):
         whole, killed = (ordered(Run.open(tmp_path / name), kind) for name in ("whole", "run"))
         assert_frame_equal(whole, killed, check_exact=True)
