@@ -14,7 +14,7 @@ def finish(script: str, *arguments: str) -> float:
 
 
 def kill_then_finish(script: str, *arguments: str, delays: Iterable[float]) -> None:
-    """Start the script, which prints a line when its work begins, and kill it so many seconds later, for every delay."""
+    """Start the script, which prints "ready" when its work begins, and kill it so many seconds later, each in turn."""
     for delay in delays:
         command = [sys.executable, "-W", "ignore", "-c", script, *arguments]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:

@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import AttnProcessor as EagerProcessor
 import headscope
 import tiny
 from headscope import HeadEdit, Scope
+from headscope.models import routing
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +247,60 @@ def test_an_exception_leaves_nothing_behind(unet, sample):
     with scope.record("entropy") as recording:
         run(unet, sample)
     assert len(recording) == 2
+
+
+def test_an_interrupt_inside_attention_leaves_nothing_behind(unet, sample):
+    scope = Scope(unet)
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    handle = unet.get_submodule(scope.sites[0].name).to_out[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), scope.record("entropy"):
+        run(unet, sample)
+    handle.remove()
+    assert not routing.active()
+    with scope.record("entropy") as recording:
+        functional.scaled_dot_product_attention(*(torch.randn(1, 1, 4, 8) for _ in range(3)))
+        run(unet, sample)
+    assert len(recording) == 2
+
+
+def test_processors_changed_since_the_scope_was_made_are_noticed(sample):
+    model = tiny.ddpm().unet
+    scope = Scope(model)
+    name = scope.sites[1].name
+    model.get_submodule(name).set_processor(EagerProcessor())
+    with pytest.raises(ValueError, match="can't be seen"), scope.record("entropy"):
+        pass
+    with pytest.raises(KeyError, match="can't be seen"), scope.edit({name: [0]}):
+        pass
+
+
+def test_attention_that_goes_another_way_inside_a_context_is_an_error(sample):
+    """Nothing is ever recorded silently less."""
+    model = tiny.ddpm().unet
+    scope = Scope(model)
+    with scope.record("entropy"):
+        model.get_submodule(scope.sites[1].name).set_processor(EagerProcessor())
+        with pytest.raises(RuntimeError, match="ran without torch's scaled_dot_product_attention"):
+            run(model, sample)
+
+
+def test_a_list_of_edits_is_by_sample_and_never_by_branch(diffusion):
+    scope = Scope(diffusion)
+    site = scope.sites[0].name
+    with pytest.raises(ValueError, match="edits: got 4 rows"), scope.edit([{site: [0]}, {}, {}, {}]):
+        draw(diffusion)
+
+
+def test_steps_are_counted_from_the_recording_context(unet, sample):
+    scope = Scope(unet)
+    with scope.edit({scope.sites[0].name: [0]}):
+        run(unet, sample)
+        with scope.record("entropy") as recording:
+            run(unet, sample)
+    assert set(recording.to_polars()["step"]) == {0}
 
 
 def test_contexts_nest(unet, sample):

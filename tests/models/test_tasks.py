@@ -1,11 +1,21 @@
 """Tasks: the scheduler's own target, noise that depends on the item alone, generation that starts alike."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 import tiny
 from headscope.models import LatentTask, PixelTask, Scope, Task
@@ -43,8 +53,8 @@ def test_the_fitting_task_is_found(pixel, latent):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_target_and_noisy_sample_by_their_formulas(pixel, prediction):
-    task = PixelTask(pixel.pipeline)
-    task.scheduler = DDPMScheduler(prediction_type=prediction)
+    pipeline = DDPMPipeline(unet=pixel.denoiser, scheduler=DDPMScheduler(prediction_type=prediction))
+    task = PixelTask(pipeline)
     prepared = task.prepare(pictures(2))
     inputs = task.noisy_inputs(prepared, 300, replicate=4)
     clean = prepared.clean.double()
@@ -57,6 +67,26 @@ def test_target_and_noisy_sample_by_their_formulas(pixel, prediction):
     torch.testing.assert_close(inputs.sample.double(), a * clean + s * noise, rtol=0, atol=1e-5)
     torch.testing.assert_close(inputs.target.double(), target, rtol=0, atol=1e-5)
     assert task.log_snr(300) == pytest.approx(np.log(a**2 / s**2))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler],
+)
+def test_the_loss_does_not_depend_on_the_sampler(pixel, scheduler):
+    """Samplers give add_noise meanings of their own; a model is trained by one formula."""
+    expected = pixel.noisy_inputs(pixel.prepare(pictures(1)), 900)
+    task = PixelTask(DDPMPipeline(unet=pixel.denoiser, scheduler=scheduler.from_config(pixel.scheduler.config)))
+    inputs = task.noisy_inputs(task.prepare(pictures(1)), 900)
+    torch.testing.assert_close(inputs.sample, expected.sample)
+    assert task.log_snr(900) == pytest.approx(pixel.log_snr(900))
+
+
+def test_pipelines_that_are_not_known_are_refused(pixel, latent):
+    with pytest.raises(TypeError, match="scheduler: got FlowMatchEulerDiscreteScheduler"):
+        PixelTask(SimpleNamespace(unet=pixel.denoiser, scheduler=FlowMatchEulerDiscreteScheduler()))
+    with pytest.raises(TypeError, match="two text encoders"):
+        Task.of(SimpleNamespace(**latent.pipeline.components, text_encoder_2=object()))
 
 
 def test_loss_is_the_mean_squared_error_per_item(pixel):

@@ -1,13 +1,14 @@
 """`headscope study` on the bundled model: small, whole, and the same after any number of kills."""
 
 import json
+import shutil
 
 import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from headscope.study.demonstration import STAGES, StudyConfig, is_study, run_study
+from headscope.study.demonstration import STAGES, StudyConfig, is_study, report_study, run_study
 from headscope.sweep import Run
 from kills import finish, kill_then_finish
 
@@ -55,8 +56,18 @@ def test_a_whole_study(tmp_path):
         "entropy_heads.csv",
         "ablation_confirm.csv",
     }
-    with pytest.raises(ValueError, match="another configuration"):
+    with pytest.raises(ValueError, match=r"another configuration.*\n  seed: 0 there, 1 now"):
         run_study(StudyConfig(**{**SMALL, "seed": 1}), tmp_path / "study", progress=False)
+    assert "not finished" not in text
+    shutil.rmtree(tmp_path / "study" / "confirm")
+    assert "This study is not finished (confirm)" in report_study(tmp_path / "study").read_text()
+
+
+def test_a_directory_with_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match="isn't a study"):
+        run_study(StudyConfig(**SMALL), tmp_path, progress=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_bad_settings():

@@ -18,6 +18,8 @@ from headscope.sweep import SweepConfig, run_sweep
         ({"dtype": "int8"}, "dtype: got int8"),
         ({"items": 0}, "items: got 0, expected at least 1"),
         ({"seed": -1}, "seed: got -1"),
+        ({"heads": ()}, "heads: got"),
+        ({"heads": (("mid", 0), ("mid", 0))}, "each once"),
         ({"timesteps": (5, 5)}, "timesteps: got"),
         ({"timesteps": ()}, "timesteps: got an empty list"),
         ({"observe": False, "fills": ()}, "nothing to observe"),

@@ -81,6 +81,12 @@ def test_a_directory_with_something_else_is_refused(tmp_path):
         RunStore(tmp_path / "thesis.tex", IDENTITY, {})
 
 
+def test_a_run_killed_before_its_manifest_can_be_started_again(tmp_path):
+    (tmp_path / f".{MANIFEST}.abc.tmp").write_text("{")
+    RunStore(tmp_path, IDENTITY, {})
+    assert Run.open(tmp_path).manifest["identity"] == IDENTITY
+
+
 def test_unreadable_runs_say_why(tmp_path):
     with pytest.raises(ValueError, match="expected a directory with a headscope run"):
         Run.open(tmp_path)

@@ -77,7 +77,9 @@ class ActiveEdit:
         """
         batch, parts = query.shape[0], len(forward.branches)
         gate = self._gates[site].to(query.device)
-        if gate.shape[0] not in (1, batch):
+        # a gate given as a tensor may name every row of the batch; a sequence of edits has one entry per sample
+        by_row = self._rows == 1 and gate.shape[0] == batch
+        if gate.shape[0] != 1 and not by_row:
             if gate.shape[0] * parts != batch:
                 raise ValueError(
                     f"edits: got {gate.shape[0]} rows, expected 1 or one per sample; the batch at {site!r} has {batch}"

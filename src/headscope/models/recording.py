@@ -52,6 +52,7 @@ class _Call:
     """One recorded attention call: per statistic its mean and standard deviation over queries, [batch, heads]."""
 
     forward: Forward
+    step: int
     site: str
     call: int
     queries: int
@@ -70,6 +71,8 @@ class Recording:
         self.statistics = statistics
         self.query_group = query_group
         self.records_head_output = head_output
+        # how many of the denoiser's forwards the scope had seen when the context was entered
+        self.first_forward = 0
         self._calls: list[_Call] = []
         self._sums: dict[tuple[str, int, float, str | None], Tensor] = {}
         self._counts: dict[tuple[str, int, float, str | None], int] = defaultdict(int)
@@ -99,7 +102,8 @@ class Recording:
             columns[f"{name}_std"] = rows.std(-1, correction=0)
             if name == "entropy":
                 columns["entropy_normalised_mean"] = _normalised(rows, valid_keys).nanmean(-1)
-        self._calls.append(_Call(forward, site, call, queries, keys, columns))
+        step = forward.index - self.first_forward
+        self._calls.append(_Call(forward, step, site, call, queries, keys, columns))
 
     def add_head_output(self, forward: Forward, site: str, call: int, output: Tensor) -> None:
         """Add one call's head outputs [batch, heads, queries, dim] to the running sum of its timestep and branch."""
@@ -187,7 +191,7 @@ class Recording:
             return pa.DictionaryArray.from_arrays(indices, pa.array([name], pa.string()))
 
         columns = {
-            "step": repeated(forward.index, pa.int32()),
+            "step": repeated(call.step, pa.int32()),
             "timestep": pa.array(forward.timestep.double().cpu()[samples].numpy()),
             "site": constant(call.site),
             "call": repeated(call.call, pa.int16()),

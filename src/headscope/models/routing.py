@@ -53,6 +53,11 @@ def pop(frame: Frame) -> None:
             return
 
 
+def forget(scope: object) -> None:
+    """Drop this thread's frames of a scope that is being left."""
+    _frames.stack = [frame for frame in _frames.stack if getattr(frame, "scope", None) is not scope]
+
+
 def active() -> bool:
     """Whether this thread is inside an observed attention module."""
     return bool(_frames.stack)

@@ -21,7 +21,7 @@ from headscope.ops.statistics import statistic_names
 _observed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 # additive masks in diffusers forbid a key with -10000 or with the dtype's minimum
-FORBIDDEN_LOGIT = -9999.0
+FORBIDDEN_LOGIT = -5000.0
 
 
 class Scope:
@@ -111,6 +111,7 @@ class Scope:
             KeyError: an unknown site.
             RuntimeError: the model is compiled, or another Scope is active on it.
         """
+        self._look_again()
         rows = statistic_names([name for name in statistics if name != HEAD_OUTPUT])
         if not statistics:
             raise ValueError("statistics: got none, expected at least one name to record")
@@ -149,6 +150,7 @@ class Scope:
             ValueError: a head out of range, or a site that another active edit already edits.
             RuntimeError: the model is compiled, or another Scope is active on it.
         """
+        self._look_again()
         active = ActiveEdit.build(edits, fill, steps, self)
         for other in self._edits:
             shared = sorted(active.sites & other.sites)
@@ -158,6 +160,11 @@ class Scope:
                 )
         with self._context(self._edits, active):
             yield
+
+    def _look_again(self) -> None:
+        """Processors may have been changed since the last context."""
+        if self._contexts == 0:
+            self.refresh()
 
     def _chosen(self, sites: Sequence[str] | None) -> frozenset[str]:
         if sites is not None:
@@ -176,9 +183,10 @@ class Scope:
             self._attach()
         self._contexts += 1
         entries.append(entry)
-        first_forward = self._forwards
         if isinstance(entry, ActiveEdit):
-            entry.first_forward = first_forward
+            entry.first_forward = self._forwards
+        else:
+            entry[0].first_forward = self._forwards
         try:
             yield
         finally:
@@ -199,7 +207,6 @@ class Scope:
                     "the model is compiled, and compiled code would not see the recording; use the model as it was"
                     " before torch.compile"
                 )
-        self.refresh()
         _observed.add(self.denoiser)
         self._forwards = 0
         modules = dict(self.denoiser.named_modules())
@@ -213,6 +220,8 @@ class Scope:
     def _detach(self) -> None:
         _observed.discard(self.denoiser)
         routing.uninstall()
+        # torch skips the hooks that leave a module when Ctrl-C ends it
+        routing.forget(self)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -235,16 +244,30 @@ class _SiteFrame:
     def __init__(self, scope: Scope, site: Site) -> None:
         self.scope = scope
         self.site = site
+        self.seen = False
 
     def enter(self, module: nn.Module, args: tuple) -> None:
+        self.seen = False
         routing.push(self)
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Raises RuntimeError where the module ran and its attention did not come by."""
         routing.pop(self)
+        name = self.site.name
+        asked = any(name in sites for _, sites in self.scope._recordings) or any(
+            name in edit.sites for edit in self.scope._edits
+        )
+        # after an exception in the module there is no output
+        if asked and not self.seen and output is not None:
+            raise RuntimeError(
+                f"site {name!r} ran without torch's scaled_dot_product_attention, so nothing of it was recorded or"
+                " edited; was its processor or diffusers' attention backend changed?"
+            )
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, stock: Callable[..., Tensor], **options: Any
     ) -> Tensor:
+        self.seen = True
         scope, name = self.scope, self.site.name
         forward = scope._forward
         recordings = [recording for recording, sites in scope._recordings if name in sites]
@@ -289,20 +312,34 @@ def find_denoiser(pipeline_or_model: Any) -> nn.Module:
 
 
 def guidance_branches(pipeline: Any, batch: int) -> tuple[str | None, ...]:
-    """The branch of each equal part of a denoiser's batch: (uncond, cond) under classifier-free guidance."""
-    guided = getattr(pipeline, "do_classifier_free_guidance", False) and batch % 2 == 0
-    # pipelines keep their last guidance scale; it says nothing of a denoiser called directly
-    return ("uncond", "cond") if guided and _is_running(pipeline) else (None,)
+    """The branch of each equal part of a denoiser's batch: (uncond, cond) under classifier-free guidance, else (None,).
+
+    Told from the pipeline's own running call: its guidance property outlives the call, and some pipelines run the
+    branches one after the other.
+
+    Raises:
+        RuntimeError: the batch has three parts or more, whose order isn't known.
+    """
+    if not getattr(pipeline, "do_classifier_free_guidance", False):
+        return (None,)
+    call = _running_call(pipeline)
+    samples = call.get("batch_size")
+    if not isinstance(samples, int) or samples < 1:
+        return (None,)
+    parts = batch // (samples * int(call.get("num_images_per_prompt") or 1))
+    if parts > 2:
+        raise RuntimeError(f"{type(pipeline).__name__} runs {parts} guidance branches at once, expected 1 or 2")
+    return ("uncond", "cond") if parts == 2 else (None,)
 
 
-def _is_running(pipeline: Any) -> bool:
-    """Whether this thread is inside the pipeline's call."""
+def _running_call(pipeline: Any) -> dict[str, Any]:
+    """The local variables of the pipeline's call that this thread is inside of; empty if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline:
-            return True
+            return frame.f_locals
         frame = frame.f_back
-    return False
+    return {}
 
 
 def count_valid_keys(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | int:

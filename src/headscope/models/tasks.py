@@ -87,16 +87,17 @@ class Task(ABC):
         self.pipeline = pipeline
         self.denoiser: Any = find_denoiser(pipeline)
         self.scheduler = pipeline.scheduler
-        for needed in ("alphas_cumprod", "add_noise"):
-            if not hasattr(self.scheduler, needed):
-                raise TypeError(
-                    f"scheduler: got {type(self.scheduler).__name__}, expected one with {needed} (DDPM, DDIM, ...)"
-                )
-        expected = ("epsilon", "v_prediction", "sample")
-        if self.scheduler.config.prediction_type not in expected:
-            raise ValueError(
-                f"prediction_type: got {self.scheduler.config.prediction_type!r}, expected one of {expected}"
+        if not hasattr(self.scheduler, "alphas_cumprod"):
+            raise TypeError(
+                f"scheduler: got {type(self.scheduler).__name__}, expected one with alphas_cumprod"
+                " (DDPM, DDIM, Euler, ...)"
             )
+        expected = ("epsilon", "v_prediction", "sample")
+        kind = self.scheduler.config.prediction_type
+        if kind not in expected:
+            raise ValueError(f"prediction_type: got {kind!r}, expected one of {', '.join(expected)}")
+        # add_noise means something else in every sampler; models are trained by this one's formula
+        self._noising = require("diffusers", "diffusers").DDPMScheduler.from_config(self.scheduler.config)
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +127,7 @@ class Task(ABC):
 
     def log_snr(self, timestep: int) -> float:
         """ln(alpha_bar / (1 - alpha_bar)) at a timestep of the scheduler."""
-        alpha_bar = float(self.scheduler.alphas_cumprod[timestep].double())
+        alpha_bar = float(self._noising.alphas_cumprod[timestep].double())
         return float(np.log(alpha_bar) - np.log1p(-alpha_bar))
 
     @abstractmethod
@@ -150,12 +151,12 @@ class Task(ABC):
         noise = self.noise(prepared, timestep, replicate)
         timesteps = torch.full((len(prepared),), timestep, device=self.device)
         clean = prepared.clean.float()
-        sample = self.scheduler.add_noise(clean, noise, timesteps)
+        sample = self._noising.add_noise(clean, noise, timesteps)
         kind = self.scheduler.config.prediction_type
         if kind == "epsilon":
             target = noise
         elif kind == "v_prediction":
-            target = self.scheduler.get_velocity(clean, noise, timesteps)
+            target = self._noising.get_velocity(clean, noise, timesteps)
         else:
             target = clean
         return NoisyInputs(sample.to(self.dtype), timestep, prepared.conditioning, target)
@@ -196,6 +197,11 @@ class Task(ABC):
             TypeError: no task is known for it.
         """
         has_text = all(getattr(pipeline, name, None) is not None for name in ("vae", "text_encoder", "tokenizer"))
+        if getattr(pipeline, "text_encoder_2", None) is not None:
+            raise TypeError(
+                f"pipeline: got {type(pipeline).__name__} with two text encoders, expected one with a single one"
+                " (Stable Diffusion 1 and 2); its further conditioning isn't known yet"
+            )
         if getattr(pipeline, "unet", None) is not None and has_text:
             return LatentTask(pipeline)
         if getattr(pipeline, "unet", None) is not None and getattr(pipeline, "vae", None) is None:
@@ -222,6 +228,7 @@ class PixelTask(Task):
         with torch.inference_mode():
             for timestep in scheduler.timesteps:
                 answer = self.denoiser(sample, timestep, return_dict=False)[0]
+                answer = answer[:, : sample.shape[1]]
                 sample = scheduler.step(answer, timestep, sample, return_dict=False)[0]
         return to_images(sample)
 
@@ -246,6 +253,8 @@ class LatentTask(Task):
     def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> np.ndarray:
         latents = self._initial_noise(items, self.sample_size, seed)
         stock, self.pipeline.scheduler = self.pipeline.scheduler, self._deterministic_scheduler()
+        # a checker would replace images by black ones, which no distance should see
+        checker, self.pipeline.safety_checker = self.pipeline.safety_checker, None
         bar = dict(getattr(self.pipeline, "_progress_bar_config", {}))
         self.pipeline.set_progress_bar_config(**{**bar, "disable": True})
         try:
@@ -254,7 +263,10 @@ class LatentTask(Task):
             ).images
         finally:
             self.pipeline.scheduler = stock
+            self.pipeline.safety_checker = checker
             self.pipeline.set_progress_bar_config(**bar)
+        if not np.isfinite(images).all():
+            raise ValueError(f"generate: the model made NaN or infinite pixels in {self.dtype}; float32 may not")
         return np.rint(images * 255).astype(np.uint8)
 
     @property

@@ -69,6 +69,8 @@ def _cpu_unavailable() -> str | None:
 def _cpu_rejects(problem: Problem) -> str | None:
     if problem.device.type != "cpu":
         return f"the tensors are on {problem.device}, it needs CPU tensors"
+    if max(problem.dim, problem.dim_v) > cpu_library.MAX_DIM:
+        return f"head dims reach {max(problem.dim, problem.dim_v)}, it takes at most {cpu_library.MAX_DIM}"
     return _forward_only(problem)
 
 

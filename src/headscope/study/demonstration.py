@@ -7,7 +7,8 @@ tables/     the numbers of the page, as CSV
 report.html
 """
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.zoo import GROUPS, open_group
 
 REPORT = "report.html"
+STUDY = "study.json"
 TITLE = "Attention heads of a small diffusion model"
 STAGES = ("observe", "discover", "confirm")
 TRAINING_CAVEAT = (
@@ -108,41 +110,78 @@ def run_study(
     """
     out = Path(out)
     show: dict[str, Any] = {"batch": batch, "progress": progress, "console": console}
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: got {str(out)!r}, which is a file; expected a directory")
+    _claim(out, config)
     run_sweep(config.observe(), out / "observe", title="entropy of every head", **show)
     discover = run_sweep(config.discover(), out / "discover", title="every head ablated", **show)
     heads = select_heads(_text(discover, "ablations"), config.heads_per_group)
     run_sweep(config.confirm(heads), out / "confirm", title="selected heads tested", **show)
-    return report_study(out, seed=config.seed, heads_per_group=config.heads_per_group)
+    return report_study(out)
 
 
-def report_study(out: Path, *, seed: int = 0, heads_per_group: int = 5) -> Path:
-    """Write report.html and tables/ from a study's three runs.
+def _claim(out: Path, config: StudyConfig) -> None:
+    """Make the directory this study's, or make sure it is."""
+    asked = json.loads(json.dumps(asdict(config)))
+    if is_study(out):
+        stored = read_study(out)
+        different = [name for name in asked if stored.get(name) != asked[name]]
+        if different:
+            changes = "".join(f"\n  {name}: {stored.get(name)} there, {asked[name]} now" for name in different)
+            raise ValueError(
+                f"out: {str(out)!r} holds a study of another configuration; choose another directory{changes}"
+            )
+        return
+    if out.exists() and not (out.is_dir() and all(entry.name.startswith(f".{STUDY}.") for entry in out.iterdir())):
+        raise ValueError(f"out: got {str(out)!r}, which holds something that isn't a study; expected a new directory")
+    write_atomic(out / STUDY, json.dumps(asked, indent=2).encode())
+
+
+def read_study(out: Path) -> dict[str, Any]:
+    """The settings a study was started with."""
+    try:
+        return json.loads((out / STUDY).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"study: {str(out / STUDY)!r} can't be read ({error})") from None
+
+
+def report_study(out: Path) -> Path:
+    """Write report.html and tables/ from a study's finished stages.
 
     Raises:
-        ValueError: a run is missing.
+        ValueError: nothing is finished yet.
     """
-    runs = {stage: Run.open(out / stage) for stage in STAGES}
+    settings = read_study(out)
+    runs = {stage: Run.open(out / stage) for stage in STAGES if (out / stage / "manifest.json").is_file()}
+    finished = {stage: run for stage, run in runs.items() if run.kinds}
+    if "observe" not in finished:
+        raise ValueError(f"study: {str(out)!r} has no finished unit yet, expected some results to report")
+    tables = {
+        stage: _text(finished[stage], kind) if stage in finished else None
+        for stage, kind in zip(STAGES, ("observations", "ablations", "ablations"), strict=True)
+    }
     result = analyse(
-        _text(runs["observe"], "observations"),
-        _text(runs["discover"], "ablations"),
-        _text(runs["confirm"], "ablations"),
-        count_per_group=heads_per_group,
-        seed=seed,
+        tables["observe"],
+        tables["discover"],
+        tables["confirm"],
+        count_per_group=settings["heads_per_group"],
+        seed=settings["seed"],
     )
     write_tables(out / "tables", result)
-    manifest = runs["observe"].manifest
+    manifest = finished["observe"].manifest
     info = run_info(manifest)
     for stage in STAGES[1:]:
-        info[f"Ablations, {stage}"] = _work(runs[stage].manifest)
+        if stage in finished:
+            info[f"Ablations, {stage}"] = _work(finished[stage].manifest)
+    unfinished = [stage for stage in STAGES if stage not in runs or not runs[stage].complete]
+    caveats = [*STUDY_CAVEATS, TRAINING_CAVEAT]
+    if unfinished:
+        caveats.insert(0, f"This study is not finished ({', '.join(unfinished)}): every number here will change.")
     return write_report(
         out / REPORT,
         title=TITLE,
         run_info=info,
         groups=group_infos(manifest),
         result=result,
-        caveats=(*STUDY_CAVEATS, TRAINING_CAVEAT),
+        caveats=caveats,
     )
 
 
@@ -167,7 +206,7 @@ def report_sweep(path: Path) -> Path:
 
 
 def is_study(path: Path) -> bool:
-    return all((path / stage).is_dir() for stage in STAGES)
+    return (path / STUDY).is_file()
 
 
 def write_tables(folder: Path, result: StudyResult) -> None:

@@ -66,6 +66,8 @@ class SweepConfig:
         for name in ("items", "reference_items", "generate_steps", "bands"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.heads is not None and (not self.heads or len(set(self.heads)) != len(self.heads)):
+            raise ValueError(f"heads: got {list(self.heads)}, expected (site, head) pairs, each once, or None for all")
         if self.seed < 0:
             raise ValueError(f"seed: got {self.seed}, expected 0 or more")
         if not self.observe and not (self.fills and self.scores):

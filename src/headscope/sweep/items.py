@@ -1,6 +1,7 @@
 """The model and the items of a sweep, read and checked before any work starts."""
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,15 @@ def load_task(config: SweepConfig) -> Task:
 
 
 def model_fingerprint(task: Task) -> str:
-    """sha256 over the denoiser's parameters and buffers, by name."""
+    """sha256 over the parameters and buffers of every module of the pipeline, and its tokenizers' vocabularies."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(task.denoiser.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for part, component in sorted(task.pipeline.components.items()):
+        if isinstance(component, torch.nn.Module):
+            for name, tensor in sorted(component.state_dict().items()):
+                digest.update(f"{part} {name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        elif hasattr(component, "get_vocab"):
+            digest.update(json.dumps([part, sorted(component.get_vocab().items())]).encode())
     return digest.hexdigest()
 
 

@@ -42,7 +42,9 @@ class RunStore:
         if manifest.is_file():
             _same_identity(path, read_manifest(path)["identity"], identity)
             return
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # a run killed while its manifest was being written has left nothing but that
+        leftover = f".{MANIFEST}."
+        if path.exists() and not (path.is_dir() and all(entry.name.startswith(leftover) for entry in path.iterdir())):
             raise ValueError(
                 f"out: got {str(path)!r}, which holds something that isn't a headscope run; expected a new one"
             )
@@ -126,6 +128,14 @@ class Run:
     def kinds(self) -> tuple[str, ...]:
         """The tables that have rows: some of observations, ablations, generations."""
         return tuple(kind for kind in TABLES if any((self.path / kind).glob("*.parquet")))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit of the run is finished."""
+        files = [file for kind in (*TABLES, "reference", "images") for file in (self.path / kind).glob("*")]
+        # a unit of generations has a second file, its images, which doesn't count
+        units = {(file.parent.name, file.stem) for file in files if not file.name.startswith(".")}
+        return len(units) >= self.manifest["units"]
 
     def table(self, kind: str) -> pl.LazyFrame:
         """The rows of every finished unit of a kind.
