@@ -28,8 +28,9 @@ STUDY = "study.json"
 TITLE = "Attention heads of a small diffusion model"
 STAGES = ("observe", "discover", "confirm")
 TRAINING_CAVEAT = (
-    "The model was trained on equally many sources and presentations of each group, none of them observed here. Drawn"
-    " and photographed faces still differ in more than being drawn: photographs carry sensor noise and varied poses."
+    "The model was trained on equally many sources and presentations of each group, none of them observed here; but the"
+    " drawn faces come in colour and in grey, so it has met their shapes twice as often as photographed faces. These"
+    " differ in more than being photographs, too: sensor noise, varied poses."
 )
 # how many images of each group the page shows
 SHOWN_IMAGES = 20
