@@ -1,36 +1,6 @@
 """The cpu backend: the fused C++ kernel of csrc/, float32 inside, forward only."""
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from headscope.ops import cpu_library
-from headscope.ops.schema import allocate
+from headscope.ops.fused import forward_of
 
-
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    gate: Tensor | None,
-    fill: Tensor | None,
-    statistics: Sequence[str],
-) -> tuple[Tensor, list[Tensor]]:
-    output, values = allocate(query, value, statistics)
-    cpu_library.attention_forward(
-        query,
-        key,
-        value,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        gate=gate,
-        fill=fill,
-        statistics=tuple(statistics),
-        output=output,
-        statistic_outputs=values,
-    )
-    return output, values
+forward = forward_of(cpu_library.attention_forward)

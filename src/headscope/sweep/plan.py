@@ -68,13 +68,14 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
     """
     timesteps = choose_timesteps(config, task)
     heads = _heads(config, sites)
-    identity = _identity(config, task, groups, timesteps)
+    swept = {group.name: _item_keys(group.swept) for group in groups}
+    reference_keys = {group.name: _item_keys(group.reference) for group in groups}
+    identity = _identity(config, task, timesteps, swept, reference_keys)
     units: list[Unit] = []
 
     def add(kind: str, group: GroupItems, items: range, forwards: int, timestep=None, score=None) -> None:
-        members = group.reference if kind == REFERENCE else group.swept
-        keys = [[members[i].key, _image_hash(members[i])] for i in items]
-        content = [kind, group.name, keys, timestep, score]
+        members = (reference_keys if kind == REFERENCE else swept)[group.name]
+        content = [kind, group.name, [members[i] for i in items], timestep, score]
         units.append(
             Unit(kind, group.name, tuple(items), timestep, score, forwards, _sha({**identity, "unit": content}))
         )
@@ -126,7 +127,13 @@ def _heads(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[tuple[str, int
     return tuple((site, head) for site, head in config.heads)
 
 
-def _identity(config: SweepConfig, task: Task, groups: list[GroupItems], timesteps: tuple[int, ...]) -> dict[str, Any]:
+def _identity(
+    config: SweepConfig,
+    task: Task,
+    timesteps: tuple[int, ...],
+    swept: dict[str, list[list[str]]],
+    reference: dict[str, list[list[str]]],
+) -> dict[str, Any]:
     """Paths stay out of it: a model or folder may move, its content may not change."""
     asked = config.as_dict()
     for name in ("model", "groups", "prompts", "device", "timesteps", "bands"):
@@ -139,21 +146,16 @@ def _identity(config: SweepConfig, task: Task, groups: list[GroupItems], timeste
         "scheduler": [type(task.scheduler).__name__, json.loads(json.dumps(scheduler, sort_keys=True, default=str))],
         "device_type": task.device.type,
         "timesteps": list(timesteps),
-        "groups": [
-            [
-                g.name,
-                _sha([[i.key, _image_hash(i)] for i in g.swept]),
-                _sha([[i.key, _image_hash(i)] for i in g.reference]),
-            ]
-            for g in groups
-        ],
+        "groups": [[name, _sha(swept[name]), _sha(reference[name])] for name in swept],
     }
     return json.loads(json.dumps(identity))
 
 
-def _image_hash(item: Any) -> str:
-    content = item.caption.encode() + (b"" if item.image is None else item.image.tobytes())
-    return hashlib.sha256(content).hexdigest()[:16]
+def _item_keys(items: tuple[Any, ...]) -> list[list[str]]:
+    """What identifies each item: its key, and a hash of its caption and image."""
+    contents = (item.caption.encode() + (b"" if item.image is None else item.image.tobytes()) for item in items)
+    hashes = (hashlib.sha256(content).hexdigest()[:16] for content in contents)
+    return [[item.key, found] for item, found in zip(items, hashes, strict=True)]
 
 
 def _sha(content: Any) -> str:

@@ -1,6 +1,7 @@
 """How one unit of work is computed."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
@@ -122,8 +123,7 @@ class UnitRunner:
     def _observe(self, unit: Unit, advance: Advance) -> None:
         items = self.items(unit)
         tables = []
-        for start in range(0, len(items), self.batch):
-            chunk = items[start : start + self.batch]
+        for chunk in _chunks(items, self.batch):
             prepared = self.task.prepare(chunk)
             with self._loss_scope.record("entropy") as recording:
                 for timestep in self.plan.timesteps:
@@ -148,17 +148,13 @@ class UnitRunner:
         )
         advance(len(items))
         columns = _Columns()
-        for site, heads in self._heads_by_site():
-            count = self._loss_scope.site(site).heads
-            for fill in self.config.fills:
-                for pairs in _chunks([(item, head) for head in heads for item in range(len(items))], self.batch):
-                    rows = torch.tensor([item for item, _ in pairs], device=self.task.device)
-                    edit = HeadEdit(_gates([head for _, head in pairs], count))
-                    with self._loss_scope.edit({site: edit}, fill=self._fill(unit.group, "loss", fill)):
-                        edited = self.task.loss(inputs.rows(rows)).cpu().numpy()
-                    advance(len(pairs))
-                    for (item, head), loss in zip(pairs, edited, strict=True):
-                        columns.add(item=item, site=site, head=head, fill=fill, clean=clean[item], edited=loss)
+        for site, fill, pairs, edit in self._edits(self._loss_scope, unit.group, "loss", len(items)):
+            rows = torch.tensor([item for item, _ in pairs], device=self.task.device)
+            with edit:
+                edited = self.task.loss(inputs.rows(rows)).cpu().numpy()
+            advance(len(pairs))
+            for (item, head), loss in zip(pairs, edited, strict=True):
+                columns.add(item=item, site=site, head=head, fill=fill, clean=clean[item], edited=loss)
         self.store.write_table(unit.kind, unit.id, columns.table(items, self.config.seed, unit.timestep))
 
     def _generate(self, unit: Unit, advance: Advance) -> None:
@@ -169,23 +165,30 @@ class UnitRunner:
         advance(2 * steps * len(items))
         columns = _Columns()
         images = []
-        for site, heads in self._heads_by_site():
-            count = self._pipeline_scope.site(site).heads
-            for fill in self.config.fills:
-                for pairs in _chunks([(item, head) for head in heads for item in range(len(items))], self.batch):
-                    edit = HeadEdit(_gates([head for _, head in pairs], count))
-                    with self._pipeline_scope.edit({site: edit}, fill=self._fill(unit.group, "generate", fill)):
-                        edited = self.task.generate([items[item] for item, _ in pairs], steps=steps, seed=seed)
-                    advance(2 * steps * len(pairs))
-                    images.append(edited)
-                    for (item, head), image in zip(pairs, edited, strict=True):
-                        difference = (image.astype(np.float64) - clean[item]) / 255.0
-                        distance = float(np.square(difference).mean())
-                        columns.add(item=item, site=site, head=head, fill=fill, steps=steps, distance=distance)
+        for site, fill, pairs, edit in self._edits(self._pipeline_scope, unit.group, "generate", len(items)):
+            with edit:
+                edited = self.task.generate([items[item] for item, _ in pairs], steps=steps, seed=seed)
+            advance(2 * steps * len(pairs))
+            images.append(edited)
+            for (item, head), image in zip(pairs, edited, strict=True):
+                difference = (image.astype(np.float64) - clean[item]) / 255.0
+                distance = float(np.square(difference).mean())
+                columns.add(item=item, site=site, head=head, fill=fill, steps=steps, distance=distance)
         kept = {"clean": torch.from_numpy(clean), "edited": torch.from_numpy(np.concatenate(images))}
         self.store.write_tensors(unit.kind, unit.id, kept)
         # the table comes last: it is what makes the unit done
         self.store.write_table(unit.kind, unit.id, columns.table(items, seed, None))
+
+    def _edits(
+        self, scope: Scope, group: str, score: str, items: int
+    ) -> Iterator[tuple[str, str, list[tuple[int, int]], AbstractContextManager[None]]]:
+        """Every head in turn, as batches: site, fill, (item, head) pairs with a row each, and the edit to enter."""
+        for site, heads in self._heads_by_site():
+            count = scope.site(site).heads
+            for fill in self.config.fills:
+                for pairs in _chunks([(item, head) for head in heads for item in range(items)], self.batch):
+                    gates = _gates([head for _, head in pairs], count)
+                    yield site, fill, pairs, scope.edit({site: HeadEdit(gates)}, fill=self._fill(group, score, fill))
 
     def _fill(self, group: str, score: str, fill: str):
         """What `scope.edit` takes for one of the configuration's fills."""
