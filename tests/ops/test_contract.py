@@ -4,19 +4,10 @@ import pytest
 import torch
 
 from contract import CASES, assert_close, make_inputs, output_tolerance, statistic_tolerance, truth
-from headscope.ops import HeadEdit, attention, backend_status
+from headscope.ops import HeadEdit, attention
+from ops.backends import require_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def require_backend(name: str) -> None:
-    """Skip where a backend can't be here; fail where it should be."""
-    reason = backend_status()[name]
-    if reason is None:
-        return
-    if name == "cpu" and "source" in reason:
-        pytest.skip(reason)
-    pytest.fail(f"backend {name} should be available: {reason}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

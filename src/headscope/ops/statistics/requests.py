@@ -30,7 +30,9 @@ def requested_statistics(statistics: Sequence[str | Statistic] | str | Statistic
                 f"statistics: {entry!r} needs arguments, expected a {CLASSES[entry].__name__}(...) in place of its name"
             )
         else:
-            raise ValueError(f"statistics: got {entry!r}, expected some of {', '.join(STATISTICS)}")
+            others = [f"{cls.__name__}(...)" for key, cls in CLASSES.items() if key not in STATISTICS]
+            expected = ", ".join(sorted(STATISTICS) + sorted(others))
+            raise ValueError(f"statistics: got {entry!r}, expected some of {expected}")
         if statistic.name in names:
             raise ValueError(
                 f"statistics: {statistic.name!r} is asked for twice, expected each name once"
