@@ -1,4 +1,7 @@
-"""What the forward kernel is called with. Reads shapes, strides and dtypes only, so tensors without data do."""
+"""What the kernels over queries and keys are called with.
+
+Reads shapes, strides and dtypes only, so tensors without data do.
+"""
 
 import math
 from collections.abc import Sequence
@@ -41,12 +44,6 @@ def check_operands(query: Tensor, key: Tensor, value: Tensor | None, outputs: Se
         raise ValueError(f"query's heads ({heads}) must be a multiple of key's ({kv_heads})")
 
 
-def signed_scale(scale: float) -> tuple[int, float]:
-    """The scale's sign and size; a size of 1 where it is 0, which then rides on the sign."""
-    sign = (scale > 0) - (scale < 0)
-    return sign, abs(scale) if sign else 1.0
-
-
 def mask_arguments(attn_mask: Tensor | None, shape: tuple[int, ...], is_causal: bool) -> dict[str, Any]:
     """The kernels' arguments that say what is masked.
 
@@ -71,6 +68,67 @@ def mask_arguments(attn_mask: Tensor | None, shape: tuple[int, ...], is_causal: 
 def optional_strides(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of `tensor` read as one of `shape`; zeros if there is none."""
     return (0,) * len(shape) if tensor is None else broadcast_strides(name, tensor, shape)
+
+
+def logit_arguments(
+    query: Tensor,
+    key: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    temperature: Tensor | None,
+    key_bias: Tensor | None,
+    configuration: ForwardConfiguration,
+    reach: int = 0,
+) -> dict[str, Any]:
+    """The kernels' arguments that the logits depend on, but query's and key's strides.
+
+    `reach`: how far apart, in elements, the kernel's other tensors are read within a tile.
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    masking = mask_arguments(attn_mask, (batch, heads, queries, keys), is_causal)
+    key_bias_strides = optional_strides("key_bias", key_bias, (batch, heads, keys))
+    sign = (scale > 0) - (scale < 0)
+    # a scale of 0 rides on the sign
+    size = abs(scale) if sign else 1.0
+    block_queries, block_keys = configuration.block_queries, configuration.block_keys
+    reach = max(
+        reach,
+        tile_reach(query.stride(), block_queries, dim),
+        tile_reach(key.stride(), block_keys, dim),
+        tile_reach(masking["mask_strides"], block_queries, block_keys),
+        key_bias_strides[2] * block_keys,
+    )
+    return {
+        "query_ptr": query,
+        "key_ptr": key,
+        "temperature_ptr": temperature,
+        "key_bias_ptr": key_bias,
+        "temperature_strides": optional_strides("temperature", temperature, (batch, heads)),
+        "key_bias_strides": key_bias_strides,
+        "scale": size,
+        "exponent_scale": size * math.log2(math.e),
+        "heads": heads,
+        "heads_per_group": heads // max(kv_heads, 1),
+        "queries": queries,
+        "keys": keys,
+        "DIM": dim,
+        "DIM_WIDTHS": configuration.dim_widths or chunk_widths(dim),
+        "BLOCK_QUERIES": block_queries,
+        "BLOCK_KEYS": block_keys,
+        "SIGN": sign,
+        "DOT_DTYPE": dot_dtype(query.dtype),
+        "INPUT_PRECISION": float32_precision() if query.dtype == torch.float32 else "tf32",
+        "WIDE": reach >= 2**31,
+        **masking,
+    }
+
+
+def tile_reach(strides: Sequence[int], rows: int, columns: int) -> int:
+    """How far apart, in elements, the first and last element of a tile are, at most."""
+    return strides[-2] * rows + strides[-1] * columns
 
 
 def statistic_arguments(
@@ -140,53 +198,50 @@ def forward_arguments(
     Raises:
         ValueError: dtype, head dimension, statistic or combination that the kernel has no code for.
     """
-    batch, heads, queries, dim = query.shape
-    kv_heads, keys, dim_v = key.shape[1], key.shape[2], value.shape[3]
+    batch, heads, queries, _ = query.shape
+    keys, dim_v = value.shape[2:]
     check_operands(query, key, value, (output, attention))
     if (row_max is None) != (log2_sum is None):
         raise ValueError("row_max and log2_sum come together")
     for name, rows in (("row_max", row_max), ("log2_sum", log2_sum)):
         if rows is not None and (rows.shape != query.shape[:3] or not rows.is_contiguous()):
             raise ValueError(f"{name} must be contiguous {tuple(query.shape[:3])}, got {tuple(rows.shape)}")
-    masking = mask_arguments(attn_mask, (batch, heads, queries, keys), is_causal)
     # without an output there is nothing to gate
     gate, fill = (gate, fill if gate is not None else None) if output is not None else (None, None)
     fill_strides = optional_strides("fill", fill, (batch, heads, queries, dim_v))
-    key_bias_strides = optional_strides("key_bias", key_bias, (batch, heads, keys))
     key_scale_strides = optional_strides("key_scale", key_scale, (batch, heads, keys))
 
-    sign, size = signed_scale(scale)
     block_queries, block_keys = configuration.block_queries, configuration.block_keys
     written = [tensor for tensor in (output, attention) if tensor is not None]
     reach = max(
-        strides[-2] * block + strides[-1] * columns
-        for strides, block, columns in (
-            (query.stride(), block_queries, dim),
-            (key.stride(), block_keys, dim),
-            (value.stride(), block_keys, dim_v),
-            (masking["mask_strides"], block_queries, block_keys),
-            (fill_strides, block_queries, dim_v),
-            ((0, key_bias_strides[2]), 0, block_keys),
-            ((0, key_scale_strides[2]), 0, block_keys),
-            *((tensor.stride(), block_queries, dim_v) for tensor in written),
-        )
+        tile_reach(value.stride(), block_keys, dim_v),
+        tile_reach(fill_strides, block_queries, dim_v),
+        key_scale_strides[2] * block_keys,
+        *(tile_reach(tensor.stride(), block_queries, dim_v) for tensor in written),
     )
-    dim_widths = configuration.dim_widths or chunk_widths(dim)
+    arguments = logit_arguments(
+        query,
+        key,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        temperature=temperature,
+        key_bias=key_bias,
+        configuration=configuration,
+        reach=reach,
+    )
     value_widths = configuration.value_widths or chunk_widths(dim_v)
     key_descriptors = value_descriptors = (None, None)
     if configuration.descriptors:
-        key_descriptors = tile_descriptors(key, block_keys, dim_widths)
+        key_descriptors = tile_descriptors(key, block_keys, arguments["DIM_WIDTHS"])
         if written:
             value_descriptors = tile_descriptors(value, block_keys, value_widths)
     unit = stride_unit((query, key, value, *written))
     return {
-        "query_ptr": query,
-        "key_ptr": key,
+        **arguments,
         "value_ptr": value if written else None,
         "gate_ptr": gate,
         "fill_ptr": fill,
-        "temperature_ptr": temperature,
-        "key_bias_ptr": key_bias,
         "key_scale_ptr": key_scale if written else None,
         "output_ptr": output,
         "attention_ptr": attention,
@@ -201,28 +256,11 @@ def forward_arguments(
         "value_strides": in_units(value, unit),
         "gate_strides": optional_strides("gate", gate, (batch, heads)),
         "fill_strides": fill_strides,
-        "temperature_strides": optional_strides("temperature", temperature, (batch, heads)),
-        "key_bias_strides": key_bias_strides,
         "key_scale_strides": key_scale_strides,
         "output_strides": NO_STRIDES if output is None else in_units(output, unit),
         "attention_strides": NO_STRIDES if attention is None else in_units(attention, unit),
-        "scale": size,
-        "exponent_scale": size * math.log2(math.e),
-        "heads": heads,
-        "heads_per_group": heads // max(kv_heads, 1),
-        "queries": queries,
-        "keys": keys,
-        "DIM": dim,
-        "DIM_WIDTHS": dim_widths,
         "VALUE_DIM": dim_v,
         "VALUE_WIDTHS": value_widths,
-        "BLOCK_QUERIES": block_queries,
-        "BLOCK_KEYS": block_keys,
-        "SIGN": sign,
-        "DOT_DTYPE": dot_dtype(query.dtype),
-        "INPUT_PRECISION": float32_precision() if query.dtype == torch.float32 else "tf32",
         "STRIDE_UNIT": unit,
-        "WIDE": reach >= 2**31,
-        **masking,
         **statistic_arguments(statistics, statistic_outputs, (batch, heads, queries)),
     }

@@ -78,6 +78,15 @@ def forward_configuration(
     return _shrink(configuration, queries, keys)
 
 
+def key_mass_configuration(
+    dtype: torch.dtype, dim: int, queries: int, keys: int, target: tuple[str, int] | None, *, exact: bool = True
+) -> ForwardConfiguration:
+    """The configuration of the pass that sums over queries, for this problem; see `forward_configuration`."""
+    if target is None:
+        return INTERPRETER
+    return forward_configuration(dtype, dim, dim, queries, keys, target, exact=exact, masked=True)
+
+
 def _exact(width: int, backend: str) -> ForwardConfiguration:
     # exact products run on the FMA units, which hold whole rows of their operands in registers: small tiles, many
     # warps, or the loop spills; one stage where shared memory is 64 KiB
