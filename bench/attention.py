@@ -14,16 +14,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import charts
 import numpy as np
 import torch
-from peers import MODELS, SMALL_MODELS, STOCK, Shape, backwards, forwards, lengths
 from rich.console import Console
 from rich.table import Table
-from timing import interleaved, peak_bytes
 
+import charts
 import headscope
 from headscope._machine import device_name, versions
+from peers import MODELS, SMALL_MODELS, STOCK, Shape, backwards, forwards, lengths
+from timing import interleaved, peak_bytes
 
 
 def check(shape: Shape, device: str, dtype: torch.dtype) -> None:

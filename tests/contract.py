@@ -193,9 +193,7 @@ class Inputs:
 
     def to(self, device: str) -> "Inputs":
         """The same on another device."""
-        moved = {
-            name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, Tensor)
-        }
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
         options = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.options.items()}
         return dataclasses.replace(self, **moved, options=options)
 

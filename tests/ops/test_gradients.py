@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from contract import CASES, Case, Inputs, make_inputs
+from contract import CASES, Case, make_inputs
+from gradients import COMPARABLE, gradients_of
 from headscope.ops import GroupMass, HeadEdit, attention
 from ops.backends import require_backend
 
@@ -23,8 +23,7 @@ def _tensors(seed: int, dtype=torch.float64):
     gate[0, 0], gate[1, 1] = 0.0, 1.0
     temperature = temperature.exp()
     return [
-        tensor.requires_grad_()
-        for tensor in (query, key, value, mask, gate, fill, temperature, key_bias, key_scale)
+        tensor.requires_grad_() for tensor in (query, key, value, mask, gate, fill, temperature, key_bias, key_scale)
     ]
 
 
@@ -64,71 +63,14 @@ def test_portable_gradients_equal_the_reference(chunk_bytes, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def _leaves(inputs: Inputs) -> dict[str, Tensor]:
-    """Every tensor of a case that gradients flow into, requiring them."""
-    edit = inputs.edit()
-    mask = inputs.options["attn_mask"]
-    tensors = {
-        "query": inputs.query,
-        "key": inputs.key,
-        "value": inputs.value,
-        "mask": None if mask is None or mask.dtype == torch.bool else mask,
-        "gate": edit.gate,
-        "fill": edit.fill if isinstance(edit.fill, Tensor) else None,
-        "temperature": edit.temperature,
-        "key_bias": edit.key_bias,
-        "key_scale": edit.key_scale,
-    }
-    return {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items() if tensor is not None}
-
-
-def _gradients(inputs: Inputs, backend: str) -> dict[str, Tensor]:
-    leaves = _leaves(inputs)
-    options = dict(inputs.options)
-    if "mask" in leaves:
-        options["attn_mask"] = leaves["mask"]
-    edit = HeadEdit(
-        leaves.get("gate"),
-        leaves.get("fill", inputs.fill),  # type: ignore[arg-type]
-        leaves.get("temperature"),
-        leaves.get("key_bias"),
-        leaves.get("key_scale"),
-    )
-    groups = GroupMass(inputs.groups, inputs.group_count) if inputs.groups is not None else None
-    result = attention(
-        leaves["query"],
-        leaves["key"],
-        leaves["value"],
-        edit=edit,
-        statistics=[*DIFFERENTIABLE, *([groups] if groups else [])],
-        backend=backend,
-        **options,
-    )
-    finite = result.statistics["logsumexp"].isfinite()
-    outputs = [result.output, *result.statistics.values()]
-    torch.manual_seed(3)
-    total = torch.zeros((), dtype=torch.float64)
-    for output in outputs:
-        weights = torch.randn(output.shape)
-        if output is result.statistics["logsumexp"]:
-            weights, output = torch.where(finite, weights, 0), torch.where(finite, output, 0)
-        total = total + (weights.double() * output.double()).sum()
-    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
-
-
-# NaN and infinite logits have no gradient to compare; in rows of finfo.min a float64 sum isn't swallowed as float32's is
-COMPARABLE = [case for case in CASES if case.name not in ("nan_row", "extreme_logits", "finfo_min_row")]
-
-
 @pytest.mark.parametrize("case", COMPARABLE, ids=lambda case: case.name)
 @pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
 def test_gradients_equal_the_reference(backend: str, case: Case):
     """Within float32's rounding: sums of up to hundreds of terms, relative to the largest gradient."""
     require_backend(backend)
     inputs = make_inputs(case, torch.float32)
-    expected = _gradients(inputs, "reference")
-    got = _gradients(inputs, backend)
+    expected = gradients_of(inputs, "reference")
+    got = gradients_of(inputs, backend)
     assert set(got) == set(expected)
     for name, gradient in expected.items():
         size = float(gradient.abs().max()) if gradient.numel() else 0.0

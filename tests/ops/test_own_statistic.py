@@ -59,6 +59,7 @@ def _load(folder: Path, factor: str):
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module.LateMass
 

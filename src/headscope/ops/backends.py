@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -45,12 +45,9 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
 def _triton_unavailable() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton can't be imported ({error})"
+    if find_spec("triton") is None or find_spec("headscope_kernels") is None:
+        return "triton isn't installed"
     if torch.cuda.is_available() or _interpreted():
         return None
     return "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"

@@ -121,9 +121,7 @@ def check_edit(edit: HeadEdit | None, query: Tensor, key: Tensor, value: Tensor)
             )
         return
     if not isinstance(fill, Tensor):
-        raise TypeError(
-            f'edit.fill: got {type(fill).__name__}, expected None, "uniform", "identity" or a torch.Tensor'
-        )
+        raise TypeError(f'edit.fill: got {type(fill).__name__}, expected None, "uniform", "identity" or a torch.Tensor')
     full = (batch, heads, queries, value.shape[3])
     if fill.ndim > 4:
         raise ValueError(f"edit.fill: got shape {shape_of(fill)}, expected at most 4 dimensions")

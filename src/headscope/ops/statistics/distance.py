@@ -43,7 +43,9 @@ class Distance(Statistic):
             ("key_grid", key.shape[2], (key_height, key_width)),
         ):
             if tokens != size[0] * size[1]:
-                raise ValueError(f"{self.name}: {argument} {size} has {size[0] * size[1]} tokens, the call has {tokens}")
+                raise ValueError(
+                    f"{self.name}: {argument} {size} has {size[0] * size[1]} tokens, the call has {tokens}"
+                )
 
     def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         width, key_width = self.constants[1], self.constants[3]

@@ -81,9 +81,9 @@ class GroupMass(_Groups):
 
 
 class GroupEntropy(_Groups):
-    """The entropy of p renormalised within each group, [batch, heads, queries, count]; 0 for a group without mass. Nats.
+    """The entropy of p renormalised within each group, [batch, heads, queries, count]. Nats.
 
-    In float32 a group has no mass where all its weights are below 2^-126 of the row's largest.
+    0 for a group without mass; in float32 that is one where all its weights are below 2^-126 of the row's largest.
 
     Args, raises: as GroupMass.
     """
