@@ -309,7 +309,10 @@ def attention_forward_kernel(
 
     if HAS_OUTPUT:
         fill_base = fill_ptr
+        fill_limit = query_limit
         if fill_ptr is not None:
+            # a kept head reads no fill
+            fill_limit = tl.where(gate == 1.0, 0, query_limit)
             fill_base = advance(head_base(fill_ptr, batch, head, fill_strides), first_query, fill_strides[2])
         for index in tl.static_range(len(VALUE_WIDTHS)):
             columns_v = indices(chunk_start(VALUE_WIDTHS, index), entry(VALUE_WIDTHS, index), WIDE)  # [width]
@@ -324,8 +327,8 @@ def attention_forward_kernel(
                     fill = tl.zeros([BLOCK_QUERIES, entry(VALUE_WIDTHS, index)], tl.float32)
                     if fill_ptr is not None:
                         pointers = fill_base + rows[:, None] * fill_strides[2] + columns_v[None, :] * fill_strides[3]
-                        # a kept head reads no fill
-                        fill = tl.load(pointers, mask=inside & (gate != 1.0), other=0.0).to(tl.float32)
+                        needed = inside & (rows < fill_limit)[:, None]  # [queries, width]
+                        fill = tl.load(pointers, mask=needed, other=0.0).to(tl.float32)
                     chunk = gated(chunk, fill, gate)
                 strides = scaled_strides(output_strides, STRIDE_UNIT)
                 base = advance(head_base(output_ptr, batch, head, strides), first_query, strides[2])

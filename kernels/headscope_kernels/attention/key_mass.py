@@ -117,6 +117,7 @@ def attention_key_mass_kernel(
             True,
             WIDE,
         )
+        query = cast_chunks(query, 1, DOT_DTYPE)
         row_offsets = advance(first_query, batch_head, queries) + rows
         inside = rows < queries - first_query  # [queries]
         row_max = tl.load(row_max_ptr + row_offsets, mask=inside, other=0.0)  # [queries]

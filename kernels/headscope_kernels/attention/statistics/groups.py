@@ -109,7 +109,7 @@ def group_width(constants: tuple[int | float, ...]) -> int:
     Raises:
         ValueError: constants that leave no group.
     """
-    count, first = int(constants[0]), int(constants[1]) if len(constants) > 1 else 0
+    count, first = (int(constant) for constant in (*constants, 0)[:2]) if constants else (0, 0)
     if not (0 <= first < count) or len(constants) > 2:
         raise ValueError(
             f"group statistics take constants (count,) or (count, first) with first < count, got {constants}"
@@ -119,11 +119,12 @@ def group_width(constants: tuple[int | float, ...]) -> int:
 
 def group_mass(constants: tuple[int | float, ...]) -> RowStatistic:
     """Constants are (count,) or (count, first): the first 128 groups from `first` on."""
+    width = group_width(constants)
     return RowStatistic(
         group_mass_finish,
         update=group_mass_update,
         accumulators=(padded_groups(constants),),
-        width=group_width(constants),
+        width=width,
         constants=constants,
         gradient=group_mass_gradient,
     )
@@ -131,11 +132,11 @@ def group_mass(constants: tuple[int | float, ...]) -> RowStatistic:
 
 def group_entropy(constants: tuple[int | float, ...]) -> RowStatistic:
     """Constants are (count,) or (count, first): the first 128 groups from `first` on."""
-    padded = padded_groups(constants)
+    width = group_width(constants)
     return RowStatistic(
         group_entropy_finish,
         update=group_entropy_update,
-        accumulators=(padded, padded),
-        width=group_width(constants),
+        accumulators=(padded_groups(constants),) * 2,
+        width=width,
         constants=constants,
     )
