@@ -135,6 +135,7 @@ class Problem:
             "row_max": row_max,
             "log2_sum": total.log2().masked_fill(dead, math.inf),
             "logits": alive,
+            "probabilities": probabilities,
         }
         return results, leaves
 
@@ -205,9 +206,18 @@ class Problem:
         gradients = self.run(needed, configurations)
         expected, torchs = self.autograd(torch.float64), self.autograd(self.query.dtype)
         with torch.no_grad():
-            logits = self.formula(torch.float64)[0]["logits"]
+            results = self.formula(torch.float64)[0]
+        logits = results["logits"]
         finite = logits[logits.isfinite() & (logits > FINFO_MIN / 2)]
-        largest = finite.abs().max().item() if finite.numel() else 0.0
+        # a logit is right to its own last bit at best, which is an error of its probability's logarithm ...
+        logit_error = 4 * 2**-24 * (finite.abs().max().item() if finite.numel() else 0.0)
+        # ... that reaches the gradients of query and key through the other one
+        reach = {}
+        if logits.numel():
+            largest_grad = max(self.cotangent(name).abs().max().item() for name in self.cotangents)
+            column = results["probabilities"].sum(-2).max().item()
+            reach["query"] = self.scale_ * self.key.abs().max().item() * largest_grad
+            reach["key"] = self.scale_ * self.query.abs().max().item() * largest_grad * column
         assert list(gradients) == [name for name in DIFFERENTIABLE if name in (needed or self.inputs())]
         for name, gradient in gradients.items():
             argument = self.inputs()[name]
@@ -217,13 +227,11 @@ class Problem:
                 continue
             error = (torchs[name].double() - expected[name]).abs().max().item()
             size = max(expected[name].abs().max().item(), 1.0)
-            # a logit is right to its own last bit at best, which is a relative error of its probability
-            floor = FLOOR[self.query.dtype] + 4 * 2**-24 * largest
             torch.testing.assert_close(
                 gradient.double(),
                 expected[name],
                 rtol=0,
-                atol=2 * error + floor * size,
+                atol=2 * error + FLOOR[self.query.dtype] * size + logit_error * max(size, reach.get(name, 0.0)),
                 msg=lambda text, name=name: f"gradient of {name}: {text}",
             )
         return gradients
@@ -232,8 +240,8 @@ class Problem:
 def attention(
     batch: int = 1,
     heads: int = 2,
-    queries: int = 40,
-    keys: int = 45,
+    queries: int = 20,
+    keys: int = 23,
     dim: int = 16,
     *,
     kv_heads: int | None = None,
@@ -296,10 +304,10 @@ def test_tile_shapes(block_queries: int, block_keys: int, is_causal: bool):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("splits", [2, 3, 7])
+@pytest.mark.parametrize("splits", [2, 7])
 def test_queries_of_one_key_tile_shared_by_programs(splits: int, is_causal: bool):
-    problem = attention(heads=2, kv_heads=1, queries=77, keys=40, is_causal=is_causal)
-    problem.key_bias, problem.key_scale = normal(1, 1, 40), normal(1, 1, 40)
+    problem = attention(heads=2, kv_heads=1, queries=70, keys=23, is_causal=is_causal)
+    problem.key_bias, problem.key_scale = normal(1, 1, 23), normal(1, 1, 23)
     problem.check(configurations=tiles(16, splits=splits))
 
 
@@ -318,7 +326,7 @@ def test_key_and_value_in_separate_launches():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_grouped_heads(kv_heads: int, dtype: torch.dtype):
-    attention(batch=2, heads=4, kv_heads=kv_heads, queries=33, keys=35, dtype=dtype).check()
+    attention(batch=2, heads=4, kv_heads=kv_heads, dtype=dtype).check()
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(63, 63), (100, 40), (40, 100), (1, 50)])
@@ -336,14 +344,14 @@ def test_cotangents(cotangents: tuple[str, ...], dtype: torch.dtype):
 @pytest.mark.parametrize(
     "shape",
     [
-        (2, 3, 40, 45),
-        (1, 1, 40, 45),
-        (2, 1, 40, 45),
-        (1, 3, 40, 45),
-        (2, 1, 1, 45),
-        (1, 3, 1, 45),
-        (2, 3, 40, 1),
-        (1, 1, 40, 1),
+        (2, 3, 20, 23),
+        (1, 1, 20, 23),
+        (2, 1, 20, 23),
+        (1, 3, 20, 23),
+        (2, 1, 1, 23),
+        (1, 3, 1, 23),
+        (2, 3, 20, 1),
+        (1, 1, 20, 1),
         (2, 1, 1, 1),
         (1, 1, 1, 1),
     ],
@@ -356,17 +364,17 @@ def test_mask_gradients(shape: tuple[int, ...]):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 20, 45), (2, 1, 1, 45)])
+@pytest.mark.parametrize("shape", [(1, 1, 20, 23), (2, 1, 1, 23)])
 def test_low_precision_masks(shape: tuple[int, ...], dtype: torch.dtype):
-    problem = attention(batch=2, queries=20, dtype=dtype)
+    problem = attention(batch=2, dtype=dtype)
     problem.attn_mask = normal(*shape, dtype=dtype)
     problem.check()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 40, 45), (2, 1, 1, 45), (1, 3, 40, 1)])
+@pytest.mark.parametrize("shape", [(1, 2, 40, 45), (1, 1, 1, 45), (1, 2, 40, 1)])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_masks_that_mask(shape: tuple[int, ...], dtype: torch.dtype):
-    problem = attention(batch=2, heads=3, cotangents=COTANGENTS)
+    problem = attention(queries=40, keys=45, cotangents=COTANGENTS)
     allowed = normal(*shape) > -0.5
     problem.attn_mask = allowed if dtype == torch.bool else torch.zeros(shape, device=DEVICE)
     if dtype != torch.bool:
@@ -377,7 +385,7 @@ def test_masks_that_mask(shape: tuple[int, ...], dtype: torch.dtype):
 @pytest.mark.parametrize("cotangents", [("output",), COTANGENTS])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_rows_without_a_valid_key(dtype: torch.dtype, cotangents: tuple[str, ...]):
-    problem = attention(cotangents=cotangents)
+    problem = attention(queries=40, keys=45, heads=1, cotangents=cotangents)
     allowed = torch.ones(1, 1, 40, 45, dtype=torch.bool, device=DEVICE)
     allowed[..., ::3, :] = False
     # valid keys only in the last tile
@@ -394,7 +402,7 @@ def test_rows_without_a_valid_key(dtype: torch.dtype, cotangents: tuple[str, ...
 def test_cotangents_of_rows_without_a_valid_key_do_not_matter():
     """The loss's derivative with respect to a logsumexp of -inf may well be infinite."""
     problem = attention(queries=20, cotangents=("output", "logsumexp"))
-    problem.attn_mask = torch.ones(1, 1, 20, 45, dtype=torch.bool, device=DEVICE)
+    problem.attn_mask = torch.ones(1, 1, 20, 23, dtype=torch.bool, device=DEVICE)
     problem.attn_mask[..., 4, :] = False
     expected = problem.check()
     problem.cotangent("logsumexp")[:, :, 4] = math.inf
@@ -405,7 +413,7 @@ def test_cotangents_of_rows_without_a_valid_key_do_not_matter():
 
 def test_all_keys_muted():
     problem = attention(queries=20, cotangents=COTANGENTS)
-    problem.key_bias = torch.zeros(1, 2, 45, device=DEVICE)
+    problem.key_bias = torch.zeros(1, 2, 23, device=DEVICE)
     problem.key_bias[0, 0] = -math.inf
     problem.key_bias[0, 1, ::2] = -math.inf
     gradients = problem.check()
@@ -415,7 +423,7 @@ def test_all_keys_muted():
 
 @pytest.mark.parametrize("where", ["mask", "key_bias"])
 def test_rows_of_the_lowest_float_are_uniform(where: str):
-    problem = attention(queries=40, cotangents=("output", "entropy"))
+    problem = attention(heads=1, queries=40, keys=45, cotangents=("output", "entropy"))
     if where == "key_bias":
         problem.key_bias = torch.full((1, 1, 45), FINFO_MIN, device=DEVICE)
     else:
@@ -435,13 +443,13 @@ def test_extreme_logits(magnitude: float, masked: bool, dtype: torch.dtype):
         largest = problem.formula(torch.float64)[0]["logits"].abs().max().item()
     problem.scale = problem.scale_ * magnitude / largest
     if masked:
-        problem.attn_mask = torch.zeros(1, 1, 1, 45, device=DEVICE, dtype=dtype)
+        problem.attn_mask = torch.zeros(1, 1, 1, 23, device=DEVICE, dtype=dtype)
     problem.check()
 
 
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_shifted_logits(offset: float):
-    problem = attention(attn_mask=torch.full((1, 1, 40, 1), offset, device=DEVICE))
+    problem = attention(attn_mask=torch.full((1, 1, 20, 1), offset, device=DEVICE))
     problem.check()
 
 
@@ -487,21 +495,22 @@ def test_temperatures(shape: tuple[int, ...], kv_heads: int):
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_key_edits(shape: tuple[int, int], kv_heads: int):
     problem = attention(batch=2, heads=4, kv_heads=kv_heads, queries=20, cotangents=COTANGENTS)
-    problem.key_bias = normal(*shape, 45, seed=5)
-    problem.key_scale = normal(*shape, 45, seed=6) + 1
+    problem.key_bias = normal(*shape, 23, seed=5)
+    problem.key_scale = normal(*shape, 23, seed=6) + 1
     problem.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mask", ["none", "causal", "bool", (1, 1, 40, 45), (2, 4, 1, 45), (2, 1, 40, 1)])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", (1, 1, 20, 23), (2, 4, 1, 23), (2, 1, 20, 1)])
 def test_everything(mask: str | tuple[int, ...], dtype: torch.dtype):
     problem = everything(dtype=dtype)
     problem.is_causal = mask == "causal"
     if mask == "bool":
-        problem.attn_mask = normal(2, 1, 40, 45) > 0
+        problem.attn_mask = normal(2, 1, 20, 23) > 0
     elif isinstance(mask, tuple):
         problem.attn_mask = normal(*mask)
-    problem.check()
+    # tiles with and without a border
+    problem.check(configurations=tiles(16, 16))
 
 
 def test_only_what_is_needed():
@@ -537,7 +546,7 @@ def test_needed_as_a_sequence():
 
 def test_deterministic():
     problem = everything()
-    problem.attn_mask = normal(1, 1, 40, 45)
+    problem.attn_mask = normal(1, 1, 20, 23)
     first, second = problem.run(), problem.run()
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -546,8 +555,8 @@ def test_deterministic():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_strides(dtype: torch.dtype):
     """Tokens before heads, transposed channels, expanded inputs and cotangents."""
-    problem = everything(queries=33, dim=12, dim_v=12, dtype=dtype)
-    problem.attn_mask = normal(1, 1, 33, 45)
+    problem = everything(dim=12, dim_v=12, dtype=dtype)
+    problem.attn_mask = normal(1, 1, 20, 23)
     expected = problem.check()
     heads_last = problem.query.transpose(1, 2).contiguous().transpose(1, 2)
     strided = replace(problem, query=heads_last, value=problem.value.mT.contiguous().mT)
@@ -561,7 +570,7 @@ def test_strides(dtype: torch.dtype):
     assert gradients["query"].stride() == heads_last.stride()
 
     problem.key = problem.key[:, :1].expand(-1, 2, -1, -1)
-    problem.grads["output"] = torch.ones((), dtype=dtype, device=DEVICE).expand(2, 4, 33, 12)
+    problem.grads["output"] = torch.ones((), dtype=dtype, device=DEVICE).expand(2, 4, 20, 12)
     problem.check()
 
 
@@ -611,8 +620,8 @@ def test_nothing_comes_from_a_removed_head(kv_heads: int):
 def test_statistics_of_a_removed_head_do_not_see_its_output(kv_heads: int):
     problem = attention(batch=1, heads=3, kv_heads=kv_heads, queries=20, cotangents=COTANGENTS)
     problem.gate = torch.tensor([[0.5, 0.0, 1.0]], device=DEVICE)
-    problem.key_scale = normal(1, 3, 45)
-    problem.attn_mask = normal(1, 1, 20, 45)
+    problem.key_scale = normal(1, 3, 23)
+    problem.attn_mask = normal(1, 1, 20, 23)
     names = ("query", "key", "value", "attn_mask", "key_scale")
     expected = problem.check(names)
     assert (expected["query"][:, 1] != 0).all()
@@ -640,7 +649,7 @@ def test_kept_heads_do_not_see_their_fill():
 
 
 def test_nan_stays_in_its_row():
-    problem = attention(queries=40, cotangents=("output", "entropy"))
+    problem = attention(queries=40, keys=45, cotangents=("output", "entropy"))
     expected = problem.run(["query"])["query"]
     problem.query[0, 1, 5] = math.nan
     gradients = problem.run()
@@ -665,7 +674,7 @@ def test_no_keys(is_causal: bool):
 def test_no_queries():
     problem = attention(queries=0)
     problem.gate, problem.temperature = torch.tensor([[0.5, 1.0]], device=DEVICE), torch.ones(1, 2, device=DEVICE)
-    problem.attn_mask = normal(1, 1, 1, 45)
+    problem.attn_mask = normal(1, 1, 1, 23)
     for gradient in problem.run().values():
         assert (gradient == 0).all()
 
