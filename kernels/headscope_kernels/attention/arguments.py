@@ -14,8 +14,8 @@ from headscope_kernels.attention.configs import ForwardConfiguration, chunk_widt
 from headscope_kernels.attention.host import (
     broadcast_strides,
     dot_dtype,
-    float32_precision,
     in_units,
+    input_precision,
     stride_unit,
     tile_descriptors,
 )
@@ -120,7 +120,7 @@ def logit_arguments(
         "BLOCK_KEYS": block_keys,
         "SIGN": sign,
         "DOT_DTYPE": dot_dtype(query.dtype),
-        "INPUT_PRECISION": float32_precision() if query.dtype == torch.float32 else "tf32",
+        "INPUT_PRECISION": input_precision(query.dtype),
         "WIDE": reach >= 2**31,
         **masking,
     }

@@ -72,6 +72,11 @@ def float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def input_precision(dtype: torch.dtype) -> str:
+    """tl.dot's argument of that name for operands of this type; AMD's newest chips know "ieee" only."""
+    return float32_precision() if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """The operands' type in matrix products: their own, but the interpreter can't multiply bfloat16."""
     if dtype == torch.float16:

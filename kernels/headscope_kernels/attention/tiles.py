@@ -56,6 +56,12 @@ def chunk_start(widths, index):
     return sum(widths[:index])
 
 
+@triton.constexpr_function
+def data_place(counts, index, number):
+    """Where tensor `number` of statistic `index` stands in the row of all statistics' tensors."""
+    return sum(counts[:index]) + number
+
+
 @triton.jit
 def load_tile(
     base,
@@ -211,9 +217,10 @@ def statistic_tensors(pointers, strides, COUNTS: tl.constexpr, batch, head):
     for index in tl.static_range(len(COUNTS)):
         own = ()
         for number in tl.static_range(entry(COUNTS, index)):
-            place = chunk_start(COUNTS, index) + number
-            base = advance(pointers[place], batch, strides[2 * place])
-            own = own + (advance(base, head, strides[2 * place + 1]),)
+            base = advance(
+                pointers[data_place(COUNTS, index, number)], batch, strides[2 * data_place(COUNTS, index, number)]
+            )
+            own = own + (advance(base, head, strides[2 * data_place(COUNTS, index, number) + 1]),)
         tensors = tensors + (own,)
     return tensors
 

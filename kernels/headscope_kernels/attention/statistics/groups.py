@@ -2,8 +2,8 @@
 
 A group's sum over the keys is a matrix product with the one-hot matrix [keys, groups], which runs beside the value
 product on the matrix units. One-hot is exact in bfloat16; the float32 factor goes in as several bfloat16 terms, each
-the rounding of what the ones before left: two are right to 2^-18 of the value, enough for a mass of at most 1, three to
-2^-26, which the entropy needs, as it divides by masses of any size. Products of one tile start from 0 and are added in
+the rounding of what the ones before left: two are right to 2^-17 of the value, enough for a mass of at most 1, three to
+2^-24, which the entropy needs, as it divides by masses of any size. Products of one tile start from 0 and are added in
 float32, because the matrix units truncate while they accumulate.
 """
 
@@ -50,14 +50,17 @@ def one_hot_product(left, selection, TERMS: tl.constexpr):
     if interpreting():
         return tl.dot(left, selection.to(tl.float32), input_precision="ieee")
     one_hot = selection.to(tl.float32).to(tl.bfloat16)  # [inner, columns]
-    rest = left
-    term = rest.to(tl.bfloat16)  # [rows, inner]
-    product = tl.dot(term, one_hot)  # [rows, columns]
+    rest = left  # [rows, inner]
+    product = tl.zeros([left.shape[0], selection.shape[1]], tl.float32)  # [rows, columns]
     for _ in tl.static_range(1, TERMS):
-        rest = rest - term.to(tl.float32)
-        term = rest.to(tl.bfloat16)
-        product = tl.dot(term, one_hot, product)
-    return product
+        if TERMS == 2:
+            term = rest.to(tl.bfloat16).to(tl.float32)
+        else:
+            # the upper half of a float32 is a bfloat16, for a single instruction; truncated, but three terms can spare it
+            term = (rest.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        product = tl.dot(term.to(tl.bfloat16), one_hot, product)
+        rest = rest - term
+    return tl.dot(rest.to(tl.bfloat16), one_hot, product)
 
 
 @triton.jit
