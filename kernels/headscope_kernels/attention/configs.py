@@ -92,9 +92,13 @@ def forward_configuration(
 
 
 def _beside_groups(configuration: ForwardConfiguration, columns: int) -> ForwardConfiguration:
-    """Room for accumulators of as many columns as those of the output and the groups together."""
-    # two to six matrix operands of a tile's weights are live at once
-    configuration = replace(configuration, block_keys=min(configuration.block_keys, 64))
+    """Room for accumulators of as many columns as the output and the groups have together.
+
+    What still spills on sm_90: 128 groups beside an output of 256 (88 bytes, outside of the loop), and both group
+    statistics of 128 groups in one call, whose 384 columns of 64 rows are 96 registers of each thread.
+    """
+    # two to six matrix operands made of a tile's weights are live at once
+    configuration = replace(configuration, block_keys=min(configuration.block_keys, 64 if columns <= 192 else 32))
     if columns > 192:
         # fewer rows for as many warps: each holds fewer columns
         configuration = replace(configuration, block_queries=min(configuration.block_queries, 64))
@@ -113,8 +117,9 @@ def key_mass_configuration(
 def _exact(width: int, backend: str) -> ForwardConfiguration:
     # exact products run on the FMA units, which hold whole rows of their operands in registers: small tiles, many
     # warps, or the loop spills; one stage where shared memory is 64 KiB
-    stages = 1 if backend == "hip" or width > 256 else 2
-    return ForwardConfiguration(32 if width <= 128 else 16, 32 if width <= 256 else 16, num_warps=8, num_stages=stages)
+    if width <= 128:
+        return ForwardConfiguration(32 if width <= 96 else 16, 32, num_warps=8, num_stages=1 if backend == "hip" else 2)
+    return ForwardConfiguration(16, 16, num_warps=8, num_stages=1)
 
 
 def _tensor_float(width: int) -> ForwardConfiguration:
@@ -125,17 +130,21 @@ def _tensor_float(width: int) -> ForwardConfiguration:
 
 
 def _hopper(width: int, masked: bool) -> ForwardConfiguration:
+    if masked and width <= 256:
+        # a mask's tile takes registers and shared memory
+        return ForwardConfiguration(128 if width <= 128 else 64, 64, num_warps=8, num_stages=2, descriptors=True)
     if width <= 64:
         # two warp groups of 64 queries each; longer key tiles make rescaling and addresses cheaper per logit. Pointers
-        # cost no more instructions than descriptors here, and with them the entropy's share is smaller (README's table)
+        # issue as much as descriptors here (8.6 per score against 8.5), and beside them the entropy adds 1.0 to 1.2
+        # instead of 1.4
         return ForwardConfiguration(128, 128, num_warps=8, num_stages=2)
-    if width <= 160 and not masked:
-        # wider rows' addresses are what would spill
+    if width <= 160:
+        # with pointers, the addresses of longer rows would spill
         return ForwardConfiguration(128, 128, num_warps=8, num_stages=2, descriptors=True)
     if width <= 256:
-        # a mask's tile takes registers and shared memory, an output wider than 160 takes 128 registers of each thread
+        # such an output takes 128 registers of each thread
         return ForwardConfiguration(128, 64, num_warps=8, num_stages=2, descriptors=True)
-    # half the rows for as many warps
+    # half the rows for as many warps; at 512 the query's addresses still spill before the loop (56 bytes)
     return ForwardConfiguration(64, 64 if width <= 320 else 32, num_warps=8, num_stages=2, descriptors=True)
 
 
