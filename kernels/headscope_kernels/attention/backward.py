@@ -195,7 +195,9 @@ class _Pass:
         options: dict[str, Any] = {"num_warps": 4}
         if configuration is not None:
             options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
-        kernel[(programs,)](**kernel_arguments(kernel, self.arguments, configuration, own), **options, enable_fp_fusion=True)
+        kernel[(programs,)](
+            **kernel_arguments(kernel, self.arguments, configuration, own), **options, enable_fp_fusion=True
+        )
 
     def row_terms(self, scores: bool) -> dict[str, Tensor]:
         """What the other kernels read for every row, and the gate's gradient."""
@@ -253,7 +255,11 @@ class _Pass:
             "NEED_KEY_SCALE": "key_scale" in self.wanted and self.arguments["HAS_OUTPUT"],
         }
         launches = [flags]
-        if self.configurations.separate and flags["NEED_VALUE"] and any(flags[name] for name in flags if name != "NEED_VALUE"):
+        if (
+            self.configurations.separate
+            and flags["NEED_VALUE"]
+            and any(flags[name] for name in flags if name != "NEED_VALUE")
+        ):
             launches = [{**flags, "NEED_VALUE": False}, {name: name == "NEED_VALUE" for name in flags}]
         for launch in launches:
             if any(launch.values()):
@@ -318,7 +324,9 @@ class _Pass:
         mask = self.tensors["attn_mask"]
         gradient = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
         mask_batch, mask_heads = mask.shape[:2]
-        tiles = triton.cdiv(self.queries, configuration.block_queries) * triton.cdiv(self.keys, configuration.block_keys)
+        tiles = triton.cdiv(self.queries, configuration.block_queries) * triton.cdiv(
+            self.keys, configuration.block_keys
+        )
         self.launch(
             mask_gradient_kernel,
             mask_batch * mask_heads * tiles,
@@ -433,7 +441,9 @@ def shared_arguments(
     attention_like = attention if grad_output is not None else value
     aligned = (query, key, value, output_like, attention_like)
     key_value, by_query, by_mask = configurations.key_value, configurations.query, configurations.mask
-    block_queries = max(key_value.block_queries, by_query.block_queries, by_mask.block_queries, configurations.block_rows)
+    block_queries = max(
+        key_value.block_queries, by_query.block_queries, by_mask.block_queries, configurations.block_rows
+    )
     block_keys = max(key_value.block_keys, by_query.block_keys, by_mask.block_keys)
     key_bias_strides = head_strides("key_bias", key_bias, keys)
     key_scale_strides = head_strides("key_scale", key_scale, keys)

@@ -318,7 +318,15 @@ def key_value_gradient_kernel(
         value = ()
         if NEED_PRODUCTS:
             value = load_chunks(
-                value_base, columns, value_limit, value_strides[2], value_strides[3], VALUE_DIM, VALUE_WIDTHS, True, WIDE
+                value_base,
+                columns,
+                value_limit,
+                value_strides[2],
+                value_strides[3],
+                VALUE_DIM,
+                VALUE_WIDTHS,
+                True,
+                WIDE,
             )  # a tuple of [keys, width]
             value = cast_chunks(value, 1, DOT_DTYPE)
         column_sums = tl.zeros([BLOCK_KEYS], tl.float32)  # [keys]

@@ -182,7 +182,15 @@ def mask_gradient_kernel(
             grad_output = cast_chunks(grad_output, 1, DOT_DTYPE)
             value_base = advance(head_base(value_ptr, batch, kv_head, value_strides), first_key, value_strides[2])
             value = load_chunks(
-                value_base, columns, value_limit, value_strides[2], value_strides[3], VALUE_DIM, VALUE_WIDTHS, True, WIDE
+                value_base,
+                columns,
+                value_limit,
+                value_strides[2],
+                value_strides[3],
+                VALUE_DIM,
+                VALUE_WIDTHS,
+                True,
+                WIDE,
             )  # a tuple of [keys, width]
             output_products = dot_chunks(grad_output, value, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
         row_base = advance(first_query, tl.cast(batch, tl.int64) * heads + head, queries)
@@ -238,7 +246,9 @@ def mask_gradient_kernel(
             scores = tl.where(gate == 0.0, 0.0, scores)
         total += scores
 
-    base = advance(head_base(mask_grad_ptr, mask_batch, mask_head, mask_grad_strides), first_query, mask_grad_strides[2])
+    base = advance(
+        head_base(mask_grad_ptr, mask_batch, mask_head, mask_grad_strides), first_query, mask_grad_strides[2]
+    )
     base = advance(base, first_key, mask_grad_strides[3])
     pointers = base + rows[:, None] * mask_grad_strides[2] + columns[None, :] * mask_grad_strides[3]
     inside = (rows < query_limit)[:, None] & (columns < key_limit)[None, :]  # [queries, keys]
