@@ -12,7 +12,7 @@ shares them), one owns a tile of queries and goes over the keys. Nothing is adde
 reproducible. A small kernel before both knows what concerns whole rows. What isn't needed isn't compiled in.
 """
 
-# ruff: noqa: RUF005 (the kernel language joins tuples with + only)
+
 # tl.static_range exists for the compiler only
 # pyright: reportGeneralTypeIssues=false
 
@@ -22,7 +22,6 @@ import triton.language as tl
 from headscope_kernels.attention.backward_tiles import (
     EMPTY_ROW,
     add_weighted,
-    head_data,
     load_head_scalar,
     load_key_terms,
     load_row_grads,
@@ -41,6 +40,7 @@ from headscope_kernels.attention.tiles import (
     indices,
     load_chunks,
     scaled_strides,
+    statistic_tensors,
     zero_chunks,
 )
 
@@ -150,7 +150,7 @@ def key_value_gradient_kernel(
     offset_ptr,
     delta_ptr,
     grad_ptrs,
-    data_ptrs,
+    statistic_data,
     key_grad_ptr,
     value_grad_ptr,
     column_sums_ptr,
@@ -164,7 +164,7 @@ def key_value_gradient_kernel(
     key_bias_strides,
     key_scale_strides,
     grad_output_strides,
-    data_strides,
+    statistic_data_strides,
     key_grad_strides,
     value_grad_strides,
     scale,
@@ -200,6 +200,7 @@ def key_value_gradient_kernel(
     CONSTANTS: tl.constexpr,
     GRAD_WIDTHS: tl.constexpr,
     PADDED_WIDTHS: tl.constexpr,
+    DATA_COUNTS: tl.constexpr,
     GRADIENTS_KEY: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -300,7 +301,7 @@ def key_value_gradient_kernel(
         )
         query_base = head_base(query_ptr, batch, head, query_strides)
         grad_base = head_base(grad_output_ptr, batch, head, grad_output_strides)
-        data = head_data(data_ptrs, data_strides, batch, head)
+        data = statistic_tensors(statistic_data, statistic_data_strides, DATA_COUNTS, batch, head)
         first_row = tl.cast(batch, tl.int64) * heads + head
 
         # a removed head's output says nothing about it, whatever it holds: without statistics nothing is left to do,
@@ -318,7 +319,15 @@ def key_value_gradient_kernel(
         value = ()
         if NEED_PRODUCTS:
             value = load_chunks(
-                value_base, columns, value_limit, value_strides[2], value_strides[3], VALUE_DIM, VALUE_WIDTHS, True, WIDE
+                value_base,
+                columns,
+                value_limit,
+                value_strides[2],
+                value_strides[3],
+                VALUE_DIM,
+                VALUE_WIDTHS,
+                True,
+                WIDE,
             )  # a tuple of [keys, width]
             value = cast_chunks(value, 1, DOT_DTYPE)
         column_sums = tl.zeros([BLOCK_KEYS], tl.float32)  # [keys]
@@ -489,7 +498,7 @@ def query_gradient_kernel(
     offset_ptr,
     delta_ptr,
     grad_ptrs,
-    data_ptrs,
+    statistic_data,
     query_grad_ptr,
     row_sums_ptr,
     temperature_grad_ptr,
@@ -502,7 +511,7 @@ def query_gradient_kernel(
     key_bias_strides,
     key_scale_strides,
     grad_output_strides,
-    data_strides,
+    statistic_data_strides,
     query_grad_strides,
     scale,
     heads,
@@ -532,6 +541,7 @@ def query_gradient_kernel(
     CONSTANTS: tl.constexpr,
     GRAD_WIDTHS: tl.constexpr,
     PADDED_WIDTHS: tl.constexpr,
+    DATA_COUNTS: tl.constexpr,
     GRADIENTS_KEY: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -578,7 +588,7 @@ def query_gradient_kernel(
     mask_base = mask_ptr
     if MASK != "none" or KEY_MASK != "none":
         mask_base = head_base(mask_ptr, batch, head, mask_strides)
-    data = head_data(data_ptrs, data_strides, batch, head)
+    data = statistic_tensors(statistic_data, statistic_data_strides, DATA_COUNTS, batch, head)
     key_base = head_base(key_ptr, batch, kv_head, key_strides)
     value_base = head_base(value_ptr, batch, kv_head, value_strides)
 
@@ -728,7 +738,6 @@ def query_gradient_kernel(
 
     if NEED_ROW_SUMS:
         tl.store(row_sums_ptr + row_base + rows, row_sums, mask=rows < query_limit)
-    base = advance(head_base(query_grad_ptr, batch, head, query_grad_strides), first_query, query_grad_strides[2])
     along_query = tl.zeros([BLOCK_QUERIES], tl.float32)  # [queries], q . dq
     if NEED_DOT:
         for index in tl.static_range(len(DIM_WIDTHS)):
@@ -736,6 +745,8 @@ def query_gradient_kernel(
             if NEED_TEMPERATURE:
                 along_query += tl.sum(query[index].to(tl.float32) * chunk, 1)
             if NEED_QUERY:
+                base = head_base(query_grad_ptr, batch, head, query_grad_strides)
+                base = advance(base, first_query, query_grad_strides[2])
                 channels = indices(chunk_start(DIM_WIDTHS, index), entry(DIM_WIDTHS, index), WIDE)  # [width]
                 pointers = base + rows[:, None] * query_grad_strides[2] + channels[None, :] * query_grad_strides[3]
                 inside = (rows < query_limit)[:, None] & (channels < DIM)[None, :]  # [queries, width]

@@ -118,19 +118,6 @@ def load_row_grads(
 
 
 @triton.jit
-def head_data(data_ptrs, data_strides, batch, head):
-    """The statistics' own tensors, advanced to this sample and head: a tuple of tuples of pointers."""
-    result = ()
-    for index in tl.static_range(len(data_ptrs)):
-        own = ()
-        for item in tl.static_range(len(data_ptrs[index])):
-            strides = data_strides[index][item]
-            own = own + (advance(advance(data_ptrs[index][item], batch, strides[0]), head, strides[1]),)
-        result = result + (own,)
-    return result
-
-
-@triton.jit
 def log2_probabilities(
     products,
     row_max,

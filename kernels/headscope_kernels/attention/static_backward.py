@@ -135,7 +135,10 @@ def problem_arguments(
             statistics.append(BoundStatistic(STATISTICS[name](())))
             grads.append(empty(1, heads, queries))
     query = empty(1, heads, queries, dim, dtype=problem.dtype)
-    key, value = empty(1, kv_heads, keys, dim, dtype=problem.dtype), empty(1, kv_heads, keys, dim_v, dtype=problem.dtype)
+    key, value = (
+        empty(1, kv_heads, keys, dim, dtype=problem.dtype),
+        empty(1, kv_heads, keys, dim_v, dtype=problem.dtype),
+    )
     output, rows = empty(1, heads, queries, dim_v, dtype=problem.dtype), empty(1, heads, queries)
     edits = problem.edits
     shared = shared_arguments(
