@@ -256,11 +256,9 @@ def attention(
     )
 
 
-def tiles(
-    block_queries: int = 32, block_keys: int = 32, query: BackwardConfiguration | None = None, **others: Any
-) -> BackwardConfigurations:
-    both = BackwardConfiguration(block_queries, block_keys)
-    return BackwardConfigurations(both, query or both, both, **{"block_rows": 32, **others})
+def tiles(block_queries: int = 32, block_keys: int = 32, **others: Any) -> BackwardConfigurations:
+    all_kernels = dict.fromkeys(("key_value", "query", "mask"), BackwardConfiguration(block_queries, block_keys))
+    return BackwardConfigurations(**{**all_kernels, "block_rows": 32, **others})
 
 
 def everything(**shape: Any) -> Problem:
@@ -315,6 +313,14 @@ def test_splits():
     assert query_splits(programs=1, queries=4096, block_queries=64) == 16
     assert query_splits(programs=1, queries=64, block_queries=64) == 1
     assert query_splits(programs=0, queries=0, block_queries=64) == 1
+
+
+def test_tensor_descriptors():
+    problem = everything(dim=40, dim_v=80, dtype=torch.float16)
+    described = BackwardConfiguration(16, 16, descriptors=True)
+    problem.check(configurations=tiles(16, 16, key_value=described, query=described))
+    # a head of 12 channels isn't addressable: pointers, whatever the configuration says
+    attention(dim=12).check(configurations=tiles(key_value=described, query=described))
 
 
 def test_key_and_value_in_separate_launches():

@@ -35,6 +35,7 @@ from headscope_kernels.attention.host import (
     input_precision,
     launch_context,
     stride_unit,
+    tile_descriptors,
 )
 from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
 from headscope_kernels.attention.statistics import BoundStatistic, functions_key
@@ -369,6 +370,17 @@ def kernel_arguments(
     if configuration is not None:
         arguments["BLOCK_QUERIES"] = configuration.block_queries
         arguments["BLOCK_KEYS"] = configuration.block_keys
+        for name, rows, widths in (
+            ("query", configuration.block_queries, arguments["DIM_WIDTHS"]),
+            ("grad_output", configuration.block_queries, arguments["VALUE_WIDTHS"]),
+            ("key", configuration.block_keys, arguments["DIM_WIDTHS"]),
+            ("value", configuration.block_keys, arguments["VALUE_WIDTHS"]),
+        ):
+            if f"{name}_descriptor" in kernel.arg_names:
+                tensor = arguments[f"{name}_ptr"]
+                use = configuration.descriptors and tensor is not None
+                described = tile_descriptors(tensor, rows, widths) if use else (None, None)
+                arguments[f"{name}_descriptor"], arguments[f"{name}_tail_descriptor"] = described
     return {name: arguments[name] for name in kernel.arg_names}
 
 

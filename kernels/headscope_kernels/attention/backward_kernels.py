@@ -25,6 +25,7 @@ from headscope_kernels.attention.backward_tiles import (
     load_head_scalar,
     load_key_terms,
     load_row_grads,
+    load_rows,
     load_vector,
     log2_probabilities,
     logit_gradients,
@@ -155,6 +156,10 @@ def key_value_gradient_kernel(
     value_grad_ptr,
     column_sums_ptr,
     key_scale_grad_ptr,
+    query_descriptor,
+    query_tail_descriptor,
+    grad_output_descriptor,
+    grad_output_tail_descriptor,
     query_strides,
     key_strides,
     value_strides,
@@ -341,15 +346,22 @@ def key_value_gradient_kernel(
                 else:
                     first_query = first_full + step * BLOCK_QUERIES
                 query_limit = queries - first_query
-                query = load_chunks(
-                    advance(query_base, first_query, query_strides[2]),
+                query = load_rows(
+                    query_descriptor,
+                    query_tail_descriptor,
+                    query_base,
+                    query_strides,
+                    batch,
+                    head,
+                    first_query,
                     rows,
-                    query_limit,
-                    query_strides[2],
-                    query_strides[3],
+                    queries,
+                    queries,
                     DIM,
                     DIM_WIDTHS,
+                    BLOCK_QUERIES,
                     BORDER,
+                    False,
                     WIDE,
                 )  # a tuple of [queries, width]
                 row_base = advance(first_query, first_row, queries)
@@ -358,6 +370,29 @@ def key_value_gradient_kernel(
                     row_max = load_vector(row_max_ptr + row_base, rows, query_limit, 1, 0.0, BORDER)  # [queries]
                 offset = load_vector(offset_ptr + row_base, rows, query_limit, 1, EMPTY_ROW, BORDER)  # [queries]
                 products = dot_chunks(key, query, DOT_DTYPE, INPUT_PRECISION)  # [keys, queries]
+                grad_output = ()
+                if HAS_OUTPUT:
+                    grad_output = load_rows(
+                        grad_output_descriptor,
+                        grad_output_tail_descriptor,
+                        grad_base,
+                        grad_output_strides,
+                        batch,
+                        head,
+                        first_query,
+                        rows,
+                        queries,
+                        output_limit,
+                        VALUE_DIM,
+                        VALUE_WIDTHS,
+                        BLOCK_QUERIES,
+                        BORDER,
+                        HAS_GATE and not SKIP_REMOVED,
+                        WIDE,
+                    )  # a tuple of [queries, width]
+                output_products = products
+                if NEED_PRODUCTS:
+                    output_products = dot_chunks(value, grad_output, DOT_DTYPE, INPUT_PRECISION)  # [keys, queries]
                 exponents = log2_probabilities(
                     products,
                     row_max,
@@ -384,19 +419,6 @@ def key_value_gradient_kernel(
                     True,
                 )  # [keys, queries]
                 probabilities = tl.exp2(exponents)  # [keys, queries]
-                grad_output = ()
-                if HAS_OUTPUT:
-                    grad_output = load_chunks(
-                        advance(grad_base, first_query, grad_output_strides[2]),
-                        rows,
-                        output_limit - first_query,
-                        grad_output_strides[2],
-                        grad_output_strides[3],
-                        VALUE_DIM,
-                        VALUE_WIDTHS,
-                        BORDER or (HAS_GATE and not SKIP_REMOVED),
-                        WIDE,
-                    )  # a tuple of [queries, width]
                 if NEED_VALUE:
                     weights = probabilities
                     if GROUPED and HAS_KEY_SCALE:
@@ -407,9 +429,6 @@ def key_value_gradient_kernel(
                         weights = tl.where(gate == 0.0, 0.0, weights)
                     value_result = add_weighted(value_result, weights, grad_output, DOT_DTYPE, INPUT_PRECISION)
                 if NEED_SCORES or NEED_KEY_SCALE:
-                    output_products = probabilities
-                    if NEED_PRODUCTS:
-                        output_products = dot_chunks(value, grad_output, DOT_DTYPE, INPUT_PRECISION)  # [keys, queries]
                     if NEED_KEY_SCALE:
                         scale_sums += tl.sum(probabilities * output_products, 1)
                     if NEED_SCORES:
@@ -502,6 +521,10 @@ def query_gradient_kernel(
     query_grad_ptr,
     row_sums_ptr,
     temperature_grad_ptr,
+    key_descriptor,
+    key_tail_descriptor,
+    value_descriptor,
+    value_tail_descriptor,
     query_strides,
     key_strides,
     value_strides,
@@ -600,10 +623,10 @@ def query_gradient_kernel(
         full = tl.minimum(full, (first_query + 1) // BLOCK_KEYS * BLOCK_KEYS)
     # a removed head's output says nothing about it: see the kernel above
     output_limit = query_limit
-    value_end = keys
+    value_limit = keys
     if HAS_GATE:
         output_limit = tl.where(gate == 0.0, 0, query_limit)
-        value_end = tl.where(gate == 0.0, 0, keys)
+        value_limit = tl.where(gate == 0.0, 0, keys)
         if SKIP_REMOVED:
             limit = tl.where(gate == 0.0, 0, limit)
             full = tl.where(gate == 0.0, 0, full)
@@ -645,15 +668,22 @@ def query_gradient_kernel(
         begin = full if BORDER else 0
         end = limit if BORDER else full
         for first_key in tl.range(begin, end, BLOCK_KEYS, num_stages=1 if BORDER else None):
-            key = load_chunks(
-                advance(key_base, first_key, key_strides[2]),
+            key = load_rows(
+                key_descriptor,
+                key_tail_descriptor,
+                key_base,
+                key_strides,
+                batch,
+                kv_head,
+                first_key,
                 columns,
-                keys - first_key,
-                key_strides[2],
-                key_strides[3],
+                keys,
+                keys,
                 DIM,
                 DIM_WIDTHS,
+                BLOCK_KEYS,
                 BORDER,
+                False,
                 WIDE,
             )  # a tuple of [keys, width]
             products = dot_chunks(query, key, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
@@ -675,15 +705,22 @@ def query_gradient_kernel(
             )
             output_products = products
             if HAS_OUTPUT:
-                value = load_chunks(
-                    advance(value_base, first_key, value_strides[2]),
+                value = load_rows(
+                    value_descriptor,
+                    value_tail_descriptor,
+                    value_base,
+                    value_strides,
+                    batch,
+                    kv_head,
+                    first_key,
                     columns,
-                    value_end - first_key,
-                    value_strides[2],
-                    value_strides[3],
+                    keys,
+                    value_limit,
                     VALUE_DIM,
                     VALUE_WIDTHS,
-                    BORDER or (HAS_GATE and not SKIP_REMOVED),
+                    BLOCK_KEYS,
+                    BORDER,
+                    HAS_GATE and not SKIP_REMOVED,
                     WIDE,
                 )  # a tuple of [keys, width]
                 output_products = dot_chunks(grad_output, value, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
