@@ -74,9 +74,7 @@ class Problem:
     def inputs(self) -> dict[str, Tensor]:
         """What there is to differentiate."""
         tensors = {name: getattr(self, name) for name in DIFFERENTIABLE}
-        return {
-            name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.is_floating_point()
-        }
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.is_floating_point()}
 
     def groups(self) -> Tensor:
         """Every key's group, some of them in none."""
@@ -258,11 +256,9 @@ def attention(
     )
 
 
-def tiles(
-    block_queries: int = 32, block_keys: int = 32, query: BackwardConfiguration | None = None, **others: Any
-) -> BackwardConfigurations:
-    both = BackwardConfiguration(block_queries, block_keys)
-    return BackwardConfigurations(both, query or both, both, **{"block_rows": 32, **others})
+def tiles(block_queries: int = 32, block_keys: int = 32, **others: Any) -> BackwardConfigurations:
+    all_kernels = dict.fromkeys(("key_value", "query", "mask"), BackwardConfiguration(block_queries, block_keys))
+    return BackwardConfigurations(**{**all_kernels, "block_rows": 32, **others})
 
 
 def everything(**shape: Any) -> Problem:
@@ -319,6 +315,14 @@ def test_splits():
     assert query_splits(programs=0, queries=0, block_queries=64) == 1
 
 
+def test_tensor_descriptors():
+    problem = everything(dim=40, dim_v=80, dtype=torch.float16)
+    described = BackwardConfiguration(16, 16, descriptors=True)
+    problem.check(configurations=tiles(16, 16, key_value=described, query=described))
+    # a head of 12 channels isn't addressable: pointers, whatever the configuration says
+    attention(dim=12).check(configurations=tiles(key_value=described, query=described))
+
+
 def test_key_and_value_in_separate_launches():
     everything(queries=20, keys=20).check(configurations=tiles(separate=True))
 
@@ -335,7 +339,9 @@ def test_causal(queries: int, keys: int):
     problem.check()
 
 
-@pytest.mark.parametrize("cotangents", [*((name,) for name in COTANGENTS), COTANGENTS], ids=lambda names: "-".join(names))
+@pytest.mark.parametrize(
+    "cotangents", [*((name,) for name in COTANGENTS), COTANGENTS], ids=lambda names: "-".join(names)
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cotangents(cotangents: tuple[str, ...], dtype: torch.dtype):
     attention(queries=33, cotangents=cotangents, dtype=dtype).check()
@@ -580,7 +586,10 @@ def test_padded_rows():
     expected = problem.check()
     padded = replace(
         problem,
-        **{name: torch.nn.functional.pad(getattr(problem, name), (0, 4))[..., :12] for name in ("query", "key", "value")},
+        **{
+            name: torch.nn.functional.pad(getattr(problem, name), (0, 4))[..., :12]
+            for name in ("query", "key", "value")
+        },
     )
     padded.grads["output"] = torch.nn.functional.pad(problem.cotangent("output"), (0, 4))[..., :12]
     for name, gradient in padded.run().items():
@@ -611,7 +620,7 @@ def test_nothing_comes_from_a_removed_head(kv_heads: int):
     if kv_heads == 3:
         arguments["key"][:, 1] = math.nan
         arguments["value"][:, 1] = math.nan
-    gradients = attention_backward(**arguments, needed={name: True for name in names})
+    gradients = attention_backward(**arguments, needed=dict.fromkeys(names, True))
     for name in names:
         assert torch.equal(gradients[name], expected[name]), name
 
@@ -630,7 +639,7 @@ def test_statistics_of_a_removed_head_do_not_see_its_output(kv_heads: int):
         arguments[name][:, 1] = math.nan
     if kv_heads == 3:
         arguments["value"][:, 1] = math.nan
-    gradients = attention_backward(**arguments, needed={name: True for name in names})
+    gradients = attention_backward(**arguments, needed=dict.fromkeys(names, True))
     for name in names:
         assert torch.equal(gradients[name], expected[name]), name
 
@@ -710,9 +719,7 @@ def test_nothing_to_do(shape: dict[str, int]):
 )
 def test_unsupported(changes: dict[str, Any], message: str):
     arguments = {**attention(queries=4, keys=4).arguments(), "needed": {"query": True}, **changes}
-    arguments = {
-        name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in arguments.items()
-    }
+    arguments = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
         attention_backward(**arguments)
 

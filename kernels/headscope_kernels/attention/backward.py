@@ -7,6 +7,13 @@ import torch
 import triton
 from torch import Tensor
 
+from headscope_kernels.attention.arguments import (
+    NO_STRIDES,
+    check_operands,
+    mask_arguments,
+    optional_strides,
+    tile_reach,
+)
 from headscope_kernels.attention.backward_configs import (
     BackwardConfiguration,
     BackwardConfigurations,
@@ -25,15 +32,15 @@ from headscope_kernels.attention.host import (
     dot_dtype,
     float32_precision,
     in_units,
+    input_precision,
     launch_context,
     stride_unit,
+    tile_descriptors,
 )
 from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
 from headscope_kernels.attention.statistics import BoundStatistic, functions_key
 
 DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "gate", "fill", "temperature", "key_bias", "key_scale")
-MAXIMUM_DIM = 512
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention_backward(
@@ -202,7 +209,7 @@ class _Pass:
     def row_terms(self, scores: bool) -> dict[str, Tensor]:
         """What the other kernels read for every row, and the gate's gradient."""
         tiles = triton.cdiv(self.queries, self.configurations.block_rows)
-        gate_parts = self.empty(self.batch, self.heads, tiles) if "gate" in self.wanted else unused(self.arguments)
+        gate_parts = self.empty(self.batch, self.heads, tiles) if "gate" in self.wanted else None
         if scores:
             self.arguments["delta_ptr"] = self.empty(*self.statistics_shape)
             self.arguments["offset_ptr"] = self.empty(*self.statistics_shape)
@@ -230,19 +237,21 @@ class _Pass:
                 return torch.empty_like(tensor)
             return self.empty(splits * self.batch, *tensor.shape[1:])
 
-        key_grad, value_grad = buffer(key), buffer(value)
-        unit = stride_unit((key_grad, value_grad))
+        key_grad = buffer(key) if "key" in self.wanted else None
+        value_grad = buffer(value) if "value" in self.wanted and self.arguments["HAS_OUTPUT"] else None
+        written = [tensor for tensor in (key_grad, value_grad) if tensor is not None]
+        unit = stride_unit(written) if written else 1
         sums_shape = (splits, self.batch, self.heads, self.keys)
         columns = "key_bias" in self.wanted or self.mask_sums == "columns"
-        column_sums = self.empty(*sums_shape) if columns else unused(self.arguments)
-        scale_sums = self.empty(*sums_shape) if "key_scale" in self.wanted else unused(self.arguments)
+        column_sums = self.empty(*sums_shape) if columns else None
+        scale_sums = self.empty(*sums_shape) if "key_scale" in self.wanted else None
         own = {
             "key_grad_ptr": key_grad,
             "value_grad_ptr": value_grad,
             "column_sums_ptr": column_sums,
             "key_scale_grad_ptr": scale_sums,
-            "key_grad_strides": in_units(key_grad, unit),
-            "value_grad_strides": in_units(value_grad, unit),
+            "key_grad_strides": NO_STRIDES if key_grad is None else in_units(key_grad, unit),
+            "value_grad_strides": NO_STRIDES if value_grad is None else in_units(value_grad, unit),
             "GRAD_UNIT": unit,
             "batches": self.batch,
             "splits": splits,
@@ -250,7 +259,7 @@ class _Pass:
         }
         flags = {
             "NEED_KEY": "key" in self.wanted,
-            "NEED_VALUE": "value" in self.wanted and self.arguments["HAS_OUTPUT"],
+            "NEED_VALUE": value_grad is not None,
             "NEED_COLUMN_SUMS": columns,
             "NEED_KEY_SCALE": "key_scale" in self.wanted and self.arguments["HAS_OUTPUT"],
         }
@@ -265,8 +274,8 @@ class _Pass:
             if any(launch.values()):
                 self.launch(key_value_gradient_kernel, key_tiles * splits, configuration, **own, **launch)
 
-        def total(buffer: Tensor, tensor: Tensor, computed: bool) -> Tensor:
-            if not computed:
+        def total(buffer: Tensor | None, tensor: Tensor) -> Tensor:
+            if buffer is None:
                 return torch.zeros_like(tensor)
             if splits == 1:
                 return buffer
@@ -274,9 +283,9 @@ class _Pass:
 
         gradients = {}
         if "key" in self.wanted:
-            gradients["key"] = total(key_grad, key, True)
+            gradients["key"] = total(key_grad, key)
         if "value" in self.wanted:
-            gradients["value"] = total(value_grad, value, flags["NEED_VALUE"])
+            gradients["value"] = total(value_grad, value)
         if "key_bias" in self.wanted:
             gradients["key_bias"] = self.reduced("key_bias", column_sums.sum(0))
         if self.mask_sums == "columns":
@@ -291,11 +300,11 @@ class _Pass:
         configuration = self.configurations.query
         query = self.arguments["query_ptr"]
         tiles = triton.cdiv(self.queries, configuration.block_queries)
-        query_grad = torch.empty_like(query) if "query" in self.wanted else query
-        unit = stride_unit((query_grad,))
+        query_grad = torch.empty_like(query) if "query" in self.wanted else None
+        unit = 1 if query_grad is None else stride_unit((query_grad,))
         rows = self.mask_sums == "rows"
-        row_sums = self.empty(*self.statistics_shape) if rows else unused(self.arguments)
-        parts = self.empty(self.batch, self.heads, tiles) if "temperature" in self.wanted else unused(self.arguments)
+        row_sums = self.empty(*self.statistics_shape) if rows else None
+        parts = self.empty(self.batch, self.heads, tiles) if "temperature" in self.wanted else None
         self.launch(
             query_gradient_kernel,
             self.batch * self.heads * tiles,
@@ -303,7 +312,7 @@ class _Pass:
             query_grad_ptr=query_grad,
             row_sums_ptr=row_sums,
             temperature_grad_ptr=parts,
-            query_grad_strides=in_units(query_grad, unit),
+            query_grad_strides=NO_STRIDES if query_grad is None else in_units(query_grad, unit),
             GRAD_UNIT=unit,
             NEED_QUERY="query" in self.wanted,
             NEED_ROW_SUMS=rows,
@@ -340,11 +349,6 @@ class _Pass:
         return gradient
 
 
-def unused(arguments: dict[str, Any]) -> Tensor:
-    """Some float32 tensor for a pointer that the kernel doesn't follow."""
-    return arguments["log2_sum_ptr"]
-
-
 def fill_gradient(grad_output: Tensor | None, gate: Tensor | None, fill: Tensor) -> Tensor:
     """(1 - gate) * grad_output, summed to the fill's shape; what a gate of 1 drops may be NaN."""
     if grad_output is None or gate is None:
@@ -366,6 +370,17 @@ def kernel_arguments(
     if configuration is not None:
         arguments["BLOCK_QUERIES"] = configuration.block_queries
         arguments["BLOCK_KEYS"] = configuration.block_keys
+        for name, rows, widths in (
+            ("query", configuration.block_queries, arguments["DIM_WIDTHS"]),
+            ("grad_output", configuration.block_queries, arguments["VALUE_WIDTHS"]),
+            ("key", configuration.block_keys, arguments["DIM_WIDTHS"]),
+            ("value", configuration.block_keys, arguments["VALUE_WIDTHS"]),
+        ):
+            if f"{name}_descriptor" in kernel.arg_names:
+                tensor = arguments[f"{name}_ptr"]
+                use = configuration.descriptors and tensor is not None
+                described = tile_descriptors(tensor, rows, widths) if use else (None, None)
+                arguments[f"{name}_descriptor"], arguments[f"{name}_tail_descriptor"] = described
     return {name: arguments[name] for name in kernel.arg_names}
 
 
@@ -398,13 +413,7 @@ def shared_arguments(
     """
     batch, heads, queries, dim = query.shape
     kv_heads, keys, dim_v = key.shape[1], key.shape[2], value.shape[3]
-    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
-        dtypes = [tensor.dtype for tensor in (query, key, value)]
-        raise ValueError(f"query, key and value must share one of {DTYPES}, got {dtypes}")
-    if not (1 <= dim <= MAXIMUM_DIM and 1 <= dim_v <= MAXIMUM_DIM):
-        raise ValueError(f"head dimensions must be 1 to {MAXIMUM_DIM}, got query and key {dim}, value {dim_v}")
-    if kv_heads and heads % kv_heads:
-        raise ValueError(f"query's heads ({heads}) must be a multiple of key's ({kv_heads})")
+    check_operands(query, key, value, (grad_output, attention))
     for name, tensor in (("grad_output", grad_output), ("attention", attention)):
         if tensor is not None and tensor.shape != (batch, heads, queries, dim_v):
             raise ValueError(f"{name} must be {(batch, heads, queries, dim_v)}, got {tuple(tensor.shape)}")
@@ -423,82 +432,68 @@ def shared_arguments(
     chosen = [bound.statistic for bound in statistics]
     gradients = tuple(statistic.gradient for statistic in chosen)
 
-    mask, mask_strides, mask_kind = query, (0, 0, 0, 0), "none"
-    if attn_mask is not None:
-        mask_strides = broadcast_strides("attn_mask", attn_mask, (batch, heads, queries, keys))
-        mask_kind = "bool" if attn_mask.dtype == torch.bool else "additive"
-        mask = attn_mask.view(torch.uint8) if mask_kind == "bool" else attn_mask
-    mask_rows = mask_strides[2] != 0
-    fill_strides = (0, 0, 0, 0)
-    if fill is not None:
-        fill_strides = broadcast_strides("fill", fill, (batch, heads, queries, dim_v))
-
-    def head_strides(name: str, tensor: Tensor | None, *shape: int) -> tuple[int, ...]:
-        expected = (batch, heads, *shape)
-        return (0,) * len(expected) if tensor is None else broadcast_strides(name, tensor, expected)
-
-    output_like = grad_output if grad_output is not None else value
-    attention_like = attention if grad_output is not None else value
-    aligned = (query, key, value, output_like, attention_like)
+    masking = mask_arguments(attn_mask, (batch, heads, queries, keys), is_causal)
+    mask_kind, mask_strides = masking["MASK"], masking["mask_strides"]
+    fill_strides = optional_strides("fill", fill, (batch, heads, queries, dim_v))
+    key_bias_strides = optional_strides("key_bias", key_bias, (batch, heads, keys))
+    key_scale_strides = optional_strides("key_scale", key_scale, (batch, heads, keys))
+    data = [tensor for bound in statistics for tensor in bound.tensors]
+    outputs = [] if grad_output is None else [grad_output, attention]
     key_value, by_query, by_mask = configurations.key_value, configurations.query, configurations.mask
     block_queries = max(
         key_value.block_queries, by_query.block_queries, by_mask.block_queries, configurations.block_rows
     )
     block_keys = max(key_value.block_keys, by_query.block_keys, by_mask.block_keys)
-    key_bias_strides = head_strides("key_bias", key_bias, keys)
-    key_scale_strides = head_strides("key_scale", key_scale, keys)
     reach = max(
-        strides[2] * block + strides[3] * columns
-        for strides, block, columns in (
-            (query.stride(), block_queries, dim),
-            (key.stride(), block_keys, dim),
-            (value.stride(), block_keys, dim_v),
-            (output_like.stride(), block_queries, dim_v),
-            (attention_like.stride(), block_queries, dim_v),
-            (fill_strides, block_queries, dim_v),
-            (mask_strides, block_queries, block_keys),
-            ((0, 0, key_bias_strides[2], 0), block_keys, 0),
-            ((0, 0, key_scale_strides[2], 0), block_keys, 0),
-        )
+        tile_reach(query.stride(), block_queries, dim),
+        tile_reach(key.stride(), block_keys, dim),
+        tile_reach(value.stride(), block_keys, dim_v),
+        *(tile_reach(tensor.stride(), block_queries, dim_v) for tensor in outputs),
+        tile_reach(fill_strides, block_queries, dim_v),
+        tile_reach(mask_strides, block_queries, block_keys),
+        # the gradient of a mask is contiguous
+        keys * by_mask.block_queries if mask_kind == "additive" else 0,
+        key_bias_strides[2] * block_keys,
+        key_scale_strides[2] * block_keys,
     )
-    # a mask's gradient is contiguous: keys elements from row to row
-    reach = max(reach, keys * by_mask.block_queries)
-    unit = stride_unit(aligned)
+    unit = stride_unit((query, key, value, *outputs))
     output = grad_output is not None
     edited = output and gate is not None
     return {
         "query_ptr": query,
         "key_ptr": key,
         "value_ptr": value,
-        "mask_ptr": mask,
-        "gate_ptr": query if gate is None else gate,
-        "fill_ptr": query if fill is None else fill,
-        "temperature_ptr": query if temperature is None else temperature,
-        "key_bias_ptr": query if key_bias is None else key_bias,
-        "key_scale_ptr": query if key_scale is None else key_scale,
-        "grad_output_ptr": output_like,
-        "attention_ptr": attention_like,
+        "mask_ptr": masking["mask_ptr"],
+        "gate_ptr": gate,
+        "fill_ptr": fill,
+        "temperature_ptr": temperature,
+        "key_bias_ptr": key_bias,
+        "key_scale_ptr": key_scale,
+        "grad_output_ptr": grad_output,
+        "attention_ptr": attention,
         "row_max_ptr": row_max,
         "log2_sum_ptr": log2_sum,
-        "row_constants_ptr": log2_sum if row_constants is None else row_constants,
-        # placeholders until the first kernel has run
-        "delta_ptr": log2_sum,
-        "offset_ptr": log2_sum,
+        "row_constants_ptr": row_constants,
+        # the first kernel's, if the others need them
+        "delta_ptr": None,
+        "offset_ptr": None,
         "grad_ptrs": tuple(statistic_grads),
-        "data_ptrs": tuple(bound.tensors for bound in statistics),
+        "statistic_data": tuple(data),
         "query_strides": in_units(query, unit),
         "key_strides": in_units(key, unit),
         "value_strides": in_units(value, unit),
         "mask_strides": mask_strides,
-        "gate_strides": head_strides("gate", gate),
+        "gate_strides": optional_strides("gate", gate, (batch, heads)),
         "fill_strides": fill_strides,
-        "temperature_strides": head_strides("temperature", temperature),
+        "temperature_strides": optional_strides("temperature", temperature, (batch, heads)),
         "key_bias_strides": key_bias_strides,
         "key_scale_strides": key_scale_strides,
-        "grad_output_strides": in_units(output_like, unit),
-        "attention_strides": in_units(attention_like, unit),
-        "data_strides": tuple(
-            tuple(tensor.expand(batch, heads, -1).stride()[:2] for tensor in bound.tensors) for bound in statistics
+        "grad_output_strides": in_units(grad_output, unit) if output else NO_STRIDES,
+        "attention_strides": in_units(attention, unit) if output else NO_STRIDES,
+        "statistic_data_strides": tuple(
+            stride
+            for tensor in data
+            for stride in broadcast_strides("a statistic's tensor", tensor, (batch, heads, tensor.shape[2]))[:2]
         ),
         "scale": float(scale),
         "heads": heads,
@@ -511,8 +506,8 @@ def shared_arguments(
         "VALUE_WIDTHS": configurations.value_widths or chunk_widths(dim_v),
         "BLOCK_ROWS": configurations.block_rows,
         "CAUSAL": is_causal,
-        "MASK": mask_kind if mask_rows else "none",
-        "KEY_MASK": "none" if mask_rows else mask_kind,
+        "MASK": mask_kind if masking["MASK_ROWS"] else "none",
+        "KEY_MASK": "none" if masking["MASK_ROWS"] else mask_kind,
         "ADDITIVE": mask_kind == "additive" or key_bias is not None,
         "HAS_OUTPUT": output,
         "HAS_GATE": edited,
@@ -529,7 +524,8 @@ def shared_arguments(
         "PADDED_WIDTHS": tuple(covering_block(statistic.width) for statistic in chosen),
         "GRADIENTS_KEY": functions_key(gradients),
         "DOT_DTYPE": dot_dtype(query.dtype),
-        "INPUT_PRECISION": float32_precision() if query.dtype == torch.float32 else "tf32",
+        "DATA_COUNTS": tuple(len(bound.tensors) for bound in statistics),
+        "INPUT_PRECISION": input_precision(query.dtype),
         "STRIDE_UNIT": unit,
         "WIDE": reach >= 2**31,
     }

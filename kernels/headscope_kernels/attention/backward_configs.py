@@ -15,12 +15,14 @@ class BackwardConfiguration:
     Attributes:
         block_queries, block_keys: the tile of scores one step works on; powers of two, at least 16.
         num_warps, num_stages: as Triton names them.
+        descriptors: what the loop reads comes through tensor descriptors where its strides allow.
     """
 
     block_queries: int
     block_keys: int
     num_warps: int = 4
     num_stages: int = 2
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ shares them), one owns a tile of queries and goes over the keys. Nothing is adde
 reproducible. A small kernel before both knows what concerns whole rows. What isn't needed isn't compiled in.
 """
 
-# ruff: noqa: RUF005 (the kernel language joins tuples with + only)
+
 # tl.static_range exists for the compiler only
 # pyright: reportGeneralTypeIssues=false
 
@@ -22,10 +22,10 @@ import triton.language as tl
 from headscope_kernels.attention.backward_tiles import (
     EMPTY_ROW,
     add_weighted,
-    head_data,
     load_head_scalar,
     load_key_terms,
     load_row_grads,
+    load_rows,
     load_vector,
     log2_probabilities,
     logit_gradients,
@@ -41,6 +41,7 @@ from headscope_kernels.attention.tiles import (
     indices,
     load_chunks,
     scaled_strides,
+    statistic_tensors,
     zero_chunks,
 )
 
@@ -150,11 +151,15 @@ def key_value_gradient_kernel(
     offset_ptr,
     delta_ptr,
     grad_ptrs,
-    data_ptrs,
+    statistic_data,
     key_grad_ptr,
     value_grad_ptr,
     column_sums_ptr,
     key_scale_grad_ptr,
+    query_descriptor,
+    query_tail_descriptor,
+    grad_output_descriptor,
+    grad_output_tail_descriptor,
     query_strides,
     key_strides,
     value_strides,
@@ -164,7 +169,7 @@ def key_value_gradient_kernel(
     key_bias_strides,
     key_scale_strides,
     grad_output_strides,
-    data_strides,
+    statistic_data_strides,
     key_grad_strides,
     value_grad_strides,
     scale,
@@ -200,6 +205,7 @@ def key_value_gradient_kernel(
     CONSTANTS: tl.constexpr,
     GRAD_WIDTHS: tl.constexpr,
     PADDED_WIDTHS: tl.constexpr,
+    DATA_COUNTS: tl.constexpr,
     GRADIENTS_KEY: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -300,7 +306,7 @@ def key_value_gradient_kernel(
         )
         query_base = head_base(query_ptr, batch, head, query_strides)
         grad_base = head_base(grad_output_ptr, batch, head, grad_output_strides)
-        data = head_data(data_ptrs, data_strides, batch, head)
+        data = statistic_tensors(statistic_data, statistic_data_strides, DATA_COUNTS, batch, head)
         first_row = tl.cast(batch, tl.int64) * heads + head
 
         # a removed head's output says nothing about it, whatever it holds: without statistics nothing is left to do,
@@ -340,15 +346,22 @@ def key_value_gradient_kernel(
                 else:
                     first_query = first_full + step * BLOCK_QUERIES
                 query_limit = queries - first_query
-                query = load_chunks(
-                    advance(query_base, first_query, query_strides[2]),
+                query = load_rows(
+                    query_descriptor,
+                    query_tail_descriptor,
+                    query_base,
+                    query_strides,
+                    batch,
+                    head,
+                    first_query,
                     rows,
-                    query_limit,
-                    query_strides[2],
-                    query_strides[3],
+                    queries,
+                    queries,
                     DIM,
                     DIM_WIDTHS,
+                    BLOCK_QUERIES,
                     BORDER,
+                    False,
                     WIDE,
                 )  # a tuple of [queries, width]
                 row_base = advance(first_query, first_row, queries)
@@ -357,6 +370,29 @@ def key_value_gradient_kernel(
                     row_max = load_vector(row_max_ptr + row_base, rows, query_limit, 1, 0.0, BORDER)  # [queries]
                 offset = load_vector(offset_ptr + row_base, rows, query_limit, 1, EMPTY_ROW, BORDER)  # [queries]
                 products = dot_chunks(key, query, DOT_DTYPE, INPUT_PRECISION)  # [keys, queries]
+                grad_output = ()
+                if HAS_OUTPUT:
+                    grad_output = load_rows(
+                        grad_output_descriptor,
+                        grad_output_tail_descriptor,
+                        grad_base,
+                        grad_output_strides,
+                        batch,
+                        head,
+                        first_query,
+                        rows,
+                        queries,
+                        output_limit,
+                        VALUE_DIM,
+                        VALUE_WIDTHS,
+                        BLOCK_QUERIES,
+                        BORDER,
+                        HAS_GATE and not SKIP_REMOVED,
+                        WIDE,
+                    )  # a tuple of [queries, width]
+                output_products = products
+                if NEED_PRODUCTS:
+                    output_products = dot_chunks(value, grad_output, DOT_DTYPE, INPUT_PRECISION)  # [keys, queries]
                 exponents = log2_probabilities(
                     products,
                     row_max,
@@ -383,19 +419,6 @@ def key_value_gradient_kernel(
                     True,
                 )  # [keys, queries]
                 probabilities = tl.exp2(exponents)  # [keys, queries]
-                grad_output = ()
-                if HAS_OUTPUT:
-                    grad_output = load_chunks(
-                        advance(grad_base, first_query, grad_output_strides[2]),
-                        rows,
-                        output_limit - first_query,
-                        grad_output_strides[2],
-                        grad_output_strides[3],
-                        VALUE_DIM,
-                        VALUE_WIDTHS,
-                        BORDER or (HAS_GATE and not SKIP_REMOVED),
-                        WIDE,
-                    )  # a tuple of [queries, width]
                 if NEED_VALUE:
                     weights = probabilities
                     if GROUPED and HAS_KEY_SCALE:
@@ -406,9 +429,6 @@ def key_value_gradient_kernel(
                         weights = tl.where(gate == 0.0, 0.0, weights)
                     value_result = add_weighted(value_result, weights, grad_output, DOT_DTYPE, INPUT_PRECISION)
                 if NEED_SCORES or NEED_KEY_SCALE:
-                    output_products = probabilities
-                    if NEED_PRODUCTS:
-                        output_products = dot_chunks(value, grad_output, DOT_DTYPE, INPUT_PRECISION)  # [keys, queries]
                     if NEED_KEY_SCALE:
                         scale_sums += tl.sum(probabilities * output_products, 1)
                     if NEED_SCORES:
@@ -497,10 +517,14 @@ def query_gradient_kernel(
     offset_ptr,
     delta_ptr,
     grad_ptrs,
-    data_ptrs,
+    statistic_data,
     query_grad_ptr,
     row_sums_ptr,
     temperature_grad_ptr,
+    key_descriptor,
+    key_tail_descriptor,
+    value_descriptor,
+    value_tail_descriptor,
     query_strides,
     key_strides,
     value_strides,
@@ -510,7 +534,7 @@ def query_gradient_kernel(
     key_bias_strides,
     key_scale_strides,
     grad_output_strides,
-    data_strides,
+    statistic_data_strides,
     query_grad_strides,
     scale,
     heads,
@@ -540,6 +564,7 @@ def query_gradient_kernel(
     CONSTANTS: tl.constexpr,
     GRAD_WIDTHS: tl.constexpr,
     PADDED_WIDTHS: tl.constexpr,
+    DATA_COUNTS: tl.constexpr,
     GRADIENTS_KEY: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -586,7 +611,7 @@ def query_gradient_kernel(
     mask_base = mask_ptr
     if MASK != "none" or KEY_MASK != "none":
         mask_base = head_base(mask_ptr, batch, head, mask_strides)
-    data = head_data(data_ptrs, data_strides, batch, head)
+    data = statistic_tensors(statistic_data, statistic_data_strides, DATA_COUNTS, batch, head)
     key_base = head_base(key_ptr, batch, kv_head, key_strides)
     value_base = head_base(value_ptr, batch, kv_head, value_strides)
 
@@ -598,10 +623,10 @@ def query_gradient_kernel(
         full = tl.minimum(full, (first_query + 1) // BLOCK_KEYS * BLOCK_KEYS)
     # a removed head's output says nothing about it: see the kernel above
     output_limit = query_limit
-    value_end = keys
+    value_limit = keys
     if HAS_GATE:
         output_limit = tl.where(gate == 0.0, 0, query_limit)
-        value_end = tl.where(gate == 0.0, 0, keys)
+        value_limit = tl.where(gate == 0.0, 0, keys)
         if SKIP_REMOVED:
             limit = tl.where(gate == 0.0, 0, limit)
             full = tl.where(gate == 0.0, 0, full)
@@ -643,15 +668,22 @@ def query_gradient_kernel(
         begin = full if BORDER else 0
         end = limit if BORDER else full
         for first_key in tl.range(begin, end, BLOCK_KEYS, num_stages=1 if BORDER else None):
-            key = load_chunks(
-                advance(key_base, first_key, key_strides[2]),
+            key = load_rows(
+                key_descriptor,
+                key_tail_descriptor,
+                key_base,
+                key_strides,
+                batch,
+                kv_head,
+                first_key,
                 columns,
-                keys - first_key,
-                key_strides[2],
-                key_strides[3],
+                keys,
+                keys,
                 DIM,
                 DIM_WIDTHS,
+                BLOCK_KEYS,
                 BORDER,
+                False,
                 WIDE,
             )  # a tuple of [keys, width]
             products = dot_chunks(query, key, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
@@ -673,15 +705,22 @@ def query_gradient_kernel(
             )
             output_products = products
             if HAS_OUTPUT:
-                value = load_chunks(
-                    advance(value_base, first_key, value_strides[2]),
+                value = load_rows(
+                    value_descriptor,
+                    value_tail_descriptor,
+                    value_base,
+                    value_strides,
+                    batch,
+                    kv_head,
+                    first_key,
                     columns,
-                    value_end - first_key,
-                    value_strides[2],
-                    value_strides[3],
+                    keys,
+                    value_limit,
                     VALUE_DIM,
                     VALUE_WIDTHS,
-                    BORDER or (HAS_GATE and not SKIP_REMOVED),
+                    BLOCK_KEYS,
+                    BORDER,
+                    HAS_GATE and not SKIP_REMOVED,
                     WIDE,
                 )  # a tuple of [keys, width]
                 output_products = dot_chunks(grad_output, value, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
@@ -736,7 +775,6 @@ def query_gradient_kernel(
 
     if NEED_ROW_SUMS:
         tl.store(row_sums_ptr + row_base + rows, row_sums, mask=rows < query_limit)
-    base = advance(head_base(query_grad_ptr, batch, head, query_grad_strides), first_query, query_grad_strides[2])
     along_query = tl.zeros([BLOCK_QUERIES], tl.float32)  # [queries], q . dq
     if NEED_DOT:
         for index in tl.static_range(len(DIM_WIDTHS)):
@@ -744,6 +782,8 @@ def query_gradient_kernel(
             if NEED_TEMPERATURE:
                 along_query += tl.sum(query[index].to(tl.float32) * chunk, 1)
             if NEED_QUERY:
+                base = head_base(query_grad_ptr, batch, head, query_grad_strides)
+                base = advance(base, first_query, query_grad_strides[2])
                 channels = indices(chunk_start(DIM_WIDTHS, index), entry(DIM_WIDTHS, index), WIDE)  # [width]
                 pointers = base + rows[:, None] * query_grad_strides[2] + channels[None, :] * query_grad_strides[3]
                 inside = (rows < query_limit)[:, None] & (channels < DIM)[None, :]  # [queries, width]

@@ -11,7 +11,14 @@ probabilities is the left operand of a matrix product as it stands, out of regis
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.tiles import LOG2_E, LOWEST_EXPONENT, advance, entry
+from headscope_kernels.attention.tiles import (
+    LOG2_E,
+    LOWEST_EXPONENT,
+    advance,
+    entry,
+    load_chunks,
+    load_described,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 # stands for +inf as the log2 of a row's sum: 2^x is 0 for any product, and x times the gradient of a row is finite
@@ -36,6 +43,51 @@ def by_key(vector, TRANSPOSED: tl.constexpr):
     else:
         result = vector[None, :]
     return result
+
+
+@triton.jit
+def load_rows(
+    descriptor,
+    tail,
+    base,
+    strides,
+    batch,
+    head,
+    first_row,
+    rows,
+    size,
+    limit,
+    COLUMNS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    LIMITED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A tuple of tiles [ROWS, width] from `first_row` on, of the head at `base`; 0 outside.
+
+    Comes through tensor descriptors of [batch, heads, size, COLUMNS] if there are any. If LIMITED, `limit` is either 0,
+    for a tile of zeros, or `size`.
+    """
+    if descriptor is None:
+        tiles = load_chunks(
+            advance(base, first_row, strides[2]),
+            rows,
+            limit - first_row,
+            strides[2],
+            strides[3],
+            COLUMNS,
+            WIDTHS,
+            CHECK_ROWS or LIMITED,
+            WIDE,
+        )
+    else:
+        place = first_row
+        if LIMITED:
+            # past the end, all is 0
+            place = tl.where(limit == 0, size, first_row)
+        tiles = load_described(descriptor, tail, batch, head, place, ROWS, WIDTHS)
+    return tiles
 
 
 @triton.jit
@@ -115,19 +167,6 @@ def load_row_grads(
             grad = tl.load(pointers, mask=inside, other=0.0)
         grads = grads + (grad,)
     return grads
-
-
-@triton.jit
-def head_data(data_ptrs, data_strides, batch, head):
-    """The statistics' own tensors, advanced to this sample and head: a tuple of tuples of pointers."""
-    result = ()
-    for index in tl.static_range(len(data_ptrs)):
-        own = ()
-        for item in tl.static_range(len(data_ptrs[index])):
-            strides = data_strides[index][item]
-            own = own + (advance(advance(data_ptrs[index][item], batch, strides[0]), head, strides[1]),)
-        result = result + (own,)
-    return result
 
 
 @triton.jit

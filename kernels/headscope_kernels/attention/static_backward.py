@@ -102,7 +102,7 @@ class BackwardReport:
         statistics = ",".join(problem.statistics) or "-"
         line = (
             f"{self.target} {problem.kernel} {str(problem.dtype)[6:]} d{problem.dim} "
-            f"{tile.block_queries}x{tile.block_keys}w{tile.num_warps}s{tile.num_stages} {statistics} "
+            f"{tile.block_queries}x{tile.block_keys}w{tile.num_warps}s{tile.num_stages}{'d' * tile.descriptors} {statistics} "
             f"mask={problem.mask} causal={problem.causal} edits={problem.edits}: "
             f"{self.registers} registers, {self.spill_bytes} B spilled, {self.shared_bytes} B shared"
         )
@@ -165,6 +165,8 @@ def problem_arguments(
     unit = stride_unit((query, key, value))
     mask_grad = empty(1, 1, queries, keys)
     own = {
+        "delta_ptr": rows,
+        "offset_ptr": rows,
         "key_grad_ptr": key,
         "value_grad_ptr": value,
         "query_grad_ptr": query,
