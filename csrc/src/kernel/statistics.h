@@ -13,6 +13,9 @@
 namespace headscope {
 namespace HEADSCOPE_TARGET {
 
+// The smallest normal float. A group's mass below it is 0: what is left of its digits would give a wrong entropy.
+constexpr float LEAST_MASS = 1.17549435e-38f;
+
 // What the sums of one row say, and what the last step did to them.
 struct RowState {
     double sum;
@@ -254,10 +257,14 @@ public:
             if (rescale != 1.0f) {
                 if (weighted) {
                     for (int64_t i = 0; i < groups.count; ++i) {
-                        weighted[i] = rescale * (weighted[i] + moved * masses[i]);
+                        const float sum = rescale * (weighted[i] + moved * masses[i]);
+                        weighted[i] = rescale * masses[i] < LEAST_MASS ? 0.0f : sum;
                     }
                 }
-                for (int64_t i = 0; i < groups.count; ++i) masses[i] *= rescale;
+                for (int64_t i = 0; i < groups.count; ++i) {
+                    const float mass = rescale * masses[i];
+                    masses[i] = mass < LEAST_MASS ? 0.0f : mass;
+                }
             }
             for (int64_t s = 0; s < groups.slots; ++s) {
                 const int32_t group = groups.group_of[s];
