@@ -55,9 +55,9 @@ struct Groups {
 
 // What all statistics of a call need, found once per item.
 struct Statistics {
-    bool any = false;       // of rows: they want logits even where the output doesn't
-    bool entropy = false;   // the weighted sum
-    bool general = false;   // more than that
+    bool any = false;      // of rows: they want logits even where the output doesn't
+    bool entropy = false;  // the weighted sum
+    bool general = false;  // more than that
     bool key_mass = false;
     int distances = 0, groups = 0;
     Distance distance[HEADSCOPE_MAX_STATISTICS];
@@ -287,8 +287,8 @@ HEADSCOPE_INLINE float normaliser(const RowState& row) {
 
 HEADSCOPE_INLINE float group_entropy(float mass, float weighted) {
     if (mass == 0.0f) return 0.0f;
-    const double entropy = natural_log(static_cast<double>(mass)) -
-                           LN_2 * static_cast<double>(weighted) / static_cast<double>(mass);
+    const double entropy =
+        natural_log(static_cast<double>(mass)) - LN_2 * static_cast<double>(weighted) / static_cast<double>(mass);
     // of a single key it is 0 but for rounding
     return entropy < 0.0 ? 0.0f : static_cast<float>(entropy);
 }
