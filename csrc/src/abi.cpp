@@ -185,8 +185,8 @@ int headscope_attention_forward(const headscope_attention* call) {
         return HEADSCOPE_OK;
     }
     int64_t threads = call->threads;
-    const int64_t most = key_mass ? call->batch * call->heads * (plan.items_per_head + call->keys / plan.key_block + 1)
-                                  : plan.items;
+    const int64_t most =
+        key_mass ? call->batch * call->heads * (plan.items_per_head + call->keys / plan.key_block + 1) : plan.items;
     if (threads > most) threads = most;
 #ifndef _OPENMP
     threads = 1;
@@ -228,7 +228,8 @@ const char* headscope_status_message(int status) {
         case HEADSCOPE_BAD_INSTRUCTION_SET:
             return "this machine or build lacks the requested instruction set";
         case HEADSCOPE_BAD_STATISTIC:
-            return "a statistic is unknown, has a grid without a side or more than 65536 groups, or there are more than 32";
+            return "a statistic is unknown, has a grid without a side or more than 65536 groups, or there are more "
+                   "than 32";
         default:
             return "unknown status";
     }

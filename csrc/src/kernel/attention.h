@@ -102,7 +102,8 @@ inline Plan plan(const headscope_attention& call) {
     Workspace workspace;
     Statistics none;
     // the second pass works on one block of rows at a time, which may be more than an item has
-    const int64_t second = statistics.key_mass ? lay_out(call, plan.key_block, BLOCK_ROWS, nullptr, &workspace, &none) : 0;
+    const int64_t second =
+        statistics.key_mass ? lay_out(call, plan.key_block, BLOCK_ROWS, nullptr, &workspace, &none) : 0;
     const int64_t first =
         lay_out(call, plan.key_block, plan.heads_per_item * plan.rows_per_item, nullptr, &workspace, &statistics);
     plan.bytes_per_thread = static_cast<size_t>(larger(first, second));

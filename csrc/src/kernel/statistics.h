@@ -13,6 +13,9 @@
 namespace headscope {
 namespace HEADSCOPE_TARGET {
 
+// The smallest normal float. A group's mass below it is 0: what is left of its digits would give a wrong entropy.
+constexpr float LEAST_MASS = 1.17549435e-38f;
+
 // What the sums of one row say, and what the last step did to them.
 struct RowState {
     double sum;
@@ -52,9 +55,9 @@ struct Groups {
 
 // What all statistics of a call need, found once per item.
 struct Statistics {
-    bool any = false;       // of rows: they want logits even where the output doesn't
-    bool entropy = false;   // the weighted sum
-    bool general = false;   // more than that
+    bool any = false;      // of rows: they want logits even where the output doesn't
+    bool entropy = false;  // the weighted sum
+    bool general = false;  // more than that
     bool key_mass = false;
     int distances = 0, groups = 0;
     Distance distance[HEADSCOPE_MAX_STATISTICS];
@@ -254,10 +257,14 @@ public:
             if (rescale != 1.0f) {
                 if (weighted) {
                     for (int64_t i = 0; i < groups.count; ++i) {
-                        weighted[i] = rescale * (weighted[i] + moved * masses[i]);
+                        const float sum = rescale * (weighted[i] + moved * masses[i]);
+                        weighted[i] = rescale * masses[i] < LEAST_MASS ? 0.0f : sum;
                     }
                 }
-                for (int64_t i = 0; i < groups.count; ++i) masses[i] *= rescale;
+                for (int64_t i = 0; i < groups.count; ++i) {
+                    const float mass = rescale * masses[i];
+                    masses[i] = mass < LEAST_MASS ? 0.0f : mass;
+                }
             }
             for (int64_t s = 0; s < groups.slots; ++s) {
                 const int32_t group = groups.group_of[s];
@@ -280,8 +287,8 @@ HEADSCOPE_INLINE float normaliser(const RowState& row) {
 
 HEADSCOPE_INLINE float group_entropy(float mass, float weighted) {
     if (mass == 0.0f) return 0.0f;
-    const double entropy = natural_log(static_cast<double>(mass)) -
-                           LN_2 * static_cast<double>(weighted) / static_cast<double>(mass);
+    const double entropy =
+        natural_log(static_cast<double>(mass)) - LN_2 * static_cast<double>(weighted) / static_cast<double>(mass);
     // of a single key it is 0 but for rounding
     return entropy < 0.0 ? 0.0f : static_cast<float>(entropy);
 }
