@@ -36,6 +36,9 @@ def scores(call: Call, first_query: int) -> tuple[Tensor, Tensor, Tensor]:
         logits = logits.masked_fill(~call.attn_mask, -torch.inf)
     elif call.attn_mask is not None:
         logits = logits + call.attn_mask.to(logits.dtype)
+    if call.attn_mask is None and call.key_bias is None and not call.is_causal:
+        # every key is valid
+        return logits, logits.softmax(-1), rows
     dead = (logits == -torch.inf).all(-1, keepdim=True)
     probabilities = torch.where(dead, 0, torch.where(dead, 0, logits).softmax(-1))
     return logits, probabilities, rows
