@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
@@ -58,7 +58,6 @@ class Problem:
     groups: Tensor | None = None
     group_count: int = GROUPS
     first_group: int = 0
-    saved: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[int, int, int]:
