@@ -122,18 +122,21 @@ def _tensor_float(width: int) -> BackwardConfigurations:
 
 def _hopper(width: int, masked: bool) -> BackwardConfigurations:
     mask = BackwardConfiguration(64, 64, num_warps=4, num_stages=1)
-    if width <= 64:
+    if width <= 80:
+        # two warp groups of 64 rows each; a mask's tile takes registers and shared memory
         key_value = BackwardConfiguration(64, 128, num_warps=8, num_stages=2)
-        query = BackwardConfiguration(128, 64 if masked else 128, num_warps=8, num_stages=2)
+        query = BackwardConfiguration(128, 64 if masked else 128, num_warps=8, num_stages=2, descriptors=True)
         return BackwardConfigurations(key_value, query, mask)
     if width <= 128:
-        key_value = BackwardConfiguration(64, 128, num_warps=8, num_stages=2)
-        query = BackwardConfiguration(128, 64, num_warps=8, num_stages=2)
+        # both results take half of a thread's registers: with an entropy's cotangent this spills 30 of them, and still
+        # issues 16 instructions per score where tiles of 32 queries, which don't spill, issue 20
+        key_value = BackwardConfiguration(64, 128, num_warps=8, num_stages=2, descriptors=True)
+        query = BackwardConfiguration(128, 64, num_warps=8, num_stages=2, descriptors=True)
         return BackwardConfigurations(key_value, query, mask)
     if width <= 256:
-        key_value = BackwardConfiguration(32, 64, num_warps=8, num_stages=1)
+        key_value = BackwardConfiguration(64, 64, num_warps=8, num_stages=1)
         query = BackwardConfiguration(64, 32, num_warps=8, num_stages=1)
-        return BackwardConfigurations(key_value, query, mask)
+        return BackwardConfigurations(key_value, query, mask, separate=True)
     key_value = BackwardConfiguration(16, 64, num_warps=8, num_stages=1)
     query = BackwardConfiguration(64, 16, num_warps=8, num_stages=1)
     mask = BackwardConfiguration(32, 32, num_warps=4, num_stages=1)
