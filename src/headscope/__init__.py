@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from headscope.models import AttnProcessor, Recording, Scope, Site, Task
     from headscope.ops import (
         AttentionResult,
+        Distance,
+        GroupEntropy,
+        GroupMass,
         HeadEdit,
         Statistic,
         attention,
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 _LAZY = {
     "AttentionResult": "headscope.ops",
     "AttnProcessor": "headscope.models",
+    "Distance": "headscope.ops",
+    "GroupEntropy": "headscope.ops",
+    "GroupMass": "headscope.ops",
     "HeadEdit": "headscope.ops",
     "Recording": "headscope.models",
     "Scope": "headscope.models",
@@ -34,6 +40,9 @@ _LAZY = {
 __all__ = [
     "AttentionResult",
     "AttnProcessor",
+    "Distance",
+    "GroupEntropy",
+    "GroupMass",
     "HeadEdit",
     "Recording",
     "Scope",

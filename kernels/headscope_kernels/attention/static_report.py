@@ -222,6 +222,7 @@ def report(problem: Problem, target: str = "sm_90") -> StaticReport:
         target_key(gpu),
         exact=float32_precision() == "ieee",
         masked=problem.mask != "none",
+        carried=sum(sum(bound_statistic(name, problem.groups).statistic.accumulators) for name in problem.statistics),
     )
     source = ast_source(attention_forward_kernel, problem_arguments(problem, configuration))
     options = {

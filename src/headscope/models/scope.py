@@ -15,7 +15,7 @@ from headscope.models.editing import ActiveEdit, Edits, Fill
 from headscope.models.recording import HEAD_OUTPUT, Forward, Recording
 from headscope.models.sites import Site, Unseen, find_sites
 from headscope.ops import attention
-from headscope.ops.statistics import statistic_names
+from headscope.ops.statistics import requested_statistics
 
 # denoisers that a Scope is recording or editing right now
 _observed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -112,7 +112,7 @@ class Scope:
             RuntimeError: the model is compiled, or another Scope is active on it.
         """
         self._look_again()
-        rows = statistic_names([name for name in statistics if name != HEAD_OUTPUT])
+        rows = tuple(s.name for s in requested_statistics([name for name in statistics if name != HEAD_OUTPUT]))
         if not statistics:
             raise ValueError("statistics: got none, expected at least one name to record")
         if reduce != "mean":
