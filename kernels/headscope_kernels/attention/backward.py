@@ -117,7 +117,7 @@ def attention_backward(
                 key.shape[2],
                 device_target(query),
                 exact=float32_precision() == "ieee",
-                masked=attn_mask is not None and attn_mask.shape[2] > 1,
+                laden=is_laden(attn_mask, key_bias, key_scale, statistics),
             )
         arguments = shared_arguments(
             grad_output,
@@ -360,6 +360,14 @@ def fill_gradient(grad_output: Tensor | None, gate: Tensor | None, fill: Tensor)
     gate = gate[..., None, None].float()
     total = torch.where(gate == 1, 0.0, (1 - gate) * total)
     return total.sum_to_size(fill.shape).to(fill.dtype)
+
+
+def is_laden(
+    attn_mask: Tensor | None, key_bias: Tensor | None, key_scale: Tensor | None, statistics: Sequence[BoundStatistic]
+) -> bool:
+    """Whether scores take more registers than the plain ones do, which the configurations want to know."""
+    edited = any(tensor is not None for tensor in (attn_mask, key_bias, key_scale))
+    return edited or any(bound.statistic.width for bound in statistics)
 
 
 def kernel_arguments(

@@ -71,7 +71,7 @@ def backward_configurations(
     target: tuple[str, int] | None,
     *,
     exact: bool = True,
-    masked: bool = False,
+    laden: bool = False,
 ) -> BackwardConfigurations:
     """The configurations for this problem.
 
@@ -81,7 +81,8 @@ def backward_configurations(
         queries, keys: sequence lengths.
         target: ("cuda", 90), ("hip", 942), ...: backend and architecture; None under the interpreter.
         exact: float32 products are not rounded to TensorFloat-32.
-        masked: there is a mask with a number for every query and key to load.
+        laden: every score takes more than the plain ones do, and registers with it: a mask, an edit of keys, a
+            statistic of groups.
     """
     if target is None:
         return INTERPRETER
@@ -93,7 +94,7 @@ def backward_configurations(
     elif backend == "hip":
         chosen = _cdna(width)
     elif architecture // 10 in (9, 10):
-        chosen = _hopper(width, masked)
+        chosen = _hopper(width, laden, architecture)
     else:
         chosen = _ampere(width, large_shared_memory=architecture == 80)
     return replace(
@@ -120,18 +121,20 @@ def _tensor_float(width: int) -> BackwardConfigurations:
     return BackwardConfigurations(both, both, both, separate=width > 128)
 
 
-def _hopper(width: int, masked: bool) -> BackwardConfigurations:
-    mask = BackwardConfiguration(64, 64, num_warps=4, num_stages=1)
-    if width <= 80:
-        # two warp groups of 64 rows each; a mask's tile takes registers and shared memory
-        key_value = BackwardConfiguration(64, 128, num_warps=8, num_stages=2)
-        query = BackwardConfiguration(128, 64 if masked else 128, num_warps=8, num_stages=2, descriptors=True)
-        return BackwardConfigurations(key_value, query, mask)
+def _hopper(width: int, laden: bool, architecture: int) -> BackwardConfigurations:
+    mask = BackwardConfiguration(64, 32, num_warps=4, num_stages=1)
     if width <= 128:
-        # both results take half of a thread's registers: with an entropy's cotangent this spills 30 of them, and still
-        # issues 16 instructions per score where tiles of 32 queries, which don't spill, issue 20
-        key_value = BackwardConfiguration(64, 128, num_warps=8, num_stages=2, descriptors=True)
-        query = BackwardConfiguration(128, 64, num_warps=8, num_stages=2, descriptors=True)
+        # two warp groups of 64 rows each
+        key_value = BackwardConfiguration(32 if laden else 64, 128, num_warps=8, num_stages=2)
+        query = BackwardConfiguration(128, 64 if laden else 128, num_warps=8, num_stages=2, descriptors=True)
+        if architecture >= 100:
+            # tensor memory has 512 columns for all products
+            query = replace(query, block_keys=64)
+        if width > 80:
+            # both results take half of a thread's registers: with an entropy's cotangent this spills 30 of them, and
+            # still issues 16 instructions per score where tiles of 32 queries, which don't spill, issue 20
+            key_value = replace(key_value, descriptors=not laden)
+            query = replace(query, block_keys=64)
         return BackwardConfigurations(key_value, query, mask)
     if width <= 256:
         key_value = BackwardConfiguration(64, 64, num_warps=8, num_stages=1)

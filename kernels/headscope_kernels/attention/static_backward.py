@@ -5,6 +5,7 @@
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,6 +45,8 @@ KERNELS = {
     "rows": row_terms_kernel,
 }
 GROUPS = 8
+# columns of an sm_100 multiprocessor
+TENSOR_MEMORY = 512
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class BackwardReport:
         spill_bytes: stack of one thread, or spilled registers times 4 on AMD.
         shared_bytes: of one program.
         loop: instructions of one iteration over a full tile by kind, one thread; empty on AMD.
+        opcodes: the same by opcode.
         scores: scores of that iteration, per thread.
     """
 
@@ -91,6 +95,7 @@ class BackwardReport:
     spill_bytes: int
     shared_bytes: int
     loop: dict[str, int] = field(default_factory=dict)
+    opcodes: dict[str, int] = field(default_factory=dict)
     scores: int = 0
 
     @property
@@ -214,7 +219,7 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
         problem.keys,
         target_key(gpu),
         exact=float32_precision() == "ieee",
-        masked=problem.mask != "none",
+        laden=problem.edits or problem.mask != "none" or "group_mass" in problem.statistics,
     )
     kernel, arguments, configuration = problem_arguments(problem, configurations)
     options: dict[str, Any] = {"num_warps": configuration.num_warps, "enable_fp_fusion": True}
@@ -222,6 +227,9 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
         options["num_stages"] = configuration.num_stages
     compiled = triton.compile(ast_source(kernel, arguments), target=gpu, options=options)
     shared = compiled.metadata.shared
+    if getattr(compiled.metadata, "tmem_size", None) and compiled.metadata.tmem_size > TENSOR_MEMORY:
+        # what was compiled is a trap
+        raise ValueError(f"{configuration} takes {compiled.metadata.tmem_size} columns of {TENSOR_MEMORY}")
     if gpu.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers = figure(r"\.vgpr_count:\s*(\d+)", text)
@@ -235,7 +243,15 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
     # ptxas may unroll: every score takes one power of two
     unrolled = max(1, sum("MUFU.EX2" in opcode for opcode in loop) // tile_scores) if tile_scores >= 16 else 1
     return BackwardReport(
-        target, problem, configuration, registers, stack, shared, dict(count_kinds(loop)), tile_scores * unrolled
+        target,
+        problem,
+        configuration,
+        registers,
+        stack,
+        shared,
+        dict(count_kinds(loop)),
+        dict(Counter(loop)),
+        tile_scores * unrolled,
     )
 
 
