@@ -95,7 +95,7 @@ class Problem:
     def formula(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Everything that the operator computes, and its inputs' leaves, all in `dtype`."""
         leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in self.inputs().items()}
-        batch, heads, queries, _ = self.query.shape
+        heads = self.query.shape[1]
         group = heads // self.key.shape[1]
         key, value = leaves["key"].repeat_interleave(group, 1), leaves["value"].repeat_interleave(group, 1)
         keys = key.shape[2]
@@ -264,7 +264,7 @@ def tiles(block_queries: int = 32, block_keys: int = 32, **others: Any) -> Backw
 def everything(**shape: Any) -> Problem:
     """All edits and all cotangents at once."""
     problem = attention(**{"batch": 2, "heads": 4, "kv_heads": 2, "dim_v": 24, **shape}, cotangents=COTANGENTS)
-    batch, heads, queries, _ = problem.query.shape
+    batch, heads = problem.query.shape[:2]
     keys, dim_v = problem.value.shape[2:]
     problem.gate = torch.tensor([[0.0, 1.0, 0.3, -1.5]], device=DEVICE).expand(batch, heads)
     problem.fill = normal(1, heads, 1, dim_v)
@@ -275,9 +275,9 @@ def everything(**shape: Any) -> Problem:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (63, 77), (1, 77), (64, 32), (77, 1)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (33, 77), (1, 77), (64, 32), (77, 1)])
 def test_sizes(queries: int, keys: int, dtype: torch.dtype):
-    attention(queries=queries, keys=keys, dtype=dtype, cotangents=("output", "entropy")).check()
+    attention(heads=1, queries=queries, keys=keys, dtype=dtype, cotangents=("output", "entropy")).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -292,18 +292,18 @@ def test_split_head_dimension(dim: int, widths: tuple[int, ...]):
     problem.check(configurations=tiles(dim_widths=widths, value_widths=widths))
 
 
-@pytest.mark.parametrize(("block_queries", "block_keys"), [(16, 64), (64, 16), (128, 32)])
+@pytest.mark.parametrize(("block_queries", "block_keys"), [(16, 64), (64, 16)])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_tile_shapes(block_queries: int, block_keys: int, is_causal: bool):
-    problem = attention(heads=1, queries=77, keys=70, is_causal=is_causal, cotangents=("output", "entropy"))
+    problem = attention(heads=1, queries=77, keys=70, is_causal=is_causal)
     problem.check(configurations=tiles(block_queries, block_keys))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("splits", [2, 7])
+@pytest.mark.parametrize("splits", [2, 5])
 def test_queries_of_one_key_tile_shared_by_programs(splits: int, is_causal: bool):
-    problem = attention(heads=2, kv_heads=1, queries=70, keys=23, is_causal=is_causal)
-    problem.key_bias, problem.key_scale = normal(1, 1, 23), normal(1, 1, 23)
+    problem = attention(heads=2, kv_heads=1, queries=50, keys=18, is_causal=is_causal)
+    problem.key_bias, problem.key_scale = normal(1, 1, 18), normal(1, 1, 18)
     problem.check(configurations=tiles(16, splits=splits))
 
 
@@ -327,10 +327,9 @@ def test_key_and_value_in_separate_launches():
     everything(queries=20, keys=20).check(configurations=tiles(separate=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize(("kv_heads", "dtype"), [(1, torch.float32), (2, torch.float16)])
 def test_grouped_heads(kv_heads: int, dtype: torch.dtype):
-    attention(batch=2, heads=4, kv_heads=kv_heads, dtype=dtype).check()
+    attention(heads=4, kv_heads=kv_heads, keys=35, dtype=dtype).check()
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(63, 63), (100, 40), (40, 100), (1, 50)])
@@ -350,13 +349,13 @@ def test_cotangents(cotangents: tuple[str, ...], dtype: torch.dtype):
 @pytest.mark.parametrize(
     "shape",
     [
-        (2, 3, 20, 23),
+        (2, 2, 20, 23),
         (1, 1, 20, 23),
         (2, 1, 20, 23),
-        (1, 3, 20, 23),
+        (1, 2, 20, 23),
         (2, 1, 1, 23),
-        (1, 3, 1, 23),
-        (2, 3, 20, 1),
+        (1, 2, 1, 23),
+        (2, 2, 20, 1),
         (1, 1, 20, 1),
         (2, 1, 1, 1),
         (1, 1, 1, 1),
@@ -364,7 +363,7 @@ def test_cotangents(cotangents: tuple[str, ...], dtype: torch.dtype):
 )
 def test_mask_gradients(shape: tuple[int, ...]):
     """logsumexp is what moves when a whole row's logits do: without it row sums are 0."""
-    problem = attention(batch=2, heads=3, cotangents=("output", "logsumexp"))
+    problem = attention(batch=2, cotangents=("output", "logsumexp"))
     problem.attn_mask = normal(*shape)
     problem.check()
 
@@ -469,10 +468,11 @@ def test_scales(scale: float, mask: torch.dtype | None):
 
 
 @pytest.mark.parametrize("cotangents", [("output",), ("output", "logsumexp"), COTANGENTS])
-@pytest.mark.parametrize("kv_heads", [3, 1])
-@pytest.mark.parametrize("gate", [[[0.0, 1.0, 0.25]], [[0.0, 0.0, 0.0], [1.0, 0.5, -2.0]]])
+@pytest.mark.parametrize(
+    ("gate", "kv_heads"), [([[0.0, 1.0, 0.25]], 3), ([[0.0, 1.0, 0.25]], 1), ([[0.0, 0.0], [0.5, -2.0]], 2)]
+)
 def test_gates(gate: list[list[float]], kv_heads: int, cotangents: tuple[str, ...]):
-    problem = attention(batch=2, heads=3, kv_heads=kv_heads, queries=20, keys=20, cotangents=cotangents)
+    problem = attention(batch=len(gate), heads=len(gate[0]), kv_heads=kv_heads, cotangents=cotangents)
     problem.gate = torch.tensor(gate, device=DEVICE)
     problem.check()
 
@@ -480,34 +480,43 @@ def test_gates(gate: list[list[float]], kv_heads: int, cotangents: tuple[str, ..
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     "shape",
-    [(2, 3, 20, 16), (1, 3, 20, 16), (1, 3, 1, 16), (2, 1, 20, 1), (1, 1, 1, 1), (3, 20, 1), (20, 16), (16,), ()],
+    [(2, 2, 20, 16), (1, 2, 20, 16), (1, 2, 1, 16), (2, 1, 20, 1), (1, 1, 1, 1), (2, 20, 1), (20, 16), (16,), ()],
 )
 def test_fills(shape: tuple[int, ...], dtype: torch.dtype):
-    problem = attention(batch=2, heads=3, queries=20, keys=20, dtype=dtype)
-    problem.gate = torch.tensor([[0.0, 1.0, 0.25], [1.0, 0.5, -2.0]], device=DEVICE)
+    problem = attention(batch=2, dtype=dtype)
+    problem.gate = torch.tensor([[0.0, 1.0], [0.25, -2.0]], device=DEVICE)
     problem.fill = normal(*shape, dtype=dtype)
-    problem.check(needed=("query", "gate", "fill"))
+    problem.check(needed=("gate", "fill"))
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (1, 3)])
-@pytest.mark.parametrize("kv_heads", [3, 1])
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2)])
+@pytest.mark.parametrize("kv_heads", [2, 1])
 def test_temperatures(shape: tuple[int, ...], kv_heads: int):
-    problem = attention(batch=2, heads=3, kv_heads=kv_heads, queries=20, cotangents=COTANGENTS)
+    problem = attention(batch=2, kv_heads=kv_heads, cotangents=("output", "entropy"))
     problem.temperature = normal(*shape).abs() + 0.5
     problem.check()
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (1, 4), (2, 1), (1, 1)])
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("shape", [(2, 2), (1, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize("kv_heads", [2, 1])
 def test_key_edits(shape: tuple[int, int], kv_heads: int):
-    problem = attention(batch=2, heads=4, kv_heads=kv_heads, queries=20, cotangents=COTANGENTS)
+    problem = attention(batch=2, kv_heads=kv_heads, cotangents=("output", "entropy"))
     problem.key_bias = normal(*shape, 23, seed=5)
     problem.key_scale = normal(*shape, 23, seed=6) + 1
     problem.check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mask", ["none", "causal", "bool", (1, 1, 20, 23), (2, 4, 1, 23), (2, 1, 20, 1)])
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    [
+        ("none", torch.bfloat16),
+        ("causal", torch.float32),
+        ("bool", torch.float16),
+        ((1, 1, 20, 23), torch.float32),
+        ((2, 4, 1, 23), torch.bfloat16),
+        ((2, 1, 20, 1), torch.float32),
+    ],
+)
 def test_everything(mask: str | tuple[int, ...], dtype: torch.dtype):
     problem = everything(dtype=dtype)
     problem.is_causal = mask == "causal"

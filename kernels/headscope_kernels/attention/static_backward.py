@@ -14,19 +14,17 @@ import torch
 import triton
 from torch import Tensor
 
-from headscope_kernels.attention.backward import kernel_arguments, shared_arguments
+from headscope_kernels.attention.backward_arguments import kernel_arguments, shared_arguments
 from headscope_kernels.attention.backward_configs import (
     BackwardConfiguration,
     BackwardConfigurations,
     backward_configurations,
 )
-from headscope_kernels.attention.backward_kernels import (
-    key_value_gradient_kernel,
-    query_gradient_kernel,
-    row_terms_kernel,
-)
 from headscope_kernels.attention.host import float32_precision, in_units, stride_unit
+from headscope_kernels.attention.key_value_gradient import key_value_gradient_kernel
 from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
+from headscope_kernels.attention.query_gradient import query_gradient_kernel
+from headscope_kernels.attention.row_terms import row_terms_kernel
 from headscope_kernels.attention.static_report import (
     DTYPES,
     TARGETS,
@@ -107,7 +105,8 @@ class BackwardReport:
         statistics = ",".join(problem.statistics) or "-"
         line = (
             f"{self.target} {problem.kernel} {str(problem.dtype)[6:]} d{problem.dim} "
-            f"{tile.block_queries}x{tile.block_keys}w{tile.num_warps}s{tile.num_stages}{'d' * tile.descriptors} {statistics} "
+            f"{tile.block_queries}x{tile.block_keys}w{tile.num_warps}s{tile.num_stages}{'d' * tile.descriptors} "
+            f"{statistics} "
             f"mask={problem.mask} causal={problem.causal} edits={problem.edits}: "
             f"{self.registers} registers, {self.spill_bytes} B spilled, {self.shared_bytes} B shared"
         )
