@@ -137,11 +137,14 @@ def _hopper(width: int, laden: bool, architecture: int) -> BackwardConfiguration
             query = replace(query, block_keys=64)
         return BackwardConfigurations(key_value, query, mask)
     if width <= 256:
-        key_value = BackwardConfiguration(64, 64, num_warps=8, num_stages=1)
-        query = BackwardConfiguration(64, 32, num_warps=8, num_stages=1)
+        # one result at a time; tiles whose rows fill both warp groups issue a third of what smaller ones do
+        key_value = BackwardConfiguration(32 if laden else 64, 128, num_warps=8, num_stages=1)
+        # on sm_100 Triton 3.7.1 fails to lay out tiles of 32 keys in tensor memory
+        few = laden and architecture < 100
+        query = BackwardConfiguration(128, 32 if few else 64, num_warps=8, num_stages=1, descriptors=True)
         return BackwardConfigurations(key_value, query, mask, separate=True)
     key_value = BackwardConfiguration(16, 64, num_warps=8, num_stages=1)
-    query = BackwardConfiguration(64, 16, num_warps=8, num_stages=1)
+    query = BackwardConfiguration(64, 16 if laden else 32, num_warps=8, num_stages=1)
     mask = BackwardConfiguration(32, 32, num_warps=4, num_stages=1)
     return BackwardConfigurations(key_value, query, mask, separate=True)
 
