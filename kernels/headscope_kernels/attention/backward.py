@@ -307,7 +307,7 @@ class _Pass:
         unit = 1 if query_grad is None else stride_unit((query_grad,))
         rows = self.mask_sums == "rows"
         row_sums = self.empty(*self.statistics_shape) if rows else None
-        parts = self.empty(self.batch, self.heads, tiles) if "temperature" in self.wanted else None
+        parts = self.empty(*self.statistics_shape) if "temperature" in self.wanted else None
         self.launch(
             query_gradient_kernel,
             self.batch * self.heads * tiles,

@@ -104,7 +104,7 @@ def query_gradient_kernel(
 ):
     """BLOCK_QUERIES queries of one head against all of its keys: dq, the rows' sums of dS, the temperature's part.
 
-    d temperature = -1/T * sum_i q_i . dq_i; every program writes its queries' share of it.
+    d temperature = -1/T * sum_i q_i . dq_i; every query's share of it is written.
     """
     query_tiles = tl.cdiv(queries, BLOCK_QUERIES)
     batch_head = tl.program_id(0) // query_tiles
@@ -322,4 +322,5 @@ def query_gradient_kernel(
         if HAS_GATE and SKIP_REMOVED:
             # its query may be NaN
             along_query = tl.where(gate == 0.0, 0.0, along_query)
-        tl.store(temperature_grad_ptr + tl.program_id(0), -tl.sum(along_query, 0) / temperature)
+        # a sum over rows here would make Triton 3.7.1 fail on sm_100
+        tl.store(temperature_grad_ptr + row_base + rows, -along_query / temperature, mask=rows < query_limit)
