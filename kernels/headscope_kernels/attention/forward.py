@@ -15,8 +15,8 @@ float.
 Keys come in tiles; only tiles that reach past the last key or across the causal diagonal are masked.
 """
 
-# tl.static_range exists for the compiler only
-# pyright: reportGeneralTypeIssues=false
+# tl.static_range exists for the compiler only, and a flag made of others is a bool to Python
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from collections.abc import Sequence
 
