@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from headscope_kernels.attention import STATISTICS, BoundStatistic, backward
+from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward, backward
 from headscope_kernels.attention.backward import DIFFERENTIABLE, attention_backward
 from headscope_kernels.attention.backward_configs import BackwardConfiguration, BackwardConfigurations, query_splits
 
@@ -198,10 +198,10 @@ class Problem:
         return attention_backward(**{**self.arguments(), **changes}, needed=flags, configurations=configurations)
 
     def check(
-        self, needed: Sequence[str] | None = None, configurations: BackwardConfigurations | None = None
+        self, needed: Sequence[str] | None = None, configurations: BackwardConfigurations | None = None, **changes: Any
     ) -> dict[str, Tensor]:
         """Every gradient within twice the error of torch's own at the inputs' precision, and a floor."""
-        gradients = self.run(needed, configurations)
+        gradients = self.run(needed, configurations, **changes)
         expected, torchs = self.autograd(torch.float64), self.autograd(self.query.dtype)
         with torch.no_grad():
             results = self.formula(torch.float64)[0]
@@ -526,6 +526,30 @@ def test_everything(mask: str | tuple[int, ...], dtype: torch.dtype):
         problem.attn_mask = normal(*mask)
     # tiles with and without a border
     problem.check(configurations=tiles(16, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "causal", "additive"])
+def test_on_what_the_forward_saves(mask: str, dtype: torch.dtype):
+    """The formula's rows replaced by the forward kernel's: attention, largest logit, sum."""
+    problem = everything(dtype=dtype)
+    problem.is_causal = mask == "causal"
+    if mask == "additive":
+        problem.attn_mask = normal(2, 1, 20, 23)
+        problem.attn_mask[:, :, 3] = -math.inf
+        problem.attn_mask[:, :, 5] = FINFO_MIN
+    arguments = problem.arguments()
+    saved = {name: torch.full_like(arguments[name], math.nan) for name in ("attention", "row_max", "log2_sum")}
+    inputs = ("query", "key", "value", "attn_mask", "is_causal", "scale", "gate", "fill")
+    edits = ("temperature", "key_bias", "key_scale")
+    attention_forward(
+        **{name: arguments[name] for name in (*inputs, *edits)},
+        statistics=(),
+        statistic_outputs=(),
+        output=torch.empty_like(arguments["attention"]),
+        **saved,
+    )
+    problem.check(**saved)
 
 
 def test_only_what_is_needed():
