@@ -153,7 +153,7 @@ class _Pass:
         self,
         arguments: dict[str, Any],
         configurations: BackwardConfigurations,
-        tensors: dict[str, Tensor | None],
+        tensors: dict[str, Any],
         wanted: set[str],
     ):
         self.arguments = arguments
@@ -224,7 +224,7 @@ class _Pass:
             NEED_DELTA=scores,
             NEED_GATE="gate" in self.wanted,
         )
-        return {"gate": self.reduced("gate", gate_parts.sum(-1))} if "gate" in self.wanted else {}
+        return {} if gate_parts is None else {"gate": self.reduced("gate", gate_parts.sum(-1))}
 
     def key_value(self) -> dict[str, Tensor]:
         """The kernel that owns keys: dk, dv, and sums over queries."""
@@ -289,11 +289,11 @@ class _Pass:
             gradients["key"] = total(key_grad, key)
         if "value" in self.wanted:
             gradients["value"] = total(value_grad, value)
-        if "key_bias" in self.wanted:
+        if column_sums is not None and "key_bias" in self.wanted:
             gradients["key_bias"] = self.reduced("key_bias", column_sums.sum(0))
-        if self.mask_sums == "columns":
+        if column_sums is not None and self.mask_sums == "columns":
             gradients["attn_mask"] = self.reduced("attn_mask", column_sums.sum(0)[:, :, None])
-        if "key_scale" in self.wanted:
+        if scale_sums is not None:
             sums = scale_sums.sum(0) if flags["NEED_KEY_SCALE"] else scale_sums.new_zeros(sums_shape[1:])
             gradients["key_scale"] = self.reduced("key_scale", sums)
         return gradients
@@ -322,11 +322,11 @@ class _Pass:
             NEED_TEMPERATURE="temperature" in self.wanted,
         )
         gradients = {}
-        if "query" in self.wanted:
+        if query_grad is not None:
             gradients["query"] = query_grad
-        if rows:
+        if row_sums is not None:
             gradients["attn_mask"] = self.reduced("attn_mask", row_sums[..., None])
-        if "temperature" in self.wanted:
+        if parts is not None:
             gradients["temperature"] = self.reduced("temperature", parts.sum(-1))
         return gradients
 
