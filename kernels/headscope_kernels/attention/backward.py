@@ -1,4 +1,17 @@
-"""Launches the backward kernels: which of them a set of gradients needs, their arguments, and the last sums."""
+"""The backward of attention with statistics and edits: the gradients of query, key and value, and what rides along.
+
+Row i, key j, with p the probabilities, g a head's gate, c_j its key scales, G_i the output's gradient:
+
+    p_ij  = 2^((logit_ij - row_max_i) * log2(e) - log2_sum_i)
+    dP_ij = c_j * g * (G_i . v_j) + the statistics' gradients
+    dS_ij = p_ij * (dP_ij - delta_i),   delta_i = sum_j p_ij * dP_ij
+    dq = (scale / T) dS k,   dk = (scale / T) dS^T q,   dv_j = sum_i p_ij * c_j * g * G_i
+
+The scores are computed again, twice: one kernel owns a tile of keys and goes over the queries (of every head that
+shares them), one owns a tile of queries and goes over the keys. Nothing is added up by atomics, so results are
+reproducible. A small kernel before both knows what concerns whole rows; a mask with a number for every score takes one
+more. What isn't needed isn't compiled in, or isn't launched.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,38 +20,26 @@ import torch
 import triton
 from torch import Tensor
 
-from headscope_kernels.attention.arguments import (
-    NO_STRIDES,
-    check_operands,
-    mask_arguments,
-    optional_strides,
-    tile_reach,
-)
+from headscope_kernels.attention.arguments import NO_STRIDES
+from headscope_kernels.attention.backward_arguments import is_laden, kernel_arguments, shared_arguments
 from headscope_kernels.attention.backward_configs import (
     BackwardConfiguration,
     BackwardConfigurations,
     backward_configurations,
     query_splits,
 )
-from headscope_kernels.attention.backward_kernels import (
-    key_value_gradient_kernel,
-    query_gradient_kernel,
-    row_terms_kernel,
-)
-from headscope_kernels.attention.configs import chunk_widths, covering_block
 from headscope_kernels.attention.host import (
-    broadcast_strides,
     device_target,
-    dot_dtype,
     float32_precision,
     in_units,
-    input_precision,
     launch_context,
     stride_unit,
-    tile_descriptors,
 )
+from headscope_kernels.attention.key_value_gradient import key_value_gradient_kernel
 from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
-from headscope_kernels.attention.statistics import BoundStatistic, functions_key
+from headscope_kernels.attention.query_gradient import query_gradient_kernel
+from headscope_kernels.attention.row_terms import row_terms_kernel
+from headscope_kernels.attention.statistics import BoundStatistic
 
 DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "gate", "fill", "temperature", "key_bias", "key_scale")
 
@@ -76,8 +77,10 @@ def attention_backward(
         grad_output: [batch, heads, queries, dim_v], any strides; None is zeros.
         query, key, value, attn_mask, is_causal, scale, gate, fill, temperature, key_bias, key_scale: as the forward
             got them. attn_mask has 4 dimensions, each 1 or full.
-        attention: [batch, heads, queries, dim_v], the forward's output before gate and fill. None only if grad_output is.
-        row_max: [batch, heads, queries] float32, contiguous: every row's largest logit, 0 for a row without a valid key.
+        attention: [batch, heads, queries, dim_v], the forward's output before gate and fill; None only if
+            grad_output is.
+        row_max: [batch, heads, queries] float32, contiguous: every row's largest logit, 0 for a row without a valid
+            key.
         log2_sum: likewise, log2 sum_j exp(logit_j - row_max), +inf for a row without a valid key.
         row_constants: likewise, the sum over statistics of sum_j p_j * gradient_j, logsumexp counting as minus its
             cotangent; None is zeros.
@@ -117,7 +120,7 @@ def attention_backward(
                 key.shape[2],
                 device_target(query),
                 exact=float32_precision() == "ieee",
-                masked=attn_mask is not None and attn_mask.shape[2] > 1,
+                laden=is_laden(attn_mask, key_bias, key_scale, statistics),
             )
         arguments = shared_arguments(
             grad_output,
@@ -150,7 +153,7 @@ class _Pass:
         self,
         arguments: dict[str, Any],
         configurations: BackwardConfigurations,
-        tensors: dict[str, Tensor | None],
+        tensors: dict[str, Any],
         wanted: set[str],
     ):
         self.arguments = arguments
@@ -221,7 +224,7 @@ class _Pass:
             NEED_DELTA=scores,
             NEED_GATE="gate" in self.wanted,
         )
-        return {"gate": self.reduced("gate", gate_parts.sum(-1))} if "gate" in self.wanted else {}
+        return {} if gate_parts is None else {"gate": self.reduced("gate", gate_parts.sum(-1))}
 
     def key_value(self) -> dict[str, Tensor]:
         """The kernel that owns keys: dk, dv, and sums over queries."""
@@ -286,11 +289,11 @@ class _Pass:
             gradients["key"] = total(key_grad, key)
         if "value" in self.wanted:
             gradients["value"] = total(value_grad, value)
-        if "key_bias" in self.wanted:
+        if column_sums is not None and "key_bias" in self.wanted:
             gradients["key_bias"] = self.reduced("key_bias", column_sums.sum(0))
-        if self.mask_sums == "columns":
+        if column_sums is not None and self.mask_sums == "columns":
             gradients["attn_mask"] = self.reduced("attn_mask", column_sums.sum(0)[:, :, None])
-        if "key_scale" in self.wanted:
+        if scale_sums is not None:
             sums = scale_sums.sum(0) if flags["NEED_KEY_SCALE"] else scale_sums.new_zeros(sums_shape[1:])
             gradients["key_scale"] = self.reduced("key_scale", sums)
         return gradients
@@ -304,7 +307,7 @@ class _Pass:
         unit = 1 if query_grad is None else stride_unit((query_grad,))
         rows = self.mask_sums == "rows"
         row_sums = self.empty(*self.statistics_shape) if rows else None
-        parts = self.empty(self.batch, self.heads, tiles) if "temperature" in self.wanted else None
+        parts = self.empty(*self.statistics_shape) if "temperature" in self.wanted else None
         self.launch(
             query_gradient_kernel,
             self.batch * self.heads * tiles,
@@ -319,11 +322,11 @@ class _Pass:
             NEED_TEMPERATURE="temperature" in self.wanted,
         )
         gradients = {}
-        if "query" in self.wanted:
+        if query_grad is not None:
             gradients["query"] = query_grad
-        if rows:
+        if row_sums is not None:
             gradients["attn_mask"] = self.reduced("attn_mask", row_sums[..., None])
-        if "temperature" in self.wanted:
+        if parts is not None:
             gradients["temperature"] = self.reduced("temperature", parts.sum(-1))
         return gradients
 
@@ -360,179 +363,3 @@ def fill_gradient(grad_output: Tensor | None, gate: Tensor | None, fill: Tensor)
     gate = gate[..., None, None].float()
     total = torch.where(gate == 1, 0.0, (1 - gate) * total)
     return total.sum_to_size(fill.shape).to(fill.dtype)
-
-
-def kernel_arguments(
-    kernel: Any, shared: dict[str, Any], configuration: BackwardConfiguration | None, own: dict[str, Any]
-) -> dict[str, Any]:
-    """One kernel's arguments by name."""
-    arguments = {**shared, **own}
-    if configuration is not None:
-        arguments["BLOCK_QUERIES"] = configuration.block_queries
-        arguments["BLOCK_KEYS"] = configuration.block_keys
-        for name, rows, widths in (
-            ("query", configuration.block_queries, arguments["DIM_WIDTHS"]),
-            ("grad_output", configuration.block_queries, arguments["VALUE_WIDTHS"]),
-            ("key", configuration.block_keys, arguments["DIM_WIDTHS"]),
-            ("value", configuration.block_keys, arguments["VALUE_WIDTHS"]),
-        ):
-            if f"{name}_descriptor" in kernel.arg_names:
-                tensor = arguments[f"{name}_ptr"]
-                use = configuration.descriptors and tensor is not None
-                described = tile_descriptors(tensor, rows, widths) if use else (None, None)
-                arguments[f"{name}_descriptor"], arguments[f"{name}_tail_descriptor"] = described
-    return {name: arguments[name] for name in kernel.arg_names}
-
-
-def shared_arguments(
-    grad_output: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    gate: Tensor | None,
-    fill: Tensor | None,
-    temperature: Tensor | None,
-    key_bias: Tensor | None,
-    key_scale: Tensor | None,
-    attention: Tensor | None,
-    row_max: Tensor,
-    log2_sum: Tensor,
-    row_constants: Tensor | None,
-    statistics: Sequence[BoundStatistic],
-    statistic_grads: Sequence[Tensor],
-    configurations: BackwardConfigurations,
-) -> dict[str, Any]:
-    """What the kernels' arguments have in common, by name. Reads shapes, strides and dtypes only.
-
-    Raises:
-        ValueError: a dtype, shape, statistic or combination that the kernels have no code for.
-    """
-    batch, heads, queries, dim = query.shape
-    kv_heads, keys, dim_v = key.shape[1], key.shape[2], value.shape[3]
-    check_operands(query, key, value, (grad_output, attention))
-    for name, tensor in (("grad_output", grad_output), ("attention", attention)):
-        if tensor is not None and tensor.shape != (batch, heads, queries, dim_v):
-            raise ValueError(f"{name} must be {(batch, heads, queries, dim_v)}, got {tuple(tensor.shape)}")
-    if grad_output is not None and attention is None:
-        raise ValueError("the output's gradient needs the attention that the forward saved")
-    for name, tensor in (("row_max", row_max), ("log2_sum", log2_sum), ("row_constants", row_constants)):
-        if tensor is not None:
-            require_rows(name, tensor, (batch, heads, queries))
-    if len(statistics) != len(statistic_grads):
-        raise ValueError(f"{len(statistics)} statistics need as many gradients, got {len(statistic_grads)}")
-    for bound, grad in zip(statistics, statistic_grads, strict=True):
-        if bound.statistic.gradient is None:
-            raise ValueError(f"{bound.statistic} has no gradient")
-        width = (bound.statistic.width,) if bound.statistic.width else ()
-        require_rows("a statistic's gradient", grad, (batch, heads, queries, *width))
-    chosen = [bound.statistic for bound in statistics]
-    gradients = tuple(statistic.gradient for statistic in chosen)
-
-    masking = mask_arguments(attn_mask, (batch, heads, queries, keys), is_causal)
-    mask_kind, mask_strides = masking["MASK"], masking["mask_strides"]
-    fill_strides = optional_strides("fill", fill, (batch, heads, queries, dim_v))
-    key_bias_strides = optional_strides("key_bias", key_bias, (batch, heads, keys))
-    key_scale_strides = optional_strides("key_scale", key_scale, (batch, heads, keys))
-    data = [tensor for bound in statistics for tensor in bound.tensors]
-    outputs = [] if grad_output is None else [grad_output, attention]
-    key_value, by_query, by_mask = configurations.key_value, configurations.query, configurations.mask
-    block_queries = max(
-        key_value.block_queries, by_query.block_queries, by_mask.block_queries, configurations.block_rows
-    )
-    block_keys = max(key_value.block_keys, by_query.block_keys, by_mask.block_keys)
-    reach = max(
-        tile_reach(query.stride(), block_queries, dim),
-        tile_reach(key.stride(), block_keys, dim),
-        tile_reach(value.stride(), block_keys, dim_v),
-        *(tile_reach(tensor.stride(), block_queries, dim_v) for tensor in outputs),
-        tile_reach(fill_strides, block_queries, dim_v),
-        tile_reach(mask_strides, block_queries, block_keys),
-        # the gradient of a mask is contiguous
-        keys * by_mask.block_queries if mask_kind == "additive" else 0,
-        key_bias_strides[2] * block_keys,
-        key_scale_strides[2] * block_keys,
-    )
-    unit = stride_unit((query, key, value, *outputs))
-    output = grad_output is not None
-    edited = output and gate is not None
-    return {
-        "query_ptr": query,
-        "key_ptr": key,
-        "value_ptr": value,
-        "mask_ptr": masking["mask_ptr"],
-        "gate_ptr": gate,
-        "fill_ptr": fill,
-        "temperature_ptr": temperature,
-        "key_bias_ptr": key_bias,
-        "key_scale_ptr": key_scale,
-        "grad_output_ptr": grad_output,
-        "attention_ptr": attention,
-        "row_max_ptr": row_max,
-        "log2_sum_ptr": log2_sum,
-        "row_constants_ptr": row_constants,
-        # the first kernel's, if the others need them
-        "delta_ptr": None,
-        "offset_ptr": None,
-        "grad_ptrs": tuple(statistic_grads),
-        "statistic_data": tuple(data),
-        "query_strides": in_units(query, unit),
-        "key_strides": in_units(key, unit),
-        "value_strides": in_units(value, unit),
-        "mask_strides": mask_strides,
-        "gate_strides": optional_strides("gate", gate, (batch, heads)),
-        "fill_strides": fill_strides,
-        "temperature_strides": optional_strides("temperature", temperature, (batch, heads)),
-        "key_bias_strides": key_bias_strides,
-        "key_scale_strides": key_scale_strides,
-        "grad_output_strides": in_units(grad_output, unit) if output else NO_STRIDES,
-        "attention_strides": in_units(attention, unit) if output else NO_STRIDES,
-        "statistic_data_strides": tuple(
-            stride
-            for tensor in data
-            for stride in broadcast_strides("a statistic's tensor", tensor, (batch, heads, tensor.shape[2]))[:2]
-        ),
-        "scale": float(scale),
-        "heads": heads,
-        "heads_per_group": heads // max(kv_heads, 1),
-        "queries": queries,
-        "keys": keys,
-        "DIM": dim,
-        "DIM_WIDTHS": configurations.dim_widths or chunk_widths(dim),
-        "VALUE_DIM": dim_v,
-        "VALUE_WIDTHS": configurations.value_widths or chunk_widths(dim_v),
-        "BLOCK_ROWS": configurations.block_rows,
-        "CAUSAL": is_causal,
-        "MASK": mask_kind if masking["MASK_ROWS"] else "none",
-        "KEY_MASK": "none" if masking["MASK_ROWS"] else mask_kind,
-        "ADDITIVE": mask_kind == "additive" or key_bias is not None,
-        "HAS_OUTPUT": output,
-        "HAS_GATE": edited,
-        "HAS_FILL": edited and fill is not None,
-        "HAS_TEMPERATURE": temperature is not None,
-        "HAS_KEY_BIAS": key_bias is not None,
-        "HAS_KEY_SCALE": output and key_scale is not None,
-        "HAS_ROW_CONSTANTS": row_constants is not None,
-        "GROUPED": heads > kv_heads,
-        "SKIP_REMOVED": edited and row_constants is None and not statistics,
-        "GRADIENTS": gradients,
-        "CONSTANTS": tuple(tuple(statistic.constants) for statistic in chosen),
-        "GRAD_WIDTHS": tuple(statistic.width for statistic in chosen),
-        "PADDED_WIDTHS": tuple(covering_block(statistic.width) for statistic in chosen),
-        "GRADIENTS_KEY": functions_key(gradients),
-        "DOT_DTYPE": dot_dtype(query.dtype),
-        "DATA_COUNTS": tuple(len(bound.tensors) for bound in statistics),
-        "INPUT_PRECISION": input_precision(query.dtype),
-        "STRIDE_UNIT": unit,
-        "WIDE": reach >= 2**31,
-    }
-
-
-def require_rows(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises a ValueError unless `tensor` is contiguous float32 of this shape."""
-    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
-        came = f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}"
-        raise ValueError(f"{name} must be contiguous float32 {shape}, got {came}")

@@ -151,20 +151,30 @@ def load_key_terms(
 
 
 @triton.jit
+def load_row_grad(
+    pointer, first_row, rows, limit, WIDTH: tl.constexpr, PADDED_WIDTH: tl.constexpr, CHECK: tl.constexpr
+):
+    """The cotangent of one statistic, [queries] (width 0) or [queries, padded width]."""
+    if WIDTH == 0:
+        grad = load_vector(advance(pointer, first_row, 1), rows, limit, 1, 0.0, CHECK)
+    else:
+        members = tl.arange(0, PADDED_WIDTH)  # [padded width]
+        inside = (rows < limit)[:, None] & (members < WIDTH)[None, :]  # [queries, padded width]
+        pointers = advance(pointer, first_row, WIDTH) + rows[:, None] * WIDTH + members[None, :]
+        grad = tl.load(pointers, mask=inside, other=0.0)
+    return grad
+
+
+@triton.jit
 def load_row_grads(
     grad_ptrs, first_row, rows, limit, WIDTHS: tl.constexpr, PADDED_WIDTHS: tl.constexpr, CHECK: tl.constexpr
 ):
-    """The cotangents of the statistics: a tuple of [queries] or [queries, padded width]; `first_row` over all heads."""
+    """A tuple of the statistics' cotangents; `first_row` counts over all heads."""
     grads = ()
     for index in tl.static_range(len(WIDTHS)):
-        width: tl.constexpr = entry(WIDTHS, index)
-        if width == 0:
-            grad = load_vector(advance(grad_ptrs[index], first_row, 1), rows, limit, 1, 0.0, CHECK)
-        else:
-            members = tl.arange(0, entry(PADDED_WIDTHS, index))  # [padded width]
-            inside = (rows < limit)[:, None] & (members < width)[None, :]  # [queries, padded width]
-            pointers = advance(grad_ptrs[index], first_row, width) + rows[:, None] * width + members[None, :]
-            grad = tl.load(pointers, mask=inside, other=0.0)
+        grad = load_row_grad(
+            grad_ptrs[index], first_row, rows, limit, entry(WIDTHS, index), entry(PADDED_WIDTHS, index), CHECK
+        )
         grads = grads + (grad,)
     return grads
 
