@@ -53,7 +53,7 @@ bool spread(int64_t first, int64_t end, int64_t threads, size_t bytes, const Fun
     if (threads > 1) {
         std::atomic<bool> failed{false};
         // dynamic: causal masks and removed heads make items uneven; several at a time where they are many and small
-        const int64_t chunk = 1 + (end - first) / (64 * threads);
+        const int64_t chunk = 1 + (end - first) / (16 * threads);
 #pragma omp parallel num_threads(static_cast<int>(threads))
         {
             void* memory = thread_memory(bytes);
