@@ -215,7 +215,9 @@ def _integers(name: str, constants: Sequence[int | float], least: Sequence[int])
         int(value) != value or value < low for value, low in zip(constants, least, strict=False)
     )
     if wrong:
-        raise ValueError(f"statistics: got constants {tuple(constants)} for {name}, expected integers >= {tuple(least)}")
+        raise ValueError(
+            f"statistics: got constants {tuple(constants)} for {name}, expected integers >= {tuple(least)}"
+        )
     return (*(int(value) for value in constants), *(0,) * (4 - len(constants)))
 
 
