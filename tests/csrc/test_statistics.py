@@ -193,6 +193,7 @@ EDITS = {
     },
 }
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("edit", EDITS)
 def test_edits(edit, dtype, instruction_set, library):

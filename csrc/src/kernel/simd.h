@@ -21,10 +21,12 @@
 #define HEADSCOPE_INLINE inline __attribute__((always_inline))
 #define HEADSCOPE_UNROLL _Pragma("GCC unroll 16")
 #define HEADSCOPE_PREFETCH(address) __builtin_prefetch(address)
+#define HEADSCOPE_PREFETCH_WRITE(address) __builtin_prefetch(address, 1)
 #else
 #define HEADSCOPE_INLINE inline
 #define HEADSCOPE_UNROLL
 #define HEADSCOPE_PREFETCH(address) (void)(address)
+#define HEADSCOPE_PREFETCH_WRITE(address) (void)(address)
 #endif
 
 namespace headscope {
