@@ -334,9 +334,9 @@ def combine(changes: list[Change], query: Tensor, key: Tensor, value: Tensor) ->
         for name in _FACTORS:
             own = _get(change.edit, name)
             if own is not None:
-                before = factors.get(name)
-                together = own if before is None else before + own if name == "key_bias" else before * own
-                factors[name] = together
+                if name in factors:
+                    own = factors[name] + own if name == "key_bias" else factors[name] * own
+                factors[name] = own
         if change.edit.gate is not None:
             gate, fill = change.edit.gate, change.edit.fill
             # of one fill, two gates are one: g2 (g1 a + (1 - g1) f) + (1 - g2) f
