@@ -89,7 +89,7 @@ def loss_at(task, scope, inputs, site, head, gate):
 def test_first_and_second_order_are_those_of_finite_differences(task):
     """With outputs' number of +-1 vectors the Gauss-Newton term is close to its expectation."""
     scope = Scope(task.denoiser)
-    found = scope.attribute(task, ITEMS, [300], cotangents=64, batch=2)
+    found = scope.attribute(task, ITEMS, [300], cotangents=32, sites="mid*", batch=2)
     inputs = task.noisy_inputs(task.prepare(ITEMS), 300)
     step = 0.05
     for index, (site, head) in enumerate(found.heads):
@@ -107,13 +107,13 @@ def test_first_and_second_order_are_those_of_finite_differences(task):
                 predictions.append(task.predict(inputs).double())
     slope = (predictions[0] - predictions[1]) / (2 * step)
     exact = slope.square().flatten(1).mean(1).numpy()
-    # the estimate's relative standard deviation is sqrt(2 / 64) = 0.18
-    assert found.c[:, 0, 0] == pytest.approx(exact, rel=0.7)
+    # the estimate's relative standard deviation is sqrt(2 / 32) = 0.25
+    assert found.c[:, 0, 0] == pytest.approx(exact, rel=0.9)
 
 
 def test_the_integral_over_the_path_is_the_loss_of_removing_every_head(task):
     scope = Scope(task.denoiser)
-    found = scope.attribute(task, ITEMS, [300], cotangents=1, integrate=16)
+    found = scope.attribute(task, ITEMS, [300], cotangents=1, integrate=6)
     inputs = task.noisy_inputs(task.prepare(ITEMS), 300)
     with torch.inference_mode(), scope.edit({site.name: range(site.heads) for site in scope.sites}):
         removed = task.loss(inputs).numpy()
