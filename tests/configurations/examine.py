@@ -128,7 +128,9 @@ def difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 
 
 @contextmanager
-def watched(model: nn.Module, sites: Sequence[str] = (), remove: Mapping[str, int] | None = None) -> Iterator[list[Call]]:
+def watched(
+    model: nn.Module, sites: Sequence[str] = (), remove: Mapping[str, int] | None = None
+) -> Iterator[list[Call]]:
     """Capture every attention call of the model, and zero a head's output at the sites in `remove`.
 
     The head's output is zeroed as attention returns it: that is its slice of what the module hands to its output

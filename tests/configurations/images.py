@@ -13,7 +13,7 @@ def _latents_and_text(channels: int, text: int, size: int = 8, tokens: int = 5):
     }
 
 
-def _packed(channels: int, text: int, *, axes: int = 3, tokens: int = 5):
+def packed(channels: int, text: int, *, axes: int = 3, tokens: int = 5):
     """Image tokens of a 4 x 3 grid and text tokens, with their positions."""
     return {
         "hidden_states": normal(2, 12, channels),
@@ -24,7 +24,7 @@ def _packed(channels: int, text: int, *, axes: int = 3, tokens: int = 5):
     }
 
 
-_FLUX = {
+FLUX = {
     "patch_size": 1,
     "in_channels": 4,
     "num_layers": 1,
@@ -35,7 +35,7 @@ _FLUX = {
     "pooled_projection_dim": 6,
     "axes_dims_rope": [2, 2, 4],
 }
-_SD3 = {
+SD3 = {
     "sample_size": 8,
     "patch_size": 2,
     "in_channels": 4,
@@ -48,7 +48,7 @@ _SD3 = {
     "pooled_projection_dim": 6,
     "pos_embed_max_size": 8,
 }
-_QWEN = {
+QWEN = {
     "patch_size": 2,
     "in_channels": 16,
     "out_channels": 4,
@@ -57,6 +57,19 @@ _QWEN = {
     "num_attention_heads": 2,
     "joint_attention_dim": 12,
     "axes_dims_rope": (2, 2, 4),
+}
+Z_IMAGE = {
+    "all_patch_size": (2,),
+    "all_f_patch_size": (1,),
+    "in_channels": 4,
+    "dim": 32,
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 12,
+    "axes_dims": [8, 4, 4],
+    "axes_lens": [64, 16, 16],
 }
 
 
@@ -68,13 +81,13 @@ def _sizes():
     }
 
 
-def _hunyuan_dit():
+def hunyuan_dit():
     return {
         "hidden_states": normal(2, 4, 8, 8),
         "timestep": timesteps(),
         "encoder_hidden_states": normal(2, 4, 8),
         "text_embedding_mask": ones(2, 4),
-        "encoder_hidden_states_t5": normal(2, 3, 6),
+        "encoder_hidden_states_t5": normal(2, 3, 8),
         "text_embedding_mask_t5": ones(2, 3),
         "image_meta_size": ones(2, 6),
         "style": steps(value=0),
@@ -115,12 +128,12 @@ def _ideogram4():
 
 
 CASES = {
-    "SD3Transformer2DModel": Case(_SD3, lambda: _latents_and_text(4, 12) | {"pooled_projections": normal(2, 6)}),
+    "SD3Transformer2DModel": Case(SD3, lambda: _latents_and_text(4, 12) | {"pooled_projections": normal(2, 6)}),
     "SD3Transformer2DModel, SD3.5-like": Case(
-        _SD3 | {"qk_norm": "rms_norm", "dual_attention_layers": (0,)},
+        SD3 | {"qk_norm": "rms_norm", "dual_attention_layers": (0,)},
         lambda: _latents_and_text(4, 12) | {"pooled_projections": normal(2, 6)},
     ),
-    "FluxTransformer2DModel": Case(_FLUX, lambda: _packed(4, 12) | {"pooled_projections": normal(2, 6)}),
+    "FluxTransformer2DModel": Case(FLUX, lambda: packed(4, 12) | {"pooled_projections": normal(2, 6)}),
     "Flux2Transformer2DModel": Case(
         {
             "patch_size": 1,
@@ -133,7 +146,7 @@ CASES = {
             "timestep_guidance_channels": 16,
             "axes_dims_rope": [2, 2, 2, 2],
         },
-        lambda: _packed(4, 12, axes=4) | {"guidance": ones(2)},
+        lambda: packed(4, 12, axes=4) | {"guidance": ones(2)},
     ),
     "Flux3Transformer2DModel": Case(
         {
@@ -147,17 +160,17 @@ CASES = {
             "timestep_channels": 16,
             "axes_dims_rope": (2, 2, 2, 2),
         },
-        lambda: _packed(4, 12, axes=4),
+        lambda: packed(4, 12, axes=4),
     ),
     "ChromaTransformer2DModel": Case(
-        {name: value for name, value in _FLUX.items() if name != "pooled_projection_dim"}
+        {name: value for name, value in FLUX.items() if name != "pooled_projection_dim"}
         | {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1},
-        lambda: _packed(4, 12) | {"attention_mask": ones(2, 17)},
+        lambda: packed(4, 12) | {"attention_mask": ones(2, 17)},
     ),
-    "BriaTransformer2DModel": Case(_FLUX | {"pooled_projection_dim": None}, lambda: _packed(4, 12)),
+    "BriaTransformer2DModel": Case(FLUX | {"pooled_projection_dim": None}, lambda: packed(4, 12)),
     "BriaFiboTransformer2DModel": Case(
-        _FLUX | {"pooled_projection_dim": None, "text_encoder_dim": 6, "joint_attention_dim": 12},
-        lambda: _packed(4, 12) | {"text_encoder_layers": [normal(2, 5, 6), normal(2, 5, 6)]},
+        FLUX | {"pooled_projection_dim": None, "text_encoder_dim": 6, "joint_attention_dim": 12},
+        lambda: packed(4, 12) | {"text_encoder_layers": [normal(2, 5, 6), normal(2, 5, 6)]},
     ),
     "BriaFibo2Transformer2DModel": Case(
         {
@@ -178,15 +191,23 @@ CASES = {
             "axes_dims": (4, 2, 2),
             "axes_lens": (64, 16, 16),
         },
-        lambda: _latents_and_text(4, 12) | {"timestep": timesteps(value=0.5), "encoder_attention_mask": seen(2, 5)},
+        # the Perceiver's text, then the injection block's
+        lambda: (
+            _latents_and_text(4, 12)
+            | {
+                "encoder_hidden_states": normal(2, 2, 5, 12),
+                "timestep": timesteps(value=0.5),
+                "encoder_attention_mask": padded(2, 5),
+            }
+        ),
     ),
     "OvisImageTransformer2DModel": Case(
-        {name: value for name, value in _FLUX.items() if name != "pooled_projection_dim"} | {"out_channels": 4},
-        lambda: _packed(4, 12),
+        {name: value for name, value in FLUX.items() if name != "pooled_projection_dim"} | {"out_channels": 4},
+        lambda: packed(4, 12),
     ),
-    "LongCatImageTransformer2DModel": Case(_FLUX, lambda: _packed(4, 12) | {"guidance": ones(2)}),
+    "LongCatImageTransformer2DModel": Case(FLUX, lambda: packed(4, 12) | {"guidance": ones(2)}),
     "QwenImageTransformer2DModel": Case(
-        _QWEN,
+        QWEN,
         lambda: {
             "hidden_states": normal(2, 12, 16),
             "encoder_hidden_states": normal(2, 5, 12),
@@ -208,10 +229,11 @@ CASES = {
         lambda: {
             "hidden_states": normal(2, 12, 4),
             "encoder_hidden_states": normal(2, 5, 12),
-            "encoder_hidden_states_mask": seen(2, 5),
+            "encoder_hidden_states_mask": padded(2, 5),
             "timestep": timesteps(value=0.5),
             "img_shapes": [[(1, 4, 3)]] * 2,
-            "img_mask": seen(2, 12),
+            # five of text, then a slot for every four of the image's tokens
+            "img_mask": torch.arange(8).expand(2, -1) >= 5,
         },
     ),
     "NucleusMoEImageTransformer2DModel": Case(
@@ -261,11 +283,13 @@ CASES = {
             "caption_channels": 12,
             "use_additional_conditions": False,
         },
-        lambda: _latents_and_text(4, 12)
-        | {
-            "encoder_attention_mask": padded(2, 5),
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        },
+        lambda: (
+            _latents_and_text(4, 12)
+            | {
+                "encoder_attention_mask": padded(2, 5),
+                "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            }
+        ),
     ),
     "PriorTransformer": Case(
         {
@@ -342,13 +366,15 @@ CASES = {
             "condition_dim": 4,
             "prior_vq_quantizer_codebook_size": 16,
         },
-        lambda: _latents_and_text(4, 12)
-        | {
-            "prior_token_id": integers(16, 2, 16),
-            "prior_token_drop": torch.zeros(2, dtype=torch.bool),
-            "target_size": torch.full((2, 2), 64.0),
-            "crop_coords": torch.zeros(2, 2),
-        },
+        lambda: (
+            _latents_and_text(4, 12)
+            | {
+                "prior_token_id": integers(16, 2, 16),
+                "prior_token_drop": torch.zeros(2, dtype=torch.bool),
+                "target_size": torch.full((2, 2), 64.0),
+                "crop_coords": torch.zeros(2, 2),
+            }
+        ),
     ),
     "ErnieImageTransformer2DModel": Case(
         {
@@ -405,13 +431,13 @@ CASES = {
             "attention_head_dim": 8,
             "num_attention_heads": 2,
             "cross_attention_dim": 8,
-            "cross_attention_dim_t5": 6,
+            "cross_attention_dim_t5": 8,
             "pooled_projection_dim": 4,
             "hidden_size": 16,
             "text_len": 4,
             "text_len_t5": 3,
         },
-        _hunyuan_dit,
+        hunyuan_dit,
     ),
     "HunyuanImageTransformer2DModel": Case(
         {
@@ -427,7 +453,7 @@ CASES = {
             "text_embed_dim": 12,
             "rope_axes_dim": (4, 4),
         },
-        lambda: _latents_and_text(4, 12, size=4) | {"encoder_attention_mask": padded(2, 5)},
+        lambda: _latents_and_text(4, 12, size=4) | {"timestep": timesteps(), "encoder_attention_mask": padded(2, 5)},
     ),
     "Ideogram4Transformer2DModel": Case(
         {
@@ -533,19 +559,21 @@ CASES = {
             "learn_sigma": False,
             "cross_attention_dim": 12,
         },
-        lambda: _latents_and_text(4, 12)
-        | {
-            "timestep": timesteps(value=0.5),
-            "encoder_mask": ones(2, 5),
-            "image_rotary_emb": normal(384, 384, 4),
-            "cross_attention_kwargs": {},
-        },
+        lambda: (
+            _latents_and_text(4, 12)
+            | {
+                "timestep": timesteps(value=0.5),
+                "encoder_mask": ones(2, 5),
+                "image_rotary_emb": normal(384, 384, 4),
+                "cross_attention_kwargs": {},
+            }
+        ),
     ),
     "OmniGenTransformer2DModel": Case(
         {
             "hidden_size": 16,
             "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_key_value_heads": 4,
             "intermediate_size": 16,
             "num_layers": 1,
             "pad_token_id": 0,
@@ -586,19 +614,7 @@ CASES = {
         lambda: _latents_and_text(4, 12),
     ),
     "ZImageTransformer2DModel": Case(
-        {
-            "all_patch_size": (2,),
-            "all_f_patch_size": (1,),
-            "in_channels": 4,
-            "dim": 32,
-            "n_layers": 1,
-            "n_refiner_layers": 1,
-            "n_heads": 2,
-            "n_kv_heads": 2,
-            "cap_feat_dim": 12,
-            "axes_dims": [8, 4, 4],
-            "axes_lens": [64, 16, 16],
-        },
+        Z_IMAGE,
         lambda: {
             "x": [normal(4, 1, 8, 8) for _ in range(2)],
             "cap_feats": [normal(5, 12) for _ in range(2)],

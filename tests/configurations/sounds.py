@@ -1,8 +1,16 @@
 """Transformers that make sound or music, and those of other kinds of sequence."""
 
-import torch
+from configurations.case import Case, integers, normal, padded, seen, timesteps
 
-from configurations.case import Case, integers, normal, ones, padded, seen, timesteps
+_PROTEIN = {
+    "nlayers": 1,
+    "token_dim": 8,
+    "nheads": 2,
+    "dim_cond": 8,
+    "pair_repr_dim": 4,
+    "latent_dim": 4,
+    "token_type_emb_dim": 4,
+}
 
 CASES = {
     "AceStepTransformer1DModel": Case(
@@ -123,5 +131,50 @@ CASES = {
             "global_hidden_states": normal(2, 6),
         },
     ),
+    "RFD4ProteinaTransformer": Case(
+        _PROTEIN
+        | {
+            "t_emb_dim": 8,
+            "xt_pair_dist_dim": 4,
+            "feats_seq": ("xt_bb_ca", "xt_local_latents", "token_type"),
+            "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"),
+            "feats_pair_repr": ("xt_bb_ca_pair_dists",),
+            "feats_pair_cond": ("time_emb_bb_ca",),
+            "update_pair_repr_every_n": 1,
+            "tri_mult_c": 4,
+            "num_sequence_classes": 5,
+        },
+        lambda: {
+            "bb_ca": normal(2, 6, 3),
+            "local_latents": normal(2, 6, 4),
+            "bb_ca_time": timesteps(value=0.5),
+            "local_latents_time": timesteps(value=0.5),
+            "padding_mask": padded(2, 6),
+            "token_type": integers(7, 2, 6),
+            "conditioning": {
+                "is_in_context_conditioning": ~seen(2, 6),
+                "supports_local_latent": seen(2, 6),
+            },
+        },
+    ),
+    "RFD4ProteinaAutoencoder": Case(
+        _PROTEIN
+        | {
+            "atom37_mask": [[True] * 37] * 5,
+            "allowed_residue_types": [[True] * 5] * 7,
+            "n_residue_types": 5,
+            "encoder_feats_seq": ("token_type",),
+            "decoder_feats_seq": ("ca_coors_nm", "z_latent_seq", "token_type"),
+        },
+        lambda: {
+            "z_latent": normal(2, 6, 4),
+            "ca_coors_nm": normal(2, 6, 3),
+            "padding_mask": padded(2, 6),
+            "token_type": integers(7, 2, 6),
+            "conditioning": {
+                "is_in_context_conditioning": ~seen(2, 6),
+                "supports_local_latent": seen(2, 6),
+            },
+        },
+    ),
 }
-_ = ones, torch

@@ -4,7 +4,7 @@ import torch
 
 from configurations.case import Case, normal, ones, steps, timesteps
 
-_CONDITIONED = {
+CONDITIONED = {
     "block_out_channels": (8, 16),
     "layers_per_block": 1,
     "norm_num_groups": 4,
@@ -16,7 +16,7 @@ _CONDITIONED = {
 }
 
 
-def _conditioned():
+def conditioned():
     return {"sample": normal(2, 4, 8, 8), "timestep": 7, "encoder_hidden_states": normal(2, 5, 12)}
 
 
@@ -38,12 +38,12 @@ CASES = {
         lambda: {"sample": normal(2, 3, 8, 8), "timestep": 7},
     ),
     # as Stable Diffusion 1.5: attention_head_dim is the number of heads there
-    "UNet2DConditionModel": Case(_CONDITIONED, _conditioned),
+    "UNet2DConditionModel": Case(CONDITIONED, conditioned),
     "UNet2DConditionModel, SD2-like": Case(
-        _CONDITIONED | {"attention_head_dim": (2, 4), "use_linear_projection": True}, _conditioned
+        CONDITIONED | {"attention_head_dim": (2, 4), "use_linear_projection": True}, conditioned
     ),
     "UNet2DConditionModel, SDXL-like": Case(
-        _CONDITIONED
+        CONDITIONED
         | {
             "attention_head_dim": (2, 4),
             "use_linear_projection": True,
@@ -54,25 +54,25 @@ CASES = {
             "addition_time_embed_dim": 4,
             "projection_class_embeddings_input_dim": 6 + 6 * 4,
         },
-        lambda: _conditioned() | {"added_cond_kwargs": _extended()},
+        lambda: conditioned() | {"added_cond_kwargs": _extended()},
     ),
     # as Kandinsky 2: text keys are added to the image's own
     "UNet2DConditionModel, added keys": Case(
-        _CONDITIONED
+        CONDITIONED
         | {
             "down_block_types": ("SimpleCrossAttnDownBlock2D", "DownBlock2D"),
             "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
             "up_block_types": ("UpBlock2D", "SimpleCrossAttnUpBlock2D"),
         },
-        _conditioned,
+        conditioned,
     ),
     "UNet3DConditionModel": Case(
-        _CONDITIONED
+        CONDITIONED
         | {
             "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
             "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
         },
-        lambda: _conditioned() | {"sample": normal(2, 4, 3, 8, 8)},
+        lambda: conditioned() | {"sample": normal(2, 4, 3, 8, 8)},
     ),
     "UNetMotionModel": Case(
         {
@@ -133,8 +133,8 @@ CASES = {
             "time_embedding_dim": 16,
             "groups": 2,
             "attention_head_dim": 4,
-            "layers_per_block": 1,
-            "block_out_channels": (8, 8, 16, 16),
+            "layers_per_block": 2,
+            "block_out_channels": (8, 16, 32, 64),
             "cross_attention_dim": 12,
             "encoder_hid_dim": 6,
         },
@@ -158,7 +158,11 @@ CASES = {
             "clip_text_pooled_in_channels": 6,
             "clip_seq": 2,
         },
-        lambda: {"sample": normal(2, 4, 8, 8), "timestep_ratio": timesteps(value=0.5), "clip_text_pooled": normal(2, 1, 6)},
+        lambda: {
+            "sample": normal(2, 4, 8, 8),
+            "timestep_ratio": timesteps(value=0.5),
+            "clip_text_pooled": normal(2, 1, 6),
+        },
     ),
     "UVit2DModel": Case(
         {
@@ -195,7 +199,7 @@ CASES = {
             "attention_head_dim": 4,
             "ff_mult": 2,
         },
-        _conditioned,
+        conditioned,
     ),
     "UNetControlNetXSModel": Case(
         {
@@ -211,7 +215,7 @@ CASES = {
             "ctrl_num_attention_heads": 2,
             "ctrl_max_norm_num_groups": 2,
         },
-        lambda: _conditioned() | {"controlnet_cond": normal(2, 3, 16, 16)},
+        lambda: conditioned() | {"controlnet_cond": normal(2, 3, 16, 16)},
     ),
     "T5FilmDecoder": Case(
         {"input_dims": 8, "targets_length": 6, "d_model": 16, "num_layers": 1, "num_heads": 4, "d_kv": 4, "d_ff": 16},

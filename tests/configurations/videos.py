@@ -2,7 +2,7 @@
 
 import torch
 
-from configurations.case import Case, grid_ids, normal, ones, padded, seen, steps, timesteps
+from configurations.case import Case, normal, ones, padded, seen, steps, timesteps
 
 
 def _clip_and_text(channels: int, text: int, *, frames: int = 2, size: int = 8, tokens: int = 5):
@@ -89,6 +89,8 @@ _COSMOS = {
     "max_size": (4, 16, 16),
     "patch_size": (1, 2, 2),
     "extra_pos_embed_type": "learnable",
+    # concatenating one takes torchvision
+    "concat_padding_mask": False,
 }
 _KANDINSKY = {
     "in_visual_dim": 4,
@@ -193,15 +195,14 @@ def _minimax_h3():
     """Video, audio and text tokens of one packed sequence."""
     video, audio, text = 8, 3, 4
     total = text + audio + video
-    positions = torch.zeros(2, total, 3, dtype=torch.long)
     return {
         "hidden_states": normal(2, video, 16),
         "audio_hidden_states": normal(2, audio, 6),
         "encoder_hidden_states": normal(2, text, 12),
-        "timestep": timesteps(value=0.5),
-        "timestep_indices": torch.zeros(2, total, dtype=torch.long),
-        "token_tags": torch.zeros(2, total, dtype=torch.long),
-        "position_ids": positions,
+        "timestep": timesteps(1, value=0.5),
+        "timestep_indices": torch.zeros(total, dtype=torch.long),
+        "token_tags": torch.tensor([1] * text + [2] * audio + [0] * video),
+        "position_ids": torch.arange(total)[:, None].expand(-1, 3),
         "text_indices": torch.arange(text),
         "audio_indices": torch.arange(text, text + audio),
         "video_indices": torch.arange(text + audio, total),
@@ -262,18 +263,18 @@ CASES = {
     ),
     "AnyFlowTransformer3DModel": Case(
         _WAN | {"gate_value": 0.25, "deltatime_type": "r"},
-        lambda: _frames_first(4, 12)
-        | {"timestep": torch.full((2, 2), 500.0), "r_timestep": torch.full((2, 2), 250.0)},
+        lambda: _frames_first(4, 12) | {"timestep": torch.full((2, 2), 500.0), "r_timestep": torch.full((2, 2), 250.0)},
     ),
     "AnyFlowFARTransformer3DModel": Case(
-        _WAN
-        | {"gate_value": 0.25, "deltatime_type": "r", "compressed_patch_size": (1, 4, 4), "full_chunk_limit": 3},
-        lambda: _frames_first(4, 12)
-        | {
-            "timestep": torch.full((2, 2), 500.0),
-            "r_timestep": torch.full((2, 2), 250.0),
-            "chunk_partition": [1, 1],
-        },
+        _WAN | {"gate_value": 0.25, "deltatime_type": "r", "compressed_patch_size": (1, 4, 4), "full_chunk_limit": 3},
+        lambda: (
+            _frames_first(4, 12)
+            | {
+                "timestep": torch.full((2, 2), 500.0),
+                "r_timestep": torch.full((2, 2), 250.0),
+                "chunk_partition": [1, 1],
+            }
+        ),
     ),
     "HeliosTransformer3DModel": Case(
         {name: value for name, value in _WAN.items() if name != "rope_max_seq_len"}
@@ -324,7 +325,9 @@ CASES = {
             "sample_frames": 2,
             "caption_channels": 12,
         },
-        lambda: _clip_and_text(4, 12) | {"attention_mask": ones(2, 2, 8, 8), "encoder_attention_mask": padded(2, 5).long()},
+        lambda: (
+            _clip_and_text(4, 12) | {"attention_mask": ones(2, 2, 8, 8), "encoder_attention_mask": padded(2, 5).long()}
+        ),
     ),
     "LatteTransformer3DModel": Case(
         {
@@ -354,11 +357,11 @@ CASES = {
             "num_layers": 2,
             "pooled_projection_dim": 12,
             "in_channels": 4,
-            "text_embed_dim": 12,
+            "text_embed_dim": 16,
             "time_embed_dim": 4,
             "max_sequence_length": 5,
         },
-        lambda: _clip_and_text(4, 12) | {"encoder_attention_mask": padded(2, 5)},
+        lambda: _clip_and_text(4, 16) | {"encoder_attention_mask": padded(2, 5)},
     ),
     "EasyAnimateTransformer3DModel": Case(
         {
@@ -400,13 +403,16 @@ CASES = {
             "target_size": 16,
             "task_type": "t2v",
         },
-        lambda: _clip_and_text(4, 12, size=4)
-        | {
-            "encoder_attention_mask": padded(2, 5).long(),
-            "encoder_hidden_states_2": normal(2, 3, 6),
-            "encoder_attention_mask_2": torch.ones(2, 3, dtype=torch.long),
-            "image_embeds": torch.zeros(2, 3, 4),
-        },
+        lambda: (
+            _clip_and_text(4, 12, size=4)
+            | {
+                "timestep": timesteps(),
+                "encoder_attention_mask": padded(2, 5).long(),
+                "encoder_hidden_states_2": normal(2, 3, 6),
+                "encoder_attention_mask_2": torch.ones(2, 3, dtype=torch.long),
+                "image_embeds": torch.zeros(2, 3, 4),
+            }
+        ),
     ),
     "LTXVideoTransformer3DModel": Case(
         {
@@ -452,7 +458,7 @@ CASES = {
             "caption_channels": 12,
             "mlp_ratio": 2.0,
         },
-        lambda: _clip_and_text(4, 12, size=4),
+        lambda: _clip_and_text(4, 12, size=4) | {"timestep": torch.full((2, 1, 2), 500.0), "mask": padded(2, 5)},
     ),
     "SanaVideoTransformer3DModel": Case(
         {
@@ -508,8 +514,7 @@ CASES = {
     ),
     "CosmosTransformer3DModel": Case(
         _COSMOS,
-        lambda: _clip_and_text(4, 12)
-        | {"attention_mask": ones(2, 5), "fps": 30, "padding_mask": torch.zeros(1, 1, 8, 8)},
+        lambda: _clip_and_text(4, 12) | {"attention_mask": ones(2, 5), "fps": 30},
     ),
     "Cosmos3OmniTransformer": Case(
         {
@@ -558,6 +563,6 @@ CASES = {
             "num_visual_blocks": 1,
             "axes_dims": (4, 2, 2),
         },
-        lambda: {"hidden_states": normal(2, 2, 8, 8, 4), "timestep": timesteps()},
+        lambda: {"hidden_states": normal(2, 2, 8, 8, 9), "timestep": timesteps()},
     ),
 }
