@@ -61,7 +61,7 @@ CASES = {
         _CONTROL,
         lambda: (
             conditioned()
-            | {"controlnet_cond": [normal(2, 3, 16, 16), normal(2, 3, 16, 16)], "conditioning_scale": [1.0, 0.5]}
+            | {"controlnet_cond": [normal(2, 3, 16, 16)] * 2, "conditioning_scale": [1.0, 0.5], "return_dict": False}
         ),
         lambda kind, options: kind([ControlNetModel(**options), ControlNetModel(**options)]),
     ),
@@ -100,7 +100,7 @@ CASES = {
             "sample_size": 8,
             "patch_size": 2,
             "in_channels": 4,
-            "transformer_num_layers": 2,
+            "transformer_num_layers": 4,
             "attention_head_dim": 8,
             "num_attention_heads": 2,
             "cross_attention_dim": 8,
