@@ -42,6 +42,8 @@ CASES = {
     "AutoencoderKLTemporalDecoder": Case(
         {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "layers_per_block": 1},
         lambda: {"sample": normal(4, 3, 16, 16), "num_frames": 2},
+        # every frame is a picture of its own to the encoder
+        samples=4,
     ),
     "AsymmetricAutoencoderKL": Case(
         {
@@ -86,7 +88,9 @@ CASES = {
     "AutoencoderKLHunyuanImageRefiner": Case(_HUNYUAN_15 | {"block_out_channels": (32, 32, 32)}, _video),
     # its causal mask lacks a dimension for heads, so that only batches of one run
     "AutoencoderKLHunyuanVideo15": Case(
-        _HUNYUAN_15 | {"block_out_channels": (32, 32, 32)}, lambda: {"sample": normal(1, 3, 5, 16, 16)}
+        _HUNYUAN_15 | {"block_out_channels": (32, 32, 32)},
+        lambda: {"sample": normal(1, 3, 5, 16, 16)},
+        samples=1,
     ),
     "AutoencoderKLHunyuanVideo": Case(
         {
@@ -107,7 +111,8 @@ CASES = {
             "sample_size": 16,
         },
         lambda: {"sample": normal(1, 3, 24, 16, 16)},
-        _tiled,
+        build=_tiled,
+        samples=1,
     ),
     "AutoencoderKLCosmos": Case(
         {

@@ -15,11 +15,13 @@ class Case:
     Attributes:
         options: the class's constructor arguments; whatever is left out keeps its default.
         inputs: makes the forward's keyword arguments, batches of two wherever the class takes them.
+        samples: how many samples the inputs are.
         build: makes the model from `options` where the constructor alone does not.
     """
 
     options: Mapping[str, Any]
     inputs: Callable[[], dict[str, Any]]
+    samples: int = 2
     build: Callable[[type, Mapping[str, Any]], nn.Module] = field(default=lambda kind, options: kind(**options))
 
 

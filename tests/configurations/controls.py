@@ -63,7 +63,7 @@ CASES = {
             conditioned()
             | {"controlnet_cond": [normal(2, 3, 16, 16)] * 2, "conditioning_scale": [1.0, 0.5], "return_dict": False}
         ),
-        lambda kind, options: kind([ControlNetModel(**options), ControlNetModel(**options)]),
+        build=lambda kind, options: kind([ControlNetModel(**options), ControlNetModel(**options)]),
     ),
     "SparseControlNetModel": Case(
         _CONTROL
@@ -166,7 +166,7 @@ CASES = {
             "condition_mask": ones(2, 1, 1, 8, 8),
             "padding_mask": torch.zeros(1, 1, 8, 8),
         },
-        _resizing,
+        build=_resizing,
     ),
     "ZImageControlNetModel": Case(
         {
@@ -184,6 +184,6 @@ CASES = {
             "cap_feats": [normal(5, 12)] * 2,
             "control_context": [normal(4, 1, 8, 8)] * 2,
         },
-        _with_transformer,
+        build=_with_transformer,
     ),
 }

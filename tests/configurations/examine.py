@@ -193,8 +193,12 @@ def examine(name: str, case: Case) -> Examination:
     _count(model, calls, found)
     found.sites = len(sites)
     found.unseen = Counter(entry.reason for entry in scope.unseen)
+    if not calls:
+        return found
+    # a recording of all sites is refused where it would be silently less than all of the model's attention
+    named = sites if scope.unseen or found.outside else None
     try:
-        with scope.record("entropy", sites=sites if scope.unseen else None) as recording:
+        with scope.record("entropy", sites=named) as recording:
             recorded = run(model, case)
     except Exception as error:
         found.output = found.recorded = _short(error)
@@ -205,8 +209,9 @@ def examine(name: str, case: Case) -> Examination:
     inside = [call for call in calls if call.site is not None]
     try:
         table = recording.to_polars()
-        found.recorded = _same_calls(inside, table)
-        found.entropy = _same_entropies(inside, table)
+        units = _units(inside, case.samples)
+        found.recorded = _same_calls(units, table)
+        found.entropy = _same_entropies(units, table, case.samples)
     except Exception as error:
         found.entropy = _short(error)
     found.removal = _removal(model, case, scope, inside, stock, tolerance)
@@ -228,41 +233,59 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
-def _same_calls(calls: Sequence[Call], table) -> str:
-    expected = Counter(call.site for call in calls)
-    rows = table.select("site", "call").unique() if len(table) else []
-    got = Counter(str(site) for site, _ in rows.iter_rows()) if len(rows) else Counter()
-    if expected == got:
-        return ""
-    missing = expected - got
-    return f"{sum(got.values())} of {sum(expected.values())} calls recorded, {sum(missing.values())} missing"
+def _same_calls(units: Mapping[tuple[str, int], Tensor], table) -> str:
+    expected = set(units)
+    got = (
+        {(str(site), call) for site, call in table.select("site", "call").unique().iter_rows()} if len(table) else set()
+    )
+    return "" if expected == got else f"{len(got)} of {len(expected)} calls recorded, {len(expected - got)} missing"
 
 
-def _same_entropies(calls: Sequence[Call], table) -> str:
-    """Compare the mean over queries of every site, call and head, and of every sample where rows are samples."""
-    by_call = defaultdict(list)
-    columns = ("site", "call", "sample", "head", "queries", "entropy_mean")
-    for site, call, *values in table.select(columns).sort("sample", "head").iter_rows():
-        by_call[str(site), call].append(values)
-    seen: Counter[str] = Counter()
-    worst = 0.0
+def _units(calls: Sequence[Call], samples: int) -> dict[tuple[str, int], Tensor]:
+    """The entropies [rows, heads, queries] of every (site, call), the calls of a site counted from 0.
+
+    A module that walks through the batch attends to one sample after the other; those calls make up one.
+    """
+    parts: dict[str, list[list[Tensor]]] = defaultdict(list)
     for call in calls:
         assert call.site is not None
-        rows = by_call[call.site, seen[call.site]]
-        seen[call.site] += 1
+        entropy = call.entropy()
+        rows = sum(part.shape[0] for part in parts[call.site][-1]) if parts[call.site] else samples
+        if rows < samples:
+            parts[call.site][-1].append(entropy)
+        else:
+            parts[call.site].append([entropy])
+    return {(site, number): _joined(entry) for site, entries in parts.items() for number, entry in enumerate(entries)}
+
+
+def _joined(entropies: Sequence[Tensor]) -> Tensor:
+    """[rows, heads, queries], NaN where a sample has fewer queries than another."""
+    longest = max(entropy.shape[-1] for entropy in entropies)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(entropy, (0, longest - entropy.shape[-1]), value=torch.nan) for entropy in entropies])
+
+
+def _same_entropies(units: Mapping[tuple[str, int], Tensor], table, samples: int) -> str:
+    """Compare the mean over queries of every site, call, sample and head."""
+    recorded = defaultdict(list)
+    columns = ("site", "call", "sample", "head", "queries", "entropy_mean")
+    for site, call, *values in table.select(columns).iter_rows():
+        recorded[str(site), call].append(values)
+    worst = 0.0
+    for unit, expected in units.items():
+        rows = recorded[unit]
         if not rows:
-            return f"nothing recorded for call {seen[call.site] - 1} of {call.site}"
-        expected = call.entropy()
-        samples = 1 + max(row[0] for row in rows)
-        if 1 + max(row[1] for row in rows) != expected.shape[1] or expected.shape[0] % samples:
-            return f"{call.site}: {samples} samples recorded of attention on {tuple(expected.shape)}"
+            return f"nothing recorded of call {unit[1]} of {unit[0]}"
+        shape = (1 + max(row[0] for row in rows), 1 + max(row[1] for row in rows))
+        if shape != (samples, expected.shape[1]):
+            return f"{unit[0]}: recorded as (samples, heads) {shape}, expected {(samples, expected.shape[1])}"
         totals = torch.zeros(samples, expected.shape[1], dtype=torch.float64)
         weights = torch.zeros_like(totals)
         for sample, head, queries, mean in rows:
             totals[sample, head] += queries * mean
             weights[sample, head] += queries
         # attention may have folded frames, windows or pixels into its batch, sample by sample
-        per_sample = expected.unflatten(0, (samples, -1)).mean((1, 3))
+        per_sample = expected.unflatten(0, (samples, -1)).nanmean((1, 3))
         worst = max(worst, float((totals / weights - per_sample).abs().max()))
     return "" if worst <= ENTROPY_TOLERANCE else f"entropies are off by {worst:.1e} nats"
 

@@ -502,6 +502,7 @@ CASES = {
             "timestep": timesteps(1),
             "shape_list": [[(1, 1, 1), (1, 1, 1)]],
         },
+        samples=1,
     ),
     "Krea2Transformer2DModel": Case(
         {

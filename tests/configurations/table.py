@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import torch
 
 from configurations import CASES
 from configurations.examine import Examination, examine
@@ -35,6 +36,8 @@ was checked for:
 
 
 def main() -> None:
+    # tiny tensors are not worth threads
+    torch.set_num_threads(1)
     lines = []
     for name, case in CASES.items():
         print(name, file=sys.stderr)

@@ -241,6 +241,7 @@ CASES = {
             "pose_hidden_states": normal(1, 4, 2, 8, 8),
             "face_pixel_values": normal(1, 3, 5, 16, 16),
         },
+        samples=1,
     ),
     "WanAnimate2Transformer3DModel": Case(
         {
@@ -255,6 +256,7 @@ CASES = {
             "num_layers": 1,
         },
         _wan_animate_2,
+        samples=1,
     ),
     "SkyReelsV2Transformer3DModel": Case(_WAN, lambda: _clip_and_text(4, 12)),
     "ChronoEditTransformer3DModel": Case(
@@ -531,6 +533,7 @@ CASES = {
             "vocab_size": 32,
         },
         _cosmos3,
+        samples=1,
     ),
     "Kandinsky5Transformer3DModel": Case(
         _KANDINSKY,

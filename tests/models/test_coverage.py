@@ -1,6 +1,7 @@
 """Every diffusers class that reaches scaled_dot_product_attention: recorded, edited, and listed in docs/coverage.md."""
 
 import pytest
+import torch
 
 from configurations import CASES
 from configurations.examine import class_of, examine
@@ -15,6 +16,15 @@ GATING = [
     "SD3Transformer2DModel",
     "FluxTransformer2DModel",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors are not worth threads, which a busy machine would let wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def lines() -> list[str]:
