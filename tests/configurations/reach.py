@@ -6,7 +6,7 @@ import sys
 from functools import cache
 from types import FunctionType
 
-import diffusers
+import diffusers.models
 from diffusers.models.modeling_utils import ModelMixin
 
 ATTENTION = frozenset({"scaled_dot_product_attention", "dispatch_attention_fn"})
@@ -14,7 +14,8 @@ ATTENTION = frozenset({"scaled_dot_product_attention", "dispatch_attention_fn"})
 _SHARED = ("diffusers.models.modeling_utils", "diffusers.models.attention_dispatch")
 
 # why a class whose source reaches attention has no entry
-WITHOUT_FORWARD = {
+WITHOUT_ENTRY = {
+    "MultiControlNetUnionModel": "runs several ControlNetUnionModel, which has an entry",
     "MotionAdapter": "holds weights for UNetMotionModel and has no forward of its own",
     "ControlNetXSAdapter": "holds weights for UNetControlNetXSModel and has no forward of its own",
 }
@@ -31,13 +32,13 @@ def reaching_classes() -> frozenset[str]:
 
 def _model_classes() -> list[type]:
     found = []
-    for name in dir(diffusers):
+    for name in dir(diffusers.models):
         try:
-            value = getattr(diffusers, name)
+            value = getattr(diffusers.models, name)
         # names of classes whose own requirements aren't installed
         except (ImportError, RuntimeError):
             continue
-        if inspect.isclass(value) and issubclass(value, ModelMixin) and value.__module__.startswith("diffusers.models"):
+        if inspect.isclass(value) and issubclass(value, ModelMixin):
             found.append(value)
     return found
 

@@ -11,7 +11,7 @@ import torch
 
 from configurations import CASES
 from configurations.examine import Examination, examine
-from configurations.reach import WITHOUT_FORWARD, reaching_classes
+from configurations.reach import WITHOUT_ENTRY, reaching_classes
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
@@ -42,7 +42,7 @@ def main() -> None:
     for name, case in CASES.items():
         print(name, file=sys.stderr)
         lines.append(row(name, examine(name, case)))
-    lines += [without_forward(name) for name in sorted(WITHOUT_FORWARD)]
+    lines += [without_entry(name) for name in sorted(WITHOUT_ENTRY)]
     PAGE.write_text(head() + "\n".join(lines) + "\n")
 
 
@@ -57,8 +57,8 @@ def row(name: str, found: Examination) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def without_forward(name: str) -> str:
-    return f"| {name} | - | - | - | - | - | - | {WITHOUT_FORWARD[name]} |"
+def without_entry(name: str) -> str:
+    return f"| {name} | - | - | - | - | - | - | {WITHOUT_ENTRY[name]} |"
 
 
 def remarks(found: Examination) -> list[str]:
