@@ -129,7 +129,7 @@ def test_fused_projections(drawn):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_and_low_precision(dtype):
     torch.manual_seed(0)
-    attention = Attention(query_dim=16, heads=4, dim_head=4, norm_num_groups=4, residual_connection=True).to(dtype)
+    attention: Any = Attention(query_dim=16, heads=4, dim_head=4, norm_num_groups=4, residual_connection=True).to(dtype)
     hidden = torch.randn(2, 9, 16, dtype=dtype)
     results = []
     for processor in (AttnProcessor2_0(), AttnProcessor()):

@@ -5,6 +5,7 @@ forwards (when it ran), scope (the contexts), recording, tensors and tables (wha
 drop-in), tasks (what a model is asked to do).
 """
 
+from headscope.models.attribution import Attribution
 from headscope.models.editing import Patch, Where
 from headscope.models.processor import AttnProcessor
 from headscope.models.recording import Recording
@@ -12,4 +13,15 @@ from headscope.models.scope import Scope
 from headscope.models.sites import Site
 from headscope.models.tasks import LatentTask, PixelTask, Task
 
-__all__ = ["AttnProcessor", "LatentTask", "Patch", "PixelTask", "Recording", "Scope", "Site", "Task", "Where"]
+__all__ = [
+    "AttnProcessor",
+    "Attribution",
+    "LatentTask",
+    "Patch",
+    "PixelTask",
+    "Recording",
+    "Scope",
+    "Site",
+    "Task",
+    "Where",
+]

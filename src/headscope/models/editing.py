@@ -180,7 +180,7 @@ class ActiveEdit:
                     others += [rows.row(change, row) for change in self._whole(value, name, call, rows)]
                     continue
                 edit = value if value.fill is not None or value.gate is None else replace(value, fill=self._fill)
-                if edit.gate is None or any(_get(edit, field) is not None for field in _FACTORS):
+                if edit.gate is None or any(getattr(edit, field) is not None for field in _FACTORS):
                     others.append(rows.row(self._resolve(edit, name, call, rows), row))
                     continue
                 # rows with the same fill share a gate
@@ -190,7 +190,7 @@ class ActiveEdit:
         return [*gates, *others]
 
     def _resolve(self, edit: HeadEdit, name: str, call: int, rows: "_RowMap") -> Change:
-        given = {field.name: _get(edit, field.name) for field in fields(edit)}
+        given = {field.name: getattr(edit, field.name) for field in fields(edit)}
         fill = given.pop("fill")
         spread = {
             field: rows.spread(tensor.to(rows.device)) for field, tensor in given.items() if isinstance(tensor, Tensor)
@@ -296,7 +296,7 @@ class _RowMap:
         inside = self.spread(samples.to(self.device)) if samples.numel() > 1 else samples.to(self.device)
         kept: dict[str, Any] = {"fill": change.edit.fill}
         for name in ("gate", *_FACTORS):
-            tensor = _get(change.edit, name)
+            tensor = getattr(change.edit, name)
             if tensor is not None:
                 neutral = 0.0 if name == "key_bias" else 1.0
                 kept[name] = torch.where(inside.view(-1, *[1] * (tensor.ndim - 1)), tensor, neutral)
@@ -332,11 +332,15 @@ def combine(changes: list[Change], query: Tensor, key: Tensor, value: Tensor) ->
             chosen = heads[:, :: heads.shape[1] // own.shape[1]][..., None, None]
             tensors[quantity] = torch.where(chosen, patch.to(own.dtype), own)
         for name in _FACTORS:
-            own = _get(change.edit, name)
-            if own is not None:
-                before = factors.get(name)
-                together = own if before is None else before + own if name == "key_bias" else before * own
-                factors[name] = together
+            own: Tensor | None = getattr(change.edit, name)
+            if own is None:
+                continue
+            if name not in factors:
+                factors[name] = own
+            elif name == "key_bias":
+                factors[name] = factors[name] + own
+            else:
+                factors[name] = factors[name] * own
         if change.edit.gate is not None:
             gate, fill = change.edit.gate, change.edit.fill
             # of one fill, two gates are one: g2 (g1 a + (1 - g1) f) + (1 - g2) f
@@ -353,7 +357,7 @@ def _checked(value: Any, site: Site, name: str) -> list[Any]:
     if value is None:
         return []
     if isinstance(value, HeadEdit):
-        if all(_get(value, field) is None for field in ("gate", *_FACTORS)):
+        if all(getattr(value, field) is None for field in ("gate", *_FACTORS)):
             raise ValueError(f"{name}: got a HeadEdit without a gate, expected edit.gate or another change of a head")
         _check_fill(value.fill)
         return [value]
@@ -391,14 +395,10 @@ def _check_fill(fill: Any) -> None:
 
 
 def _rows(edit: HeadEdit) -> int:
-    return max(tensor.shape[0] for field in ("gate", *_FACTORS) if (tensor := _get(edit, field)) is not None)
+    return max(tensor.shape[0] for field in ("gate", *_FACTORS) if (tensor := getattr(edit, field)) is not None)
 
 
 def _gate(heads: Iterable[int], of: int) -> Tensor:
     gate = torch.ones(1, of)
     gate[:, list(heads)] = 0.0
     return gate
-
-
-def _get(edit: HeadEdit, field: str) -> Any:
-    return getattr(edit, field, None)

@@ -92,7 +92,11 @@ def begin_forward(
         )
     call = _running_call(pipeline)
     step = call.get("i")
-    counts = isinstance(step, int) and any(name in call for name in ("timesteps", "num_inference_steps"))
+    counts = isinstance(step, int) and "timesteps" in call
+    # flow models are given a rescaled one
+    scheduled = call.get("t")
+    if counts and isinstance(scheduled, Tensor) and scheduled.numel() == 1:
+        timestep = scheduled.reshape(-1)
     branches = _branches(pipeline, call, geometry.batch, cache_context)
     return Forward(index, step if counts else None, timestep, branches, geometry)
 

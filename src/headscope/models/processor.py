@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headscope.models import routing
 from headscope.ops import HeadEdit, attention
-from headscope.ops.statistics import Statistic, statistic_names
+from headscope.ops.statistics import Statistic, requested_statistics
 
 # the names under which diffusers' processors call attention
 _SDPA, _DISPATCH = "scaled_dot_product_attention", "dispatch_attention_fn"
@@ -48,9 +48,7 @@ class AttnProcessor:
         edit: HeadEdit | None = None,
         backend: str | None = None,
     ) -> None:
-        # names are checked at once
-        statistic_names(statistics)
-        self.statistics = tuple(statistics)
+        self.statistics = requested_statistics(statistics)
         self.edit = edit
         self.backend = backend
         self.latest: dict[str, Tensor] = {}

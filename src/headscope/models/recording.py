@@ -15,6 +15,7 @@ from headscope._files import write_atomic
 from headscope.models.forwards import Forward
 from headscope.models.layout import ALL, Layout, Segment
 from headscope.models.tensors import HeadTensors, Key, Reduce
+from headscope.ops import Statistic
 
 if TYPE_CHECKING:
     import pyarrow
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 HEAD_OUTPUT = "head_output"
 REDUCTIONS = ("mean", "std", "min", "max")
 TABLE_FILE, TENSOR_FILE = "statistics.parquet", "tensors.safetensors"
-NORMALISED = "entropy_normalised"
+ENTROPY, NORMALISED = "entropy", "entropy_normalised"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +76,15 @@ class Recording:
     at once.
 
     Attributes:
-        statistics: the names of the recorded statistics.
+        requested: the recorded statistics; empty in one that was loaded.
+        statistics: their names.
         quantities: which of head_output, q, k and v are kept.
         reduce: "mean" (statistics over queries, tensors over samples), or None (each query and each sample).
     """
 
-    def __init__(self, statistics: Sequence[str], quantities: Sequence[str] = (), reduce: Reduce = "mean") -> None:
-        self.statistics = tuple(statistics)
+    def __init__(self, requested: Sequence[Statistic], quantities: Sequence[str] = (), reduce: Reduce = "mean") -> None:
+        self.requested = tuple(requested)
+        self.statistics = tuple(statistic.name for statistic in requested)
         self.quantities = tuple(quantities)
         self.reduce: Reduce = reduce
         self.tensors = HeadTensors(reduce)
@@ -124,22 +127,23 @@ class Recording:
         """Keep one call's statistics until the forward ends.
 
         Args:
-            values: each [rows, heads, queries] or [rows, heads, queries, groups]; key_mass [rows, heads, keys].
+            values: by name, [rows, heads, queries], or with a last dimension of groups; sums over queries are
+                [rows, heads, keys].
             valid_keys: how many keys each row may see, an int or broadcastable to [rows, heads, queries].
         """
         step = forward.step_since(self.first_forward)
-        for name, tensor in values.items():
-            tensor = tensor.detach()
+        for statistic in self.requested:
+            name, tensor = statistic.name, values[statistic.name].detach()
             heads = tensor.shape[1]
-            if name == "key_mass":
-                # one number per key: already summed over every query
+            if statistic.sums_over_queries:
+                # one number per key, of all queries together
                 total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
                 segment = Segment(ALL, None, 0, 0)
                 part = Part(forward, step, site, call, segment, layout.first_sample, layout.samples, heads, 0, keys)
                 self._pending.append(_Rows(part, name, total[:, :, None]))
                 continue
             rows = {name: tensor}
-            if name == "entropy" and isinstance(valid_keys, Tensor):
+            if name == ENTROPY and isinstance(valid_keys, Tensor):
                 rows[NORMALISED] = _normalised(tensor, valid_keys)
             for own, whole in rows.items():
                 for segment, piece in split_queries(whole, layout):
@@ -169,7 +173,7 @@ class Recording:
         self.tensors.drop(forward)
 
     def _reduce(self, parts: tuple[Part, ...], name: str, stacked: Tensor) -> Reduced:
-        if name == "key_mass":
+        if parts[0].queries == 0:
             return Reduced(parts, name, ("sum",), (stacked.squeeze(3),))
         kept = stacked if self.reduce is None else None
         if name == NORMALISED:
@@ -283,7 +287,8 @@ class Recording:
             if (file.metadata() or {}).get("id") != described.get("id") or "headscope" not in described:
                 raise ValueError(f"folder: the files in {str(folder)!r} are not of one recording; save it again")
             settings = json.loads(described["headscope"])
-            recording = cls(settings["statistics"], settings["quantities"], settings["reduce"])
+            recording = cls((), settings["quantities"], settings["reduce"])
+            recording.statistics = tuple(settings["statistics"])
             for name in file.keys():  # noqa: SIM118
                 recording.tensors.put(Key(*json.loads(name)), file.get_tensor(name))
         recording._loaded = table

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from headscope.ops.schema import LIBRARY, empty_output
+from headscope.ops.schema import LIBRARY
 
 # where a module under observation carries its number
 HANDLE = "_headscope_handle"
@@ -137,7 +137,7 @@ def uninstall() -> None:
 
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     text = kwargs.get("encoder_hidden_states")
-    own_text = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
+    own_text = text.shape[1] if text is not None and text.ndim == 3 else 0
     _running.modules.append([module.__dict__[HANDLE], own_text, 0])
 
 
@@ -198,6 +198,13 @@ def _routed(
     return _frames[int(entry[0])].attend(query, key, value, entry[1], _stock, options)
 
 
+def _empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """An empty [batch, heads, queries, dim_v] in query's dtype and stride order."""
+    order = sorted(range(4), key=lambda dimension: query.stride(dimension), reverse=True)
+    shape = (*query.shape[:3], value.shape[3])
+    return torch.empty_permuted(shape, order, dtype=query.dtype, device=query.device)
+
+
 def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, handle, own_text) -> Tensor:
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -213,12 +220,12 @@ def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     }
     output = _frames[int(handle)].attend(query, key, value, own_text, _stock, options)
     # compiled code relies on the strides it was promised
-    promised = empty_output(query, value)
+    promised = _empty_output(query, value)
     return output if output.stride() == promised.stride() else promised.copy_(output)
 
 
 def _observed_fake(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, handle, own_text) -> Tensor:
-    return empty_output(query, value)
+    return _empty_output(query, value)
 
 
 def _no_backward(ctx, grad: Tensor):

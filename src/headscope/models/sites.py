@@ -51,6 +51,24 @@ class Unseen:
     reason: str
 
 
+def find_denoiser(pipeline_or_model: Any) -> nn.Module:
+    """The module itself, or the unet or transformer of a pipeline.
+
+    Raises:
+        TypeError: neither a module nor something with one.
+    """
+    if isinstance(pipeline_or_model, nn.Module):
+        return pipeline_or_model
+    for attribute in ("unet", "transformer"):
+        module = getattr(pipeline_or_model, attribute, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise TypeError(
+        f"pipeline_or_model: got {type(pipeline_or_model).__name__}, expected a torch module or a pipeline with a"
+        " unet or transformer"
+    )
+
+
 def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
     """Every attention module, in the order of `named_modules()`."""
     sites, unseen = [], []

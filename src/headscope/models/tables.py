@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope.models.forwards import Forward
-from headscope.models.recording import NORMALISED, Part, Recording
+from headscope.models.recording import ENTROPY, NORMALISED, Part, Recording
 
 if TYPE_CHECKING:
     import pyarrow
@@ -86,10 +86,10 @@ def _blocks(recording: Recording) -> dict[Part, dict[str, np.ndarray]]:
             order.setdefault(place, part)
             for name, array in values.items():
                 found[place][name] = array[index].reshape(part.samples * part.heads, *array.shape[3:])
-            if entry.name == "entropy" and part.keys > 1 and f"{NORMALISED}_mean" not in found[place]:
+            if entry.name == ENTROPY and part.keys > 1 and f"{NORMALISED}_mean" not in found[place]:
                 # replaced below where rows see different numbers of keys
                 found[place][f"{NORMALISED}_mean"] = found[place]["entropy_mean"] / np.float32(np.log(part.keys))
-            elif entry.name == "entropy":
+            elif entry.name == ENTROPY:
                 found[place].setdefault(f"{NORMALISED}_mean", np.full(part.samples * part.heads, np.nan, np.float32))
     places = sorted(order, key=lambda place: place[0])
     return {order[place]: found[place] for place in places}
