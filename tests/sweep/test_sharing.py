@@ -1,11 +1,11 @@
 """Sharing the clean forward's work changes no number: against stock diffusers with a head's slice zeroed by hand."""
 
 import pytest
-import tiny
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
+import tiny
 from headscope.models import Scope
 from headscope.ops import HeadEdit
 from headscope.sweep.sharing import Prefix

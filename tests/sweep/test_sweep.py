@@ -137,8 +137,8 @@ def test_prompts_and_images_through_stable_diffusion(diffusion_directory, tmp_pa
         assert_frame_equal(ordered(run, kind), ordered(again, kind), check_exact=True)
 
 
-class Stop(Exception):
-    """Stands for whatever ends a run."""
+class Stop(BaseException):
+    """Stands for whatever ends a run, as Ctrl-C does."""
 
 
 @pytest.mark.parametrize("units", [0, 2])

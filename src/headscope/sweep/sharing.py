@@ -39,6 +39,9 @@ CHECKED_SITES = 8
 # the same for every row, in `Call.parts`
 SHARED = 0
 
+# what a module's forward goes through: its name, the forward, args and kwargs
+Through = Callable[[str, Callable[..., Any], tuple, dict], Any]
+
 
 class Diverged(RuntimeError):
     """A forward called its modules in another order than the one that was learned."""
@@ -91,6 +94,7 @@ class Prefix:
         self._skipped: dict[frozenset[str], dict[int, list[bool]]] = {}
         self._kept: frozenset[int] = frozenset()
         self._values: dict[int, Any] = {}
+        self._through: Through | None = None
         self.reason: str | None = None
 
     @classmethod
@@ -130,6 +134,28 @@ class Prefix:
         return len(run) / len(leaves)
 
     @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Makes the contexts below quick to enter: the model's modules are wrapped once for all inside."""
+        if self._through is not None:
+            yield
+            return
+        self._through = _straight
+        try:
+            with _called_through(self._denoiser, lambda *call: self._through(*call)):
+                yield
+        finally:
+            self._through = None
+
+    @contextmanager
+    def _led(self, through: Through) -> Iterator[None]:
+        with self.attached():
+            before, self._through = self._through, through
+            try:
+                yield
+            finally:
+                self._through = before
+
+    @contextmanager
     def clean(self, edited: Iterable[frozenset[str]]) -> Iterator[None]:
         """Keep what modules return in the one forward made inside, for `replay`.
 
@@ -138,7 +164,7 @@ class Prefix:
         """
         self._values = {}
         self._kept = frozenset().union(*(self._skips(sites) for sites in edited))
-        with _called_through(self._denoiser, _Keep(self)):
+        with self._led(_Keep(self)):
             yield
 
     @contextmanager
@@ -150,7 +176,7 @@ class Prefix:
             rows: [rows of the forward], the clean forward's row that each belongs to.
         """
         skipped = self._skips(edited)
-        with _called_through(self._denoiser, _Replay(self, skipped, rows)):
+        with self._led(_Replay(self, skipped, rows)):
             yield
 
     def forget(self) -> None:
@@ -422,10 +448,12 @@ def _parts(single: tuple[int, ...] | None, double: tuple[int, ...] | None) -> in
     return single[0] if folded else None
 
 
+def _straight(name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    return forward(*args, **kwargs)
+
+
 @contextmanager
-def _called_through(
-    denoiser: nn.Module, through: Callable[[str, Callable[..., Any], tuple, dict], Any]
-) -> Iterator[None]:
+def _called_through(denoiser: nn.Module, through: Through) -> Iterator[None]:
     """Every module's forward goes through a function of (name, forward, args, kwargs); restored exactly."""
     changed: list[tuple[nn.Module, Any]] = []
 
