@@ -191,6 +191,17 @@ class SweepConfig:
             raise ValueError(f"plan: {str(path)!r} isn't TOML ({error})") from None
         return cls.from_dict(values, str(path))
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "SweepConfig":
+        """A configuration that `as_dict` gave, after JSON; as in a manifest."""
+        values = {name: _tuples(value) for name, value in values.items()}
+        sets = tuple(HeadSet(**{name: _tuples(part) for name, part in chosen.items()}) for chosen in values["sets"])
+        return cls(**{**values, "sets": sets})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
+
 
 SweepConfig.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
 

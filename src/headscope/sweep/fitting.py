@@ -28,25 +28,26 @@ def fitting_rows(device: torch.device, forward: Callable[[int], Any]) -> int:
     Args:
         forward: runs the denoiser on so many rows.
     """
-    if device.type == "cuda":
-        used = []
-        for rows in (1, 2):
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            forward(rows)
-            torch.cuda.synchronize(device)
-            used.append(torch.cuda.max_memory_allocated(device) - before)
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return _rows(used, free, GPU_ROWS)
-    used = []
-    for rows in (1, 2):
-        counter = _Bytes()
-        with counter:
-            forward(rows)
-        used.append(counter.total)
-    return _rows(used, available_memory(), CPU_ROWS)
+    used = [measured_bytes(device, lambda rows=rows: forward(rows)) for rows in (1, 2)]
+    if device.type != "cuda":
+        return _rows(used, available_memory(), CPU_ROWS)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _rows(used, free, GPU_ROWS)
+
+
+def measured_bytes(device: torch.device, call: Callable[[], Any]) -> int:
+    """What a call takes: the peak on a GPU, on a CPU the sum of all it makes, which is more."""
+    if device.type != "cuda":
+        with _Bytes() as counter:
+            call()
+        return counter.total
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _rows(used: list[int], free: int, most: int) -> int:

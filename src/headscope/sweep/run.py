@@ -158,6 +158,11 @@ class Run:
         running = {unit: owner for unit, owner in Claims(self.path).owners().items() if unit in set(unfinished)}
         return Status(units, (forwards[0], forwards[1]), failed, running)
 
+    def forget_failures(self) -> None:
+        """Let units that failed too often be tried again."""
+        for record in (self.path / FAILURES).glob("*.json"):
+            record.unlink()
+
     def verify(self) -> Verification:
         """Read every file to its end."""
         found = Verification()

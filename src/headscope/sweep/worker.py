@@ -135,15 +135,18 @@ class Opened:
         if isinstance(item, PromptItem):
             edge = self.task.image_size
             item = replace(item, image=np.full((edge, edge, 3), 127, np.uint8))
-        with torch.inference_mode():
-            inputs = self.task.noisy_inputs(self.task.prepare([item]), self.plan.timesteps[0], self.config.seed)
-            return self.task.predict(inputs.rows(torch.zeros(rows, dtype=torch.long, device=self.task.device)))
+        inputs = self.task.noisy_inputs(self.task.prepare([item]), self.plan.timesteps[0], self.config.seed)
+        return self.task.predict(inputs.rows(torch.zeros(rows, dtype=torch.long, device=self.task.device)))
 
     def rows(self, store: RunStore) -> int:
         """How many rows go through at once in this run."""
         if self.execution.rows is not None:
             return self.execution.rows
-        return store.rows_at_once() or store.rows_at_once(fitting_rows(self.task.device, self.forward)) or 1
+        return store.rows_at_once() or store.rows_at_once(self.fitting_rows()) or 1
+
+    def fitting_rows(self) -> int:
+        with torch.inference_mode():
+            return fitting_rows(self.task.device, self.forward)
 
     def runner(self, store: RunStore) -> UnitRunner:
         rows = Rows(self.rows(store))
