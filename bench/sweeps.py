@@ -30,7 +30,7 @@ from headscope.sweep.worker import Opened, work
 
 TIMESTEP = 500
 ITEMS = 4
-LOOP_BATCHES = (8, 16, 32, 64)
+LOOP_BATCHES = (16, 32, 64)
 TOLERANCE = 1e-5
 VARIANTS = {
     "headscope": Execution(),
@@ -177,7 +177,7 @@ def best_batch(loop: Loop) -> tuple[int, dict[int, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     loop = Loop(arguments.device)

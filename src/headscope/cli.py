@@ -274,12 +274,12 @@ def retry(
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:
-    """Forget a sweep's failures, and run what is left of it."""
+    """Forget a sweep's failures and torn files, and run what is left of it."""
     with _clear_errors():
         from headscope.sweep import Run, SweepConfig
 
         run = Run.open(directory)
-        run.forget_failures()
+        run.mend()
         config = SweepConfig.from_json(run.manifest["config"])
         _run(config, directory, batch, workers, executor, address, quiet)
 

@@ -158,10 +158,12 @@ class Run:
         running = {unit: owner for unit, owner in Claims(self.path).owners().items() if unit in set(unfinished)}
         return Status(units, (forwards[0], forwards[1]), failed, running)
 
-    def forget_failures(self) -> None:
-        """Let units that failed too often be tried again."""
+    def mend(self) -> None:
+        """Let units that failed too often be tried again, and drop torn files, so that they are written anew."""
         for record in (self.path / FAILURES).glob("*.json"):
             record.unlink()
+        for name in self.verify().torn:
+            (self.path / name).unlink()
 
     def verify(self) -> Verification:
         """Read every file to its end."""
@@ -212,7 +214,7 @@ def _unreadable(path: Path) -> str | None:
     """ "torn" where a file with a sound end has a hole in its middle."""
     try:
         if path.suffix == ".parquet":
-            file = pq.ParquetFile(path)
+            file = pq.ParquetFile(path, page_checksum_verification=True)
             for _ in file.iter_batches():
                 pass
         else:

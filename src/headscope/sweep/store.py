@@ -108,6 +108,7 @@ class RunStore:
                 file,
                 compression="zstd",
                 use_byte_stream_split=floats,
+                write_page_checksum=True,
                 use_dictionary=[field.name for field in table.schema if field.name not in floats],
             ),
         )

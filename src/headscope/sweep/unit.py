@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -211,7 +212,7 @@ class UnitRunner:
                 self.rows.run(len(pairs), apply)
 
         try:
-            with prefix.attached() if prefix else nullcontext():
+            with prefix.attached() if prefix else nullcontext(), _open(self._loss_scope):
                 self.rows.run(len(items), ablate)
         finally:
             if prefix:
@@ -272,7 +273,8 @@ class UnitRunner:
 
                 self.rows.run(len(pairs), apply)
 
-        self.rows.run(len(items), generate)
+        with _open(self._pipeline_scope):
+            self.rows.run(len(items), generate)
         # [edits, fills, items, height, width, 3] as a row for each row of the table
         images = kept.reshape(-1, *kept.shape[3:])
         self.store.write_tensors(
@@ -319,6 +321,11 @@ class UnitRunner:
                 yield
 
         return enter
+
+
+def _open(scope: Scope) -> AbstractContextManager[Any]:
+    """Records no site, and keeps the scope's hooks in place for the edits inside, which then are quick to enter."""
+    return scope.record("entropy", sites=())
 
 
 def _chunks(values: list, size: int) -> list[list]:
