@@ -1,138 +1,142 @@
 """headscope.attention against what a user would pick otherwise, on the same work in the same run.
 
-    python bench/attention.py [--device cpu|cuda] [--dtype float32] [--repeats 15] [--out bench/results]
+    python bench/attention.py [--device cpu|cuda] [--dtype float32] [--rounds 15] [--out bench/results]
 
-Peers: torch's SDPA without statistics; two SDPA calls, the second with the keys as values, which is what
-H = logsumexp - scale * q . (P K) takes (only their time counts: public SDPA returns no logsumexp); and the materialised
-softmax. Calls are interleaved round by round, so that a busy machine slows all of them; a ratio is the median over
-rounds, with its quartiles. Numbers are checked against float64 first: a wrong result stops the run.
+Peers: torch's SDPA without statistics, by its own choice and (on a GPU) each of its kernels; two SDPA calls, the second
+with the keys as values, which an entropy takes at the least; FlexAttention; and the materialised softmax. Calls are
+interleaved round by round; a ratio is over the fastest stock SDPA, round by round, with its quartiles. Output, entropy
+and gradients are checked against float64 first: a wrong one stops the run before any speed is reported.
 """
 
 import argparse
 import datetime
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as functional
 from rich.console import Console
 from rich.table import Table
 
+import charts
 import headscope
 from headscope._machine import device_name, versions
-
-# (batch, heads, queries, keys, dim): Stable Diffusion's self-attention at three sizes and its cross-attention, and a
-# small model's
-SHAPES = [(1, 8, 4096, 4096, 40), (2, 8, 1024, 1024, 80), (2, 10, 4096, 77, 64), (8, 4, 256, 256, 32)]
+from peers import MODELS, SMALL_MODELS, STOCK, Shape, backwards, forwards, lengths
+from timing import interleaved, peak_bytes
 
 
-def materialised(query, key, value):
-    """What a hook that stores the matrix does."""
-    probabilities = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
-    entropy = -(probabilities * probabilities.clamp_min(torch.finfo(query.dtype).tiny).log()).sum(-1)
-    return probabilities @ value, entropy
+def check(shape: Shape, device: str, dtype: torch.dtype) -> None:
+    """Output, entropy and gradients of a shape's first rows against float64; a wrong one ends the program."""
+    query, key, value = (tensor[:1, :2] for tensor in shape.tensors(device, dtype))
+    query = query[:, :, :64]
+    found = {}
+    for backend in (None, "reference"):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (query, key, value)]
+        result = headscope.attention(*leaves, statistics=["entropy"], backend=backend)
+        total = result.output.float().sum() + result.statistics["entropy"].sum()
+        found[backend] = [result.output, result.statistics["entropy"], *torch.autograd.grad(total, leaves)]
+    rounding = torch.finfo(dtype).eps
+    names = ("output", "entropy", "query's gradient", "key's gradient", "value's gradient")
+    for name, got, expected in zip(names, found[None], found["reference"], strict=True):
+        size = float(expected.abs().max())
+        # sums of rounded products, relative to the largest; the entropy is float32 for every dtype
+        bound = 1e-4 if name == "entropy" else 8 * rounding * max(1.0, size) + 1e-5
+        worst = float((got.double() - expected.double()).abs().max())
+        if not worst <= bound:
+            raise SystemExit(f"{shape}: {name} is off by {worst:.2g}, more than {bound:.2g}: no speeds are reported")
 
 
-def contenders(query, key, value) -> dict[str, Callable[[], object]]:
-    gate = torch.ones(query.shape[:2], device=query.device)
-    edit = headscope.HeadEdit(gate)
-    return {
-        "SDPA": lambda: functional.scaled_dot_product_attention(query, key, value),
-        "headscope, entropy + gate": lambda: headscope.attention(query, key, value, statistics=["entropy"], edit=edit),
-        "headscope, output only": lambda: headscope.attention(query, key, value),
-        "two SDPA calls": lambda: (
-            functional.scaled_dot_product_attention(query, key, value),
-            functional.scaled_dot_product_attention(query, key, key),
-        ),
-        "materialised": lambda: materialised(query, key, value),
-    }
+def measure(shape: Shape, options: argparse.Namespace, backward: bool) -> list[dict[str, Any]]:
+    """One row for each contender."""
+    dtype = getattr(torch, options.dtype)
+    tensors = shape.tensors(options.device, dtype)
+    with torch.set_grad_enabled(backward):
+        calls = (backwards if backward else forwards)(*tensors, flex=options.flex)
+        samples = interleaved(calls, options.rounds, options.device)
+        peaks = {name: peak_bytes(call, options.device) for name, call in calls.items()}
+    stock = min((name for name in samples if name.startswith(STOCK)), key=lambda name: np.median(samples[name].seconds))
+    flops, moved = shape.flops(backward), shape.bytes(dtype.itemsize, backward)
+    rows = []
+    for name, sample in samples.items():
+        seconds = sample.milliseconds()[1] / 1e3
+        rows.append(
+            {
+                "pass": "backward" if backward else "forward",
+                "where": shape.where,
+                "shape": [shape.batch, shape.heads, shape.queries, shape.keys, shape.dim],
+                "call": name,
+                "over": stock,
+                "milliseconds": sample.milliseconds(),
+                "ratio": sample.ratio_to(samples[stock]),
+                "cpu_ratio": sample.cpu_ratio_to(samples[stock]) if options.device == "cpu" else None,
+                "flops": flops,
+                "bytes": moved,
+                "tflops_per_second": flops / seconds / 1e12,
+                "gigabytes_per_second": moved / seconds / 1e9,
+                "peak_bytes": peaks[name],
+            }
+        )
+    return rows
 
 
-def check(query, key, value) -> None:
-    """Stops the run where entropy or output are wrong."""
-    rows = slice(0, 64)
-    result = headscope.attention(query[:, :, rows], key, value, statistics=["entropy"])
-    expected = headscope.attention(query[:, :, rows], key, value, statistics=["entropy"], backend="reference")
-    worst = float((result.statistics["entropy"] - expected.statistics["entropy"]).abs().max())
-    if worst > 1e-4:
-        raise SystemExit(f"entropy is off by {worst:.2g} nats: no speeds are reported")
-
-
-def measure(calls: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, np.ndarray]:
-    """Seconds of every call in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(repeats + 2):
-        for name, call in calls.items():
-            if device != "cpu":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            call()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            # two rounds to warm up
-            if round_ >= 2:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: np.array(values) for name, values in seconds.items()}
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    columns = ("pass", "shape", "call", "ms (p20 p50 p80)", "over SDPA (p25 p50 p75)", "TFLOP/s", "GB/s", "peak MiB")
+    result = Table(*columns, title=title)
+    for row in rows:
+        peak = row["peak_bytes"]
+        result.add_row(
+            row["pass"],
+            str(tuple(row["shape"])),
+            row["call"],
+            " ".join(f"{value:.2f}" for value in row["milliseconds"]),
+            " ".join(f"{value:.2f}" for value in row["ratio"]),
+            f"{row['tflops_per_second']:.3g}",
+            f"{row['gigabytes_per_second']:.3g}",
+            "-" if peak is None else f"{peak / 2**20:.1f}",
+        )
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", choices=["models", "lengths", "all"], default="all")
+    parser.add_argument("--passes", choices=["forward", "backward", "both"], default="both")
+    parser.add_argument("--no-flex", dest="flex", action="store_false", help="leave FlexAttention out (it compiles)")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
+    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    shapes = [] if options.shapes == "lengths" else list(SMALL_MODELS if options.device == "cpu" else MODELS)
+    if options.shapes != "models":
+        shapes += lengths(options.device)
+    directions = {"forward": [False], "backward": [True], "both": [False, True]}[options.passes]
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        check(shape, options.device, getattr(torch, options.dtype))
+        for backward in directions:
+            rows += measure(shape, options, backward)
+            print(f"{shape} {'backward' if backward else 'forward'}: done", flush=True)
     name = device_name(options.device)
-    table = Table(
-        "shape", "call", "ms (p20 p50 p80)", "over SDPA (p25 p50 p75)", "TFLOP/s", title=f"{name}, {options.dtype}"
-    )
-    rows = []
-    for batch, heads, queries, keys, dim in SHAPES:
-        torch.manual_seed(0)
-        query = torch.randn(batch, heads, queries, dim, device=options.device, dtype=dtype)
-        key, value = (torch.randn(batch, heads, keys, dim, device=options.device, dtype=dtype) for _ in range(2))
-        flops = 4 * batch * heads * queries * keys * dim
-        with torch.inference_mode():
-            check(query, key, value)
-            seconds = measure(contenders(query, key, value), options.repeats, options.device)
-        for call, values in seconds.items():
-            ratio = np.quantile(values / seconds["SDPA"], [0.25, 0.5, 0.75])
-            spread = np.quantile(values, [0.2, 0.5, 0.8]) * 1e3
-            rows.append(
-                {
-                    "shape": [batch, heads, queries, keys, dim],
-                    "call": call,
-                    "milliseconds": spread.tolist(),
-                    "ratio": ratio.tolist(),
-                    "flops": flops,
-                }
-            )
-            table.add_row(
-                f"({batch},{heads},{queries},{keys},{dim})",
-                call,
-                " ".join(f"{v:.2f}" for v in spread),
-                " ".join(f"{v:.2f}" for v in ratio),
-                f"{flops / spread[1] / 1e9:.3f}",
-            )
-    Console(width=120).print(table)
-    backend = headscope.backend_status()
+    title = f"{name}, {options.dtype}"
+    Console(width=160).print(table(rows, title))
     record = {
         "what": "attention",
         "device": name,
         "threads": torch.get_num_threads(),
         "dtype": options.dtype,
+        "rounds": options.rounds,
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
-        "backends": [name for name, reason in backend.items() if reason is None],
+        "backends": [backend for backend, reason in headscope.backend_status().items() if reason is None],
         "rows": rows,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"attention-{options.device}-{options.dtype}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
+    charts.write(path.with_suffix(".html"), record)
     print(path)
 
 

@@ -1,5 +1,6 @@
 """The operator's numeric contract, as data: cases, a float64 truth written apart from the library, and tolerances."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+
+from headscope.ops import Distance, GroupEntropy, GroupMass, HeadEdit, Statistic
 
 FINFO_MIN = torch.finfo(torch.float32).min
 
@@ -19,7 +22,10 @@ class Case:
         shape: (batch, heads, kv_heads, queries, keys, dim, dim_v).
         mask: makes attn_mask from (batch, heads, queries, keys), or None.
         gate: makes the gate from (batch, heads), or None.
-        fill: None, "uniform", or makes a tensor from (batch, heads, queries, dim_v).
+        fill: None, "uniform", "identity", or makes a tensor from (batch, heads, queries, dim_v).
+        temperature: makes the temperature from (batch, heads), or None.
+        key_bias, key_scale: make [batch or 1, heads or 1, keys] from (batch, heads, keys), or None.
+        groups: how many groups the keys are divided into.
         magnitude: standard deviation of the queries.
         poison: changes query, key and value in place.
     """
@@ -31,6 +37,10 @@ class Case:
     scale: float | None = None
     gate: Callable[..., Tensor] | None = None
     fill: Callable[..., Tensor] | str | None = None
+    temperature: Callable[..., Tensor] | None = None
+    key_bias: Callable[..., Tensor] | None = None
+    key_scale: Callable[..., Tensor] | None = None
+    groups: int = 3
     magnitude: float = 1.0
     poison: Callable[[Tensor, Tensor, Tensor], None] | None = None
     layout: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
@@ -76,6 +86,25 @@ def _fractional(batch, heads):
     return gate
 
 
+def _temperature(batch, heads):
+    return 0.3 + 2 * torch.rand(batch, heads)
+
+
+def _key_bias(batch, heads, keys):
+    return torch.randn(1, heads, keys)
+
+
+def _muted(batch, heads, keys):
+    bias = torch.randn(batch, 1, keys)
+    bias[..., ::4] = -math.inf
+    bias[0] = -math.inf
+    return bias
+
+
+def _key_scale(batch, heads, keys):
+    return 3 * torch.randn(batch, heads, keys)
+
+
 def _heads_last(tensor: Tensor) -> Tensor:
     """[batch, heads, tokens, dim] laid out as [batch, tokens, heads, dim], as models have it."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
@@ -109,6 +138,26 @@ CASES = [
     Case("uniform_fill_causal", (2, 2, 2, 23, 45, 16, 16), is_causal=True, gate=_fractional, fill="uniform"),
     Case("mean_fill", (2, 3, 3, 20, 33, 16, 16), gate=_fractional, fill=lambda b, h, q, d: torch.randn(h, q, d)),
     Case("row_fill", (2, 3, 3, 20, 33, 16, 16), gate=_removed, fill=lambda b, h, q, d: torch.randn(b, 1, 1, d)),
+    Case("identity_fill", (2, 4, 2, 33, 33, 16, 12), gate=_fractional, fill="identity"),
+    Case("temperature", (2, 3, 3, 20, 33, 16, 16), temperature=_temperature),
+    Case("temperature_causal", (1, 3, 3, 20, 33, 16, 16), temperature=lambda b, h: _temperature(1, h), is_causal=True),
+    Case("key_bias", (2, 3, 3, 20, 77, 16, 16), key_bias=_key_bias),
+    Case("muted_keys", (2, 2, 2, 20, 45, 16, 16), key_bias=_muted, mask=_bool_mask),
+    Case("key_bias_and_mask", (2, 2, 2, 20, 45, 16, 16), key_bias=_key_bias, mask=_additive),
+    Case("key_scale", (2, 4, 2, 20, 77, 16, 16), key_scale=_key_scale),
+    Case(
+        "every_edit",
+        (2, 4, 2, 35, 45, 24, 20),
+        gate=_fractional,
+        fill="uniform",
+        temperature=_temperature,
+        key_bias=_key_bias,
+        key_scale=_key_scale,
+        mask=_bool_mask,
+    ),
+    Case("many_groups", (2, 2, 2, 9, 300, 16, 16), groups=200),
+    Case("dim_320", (1, 1, 1, 18, 35, 320, 320)),
+    Case("dim_512", (1, 1, 1, 9, 35, 512, 512)),
     Case("heads_last", (2, 3, 3, 31, 45, 24, 24), layout=_heads_last),
     Case("no_keys", (2, 2, 2, 5, 0, 8, 8)),
     Case("no_queries", (2, 2, 2, 0, 5, 8, 8)),
@@ -124,6 +173,33 @@ class Inputs:
     options: dict
     gate: Tensor | None
     fill: Tensor | str | None
+    temperature: Tensor | None = None
+    key_bias: Tensor | None = None
+    key_scale: Tensor | None = None
+    groups: Tensor | None = None
+    group_count: int = 0
+
+    def edit(self) -> HeadEdit:
+        return HeadEdit(self.gate, self.fill, self.temperature, self.key_bias, self.key_scale)  # type: ignore[arg-type]
+
+    def statistics(self) -> list[str | Statistic]:
+        """Every built-in statistic, on grids of one row and on the case's groups."""
+        chosen: list[str | Statistic] = [*ROW_STATISTICS, "key_mass"]
+        if self.query.shape[2] and self.key.shape[2]:
+            chosen.append(Distance((1, self.query.shape[2]), (1, self.key.shape[2])))
+        if self.groups is not None:
+            chosen += [GroupMass(self.groups, self.group_count), GroupEntropy(self.groups, self.group_count)]
+        return chosen
+
+    def to(self, device: str) -> "Inputs":
+        """The same on another device."""
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
+        options = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.options.items()}
+        return dataclasses.replace(self, **moved, options=options)
+
+
+# by name, [batch, heads, queries]
+ROW_STATISTICS = ("entropy", "logsumexp", "max_logit", "max_prob", "collision_entropy")
 
 
 def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
@@ -143,7 +219,20 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
     }
     fill = case.fill(batch, heads, queries, dim_v) if callable(case.fill) else case.fill
     query, key, value = (case.layout(tensor.to(dtype)) for tensor in (query, key, value))
-    return Inputs(query, key, value, options, case.gate(batch, heads) if case.gate else None, fill)
+    return Inputs(
+        query,
+        key,
+        value,
+        options,
+        case.gate(batch, heads) if case.gate else None,
+        fill,
+        case.temperature(batch, heads) if case.temperature else None,
+        case.key_bias(batch, heads, keys) if case.key_bias else None,
+        case.key_scale(batch, heads, keys) if case.key_scale else None,
+        # a third of the keys is in no group, and the groups differ by sample
+        torch.where(torch.rand(batch, keys) < 0.3, -1, torch.randint(case.groups, (batch, keys))),
+        case.groups,
+    )
 
 
 @dataclass(frozen=True)
@@ -162,25 +251,57 @@ def truth(inputs: Inputs) -> Truth:
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = inputs.options["scale"]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    products = torch.einsum("bhqd,bhkd->bhqk", query, key)
+    if inputs.temperature is not None:
+        scale = scale / inputs.temperature.double()[..., None, None]
+    products = scale * torch.einsum("bhqd,bhkd->bhqk", query, key)
     allowed, added = _mask_parts(inputs, products)
-    logits = torch.where(allowed, scale * products + added, -math.inf)
+    if inputs.key_bias is not None:
+        bias = inputs.key_bias.double()[:, :, None]
+        allowed = allowed & (bias != -math.inf)
+        added = added + torch.where(bias == -math.inf, 0.0, bias)
+    logits = torch.where(allowed, products + added, -math.inf)
     probabilities = _softmax(logits)
-    attention = torch.einsum("bhqk,bhkd->bhqd", probabilities, value)
-    output = _edited(attention, inputs, _softmax(torch.where(allowed, added, -math.inf)), value)
+    factors = torch.ones(()) if inputs.key_scale is None else inputs.key_scale.double()[:, :, None]
+    attention = torch.einsum("bhqk,bhkd->bhqd", probabilities * factors, value)
+    uniform = _softmax(torch.where(allowed, added, -math.inf)) * factors
+    output = _edited(attention, inputs, uniform, value)
     finite = logits[logits.isfinite() & (logits > 0.5 * FINFO_MIN)].abs()
-    if not logits.shape[-1]:
-        lowest = torch.full(logits.shape[:-1], -math.inf, dtype=torch.float64)
-        zero = torch.zeros_like(lowest)
-        statistics = {"entropy": zero, "logsumexp": lowest, "max_logit": lowest, "max_prob": zero}
-    else:
-        statistics = {
+    largest = float(finite.max()) if len(finite) else 0.0
+    return Truth(output, _statistics(inputs, logits, probabilities), largest)
+
+
+def _statistics(inputs: Inputs, logits: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
+    queries, keys = logits.shape[-2:]
+    lowest = torch.full(logits.shape[:-1], -math.inf, dtype=torch.float64)
+    zero = torch.zeros_like(lowest)
+    values = {"entropy": zero, "logsumexp": lowest, "max_logit": lowest, "max_prob": zero, "collision_entropy": zero}
+    if keys:
+        dead = (logits == -math.inf).all(-1)
+        values = {
             "entropy": torch.special.entr(probabilities).sum(-1),
             "logsumexp": torch.logsumexp(logits, -1),
             "max_logit": logits.amax(-1),
             "max_prob": probabilities.amax(-1),
+            "collision_entropy": torch.where(dead, 0.0, -probabilities.square().sum(-1).log()),
         }
-    return Truth(output, statistics, float(finite.max()) if len(finite) else 0.0)
+    values["key_mass"] = probabilities.sum(-2)
+    offsets = (torch.arange(queries)[:, None] - torch.arange(keys)).abs()
+    values["distance"] = (probabilities * offsets).sum(-1)
+    if inputs.groups is not None:
+        masses, entropies = [], []
+        for group in range(inputs.group_count):
+            member = (inputs.groups == group)[:, None, None]
+            # what float32 can't tell from nothing beside the row's largest counts as nothing
+            seen = member & ~(probabilities < 2.0**-126 * probabilities.amax(-1, keepdim=True)) if keys else member
+            own = torch.where(seen, probabilities, 0.0)
+            if bool(probabilities.isnan().any()):
+                own = torch.where(probabilities.isnan().any(-1, keepdim=True), math.nan, own)
+            mass = own.sum(-1)
+            masses.append(mass)
+            share = own / torch.where(mass == 0, 1.0, mass)[..., None]
+            entropies.append(torch.special.entr(share).sum(-1))
+        values["group_mass"], values["group_entropy"] = torch.stack(masses, -1), torch.stack(entropies, -1)
+    return values
 
 
 def _mask_parts(inputs: Inputs, products: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,15 +334,27 @@ def _edited(attention: Tensor, inputs: Inputs, uniform: Tensor, value: Tensor) -
     fill = torch.zeros(()).double()
     if isinstance(inputs.fill, Tensor):
         fill = inputs.fill.double()
+    elif inputs.fill == "identity":
+        fill = value
     elif inputs.fill == "uniform":
         fill = torch.einsum("bhqk,bhkd->bhqd", uniform, value)
     mixed = gate * attention + (1 - gate) * fill
     return torch.where(gate == 1, attention, torch.where(gate == 0, fill, mixed))
 
 
-def statistic_tolerance(expected: Truth) -> float:
-    """1e-5 + 4 * 2^-24 * max |logit|, for every input dtype."""
-    return 1e-5 + 4 * 2.0**-24 * expected.largest_logit
+def statistic_tolerance(expected: Truth, name: str = "entropy") -> float:
+    """1e-5 + 4 * 2^-24 * max |logit|, for every input dtype.
+
+    Sums that aren't bounded by about 1 have it relative to their largest value. In a group's entropy two terms of up
+    to ln 2^126 = 87 nats cancel, each known to a few units in its last place.
+    """
+    bound = 1e-5 + 4 * 2.0**-24 * expected.largest_logit
+    if name in ("distance", "key_mass"):
+        values = expected.statistics[name].nan_to_num()
+        bound *= max(1.0, float(values.max())) if values.numel() else 1.0
+    if name == "group_entropy":
+        bound += 4 * 2.0**-24 * 87
+    return bound
 
 
 def output_tolerance(inputs: Inputs, expected: Truth) -> float:
@@ -229,12 +362,18 @@ def output_tolerance(inputs: Inputs, expected: Truth) -> float:
 
     The floor is for cases where torch happens to be exact; fractional gates and fills round once more.
     """
-    plain = Inputs(inputs.query, inputs.key, inputs.value, inputs.options, None, None)
-    stock = functional.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value, **_stock_options(inputs))
+    query = inputs.query
+    if inputs.temperature is not None:
+        query = query / inputs.temperature[..., None, None].to(query.dtype)
+    plain = Inputs(query, inputs.key, inputs.value, inputs.options, None, None)
+    stock = functional.scaled_dot_product_attention(query, inputs.key, inputs.value, **_stock_options(inputs))
     error = (stock.double() - truth(plain).output).abs()
     worst = float(error[error.isfinite()].max()) if bool(error.isfinite().any()) else 0.0
     finite = expected.output[expected.output.isfinite()].abs()
     largest = float(finite.max()) if len(finite) else 0.0
+    if inputs.key_scale is not None:
+        # errors of the weights are scaled with them
+        worst *= max(1.0, float(inputs.key_scale.abs().max()))
     return 2 * worst + 2 * torch.finfo(inputs.query.dtype).eps * largest
 
 

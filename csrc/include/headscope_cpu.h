@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a function below does.
-#define HEADSCOPE_ABI_VERSION 1
+#define HEADSCOPE_ABI_VERSION 2
 
 enum headscope_dtype {
     HEADSCOPE_FLOAT32 = 0,
@@ -32,6 +32,7 @@ enum headscope_instruction_set {
     HEADSCOPE_BASELINE = 1,
     HEADSCOPE_AVX2 = 2,
     HEADSCOPE_AVX512 = 3,
+    HEADSCOPE_AVX512_BF16 = 4,  // with dot products of bfloat16 pairs
 };
 
 enum headscope_status {
@@ -43,7 +44,25 @@ enum headscope_status {
     HEADSCOPE_DIM_TOO_LARGE = 5,
     HEADSCOPE_NO_MEMORY = 6,
     HEADSCOPE_BAD_INSTRUCTION_SET = 7,
+    HEADSCOPE_BAD_STATISTIC = 8,
 };
+
+// What a statistic says about a row's probabilities p, before gate, fill and key_scale. All results are float32 and
+// contiguous. A row without a valid key gives 0, and -inf for logsumexp and max_logit; NaN gives NaN.
+enum headscope_statistic_kind {
+    HEADSCOPE_ENTROPY = 0,            // -sum p ln p, nats [batch, heads, queries]
+    HEADSCOPE_LOGSUMEXP = 1,          // ln sum exp(logit) [batch, heads, queries]
+    HEADSCOPE_MAX_LOGIT = 2,          // [batch, heads, queries]
+    HEADSCOPE_MAX_PROB = 3,           // [batch, heads, queries]
+    HEADSCOPE_COLLISION_ENTROPY = 4,  // -ln sum p^2, nats [batch, heads, queries]
+    HEADSCOPE_DISTANCE = 5,           // sum p * Euclidean distance of row and key on their grids [batch, heads, queries]
+    HEADSCOPE_GROUP_MASS = 6,         // sum of p over each group's keys [batch, heads, queries, count]
+    HEADSCOPE_GROUP_ENTROPY = 7,      // entropy of p renormalised within each group [batch, heads, queries, count]
+    HEADSCOPE_KEY_MASS = 8,           // sum of p over the queries [batch, heads, keys]; a second pass
+};
+
+// The most statistics of one call.
+#define HEADSCOPE_MAX_STATISTICS 32
 
 // The largest dim and dim_v; they bound the memory a thread works in.
 #define HEADSCOPE_MAX_DIM 8192
@@ -55,7 +74,24 @@ typedef struct headscope_tensor {
     int64_t dtype;
 } headscope_tensor;
 
-// output = gate * softmax(scale * query . key + mask) . value + (1 - gate) * fill
+// A float32 tensor of an edit: [batch, heads], or [batch, heads, keys]. data NULL: no such edit.
+typedef struct headscope_edit {
+    const float* data;
+    int64_t strides[3];
+} headscope_edit;
+
+typedef struct headscope_statistic {
+    int64_t kind;  // enum headscope_statistic_kind
+    float* output;
+    // distance: height, width, key_height, key_width (row i is at (i / width, i % width)); groups: count, first (the
+    // number of groups, and the id of the first one)
+    int64_t sizes[4];
+    const int32_t* groups;     // [batch, heads, keys]: the group of each key; other ids than first..first + count - 1: none
+    int64_t group_strides[3];
+} headscope_statistic;
+
+// logits = scale / temperature * query . key + key_bias + mask;  p = softmax(logits)
+// output = gate * sum_j p_j * key_scale_j * value_j + (1 - gate) * fill
 typedef struct headscope_attention {
     int64_t batch, heads, kv_heads, queries, keys, dim, dim_v;
     headscope_tensor query;   // [batch, heads, queries, dim]: float32, bfloat16 or float16
@@ -64,21 +100,22 @@ typedef struct headscope_attention {
     headscope_tensor output;  // [batch, heads, queries, dim_v], query's dtype; every element is written
     headscope_tensor mask;    // [batch, heads, queries, keys], bool or added to the logits; data NULL: none
     headscope_tensor fill;    // [batch, heads, queries, dim_v]; data NULL: zeros
-    const float* gate;        // [batch, heads]; NULL: every head is kept
-    int64_t gate_strides[2];
+    headscope_edit gate;         // [batch, heads]; exactly 0 or 1 selects and doesn't multiply
+    headscope_edit temperature;  // [batch, heads]
+    headscope_edit key_bias;     // [batch, heads, keys], added to the logits; -inf mutes a key
+    headscope_edit key_scale;    // [batch, heads, keys], multiplies p after the softmax
     double scale;
     int64_t is_causal;  // key j is seen by query i where j <= i
-    // [batch, heads, queries], contiguous, or NULL; they describe the probabilities before gate and fill
-    float* entropy;  // nats
-    float* logsumexp;
-    float* max_logit;
-    float* max_prob;
     int64_t threads;          // 1 enters no parallel region
     int64_t instruction_set;  // enum headscope_instruction_set
+    int64_t statistic_count;
+    headscope_statistic statistics[HEADSCOPE_MAX_STATISTICS];  // only the first statistic_count are read
 } headscope_attention;
 
 HEADSCOPE_EXPORT int headscope_abi_version(void);
 
+// With HEADSCOPE_AVX512_BF16, bfloat16 products count subnormal inputs as 0, as the instructions do.
+//
 // Runs the call. Returns enum headscope_status; anything but HEADSCOPE_OK has written nothing.
 HEADSCOPE_EXPORT int headscope_attention_forward(const headscope_attention* call);
 
@@ -91,7 +128,7 @@ HEADSCOPE_EXPORT const char* headscope_instruction_set_name(int requested);
 // "OpenMP" or "none".
 HEADSCOPE_EXPORT const char* headscope_threading(void);
 
-// The kernel's own 2^x on `count` floats at most 0, for tests. Relative error below 2^-23; below 2^-126 it gives 0.
+// The kernel's own 2^x on `count` floats at most 0, for tests. Relative error below 2^-23; below -126 it gives 0.
 HEADSCOPE_EXPORT int headscope_exp2(const float* input, float* output, int64_t count, int instruction_set);
 
 #ifdef __cplusplus

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from headscope.models import AttnProcessor, Recording, Scope, Site, Task
+    from headscope.models import AttnProcessor, Attribution, Patch, Recording, Scope, Site, Task, Where
     from headscope.ops import (
         AttentionResult,
+        Distance,
+        GroupEntropy,
+        GroupMass,
         HeadEdit,
         Statistic,
         attention,
@@ -20,12 +23,18 @@ if TYPE_CHECKING:
 _LAZY = {
     "AttentionResult": "headscope.ops",
     "AttnProcessor": "headscope.models",
+    "Attribution": "headscope.models",
+    "Distance": "headscope.ops",
+    "GroupEntropy": "headscope.ops",
+    "GroupMass": "headscope.ops",
     "HeadEdit": "headscope.ops",
+    "Patch": "headscope.models",
     "Recording": "headscope.models",
     "Scope": "headscope.models",
     "Site": "headscope.models",
     "Statistic": "headscope.ops",
     "Task": "headscope.models",
+    "Where": "headscope.models",
     "attention": "headscope.ops",
     "backend_status": "headscope.ops",
     "scaled_dot_product_attention": "headscope.ops",
@@ -34,12 +43,18 @@ _LAZY = {
 __all__ = [
     "AttentionResult",
     "AttnProcessor",
+    "Attribution",
+    "Distance",
+    "GroupEntropy",
+    "GroupMass",
     "HeadEdit",
+    "Patch",
     "Recording",
     "Scope",
     "Site",
     "Statistic",
     "Task",
+    "Where",
     "__version__",
     "attention",
     "backend_status",

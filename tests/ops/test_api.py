@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headscope
-from headscope.ops import HeadEdit, attention, scaled_dot_product_attention
+from headscope.ops import Distance, GroupMass, HeadEdit, attention, scaled_dot_product_attention
+from ops.backends import require_backend
 
 
 def _qkv(*shape, dtype=torch.float32):
@@ -53,7 +54,7 @@ BAD_CALLS = {
     "unknown statistic": (
         lambda: attention(QUERY, KEY, VALUE, statistics=["entropi"]),
         ValueError,
-        "statistics: got 'entropi', expected some of entropy, logsumexp",
+        r"statistics: got 'entropi', expected some of collision_entropy, entropy, .*, Distance\(...\), GroupEntropy",
     ),
     "statistic twice": (
         lambda: attention(QUERY, KEY, VALUE, statistics=["entropy"] * 2),
@@ -72,6 +73,55 @@ BAD_CALLS = {
         "edit.gate: got dtype torch.bool",
     ),
     "fill without gate": (lambda: attention(QUERY, KEY, VALUE, edit=HeadEdit(fill="uniform")), ValueError, "edit.fill"),
+    "temperature shape": (
+        lambda: attention(QUERY, KEY, VALUE, edit=HeadEdit(temperature=torch.ones(3))),
+        ValueError,
+        r"edit.temperature: got shape \[3\], expected \[2 or 1, 3\]",
+    ),
+    "key bias shape": (
+        lambda: attention(QUERY, KEY, VALUE, edit=HeadEdit(key_bias=torch.ones(2, 5))),
+        ValueError,
+        r"edit.key_bias: got shape \[2, 5\], expected \[2 or 1, 3 or 1, 5\]",
+    ),
+    "key scale type": (
+        lambda: attention(QUERY, KEY, VALUE, edit=HeadEdit(key_scale=[1.0])),  # type: ignore[arg-type]
+        TypeError,
+        "edit.key_scale: got list",
+    ),
+    "identity of a cross-attention": (
+        lambda: attention(QUERY, KEY[:, :, :4], VALUE[:, :, :4], edit=HeadEdit(torch.ones(1, 3), "identity")),
+        ValueError,
+        'edit.fill: got "identity" with 5 queries and 4 keys',
+    ),
+    "statistic without its arguments": (
+        lambda: attention(QUERY, KEY, VALUE, statistics="distance"),
+        ValueError,
+        r"statistics: 'distance' needs arguments, expected a Distance\(...\)",
+    ),
+    "statistic type": (
+        lambda: attention(QUERY, KEY, VALUE, statistics=[3]),  # type: ignore[list-item]
+        TypeError,
+        "statistics: got an entry of type int",
+    ),
+    "grid": (lambda: Distance((0, 5)), ValueError, r"grid: got \(0, 5\), expected \(height, width\)"),
+    "grid of another size": (
+        lambda: attention(QUERY, KEY, VALUE, statistics=Distance((2, 3))),
+        ValueError,
+        r"distance: grid \(2, 3\) has 6 tokens, the call has 5",
+    ),
+    "groups type": (lambda: GroupMass(torch.ones(5), 2), TypeError, "groups: got torch.float32, expected an integer"),
+    "groups shape": (lambda: GroupMass(torch.ones(1, 1, 5).int(), 2), ValueError, r"groups: got shape \[1, 1, 5\]"),
+    "group count": (lambda: GroupMass(torch.ones(5).int(), 0), ValueError, "count: got 0, expected the number"),
+    "groups of other keys": (
+        lambda: attention(QUERY, KEY, VALUE, statistics=GroupMass(torch.zeros(4).int(), 2)),
+        ValueError,
+        "'group_mass' has groups for 4 keys, expected 5",
+    ),
+    "groups of another batch": (
+        lambda: attention(QUERY, KEY, VALUE, statistics=GroupMass(torch.zeros(3, 5).int(), 2)),
+        ValueError,
+        r"'group_mass' has a tensor of shape \[3, 1, 5\], expected \[2 or 1, 3 or 1, length\]",
+    ),
     "fill name": (
         lambda: attention(QUERY, KEY, VALUE, edit=HeadEdit(torch.ones(1, 3), "average")),
         ValueError,
@@ -139,28 +189,89 @@ def test_no_key_rows_are_zero_as_in_torch():
 
 @pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
 def test_opcheck(backend):
-    if headscope.backend_status()[backend]:
-        pytest.skip(headscope.backend_status()[backend] or "")
+    require_backend(backend)
     operator = getattr(torch.ops.headscope, f"{backend}_attention").default
     gate, fill = torch.tensor([[0.0, 1.0, 0.5]]), torch.randn(1, 3, 5, 8)
+    groups = torch.tensor([[[0, 1, -1, 1, 0]]], dtype=torch.int32)
+    temperature, key_bias, key_scale = torch.rand(2, 3) + 0.5, torch.randn(1, 1, 5), torch.randn(2, 3, 5)
     layout = QUERY.transpose(1, 2).contiguous().transpose(1, 2)
+    edited = (gate, fill, temperature, key_bias, key_scale)
     for query in (QUERY, layout):
-        args = (query, KEY, VALUE, None, False, 0.3, gate, fill, ["entropy", "max_prob"])
-        torch.library.opcheck(operator, args)
-    if backend == "portable":
-        leaves = [tensor.clone().requires_grad_() for tensor in (QUERY, KEY, VALUE)]
-        torch.library.opcheck(operator, (*leaves, None, True, 0.3, gate, fill, ["entropy", "max_prob"]))
+        asked = (["entropy", "max_prob", "key_mass", "group_mass(2,)"], [groups])
+        torch.library.opcheck(operator, (query, KEY, VALUE, None, False, 0.3, *edited, *asked, False))
+    leaves = [tensor.clone().requires_grad_() for tensor in (QUERY, KEY, VALUE)]
+    for edit in (edited, (None,) * 5):
+        arguments = (*leaves, None, True, 0.3, *edit, ["entropy", "max_prob"], [], True)
+        torch.library.opcheck(operator, arguments)
 
 
-def test_compiles_without_graph_breaks():
-    def run(query, key, value, gate):
-        result = attention(query, key, value, edit=HeadEdit(gate), statistics=["entropy"])
-        return result.output, result.statistics["entropy"]
+@pytest.mark.parametrize("backend", ["reference", "portable", "cpu", "triton"])
+def test_compiles_without_graph_breaks(backend):
+    """Forward and backward, every kind of argument, one graph."""
+    require_backend(backend)
+    groups = torch.tensor([0, 1, -1, 1, 0])
 
-    gate = torch.tensor([[1.0, 0.0, 0.5]])
+    def run(query, key, value, gate, temperature):
+        result = attention(
+            query,
+            key,
+            value,
+            edit=HeadEdit(gate, "uniform", temperature),
+            statistics=["entropy", Distance((1, 5)), GroupMass(groups, 2)],
+            backend=backend,
+        )
+        return result.output, *result.statistics.values()
+
+    tensors = [tensor.clone().requires_grad_() for tensor in (QUERY, KEY, VALUE)]
+    tensors += [torch.tensor([[1.0, 0.0, 0.5]], requires_grad=True), torch.rand(2, 3, requires_grad=True)]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(QUERY, KEY, VALUE, gate), run(QUERY, KEY, VALUE, gate), strict=True):
+    got, expected = compiled(*tensors), run(*tensors)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    flowing = (0, 1, 3)
+    grads = [torch.autograd.grad(sum(x[i].sum() for i in flowing), tensors) for x in (got, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_compiled_once_for_all_lengths(backend):
+    require_backend(backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def run(query):
+        result = attention(query, query, query, statistics=["entropy", "key_mass"], backend=backend)
+        return result.output, result.statistics["entropy"], result.statistics["key_mass"]
+
+    compiled = torch.compile(run, fullgraph=True, backend=counter, dynamic=True)
+    for length in (5, 9, 33, 40):
+        query = torch.randn(2, 3, length, 8)
+        for got, expected in zip(compiled(query), run(query), strict=True):
+            torch.testing.assert_close(got, expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "cpu", "triton"])
+def test_exports(backend):
+    require_backend(backend)
+
+    class Module(torch.nn.Module):
+        def forward(self, query):
+            result = attention(query, query, query, statistics=["entropy"], backend=backend)
+            return result.output, result.statistics["entropy"]
+
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = torch.export.export(Module(), (QUERY,), dynamic_shapes={"query": {2: tokens}})
+    longer = torch.randn(2, 3, 17, 8)
+    for got, expected in zip(program.module()(longer), Module()(longer), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_vmap_is_an_error_that_says_what_to_do(backend):
+    require_backend(backend)
+    with pytest.raises(RuntimeError, match="vmap isn't supported; put the mapped dimension into the batch"):
+        torch.vmap(lambda query: attention(query, KEY, VALUE, backend=backend).output)(QUERY.expand(3, 2, 3, 5, 8))
 
 
 def test_autocast_casts_query_key_and_value():

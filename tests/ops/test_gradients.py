@@ -1,46 +1,53 @@
-"""Gradients: the reference by gradcheck, portable against the reference; errors where there is no backward."""
+"""Gradients: the reference by gradcheck, every other backend against the reference."""
 
 import pytest
 import torch
 
-from contract import CASES, make_inputs
-from headscope.ops import HeadEdit, attention
+from contract import CASES, Case, make_inputs
+from gradients import COMPARABLE, gradients_of
+from headscope.ops import GroupMass, HeadEdit, attention
+from ops.backends import require_backend
 
 DIFFERENTIABLE = ["entropy", "logsumexp"]
+NAMES = ("query", "key", "value", "mask", "gate", "fill", "temperature", "key_bias", "key_scale")
+GROUPS = torch.tensor([[0, 1, -1, 1, 0, 2], [2, -1, 0, 0, 0, 1]])
 
 
 def _tensors(seed: int, dtype=torch.float64):
     torch.manual_seed(seed)
-    shapes = [(2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2), (1, 4, 5, 6), (2, 4), (4, 5, 2)]
-    query, key, value, mask, gate, fill = (torch.randn(*shape, dtype=dtype) for shape in shapes)
+    shapes = [(2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2), (1, 4, 5, 6), (2, 4), (4, 5, 2), (1, 4), (2, 1, 6), (2, 4, 6)]
+    tensors = [torch.randn(*shape, dtype=dtype) for shape in shapes]
+    query, key, value, mask, gate, fill, temperature, key_bias, key_scale = tensors
     mask[..., 1, :] = -torch.inf
     gate = gate.sigmoid()
     gate[0, 0], gate[1, 1] = 0.0, 1.0
-    return [tensor.requires_grad_() for tensor in (query, key, value, mask, gate, fill)]
+    temperature = temperature.exp()
+    return [
+        tensor.requires_grad_() for tensor in (query, key, value, mask, gate, fill, temperature, key_bias, key_scale)
+    ]
 
 
-def _call(backend, query, key, value, mask, gate, fill):
+def _call(backend, query, key, value, mask, gate, fill, temperature, key_bias, key_scale):
     result = attention(
         query,
         key,
         value,
         attn_mask=mask,
         enable_gqa=True,
-        edit=HeadEdit(gate, fill),
-        statistics=DIFFERENTIABLE,
+        edit=HeadEdit(gate, fill, temperature, key_bias, key_scale),
+        statistics=[*DIFFERENTIABLE, GroupMass(GROUPS, 3)],
         backend=backend,
     )
     finite = torch.where(result.statistics["logsumexp"].isinf(), 0, result.statistics["logsumexp"])
-    return result.output, result.statistics["entropy"], finite
+    return result.output, result.statistics["entropy"], finite, result.statistics["group_mass"]
 
 
 def test_gradcheck_of_the_reference():
-    query, key, value, mask, gate, fill = _tensors(0)
-    finite_mask = mask.detach().clamp(min=-3.0).requires_grad_()
-    # exact gates select, so finite differences there see a jump in nothing but rounding; keep them inside (0, 1)
-    inner_gate = gate.detach().clamp(0.1, 0.9).requires_grad_()
-    inputs = (query, key, value, finite_mask, inner_gate, fill)
-    assert torch.autograd.gradcheck(lambda *tensors: _call("reference", *tensors), inputs)
+    tensors = _tensors(0)
+    # finite differences can't follow -inf, nor the jump of a gate at exactly 0 and 1
+    tensors[3] = tensors[3].detach().clamp(min=-3.0).requires_grad_()
+    tensors[4] = tensors[4].detach().clamp(0.1, 0.9).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *tensors: _call("reference", *tensors), tensors)
 
 
 @pytest.mark.parametrize("chunk_bytes", [8 * 2**20, 512])
@@ -52,54 +59,82 @@ def test_portable_gradients_equal_the_reference(chunk_bytes, monkeypatch):
     cotangents = [torch.randn_like(output) for output in _call("reference", *tensors)]
     expected = torch.autograd.grad(_call("reference", *tensors), tensors, cotangents)
     got = torch.autograd.grad(_call("portable", *tensors), tensors, cotangents)
-    for name, a, b in zip(("query", "key", "value", "mask", "gate", "fill"), got, expected, strict=True):
+    for name, a, b in zip(NAMES, got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_gate_gradient_at_exactly_zero_and_one():
+@pytest.mark.parametrize("case", COMPARABLE, ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_gradients_equal_the_reference(backend: str, case: Case):
+    """Within float32's rounding: sums of up to hundreds of terms, relative to the largest gradient."""
+    require_backend(backend)
+    inputs = make_inputs(case, torch.float32)
+    expected = gradients_of(inputs, "reference")
+    got = gradients_of(inputs, backend)
+    assert set(got) == set(expected)
+    for name, gradient in expected.items():
+        size = float(gradient.abs().max()) if gradient.numel() else 0.0
+        torch.testing.assert_close(
+            got[name], gradient, rtol=0, atol=2e-5 * size + 1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "cpu", "triton"])
+def test_gate_gradient_at_exactly_zero_and_one(backend):
     """d output / d gate = attention - fill wherever the gate stands."""
-    query, key, value, _, _, fill = (tensor.detach() for tensor in _tensors(2))
-    gate = torch.tensor([[0.0, 1.0, 0.5, 1.0]], dtype=torch.float64, requires_grad=True)
+    require_backend(backend)
+    query, key, value, _, _, fill, *_ = (tensor.detach().float() for tensor in _tensors(2))
+    gate = torch.tensor([[0.0, 1.0, 0.5, 1.0]], requires_grad=True)
     attended = attention(query, key, value, enable_gqa=True, backend="reference").output
-    for backend in ("reference", "portable"):
-        output = attention(query, key, value, enable_gqa=True, edit=HeadEdit(gate, fill), backend=backend).output
-        (grad,) = torch.autograd.grad(output.sum(), gate)
-        torch.testing.assert_close(grad, (attended - fill).sum((0, 2, 3))[None])
+    output = attention(query, key, value, enable_gqa=True, edit=HeadEdit(gate, fill), backend=backend).output
+    (grad,) = torch.autograd.grad(output.sum(), gate)
+    torch.testing.assert_close(grad, (attended - fill).sum((0, 2, 3))[None])
 
 
-def test_max_statistics_carry_no_gradient():
+@pytest.mark.parametrize("backend", ["reference", "portable", "cpu", "triton"])
+def test_the_others_carry_no_gradient(backend):
+    require_backend(backend)
     query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
-    for backend in ("reference", "portable"):
-        result = attention(query, key, value, statistics=["max_logit", "max_prob", "entropy"], backend=backend)
-        assert not result.statistics["max_logit"].requires_grad
-        assert not result.statistics["max_prob"].requires_grad
-        assert result.statistics["entropy"].requires_grad
+    fixed = ["max_logit", "max_prob", "collision_entropy", "key_mass"]
+    result = attention(query, key, value, statistics=[*fixed, "entropy"], backend=backend)
+    for name in fixed:
+        assert not result.statistics[name].requires_grad, name
+    assert result.statistics["entropy"].requires_grad
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_forward_only_backends_say_so(backend):
-    query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
-    with pytest.raises(RuntimeError, match=r"no backward|source"):
-        attention(query, key, value, backend=backend)
-    assert attention(query, key, value).output.requires_grad
-
-
-def test_dead_rows_have_zero_gradient():
+@pytest.mark.parametrize("backend", ["reference", "portable", "cpu", "triton"])
+def test_dead_rows_have_zero_gradient(backend):
+    require_backend(backend)
     query, key, value = (torch.randn(1, 1, 4, 8, requires_grad=True) for _ in range(3))
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[2] = False
-    for backend in ("reference", "portable"):
-        result = attention(query, key, value, attn_mask=mask, statistics=DIFFERENTIABLE, backend=backend)
-        total = result.output.sum() + result.statistics["entropy"].sum() + result.statistics["logsumexp"][..., :2].sum()
-        (grad,) = torch.autograd.grad(total, query)
-        assert torch.equal(grad[:, :, 2], torch.zeros(1, 1, 8))
-        assert grad.isfinite().all()
+    result = attention(query, key, value, attn_mask=mask, statistics=DIFFERENTIABLE, backend=backend)
+    total = result.output.sum() + result.statistics["entropy"].sum() + result.statistics["logsumexp"][..., :2].sum()
+    grads = torch.autograd.grad(total, (query, key, value))
+    assert torch.equal(grads[0][:, :, 2], torch.zeros(1, 1, 8))
+    assert all(grad.isfinite().all() for grad in grads)
 
 
-def test_bfloat16_training_runs_on_portable():
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_a_second_derivative_is_an_error_that_says_what_can(backend):
+    require_backend(backend)
+    query = torch.randn(1, 2, 5, 8, requires_grad=True)
+    entropy = attention(query, query, query, statistics="entropy", backend=backend).statistics["entropy"]
+    (grad,) = torch.autograd.grad(entropy.sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        grad.sum().backward()
+    entropy = attention(query, query, query, statistics="entropy", backend="reference").statistics["entropy"]
+    (grad,) = torch.autograd.grad(entropy.sum(), query, create_graph=True)
+    grad.sum().backward()
+    assert query.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_bfloat16_training(backend):
+    require_backend(backend)
     inputs = make_inputs(CASES[0], torch.bfloat16)
     query = inputs.query.clone().requires_grad_()
-    result = attention(query, inputs.key, inputs.value, statistics=["entropy"])
+    result = attention(query, inputs.key, inputs.value, statistics=["entropy"], backend=backend)
     (grad,) = torch.autograd.grad(result.output.float().sum() + result.statistics["entropy"].sum(), query)
     assert grad.dtype == torch.bfloat16
     assert grad.isfinite().all()

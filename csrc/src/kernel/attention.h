@@ -1,9 +1,9 @@
-// One work item: some rows of one head, against all keys.
+// One work item: some rows of one head, or of the heads that share its keys, against all keys.
 //
 //     for each block of keys:               packed once per item
 //         for each block of rows:           packed when first met
 //             logits                        logits.h, mask.h
-//             running maximum, 2^x, sums    softmax.h
+//             running maximum, 2^x, sums    softmax.h, statistics.h
 //             outputs                       values.h
 //             after its last keys: store    output.h
 //
@@ -22,111 +22,181 @@ namespace HEADSCOPE_TARGET {
 // rows whose logits are alive at a time: 8 tiles by 512 keys by 4 bytes stay in the second-level cache
 constexpr int64_t BLOCK_TILES = 8;
 constexpr int64_t BLOCK_ROWS = BLOCK_TILES * TILE_ROWS;
-// what one item may spend on packed keys and values, and on packed queries and outputs
+// what one item may spend on packed keys and values, and on packed queries, outputs and sums
 constexpr int64_t KEY_BYTES = int64_t{1} << 20;
 constexpr int64_t ROW_BYTES = int64_t{4} << 20;
+// Rows that an item has if it can: below the first packing the keys shows, above the second they leave the cache and
+// threads are dealt too much at a time.
+constexpr int64_t FEW_ROWS = 256;
+constexpr int64_t MANY_ROWS = 1024;
 
-// Offsets in bytes of a workspace's parts; all are multiples of 64.
-struct Layout {
-    int64_t keys, values, logits, queries, outputs, rows, total;
+// The working memory of one item.
+struct Workspace {
+    Unit *keys, *values, *queries;
+    float *logits, *outputs, *bias, *key_scale;
+    RowState* rows;
 };
 
-inline Layout layout_of(const headscope_attention& call, int64_t key_block, int64_t rows) {
-    const int64_t channels = round_up(call.dim_v, LANES);
-    Layout layout;
+// Lays the memory out from `memory` on, or only counts where that is null. Returns the bytes.
+inline int64_t lay_out(const headscope_attention& call, int64_t key_block, int64_t rows, char* memory,
+                       Workspace* workspace, Statistics* statistics) {
     int64_t end = 0;
-    const auto take = [&end](int64_t bytes) {
-        const int64_t start = end;
+    const auto take = [&](int64_t bytes) -> void* {
+        char* start = memory ? memory + end : nullptr;
         end += round_up(bytes, 64);
         return start;
     };
-    layout.keys = take(key_block * call.dim * 4);
-    layout.values = take(key_block * channels * 4);
-    layout.logits = take(BLOCK_ROWS * LOGIT_STRIDE * 4);
-    layout.queries = take(rows * call.dim * 4);
-    layout.outputs = take(rows * channels * 4);
-    layout.rows = take(rows * static_cast<int64_t>(sizeof(RowState)));
-    layout.total = end;
-    return layout;
+    const auto units = [&](int64_t count) { return static_cast<Unit*>(take(count * 4)); };
+    const auto floats = [&](int64_t count) { return static_cast<float*>(take(count * 4)); };
+    const int64_t channels = padded_channels(call.dim_v);
+    workspace->keys = units(key_block * units_of(call.dim));
+    workspace->values = units(units_of(key_block) * channels);
+    workspace->queries = units(rows * units_of(call.dim));
+    workspace->logits = floats(BLOCK_ROWS * LOGIT_STRIDE);
+    workspace->outputs = floats(rows * channels);
+    workspace->bias = floats(key_block);
+    workspace->key_scale = floats(key_block);
+    workspace->rows = static_cast<RowState*>(take(rows * static_cast<int64_t>(sizeof(RowState))));
+    lay_out_statistics(statistics, rows, key_block, take);
+    return end;
+}
+
+inline int64_t key_block_of(const headscope_attention& call) {
+    const int64_t key_bytes = 4 * (units_of(call.dim) + padded_channels(call.dim_v));
+    constexpr int64_t LEAST = MAX_VECTORS * LANES;
+    int64_t block = MAX_KEY_BLOCK;
+    while (block / 2 > LEAST && block * key_bytes > KEY_BYTES) block /= 2;
+    return larger(LANES, smaller(block, round_up(call.keys, LANES)));
 }
 
 inline Plan plan(const headscope_attention& call) {
-    const int64_t row_bytes = 4 * (call.dim + round_up(call.dim_v, LANES)) + static_cast<int64_t>(sizeof(RowState));
+    Statistics statistics;
+    find_statistics(call, &statistics);
+    const int64_t row_bytes = 4 * (units_of(call.dim) + padded_channels(call.dim_v)) +
+                              static_cast<int64_t>(sizeof(RowState)) + statistic_row_bytes(statistics);
     Plan plan;
-    plan.key_block = MAX_KEY_BLOCK;
-    while (plan.key_block > PANEL_KEYS && plan.key_block * row_bytes > KEY_BYTES) plan.key_block /= 2;
-    plan.key_block = larger(PANEL_KEYS, smaller(plan.key_block, round_up(call.keys, PANEL_KEYS)));
-    // all rows of a head at once, so that its keys are packed once, unless that is too much memory or too few items
+    plan.key_block = key_block_of(call);
     const int64_t heads = call.batch * call.heads;
+    const int64_t shared = call.kv_heads ? call.heads / call.kv_heads : 1;
     const int64_t wanted_items = call.threads > 1 ? 4 * call.threads : 1;
-    const int64_t pieces = heads ? larger(1, (wanted_items + heads - 1) / heads) : 1;
-    const int64_t affordable = larger(1, ROW_BYTES / row_bytes / BLOCK_ROWS) * BLOCK_ROWS;
-    const int64_t even = round_up(larger(1, (call.queries + pieces - 1) / pieces), BLOCK_ROWS);
-    plan.rows_per_item = smaller(affordable, even);
+    const int64_t affordable = larger(TILE_ROWS, ROW_BYTES / row_bytes / TILE_ROWS * TILE_ROWS);
+    const int64_t head_rows = round_up(call.queries, TILE_ROWS);
+    plan.heads_per_item = 1;
+    if (call.queries <= FEW_ROWS) {
+        // heads that share keys, as many as leave enough items
+        for (int64_t n = shared; n > 1; --n) {
+            if (shared % n || n * head_rows > affordable || heads / n < wanted_items) continue;
+            plan.heads_per_item = n;
+            break;
+        }
+    }
+    if (plan.heads_per_item > 1) {
+        plan.rows_per_item = head_rows;
+    } else {
+        const int64_t pieces = heads ? larger(1, (wanted_items + heads - 1) / heads) : 1;
+        const int64_t even = round_up(larger(1, (call.queries + pieces - 1) / pieces), BLOCK_ROWS);
+        plan.rows_per_item = smaller(affordable, smaller(even, round_up(MANY_ROWS, BLOCK_ROWS)));
+    }
     plan.items_per_head = (call.queries + plan.rows_per_item - 1) / plan.rows_per_item;
-    plan.items = heads * plan.items_per_head;
-    plan.bytes_per_thread = static_cast<size_t>(layout_of(call, plan.key_block, plan.rows_per_item).total);
+    plan.items = heads / plan.heads_per_item * plan.items_per_head;
+    Workspace workspace;
+    Statistics none;
+    // the second pass works on one block of rows at a time, which may be more than an item has
+    const int64_t second = statistics.key_mass ? lay_out(call, plan.key_block, BLOCK_ROWS, nullptr, &workspace, &none) : 0;
+    const int64_t first =
+        lay_out(call, plan.key_block, plan.heads_per_item * plan.rows_per_item, nullptr, &workspace, &statistics);
+    plan.bytes_per_thread = static_cast<size_t>(larger(first, second));
     return plan;
 }
 
 class Item {
 public:
-    Item(const headscope_attention& call, const Plan& plan, int64_t item, void* workspace)
-        : call_(call), plan_(plan), output_stride_(round_up(call.dim_v, LANES)) {
-        const int64_t head_index = item / plan.items_per_head;
-        sample_ = head_index / call.heads;
-        head_ = head_index % call.heads;
-        kv_head_ = head_ / (call.heads / call.kv_heads);
+    Item(const headscope_attention& call, const Plan& plan, int64_t item, void* memory)
+        : call_(call), plan_(plan), output_stride_(padded_channels(call.dim_v)), units_(units_of(call.dim)) {
+        const int64_t first_head = item / plan.items_per_head * plan.heads_per_item;
+        sample_ = first_head / call.heads;
+        first_head_ = first_head % call.heads;
+        kv_head_ = first_head_ / (call.heads / call.kv_heads);
         first_row_ = item % plan.items_per_head * plan.rows_per_item;
         end_row_ = smaller(first_row_ + plan.rows_per_item, call.queries);
-        gate_ = gate_of(call, sample_, head_);
-        wants_statistics_ = call.entropy || call.logsumexp || call.max_logit || call.max_prob;
-        char* memory = static_cast<char*>(workspace);
-        const Layout layout = layout_of(call, plan.key_block, plan.rows_per_item);
-        keys_ = reinterpret_cast<float*>(memory + layout.keys);
-        values_ = reinterpret_cast<float*>(memory + layout.values);
-        logits_ = reinterpret_cast<float*>(memory + layout.logits);
-        queries_ = reinterpret_cast<float*>(memory + layout.queries);
-        outputs_ = reinterpret_cast<float*>(memory + layout.outputs);
-        rows_ = reinterpret_cast<RowState*>(memory + layout.rows);
+        find_statistics(call, &statistics_);
+        lay_out(call, plan.key_block, plan.heads_per_item * plan.rows_per_item, static_cast<char*>(memory), &space_,
+                &statistics_);
     }
 
     void run() {
-        if (gate_ == 0.0f && !wants_statistics_) {
-            for (int64_t row = first_row_; row < end_row_; ++row) {
-                write_output(call_, sample_, head_, row, nullptr, 0.0f, gate_);
+        bool wants_keys = false;
+        for (int64_t head = first_head_; head < first_head_ + plan_.heads_per_item; ++head) {
+            if (!skipped(head)) {
+                wants_keys = true;
+                continue;
             }
-            return;
+            for (int64_t row = first_row_; row < end_row_; ++row) {
+                write_output(call_, sample_, head, row, nullptr, 0.0f, 0.0f);
+            }
         }
+        if (!wants_keys) return;
+        start_groups(&statistics_);
         // one step even without keys: every row is started and finished
         const int64_t keys = visible_keys(end_row_);
         for (int64_t key = 0; key == 0 || key < keys; key += plan_.key_block) {
             const int64_t count = smaller(plan_.key_block, keys - key);
-            pack_keys(call_, sample_, kv_head_, key, count, keys_);
-            if (gate_ != 0.0f) values_finite_ = pack_values(call_, sample_, kv_head_, key, count, values_);
-            for (int64_t row = first_row_; row < end_row_; row += BLOCK_ROWS) {
-                const int64_t visible = visible_keys(smaller(row + BLOCK_ROWS, end_row_));
-                if (key > 0 && key >= visible) continue;
-                if (key == 0) start_rows(row);
-                step(row, key, count);
-                if (key + count >= visible) finish_rows(row);
+            pack_keys(call_, sample_, kv_head_, key, count, space_.keys);
+            values_packed_ = false;
+            for (int64_t head = first_head_; head < first_head_ + plan_.heads_per_item; ++head) {
+                if (!skipped(head)) head_step(head, key, count);
             }
         }
     }
 
 private:
+    float gate(int64_t head) const { return head_edit(call_.gate, sample_, head); }
+
+    // A removed head of which nothing is asked.
+    bool skipped(int64_t head) const { return gate(head) == 0.0f && !statistics_.any; }
+
     // keys that some row before end_row sees, causality considered
     int64_t visible_keys(int64_t end_row) const { return call_.is_causal ? smaller(call_.keys, end_row) : call_.keys; }
 
-    float* outputs_of(int64_t row) { return outputs_ + (row - first_row_) * output_stride_; }
-    RowState* state_of(int64_t row) { return rows_ + (row - first_row_); }
     int64_t block_rows(int64_t row) const { return smaller(BLOCK_ROWS, end_row_ - row); }
+
+    // All rows of a head against the keys of the block that starts at `key`.
+    void head_step(int64_t head, int64_t key, int64_t count) {
+        head_ = head;
+        gate_ = gate(head);
+        // in double: the temperature costs no rounding of its own
+        scale_ = static_cast<float>(call_.scale / static_cast<double>(head_edit(call_.temperature, sample_, head)));
+        first_local_ = (head - first_head_) * plan_.rows_per_item;
+        if (gate_ != 0.0f && !values_packed_) {
+            values_finite_ = pack_values(call_, sample_, kv_head_, key, count, space_.values);
+            values_packed_ = true;
+        }
+        if (call_.key_bias.data) copy_edit(call_.key_bias, sample_, head, key, count, space_.bias);
+        scales_finite_ = true;
+        if (call_.key_scale.data) {
+            copy_edit(call_.key_scale, sample_, head, key, count, space_.key_scale);
+            for (int64_t j = 0; j < count; ++j) scales_finite_ &= space_.key_scale[j] * 0.0f == 0.0f;
+        }
+        start_keys(&statistics_, sample_, head, key, count);
+        for (int64_t row = first_row_; row < end_row_; row += BLOCK_ROWS) {
+            const int64_t visible = visible_keys(smaller(row + BLOCK_ROWS, end_row_));
+            if (key > 0 && key >= visible) continue;
+            if (key == 0) start_rows(row);
+            step(row, key, count);
+            if (key + count >= visible) finish_rows(row);
+        }
+    }
+
+    int64_t local(int64_t row) const { return first_local_ + row - first_row_; }
+    float* outputs_of(int64_t row) { return space_.outputs + local(row) * output_stride_; }
+    RowState* state_of(int64_t row) { return space_.rows + local(row); }
 
     void start_rows(int64_t row) {
         const int64_t rows = round_up(block_rows(row), TILE_ROWS);
-        pack_queries(call_, sample_, head_, row, block_rows(row), queries_ + (row - first_row_) * call_.dim);
-        memset(outputs_of(row), 0, static_cast<size_t>(rows * output_stride_) * sizeof(float));
+        pack_queries(call_, sample_, head_, row, block_rows(row), scale_, space_.queries + local(row) * units_);
         for (int64_t r = 0; r < rows; ++r) start_row(state_of(row) + r);
+        if (!statistics_.general) return;
+        for (int64_t r = 0; r < block_rows(row); ++r) start_row_statistics(&statistics_, local(row) + r);
     }
 
     // The rows of the block that starts at `row` against the keys of the block that starts at `key`.
@@ -134,25 +204,34 @@ private:
         const int64_t rows = block_rows(row);
         const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
         const int64_t padded = round_up(count, LANES);
-        compute_logits(queries_ + (row - first_row_) * call_.dim, tiles, keys_, count, call_.dim, logits_);
-        for (int64_t r = 0; r < tiles * TILE_ROWS; ++r) {
-            float* logits = logits_ + r * LOGIT_STRIDE;
-            if (r < rows) apply_mask(call_, sample_, head_, row + r, key, count, logits);
+        const float* bias = call_.key_bias.data ? space_.bias : nullptr;
+        const float* key_scale = call_.key_scale.data ? space_.key_scale : nullptr;
+        compute_logits(space_.queries + local(row) * units_, tiles, space_.keys, count, units_, scale_, space_.logits);
+        for (int64_t r = 0; r < rows; ++r) {
+            float* logits = space_.logits + r * LOGIT_STRIDE;
+            apply_mask(call_, sample_, head_, row + r, key, count, bias, logits);
             for (int64_t j = count; j < padded; ++j) logits[j] = -INFINITE;
-            if (call_.entropy) {
-                softmax_block<true>(logits, padded, state_of(row) + r);
+            RowState* state = state_of(row) + r;
+            if (statistics_.general || key_scale) {
+                softmax_block<Sweep::EVERYTHING>(logits, padded, state, &statistics_, key_scale, local(row) + r,
+                                                 row + r);
+            } else if (statistics_.entropy) {
+                softmax_block<Sweep::ENTROPY>(logits, padded, state, nullptr, nullptr, 0, 0);
             } else {
-                softmax_block<false>(logits, padded, state_of(row) + r);
+                softmax_block<Sweep::SUM>(logits, padded, state, nullptr, nullptr, 0, 0);
             }
         }
         if (gate_ == 0.0f) return;
-        if (values_finite_ || (!call_.is_causal && !call_.mask.data)) {
-            add_values(logits_, tiles, values_, count, state_of(row), outputs_of(row), output_stride_);
+        const Unit* powers = reinterpret_cast<const Unit*>(space_.logits);
+        const bool hides = call_.is_causal || call_.mask.data || call_.key_bias.data;
+        if ((values_finite_ && scales_finite_) || !hides) {
+            add_values(powers, tiles, space_.values, units_of(count), state_of(row), outputs_of(row), output_stride_,
+                       key == 0);
             return;
         }
         for (int64_t r = 0; r < rows; ++r) {
-            add_seen_values(logits_ + r * LOGIT_STRIDE, values_, count, state_of(row)[r], outputs_of(row + r),
-                            output_stride_,
+            add_seen_values(powers + r * LOGIT_STRIDE, space_.values, count, state_of(row)[r], outputs_of(row + r),
+                            output_stride_, key == 0,
                             [&](int64_t j) { return attends(call_, sample_, head_, row + r, key + j); });
         }
     }
@@ -161,20 +240,26 @@ private:
         const int64_t first = (sample_ * call_.heads + head_) * call_.queries + row;
         for (int64_t r = 0; r < block_rows(row); ++r) {
             const RowState& state = state_of(row)[r];
-            if (wants_statistics_) write_statistics(call_, state, first + r);
-            write_output(call_, sample_, head_, row + r, outputs_of(row + r), normaliser(state), gate_);
+            const float share = normaliser(state);
+            if (statistics_.any) write_statistics(call_, statistics_, state, local(row) + r, first + r);
+            if (plan_.row_max) {
+                plan_.row_max[first + r - plan_.first_saved_row] = state.running_max;
+                plan_.row_share[first + r - plan_.first_saved_row] = share;
+            }
+            write_output(call_, sample_, head_, row + r, outputs_of(row + r), share, gate_);
         }
     }
 
     const headscope_attention& call_;
     const Plan& plan_;
-    const int64_t output_stride_;
-    int64_t sample_, head_, kv_head_, first_row_, end_row_;
-    float gate_;
-    bool wants_statistics_;
-    bool values_finite_ = true;
-    float *keys_, *values_, *logits_, *queries_, *outputs_;
-    RowState* rows_;
+    const int64_t output_stride_, units_;
+    int64_t sample_, first_head_, kv_head_, first_row_, end_row_;
+    // of the head at hand
+    int64_t head_ = 0, first_local_ = 0;
+    float gate_ = 1.0f, scale_ = 1.0f;
+    bool values_packed_ = false, values_finite_ = true, scales_finite_ = true;
+    Workspace space_;
+    Statistics statistics_;
 };
 
 inline void run(const headscope_attention& call, const Plan& plan, int64_t item, void* workspace) {
@@ -183,12 +268,9 @@ inline void run(const headscope_attention& call, const Plan& plan, int64_t item,
 
 inline void exp2_array(const float* input, float* output, int64_t count) {
     for (int64_t start = 0; start < count; start += LANES) {
-        float lanes[LANES] = {};
-        const size_t bytes = static_cast<size_t>(smaller(LANES, count - start)) * sizeof(float);
-        memcpy(lanes, input + start, bytes);
+        const int64_t lanes = smaller(LANES, count - start);
         Floats bounded;
-        store(lanes, exp2_of(load(lanes), &bounded));
-        memcpy(output + start, lanes, bytes);
+        store_some(output + start, exp2_of(load_some(input + start, lanes), &bounded), lanes);
     }
 }
 

@@ -104,6 +104,90 @@ bool with_element(int64_t dtype, const Function& function) {
     }
 }
 
+// LANES numbers as float32, one after the other in memory.
+HEADSCOPE_INLINE Floats load_as_floats(const float* from) { return load(from); }
+template <typename Element>
+HEADSCOPE_INLINE Floats load_as_floats(const Element* from) {
+    float lanes[LANES];
+    for (int i = 0; i < LANES; ++i) lanes[i] = to_float(from[i]);
+    return load(lanes);
+}
+#if defined(__AVX512F__)
+HEADSCOPE_INLINE Floats load_as_floats(const BFloat16* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+HEADSCOPE_INLINE Floats load_as_floats(const Float16* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#elif defined(__AVX2__)
+HEADSCOPE_INLINE Floats load_as_floats(const BFloat16* from) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+HEADSCOPE_INLINE Floats load_as_floats(const Float16* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+#endif
+
+// The first `count` of LANES numbers `stride` elements apart, 0 < count <= LANES; the other lanes are 0.
+template <typename Element>
+HEADSCOPE_INLINE Floats gather_as_floats(const Element* from, int64_t stride, int64_t count) {
+    if (stride == 1 && count == LANES) return load_as_floats(from);
+    float lanes[LANES] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = to_float(from[i * stride]);
+    return load(lanes);
+}
+HEADSCOPE_INLINE Floats gather_as_floats(const float* from, int64_t stride, int64_t count) {
+    if (stride == 1) return count == LANES ? load(from) : load_some(from, count);
+    float lanes[LANES] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = from[i * stride];
+    return load(lanes);
+}
+
+// Stores LANES numbers rounded to the element's type.
+HEADSCOPE_INLINE void store_as(float* to, Floats x) { store(to, x); }
+template <typename Element>
+HEADSCOPE_INLINE void store_as(Element* to, Floats x) {
+    float lanes[LANES];
+    store(lanes, x);
+    for (int i = 0; i < LANES; ++i) to[i] = from_float<Element>(lanes[i]);
+}
+#if defined(__AVX512F__)
+HEADSCOPE_INLINE void store_as(BFloat16* to, Floats x) {
+    // not by the bf16 instruction, which takes subnormal numbers for 0
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16)));
+}
+HEADSCOPE_INLINE void store_as(Float16* to, Floats x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+HEADSCOPE_INLINE void store_as(Float16* to, Floats x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+// The first `count` lanes, `stride` elements apart.
+template <typename Element>
+HEADSCOPE_INLINE void scatter_as(Element* to, int64_t stride, Floats x, int64_t count) {
+    if (stride == 1 && count == LANES) return store_as(to, x);
+    float lanes[LANES];
+    store(lanes, x);
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = from_float<Element>(lanes[i]);
+}
+
+HEADSCOPE_INLINE void scatter_as(float* to, int64_t stride, Floats x, int64_t count) {
+    if (stride == 1) return count == LANES ? store(to, x) : store_some(to, x, count);
+    float lanes[LANES];
+    store(lanes, x);
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = lanes[i];
+}
+
 // The address of element (a, b, c, 0) of a tensor.
 template <typename Element>
 HEADSCOPE_INLINE Element* at(const headscope_tensor& tensor, int64_t a, int64_t b, int64_t c) {

@@ -16,66 +16,77 @@ constexpr int64_t LOGIT_STRIDE = MAX_KEY_BLOCK + 16;
 // last place of a large logit; the contract allows four.
 constexpr int64_t MAX_PIECE = 24;
 
-// queries [TILE_ROWS][length], stride dim . keys [length][VECTORS * LANES] -> logits [TILE_ROWS][VECTORS * LANES],
-// or added to them
+// queries [TILE_ROWS][length units], stride `units` . keys [length][VECTORS * LANES] -> logits [TILE_ROWS][VECTORS *
+// LANES], or added to them, and at last scaled where the queries aren't
 template <int VECTORS, bool ADD>
-HEADSCOPE_INLINE void logits_piece(const float* queries, int64_t dim, const float* keys, int64_t length,
-                                   float* logits) {
-    const float* rows[TILE_ROWS];
-    HEADSCOPE_UNROLL
-    for (int row = 0; row < TILE_ROWS; ++row) rows[row] = queries + row * dim;
+HEADSCOPE_INLINE void logits_piece(const Unit* queries, int64_t units, const Unit* keys, int64_t length, bool last,
+                                   float scale, float* logits) {
     Floats sums[TILE_ROWS][VECTORS];
     HEADSCOPE_UNROLL
     for (int row = 0; row < TILE_ROWS; ++row) {
         HEADSCOPE_UNROLL
         for (int v = 0; v < VECTORS; ++v) sums[row][v] = broadcast(0.0f);
     }
+    const Unit* rows[TILE_ROWS];
+    HEADSCOPE_UNROLL
+    for (int row = 0; row < TILE_ROWS; ++row) rows[row] = queries + row * units;
     for (int64_t d = 0; d < length; ++d) {
-        Floats key[VECTORS];
+        Units key[VECTORS];
         HEADSCOPE_UNROLL
-        for (int v = 0; v < VECTORS; ++v) key[v] = load(keys + (d * VECTORS + v) * LANES);
+        for (int v = 0; v < VECTORS; ++v) key[v] = load_units(keys + (d * VECTORS + v) * LANES);
         HEADSCOPE_UNROLL
         for (int row = 0; row < TILE_ROWS; ++row) {
-            const Floats query = broadcast(rows[row][d]);
+            const Units query = broadcast_unit(rows[row][d]);
             HEADSCOPE_UNROLL
-            for (int v = 0; v < VECTORS; ++v) sums[row][v] = multiply_add(query, key[v], sums[row][v]);
+            for (int v = 0; v < VECTORS; ++v) sums[row][v] = dot(query, key[v], sums[row][v]);
         }
     }
+    const Floats factor = broadcast(last ? scale : 1.0f);
     HEADSCOPE_UNROLL
     for (int row = 0; row < TILE_ROWS; ++row) {
         HEADSCOPE_UNROLL
         for (int v = 0; v < VECTORS; ++v) {
             float* to = logits + row * LOGIT_STRIDE + v * LANES;
-            store(to, ADD ? add(load(to), sums[row][v]) : sums[row][v]);
+            Floats sum = ADD ? add(load(to), sums[row][v]) : sums[row][v];
+            if (TERMS > 1) sum = multiply(sum, factor);
+            store(to, sum);
         }
     }
 }
 
 template <int VECTORS>
-HEADSCOPE_INLINE void logits_tile(const float* queries, const float* keys, int64_t dim, float* logits) {
-    const int64_t pieces = (dim + MAX_PIECE - 1) / MAX_PIECE;
-    const int64_t length = pieces ? (dim + pieces - 1) / pieces : 0;
-    logits_piece<VECTORS, false>(queries, dim, keys, smaller(length, dim), logits);
-    for (int64_t d = length; d < dim; d += length) {
-        logits_piece<VECTORS, true>(queries + d, dim, keys + d * VECTORS * LANES, smaller(length, dim - d), logits);
+HEADSCOPE_INLINE void logits_tile(const Unit* queries, const Unit* keys, int64_t units, float scale, float* logits) {
+    constexpr int64_t MAX_UNITS = MAX_PIECE / TERMS;
+    if (units <= MAX_UNITS) {
+        logits_piece<VECTORS, false>(queries, units, keys, units, true, scale, logits);
+        return;
+    }
+    const int64_t pieces = (units + MAX_UNITS - 1) / MAX_UNITS;
+    const int64_t length = (units + pieces - 1) / pieces;
+    logits_piece<VECTORS, false>(queries, units, keys, length, false, scale, logits);
+    for (int64_t d = length; d < units; d += length) {
+        logits_piece<VECTORS, true>(queries + d, units, keys + d * VECTORS * LANES, smaller(length, units - d),
+                                    d + length >= units, scale, logits);
     }
 }
 
-// queries [tiles * TILE_ROWS][dim] . keys [panels][dim][panel_keys] -> logits [tiles * TILE_ROWS][count], stride
+// queries [tiles * TILE_ROWS][units] . keys [panels][units][panel's width] -> logits [tiles * TILE_ROWS][count], stride
 // LOGIT_STRIDE. A panel of keys stays in the first cache while all tiles pass over it.
-inline void compute_logits(const float* queries, int64_t tiles, const float* keys, int64_t count, int64_t dim,
-                           float* logits) {
-    for (int64_t key = 0; key < count; key += PANEL_KEYS) {
-        const bool whole = panel_keys(key, count) == PANEL_KEYS;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const float* tile_queries = queries + tile * TILE_ROWS * dim;
-            float* tile_logits = logits + tile * TILE_ROWS * LOGIT_STRIDE + key;
-            if (whole) {
-                logits_tile<2>(tile_queries, keys + key * dim, dim, tile_logits);
-            } else {
-                logits_tile<1>(tile_queries, keys + key * dim, dim, tile_logits);
+inline void compute_logits(const Unit* queries, int64_t tiles, const Unit* keys, int64_t count, int64_t units,
+                           float scale, float* logits) {
+    const int64_t padded = round_up(count, LANES);
+    for (int64_t key = 0; key < padded;) {
+        const Panel panel = first_panel(padded - key);
+        with_panel(panel, [&](auto vectors, auto) {
+            // keys have no half panels; without the bound the compiler would make code for them
+            constexpr int VECTORS = decltype(vectors)::value > 0 ? decltype(vectors)::value : 1;
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                logits_tile<VECTORS>(queries + tile * TILE_ROWS * units, keys, units, scale,
+                                     logits + tile * TILE_ROWS * LOGIT_STRIDE + key);
             }
-        }
+        });
+        keys += panel.width() * units;
+        key += panel.width();
     }
 }
 

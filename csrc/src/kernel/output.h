@@ -2,51 +2,54 @@
 #ifndef HEADSCOPE_KERNEL_OUTPUT_H
 #define HEADSCOPE_KERNEL_OUTPUT_H
 
-#include "convert.h"
+#include "pack.h"
 
 namespace headscope {
 namespace HEADSCOPE_TARGET {
 
-HEADSCOPE_INLINE float gate_of(const headscope_attention& call, int64_t sample, int64_t head) {
-    return call.gate ? call.gate[sample * call.gate_strides[0] + head * call.gate_strides[1]] : 1.0f;
-}
-
-// fill(channel) is called with the fill's value at each channel of a row; zeros without a fill.
-template <typename Function>
-void for_each_fill(const headscope_attention& call, int64_t sample, int64_t head, int64_t row,
-                   const Function& function) {
-    if (!call.fill.data) {
-        for (int64_t c = 0; c < call.dim_v; ++c) function(c, 0.0f);
-        return;
-    }
-    with_element(call.fill.dtype, [&](auto element) {
-        const auto* fill = at<decltype(element)>(call.fill, sample, head, row);
-        for (int64_t c = 0; c < call.dim_v; ++c) function(c, to_float(fill[c * call.fill.strides[3]]));
-    });
+// Element (sample, head) of an edit of heads, 1 without one.
+HEADSCOPE_INLINE float head_edit(const headscope_edit& edit, int64_t sample, int64_t head) {
+    return edit.data ? edit.data[sample * edit.strides[0] + head * edit.strides[1]] : 1.0f;
 }
 
 // output = gate * normaliser * sums + (1 - gate) * fill for one row. A gate of exactly 1 or 0 selects, so that a NaN
 // in what isn't selected stays out; sums aren't read at gate 0, nor at a normaliser of 0 (a row without a valid key).
+// sums reach to the next padded width.
 inline void write_output(const headscope_attention& call, int64_t sample, int64_t head, int64_t row, const float* sums,
                          float normaliser, float gate) {
     if (call.dim_v == 0) return;
+    const bool dead = normaliser == 0.0f;
     with_element(call.output.dtype, [&](auto element) {
         using Element = decltype(element);
         Element* output = at<Element>(call.output, sample, head, row);
         const int64_t stride = call.output.strides[3];
-        const auto attention = [&](int64_t c) { return normaliser == 0.0f ? 0.0f : sums[c] * normaliser; };
-        if (gate == 1.0f && stride == 1) {
-            for (int64_t c = 0; c < call.dim_v; ++c) output[c] = from_float<Element>(attention(c));
-        } else if (gate == 1.0f) {
-            for (int64_t c = 0; c < call.dim_v; ++c) output[c * stride] = from_float<Element>(attention(c));
-        } else if (gate == 0.0f) {
-            for_each_fill(call, sample, head, row,
-                          [&](int64_t c, float fill) { output[c * stride] = from_float<Element>(fill); });
-        } else {
-            for_each_fill(call, sample, head, row, [&](int64_t c, float fill) {
-                output[c * stride] = from_float<Element>(gate * attention(c) + (1.0f - gate) * fill);
+        const auto each = [&](const auto& result) {
+            for (int64_t c = 0; c < call.dim_v; c += LANES) {
+                const int64_t count = smaller(LANES, call.dim_v - c);
+                scatter_as(output + c * stride, stride, result(c, count), count);
+            }
+        };
+        const auto attention = [&](int64_t c, int64_t count) {
+            if (dead) return broadcast(0.0f);
+            return multiply(count == LANES ? load(sums + c) : load_some(sums + c, count), broadcast(normaliser));
+        };
+        if (gate == 1.0f) return each(attention);
+        if (!call.fill.data) {
+            each([&](int64_t c, int64_t count) {
+                return gate == 0.0f ? broadcast(0.0f) : multiply(broadcast(gate), attention(c, count));
             });
+            return;
         }
+        with_element(call.fill.dtype, [&](auto fill_element) {
+            const auto* fill = at<decltype(fill_element)>(call.fill, sample, head, row);
+            const int64_t fill_stride = call.fill.strides[3];
+            each([&](int64_t c, int64_t count) {
+                const Floats filled = gather_as_floats(fill + c * fill_stride, fill_stride, count);
+                if (gate == 0.0f) return filled;
+                const Floats kept = multiply(broadcast(gate), attention(c, count));
+                return multiply_add(broadcast(1.0f - gate), filled, kept);
+            });
+        });
     });
 }
 

@@ -1,107 +1,212 @@
-// Copies of query, key and value blocks in float32, in the order in which the tiles read them.
+// Copies of query, key and value blocks in units, in the order in which the tiles read them.
 #ifndef HEADSCOPE_KERNEL_PACK_H
 #define HEADSCOPE_KERNEL_PACK_H
 
-#include "convert.h"
+#include "units.h"
 
 namespace headscope {
 namespace HEADSCOPE_TARGET {
 
-HEADSCOPE_INLINE int64_t round_up(int64_t size, int64_t multiple) {
-    return (size + multiple - 1) / multiple * multiple;
-}
-HEADSCOPE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-HEADSCOPE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+#if defined(HEADSCOPE_DOTS)
 
-// Keys in the panel that starts at `first`: the last one may be a single vector wide.
-HEADSCOPE_INLINE int64_t panel_keys(int64_t first, int64_t count) {
-    return count - first <= LANES ? LANES : PANEL_KEYS;
+// The units with terms 0..count - 1 of a row of numbers `stride` apart, 0 < count <= 2 * LANES; missing terms are 0.
+HEADSCOPE_INLINE Floats gather_units(const BFloat16* from, int64_t stride, int64_t count) {
+    if (stride == 1) {
+        const __mmask32 some = count >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << count) - 1u);
+        return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, from));
+    }
+    BFloat16 terms[2 * LANES] = {};
+    for (int64_t i = 0; i < count; ++i) terms[i] = from[i * stride];
+    return _mm512_castsi512_ps(_mm512_loadu_si512(terms));
+}
+HEADSCOPE_INLINE void put_units(Unit* to, Floats units) { _mm512_storeu_ps(to, units); }
+HEADSCOPE_INLINE void put_some_units(Unit* to, Floats units, int64_t count) {
+    _mm512_mask_storeu_ps(to, first_lanes(count), units);
+}
+// The same operations whatever the dtype; here it is always bfloat16.
+template <typename Function>
+HEADSCOPE_INLINE void with_input_element(int64_t, const Function& function) {
+    function(BFloat16{});
 }
 
-// Vectors in the value panel that starts at vector `first` of `count`: as wide as the registers allow, but 4 = 2 + 2.
-HEADSCOPE_INLINE int value_vectors(int64_t first, int64_t count) {
-    const int64_t left = count - first;
-    if (left == 4 && MAX_VALUE_VECTORS == 3) return 2;
-    return static_cast<int>(smaller(left, MAX_VALUE_VECTORS));
+#else
+
+template <typename Element>
+HEADSCOPE_INLINE Floats gather_units(const Element* from, int64_t stride, int64_t count) {
+    return gather_as_floats(from, stride, count);
+}
+HEADSCOPE_INLINE void put_units(Unit* to, Floats units) { store(to, units); }
+HEADSCOPE_INLINE void put_some_units(Unit* to, Floats units, int64_t count) { store_some(to, units, count); }
+template <typename Function>
+HEADSCOPE_INLINE void with_input_element(int64_t dtype, const Function& function) {
+    if (dtype == HEADSCOPE_FLOAT32) return function(float{});
+    if (dtype == HEADSCOPE_BFLOAT16) return function(BFloat16{});
+    function(Float16{});
 }
 
-// Rows first..first + count - 1 of a head's queries -> [count rounded up to TILE_ROWS][dim], scaled; the rest are 0.
+#endif
+
+// Rows first..first + count - 1 of a head's queries -> [count rounded up to TILE_ROWS][units of dim]; the rest are 0.
+// Scaled here where units are float32; pairs of bfloat16 stay as they are, and their logits are scaled.
 inline void pack_queries(const headscope_attention& call, int64_t sample, int64_t head, int64_t first, int64_t count,
-                         float* packed) {
+                         float scale, Unit* packed) {
     // an empty tensor has no address to count from
     if (call.dim == 0) return;
-    with_element(call.query.dtype, [&](auto element) {
+    const int64_t units = units_of(call.dim);
+    with_input_element(call.query.dtype, [&](auto element) {
         using Element = decltype(element);
         const int64_t* strides = call.query.strides;
         const Element* source = at<Element>(call.query, sample, head, first);
-        const float scale = static_cast<float>(call.scale);
         for (int64_t row = 0; row < count; ++row) {
             const Element* from = source + row * strides[2];
-            float* to = packed + row * call.dim;
-            if (strides[3] == 1) {
-                for (int64_t d = 0; d < call.dim; ++d) to[d] = scale * to_float(from[d]);
-            } else {
-                for (int64_t d = 0; d < call.dim; ++d) to[d] = scale * to_float(from[d * strides[3]]);
+            Unit* to = packed + row * units;
+            for (int64_t d = 0; d < units; d += LANES) {
+                const int64_t terms = smaller(LANES * TERMS, call.dim - d * TERMS);
+                Floats x = gather_units(from + d * TERMS * strides[3], strides[3], terms);
+                if (TERMS == 1) x = multiply(x, broadcast(scale));
+                if (d + LANES <= units) {
+                    put_units(to + d, x);
+                } else {
+                    put_some_units(to + d, x, units - d);
+                }
             }
         }
-        const int64_t padding = round_up(count, TILE_ROWS) - count;
-        memset(packed + count * call.dim, 0, static_cast<size_t>(padding * call.dim) * sizeof(float));
     });
+    const int64_t padding = round_up(count, TILE_ROWS) - count;
+    memset(packed + count * units, 0, static_cast<size_t>(padding * units) * sizeof(Unit));
 }
 
-// Keys first..first + count - 1 of a key head -> [panels][dim][panel_keys]; keys past the last are 0.
+// Keys first..first + count - 1 of a key head -> [panels][units of dim][panel's width]; keys past the last are 0.
 inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
-                      float* packed) {
+                      Unit* packed) {
     if (call.dim == 0 || count <= 0) return;
-    with_element(call.key.dtype, [&](auto element) {
+    const int64_t units = units_of(call.dim);
+    with_input_element(call.key.dtype, [&](auto element) {
         using Element = decltype(element);
         const int64_t* strides = call.key.strides;
         const Element* source = at<Element>(call.key, sample, kv_head, first);
-        for (int64_t key = 0; key < count; key += PANEL_KEYS) {
-            const int64_t width = panel_keys(key, count);
-            const int64_t rows = smaller(width, count - key);
-            float* panel = packed + key * call.dim;
-            for (int64_t row = 0; row < rows; ++row) {
-                const Element* from = source + (key + row) * strides[2];
-                for (int64_t d = 0; d < call.dim; ++d) panel[d * width + row] = to_float(from[d * strides[3]]);
+        const int64_t padded = round_up(count, LANES);
+        for (int64_t key = 0; key < padded;) {
+            const int64_t width = first_panel(padded - key).width();
+            for (int64_t end = key + width; key < end; key += LANES, packed += LANES) {
+                for (int64_t d = 0; d < units; d += LANES) {
+                    const int64_t terms = smaller(LANES * TERMS, call.dim - d * TERMS);
+                    const Element* from = source + d * TERMS * strides[3];
+                    Floats block[LANES];
+                    HEADSCOPE_UNROLL
+                    for (int i = 0; i < LANES; ++i) {
+                        block[i] = key + i < count ? gather_units(from + (key + i) * strides[2], strides[3], terms)
+                                                   : broadcast(0.0f);
+                    }
+                    transpose(block);
+                    const int64_t rows = smaller(LANES, units - d);
+                    if (rows == LANES) {
+                        HEADSCOPE_UNROLL
+                        for (int i = 0; i < LANES; ++i) put_units(packed + (d + i) * width, block[i]);
+                    } else {
+                        HEADSCOPE_UNROLL
+                        for (int i = 0; i < LANES; ++i) {
+                            if (i < rows) put_units(packed + (d + i) * width, block[i]);
+                        }
+                    }
+                }
             }
-            for (int64_t row = rows; row < width; ++row) {
-                for (int64_t d = 0; d < call.dim; ++d) panel[d * width + row] = 0.0f;
-            }
+            packed += (units - 1) * width;
         }
     });
 }
 
-// Values first..first + count - 1 of a key head -> [panels][count][vectors * LANES], channels past dim_v are 0.
-// Returns whether all of them are finite.
+#if defined(HEADSCOPE_DOTS)
+
+// Values of keys first..first + count - 1 -> [panels][pairs of keys][panel's width]; what is missing is 0. Returns
+// whether all of them are finite.
 inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
-                        float* packed) {
+                        Unit* packed) {
     if (call.dim_v == 0 || count <= 0) return true;
-    constexpr uint32_t EXPONENT = 0x7f800000u;
-    uint32_t not_finite = 0;
-    with_element(call.value.dtype, [&](auto element) {
+    const __m256i exponent = _mm256_set1_epi16(0x7f80);
+    const int64_t stride = call.value.strides[3];
+    const int64_t pairs = units_of(count);
+    const int64_t width = padded_channels(call.dim_v);
+    const BFloat16* source = at<BFloat16>(call.value, sample, kv_head, first);
+    unsigned not_finite = 0;
+    const auto gather = [&](int64_t key, int64_t channel, int64_t channels) {
+        if (key >= count) return _mm256_setzero_si256();
+        const BFloat16* from = source + key * call.value.strides[2] + channel * stride;
+        __m256i x;
+        if (stride == 1) {
+            x = _mm256_maskz_loadu_epi16(first_lanes(channels), from);
+        } else {
+            BFloat16 some[LANES] = {};
+            for (int64_t c = 0; c < channels; ++c) some[c] = from[c * stride];
+            x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(some));
+        }
+        not_finite |= _mm256_cmpeq_epi16_mask(_mm256_and_si256(x, exponent), exponent);
+        return x;
+    };
+    for (int64_t channel = 0; channel < width;) {
+        const int64_t panel = first_panel(width - channel).width();
+        for (int64_t pair = 0; pair < pairs; ++pair, packed += panel) {
+            for (int64_t c = 0; c < panel; c += LANES) {
+                const int64_t channels = larger(0, smaller(LANES, call.dim_v - channel - c));
+                const __m512i even = _mm512_cvtepu16_epi32(gather(2 * pair, channel + c, channels));
+                const __m512i odd = _mm512_cvtepu16_epi32(gather(2 * pair + 1, channel + c, channels));
+                const __m512i both = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+                put_some_units(packed + c, _mm512_castsi512_ps(both), smaller(LANES, panel - c));
+            }
+        }
+        channel += panel;
+    }
+    return not_finite == 0;
+}
+
+HEADSCOPE_INLINE float packed_power(const Unit* row, int64_t key) {
+    return bit_cast<float>(key % 2 ? row[key / 2] & 0xffff0000u : row[key / 2] << 16);
+}
+HEADSCOPE_INLINE float packed_value(const Unit* panel, int64_t width, int64_t key, int64_t channel) {
+    return packed_power(panel + key / 2 * width + channel, key % 2);
+}
+
+#else
+
+// Values of keys first..first + count - 1 -> [panels][count][panel's width], channels past dim_v are 0. Returns
+// whether all of them are finite.
+inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
+                        Unit* packed) {
+    if (call.dim_v == 0 || count <= 0) return true;
+    // 0 times anything finite is 0, everything else makes this NaN
+    Floats not_finite = broadcast(0.0f);
+    with_input_element(call.value.dtype, [&](auto element) {
         using Element = decltype(element);
         const int64_t* strides = call.value.strides;
         const Element* source = at<Element>(call.value, sample, kv_head, first);
-        const int64_t vectors = round_up(call.dim_v, LANES) / LANES;
-        for (int64_t vector = 0; vector < vectors;) {
-            const int panel = value_vectors(vector, vectors);
-            const int64_t width = panel * LANES;
-            const int64_t channel = vector * LANES;
-            const int64_t channels = smaller(width, call.dim_v - channel);
-            for (int64_t key = 0; key < count; ++key, packed += width) {
+        const int64_t width = padded_channels(call.dim_v);
+        for (int64_t channel = 0; channel < width;) {
+            const int64_t panel = first_panel(width - channel).width();
+            for (int64_t key = 0; key < count; ++key, packed += panel) {
                 const Element* from = source + key * strides[2] + channel * strides[3];
-                for (int64_t c = 0; c < channels; ++c) {
-                    packed[c] = to_float(from[c * strides[3]]);
-                    not_finite |= (bit_cast<uint32_t>(packed[c]) & EXPONENT) == EXPONENT;
+                for (int64_t c = 0; c < panel; c += LANES) {
+                    const int64_t channels = smaller(LANES, call.dim_v - channel - c);
+                    const Floats x = gather_as_floats(from + c * strides[3], strides[3], channels);
+                    not_finite = multiply_add(x, broadcast(0.0f), not_finite);
+                    if (c + LANES <= panel) {
+                        store(packed + c, x);
+                    } else {
+                        store_some(packed + c, x, panel - c);
+                    }
                 }
-                for (int64_t c = channels; c < width; ++c) packed[c] = 0.0f;
             }
-            vector += panel;
+            channel += panel;
         }
     });
-    return not_finite == 0;
+    return sum_of_lanes(not_finite) == 0.0f;
 }
+
+HEADSCOPE_INLINE float packed_power(const Unit* row, int64_t key) { return row[key]; }
+HEADSCOPE_INLINE float packed_value(const Unit* panel, int64_t width, int64_t key, int64_t channel) {
+    return panel[key * width + channel];
+}
+
+#endif
 
 }  // namespace HEADSCOPE_TARGET
 }  // namespace headscope

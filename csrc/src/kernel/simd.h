@@ -5,6 +5,7 @@
 #ifndef HEADSCOPE_KERNEL_SIMD_H
 #define HEADSCOPE_KERNEL_SIMD_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -18,10 +19,12 @@
 
 #if defined(__GNUC__)
 #define HEADSCOPE_INLINE inline __attribute__((always_inline))
-#define HEADSCOPE_UNROLL _Pragma("GCC unroll 8")
+#define HEADSCOPE_UNROLL _Pragma("GCC unroll 16")
+#define HEADSCOPE_PREFETCH(address) __builtin_prefetch(address)
 #else
 #define HEADSCOPE_INLINE inline
 #define HEADSCOPE_UNROLL
+#define HEADSCOPE_PREFETCH(address) (void)(address)
 #endif
 
 namespace headscope {
@@ -36,64 +39,145 @@ HEADSCOPE_INLINE To bit_cast(From from) {
 }
 
 // Shared contract of the operations below:
+//   load_some, store_some   the first `count` lanes, 0 < count <= LANES; the others load as 0
 //   max_of(a, b)            the larger; b where either is NaN
-//   keep_from(x, low, y)    y where x >= low or x is NaN, else 0
+//   scale_from(x, low, y, n)  y * 2^n for integral n in -126..127 where x >= low or x is NaN, else 0; any n there
 //   round_to_integer(x)     to the nearest integer, |x| < 2^22
 //   sum_of_lanes(x), max_of_lanes(x)   of numbers without NaN, the maximum
-//   times_power_of_two(y, n)  y * 2^n for integral n in -126..127; anything at n = -127
+//   mute(x, bias)           -inf where bias is -inf, whatever x, else x + bias
+//   mask_of(bits)           lane i is on where bit i of `bits` is
+//   add_where(mask, a, b)   a + b where the mask is on, else a
 
 #if defined(__AVX512F__)
 
 using Floats = __m512;
+using LaneMask = __mmask16;
 constexpr int LANES = 16;
-// 32 registers: 16 sums of logits or 24 of outputs, and the operands
+// 32 registers: 24 sums and the operands
 constexpr int TILE_ROWS = 8;
-constexpr int MAX_VALUE_VECTORS = 3;
+constexpr int MAX_VECTORS = 3;
 
 HEADSCOPE_INLINE Floats broadcast(float x) { return _mm512_set1_ps(x); }
+HEADSCOPE_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1u); }
 HEADSCOPE_INLINE Floats load(const float* from) { return _mm512_loadu_ps(from); }
 HEADSCOPE_INLINE void store(float* to, Floats x) { _mm512_storeu_ps(to, x); }
+HEADSCOPE_INLINE Floats load_some(const float* from, int64_t count) {
+    return _mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+HEADSCOPE_INLINE void store_some(float* to, Floats x, int64_t count) {
+    _mm512_mask_storeu_ps(to, first_lanes(count), x);
+}
 HEADSCOPE_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 HEADSCOPE_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 HEADSCOPE_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 HEADSCOPE_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 HEADSCOPE_INLINE Floats max_of(Floats a, Floats b) { return _mm512_max_ps(a, b); }
-HEADSCOPE_INLINE Floats keep_from(Floats x, Floats low, Floats y) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), y);
+HEADSCOPE_INLINE Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
+HEADSCOPE_INLINE Floats scale_from(Floats x, Floats low, Floats y, Floats n) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, low, _CMP_NLT_UQ), y, n);
 }
 HEADSCOPE_INLINE Floats round_to_integer(Floats x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-HEADSCOPE_INLINE Floats times_power_of_two(Floats y, Floats n) { return _mm512_scalef_ps(y, n); }
 HEADSCOPE_INLINE float sum_of_lanes(Floats x) { return _mm512_reduce_add_ps(x); }
 HEADSCOPE_INLINE float max_of_lanes(Floats x) { return _mm512_reduce_max_ps(x); }
+HEADSCOPE_INLINE Floats mute(Floats x, Floats bias) {
+    const Floats lowest = _mm512_set1_ps(-INFINITY);
+    return _mm512_mask_add_ps(lowest, _mm512_cmp_ps_mask(bias, lowest, _CMP_NEQ_UQ), x, bias);
+}
+HEADSCOPE_INLINE LaneMask mask_of(uint32_t bits) { return static_cast<__mmask16>(bits); }
+HEADSCOPE_INLINE Floats add_where(LaneMask mask, Floats a, Floats b) { return _mm512_mask_add_ps(a, mask, a, b); }
+
+// lane j of vector i becomes lane i of vector j
+HEADSCOPE_INLINE void transpose(Floats x[LANES]) {
+    Floats y[LANES];
+    HEADSCOPE_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        const Floats a = _mm512_unpacklo_ps(x[i], x[i + 1]), b = _mm512_unpackhi_ps(x[i], x[i + 1]);
+        const Floats c = _mm512_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+        // 4 x 4 blocks: vector i + k holds columns k, k + 4, k + 8, k + 12 of rows i..i + 3
+        y[i] = _mm512_shuffle_ps(a, c, 0x44);
+        y[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+        y[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+        y[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+    }
+    HEADSCOPE_UNROLL
+    for (int k = 0; k < 4; ++k) {
+        const Floats a = _mm512_shuffle_f32x4(y[k], y[k + 4], 0x88), b = _mm512_shuffle_f32x4(y[k], y[k + 4], 0xdd);
+        const Floats c = _mm512_shuffle_f32x4(y[k + 8], y[k + 12], 0x88);
+        const Floats d = _mm512_shuffle_f32x4(y[k + 8], y[k + 12], 0xdd);
+        x[k] = _mm512_shuffle_f32x4(a, c, 0x88);
+        x[k + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+        x[k + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+        x[k + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+}
 
 #elif defined(__AVX2__)
 
 using Floats = __m256;
+using LaneMask = __m256i;
 constexpr int LANES = 8;
 // 16 registers: 12 sums, two vectors and a broadcast
 constexpr int TILE_ROWS = 6;
-constexpr int MAX_VALUE_VECTORS = 2;
+constexpr int MAX_VECTORS = 2;
 
 HEADSCOPE_INLINE Floats broadcast(float x) { return _mm256_set1_ps(x); }
+HEADSCOPE_INLINE __m256i first_lanes(int64_t count) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
+}
 HEADSCOPE_INLINE Floats load(const float* from) { return _mm256_loadu_ps(from); }
 HEADSCOPE_INLINE void store(float* to, Floats x) { _mm256_storeu_ps(to, x); }
+HEADSCOPE_INLINE Floats load_some(const float* from, int64_t count) {
+    return _mm256_maskload_ps(from, first_lanes(count));
+}
+HEADSCOPE_INLINE void store_some(float* to, Floats x, int64_t count) {
+    _mm256_maskstore_ps(to, first_lanes(count), x);
+}
 HEADSCOPE_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 HEADSCOPE_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 HEADSCOPE_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 HEADSCOPE_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 HEADSCOPE_INLINE Floats max_of(Floats a, Floats b) { return _mm256_max_ps(a, b); }
-HEADSCOPE_INLINE Floats keep_from(Floats x, Floats low, Floats y) {
-    return _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_NLT_UQ), y);
+HEADSCOPE_INLINE Floats square_root(Floats x) { return _mm256_sqrt_ps(x); }
+HEADSCOPE_INLINE Floats scale_from(Floats x, Floats low, Floats y, Floats n) {
+    // a NaN converts to INT_MIN, whose shift is 0: y, NaN as well, stays
+    const __m256i exponents = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    const Floats scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponents));
+    return _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_NLT_UQ), scaled);
 }
 HEADSCOPE_INLINE Floats round_to_integer(Floats x) {
     return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-HEADSCOPE_INLINE Floats times_power_of_two(Floats y, Floats n) {
-    // a NaN converts to INT_MIN, whose shift is 0: y, NaN as well, stays
-    const __m256i exponents = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponents));
+HEADSCOPE_INLINE Floats mute(Floats x, Floats bias) {
+    const Floats lowest = _mm256_set1_ps(-INFINITY);
+    return _mm256_blendv_ps(_mm256_add_ps(x, bias), lowest, _mm256_cmp_ps(bias, lowest, _CMP_EQ_OQ));
+}
+HEADSCOPE_INLINE LaneMask mask_of(uint32_t bits) {
+    const __m256i powers = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), powers), powers);
+}
+HEADSCOPE_INLINE Floats add_where(LaneMask mask, Floats a, Floats b) {
+    return _mm256_add_ps(a, _mm256_and_ps(_mm256_castsi256_ps(mask), b));
+}
+
+HEADSCOPE_INLINE void transpose(Floats x[LANES]) {
+    Floats y[LANES];
+    HEADSCOPE_UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        const Floats a = _mm256_unpacklo_ps(x[i], x[i + 1]), b = _mm256_unpackhi_ps(x[i], x[i + 1]);
+        const Floats c = _mm256_unpacklo_ps(x[i + 2], x[i + 3]), d = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+        y[i] = _mm256_shuffle_ps(a, c, 0x44);
+        y[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+        y[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+        y[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    HEADSCOPE_UNROLL
+    for (int k = 0; k < 4; ++k) {
+        x[k] = _mm256_permute2f128_ps(y[k], y[k + 4], 0x20);
+        x[k + 4] = _mm256_permute2f128_ps(y[k], y[k + 4], 0x31);
+    }
 }
 
 #else
@@ -105,7 +189,7 @@ constexpr int TILE_ROWS = 8;
 #else
 constexpr int TILE_ROWS = 4;
 #endif
-constexpr int MAX_VALUE_VECTORS = 2;
+constexpr int MAX_VECTORS = 2;
 
 #if defined(__GNUC__)
 // SSE2, NEON, VSX, RVV...: whatever the compiler makes of four floats
@@ -130,6 +214,8 @@ HEADSCOPE_INLINE Floats operator*(Floats a, const Floats& b) {
 }
 #endif
 
+using LaneMask = uint32_t;
+
 HEADSCOPE_INLINE Floats broadcast(float x) { return Floats{x, x, x, x}; }
 HEADSCOPE_INLINE Floats load(const float* from) {
     Floats x;
@@ -137,6 +223,18 @@ HEADSCOPE_INLINE Floats load(const float* from) {
     return x;
 }
 HEADSCOPE_INLINE void store(float* to, Floats x) { memcpy(to, &x, sizeof x); }
+HEADSCOPE_INLINE Floats load_some(const float* from, int64_t count) {
+    float lanes[LANES] = {};
+    for (int i = 0; i < LANES; ++i) {
+        if (i < count) lanes[i] = from[i];
+    }
+    return load(lanes);
+}
+HEADSCOPE_INLINE void store_some(float* to, Floats x, int64_t count) {
+    for (int i = 0; i < LANES; ++i) {
+        if (i < count) to[i] = x[i];
+    }
+}
 HEADSCOPE_INLINE Floats add(Floats a, Floats b) { return a + b; }
 HEADSCOPE_INLINE Floats subtract(Floats a, Floats b) { return a - b; }
 HEADSCOPE_INLINE Floats multiply(Floats a, Floats b) { return a * b; }
@@ -150,20 +248,16 @@ HEADSCOPE_INLINE Floats max_of(Floats a, Floats b) {
     return a;
 #endif
 }
-HEADSCOPE_INLINE Floats keep_from(Floats x, Floats low, Floats y) {
-#if defined(__GNUC__)
-    return x < low ? Floats{} : y;
-#else
-    for (int i = 0; i < LANES; ++i) y[i] = x[i] < low[i] ? 0.0f : y[i];
-    return y;
-#endif
+HEADSCOPE_INLINE Floats square_root(Floats x) {
+    for (int i = 0; i < LANES; ++i) x[i] = sqrtf(x[i]);
+    return x;
 }
 HEADSCOPE_INLINE Floats round_to_integer(Floats x) {
     // adding 1.5 * 2^23 leaves no bits for a fraction
     const Floats shift = broadcast(12582912.0f);
     return (x + shift) - shift;
 }
-HEADSCOPE_INLINE Floats times_power_of_two(Floats y, Floats n) {
+HEADSCOPE_INLINE Floats scale_from(Floats x, Floats low, Floats y, Floats n) {
     // by multiplication, so that NaN stays NaN; 2^n is built from its exponent bits
     Floats power;
     for (int i = 0; i < LANES; ++i) {
@@ -171,7 +265,29 @@ HEADSCOPE_INLINE Floats times_power_of_two(Floats y, Floats n) {
         const int32_t exponent = n[i] == n[i] ? static_cast<int32_t>(n[i]) : 0;
         power[i] = bit_cast<float>((exponent + 127) << 23);
     }
-    return y * power;
+    y = y * power;
+#if defined(__GNUC__)
+    return x < low ? Floats{} : y;
+#else
+    for (int i = 0; i < LANES; ++i) y[i] = x[i] < low[i] ? 0.0f : y[i];
+    return y;
+#endif
+}
+HEADSCOPE_INLINE Floats mute(Floats x, Floats bias) {
+    for (int i = 0; i < LANES; ++i) x[i] = bias[i] == -INFINITY ? -INFINITY : x[i] + bias[i];
+    return x;
+}
+HEADSCOPE_INLINE LaneMask mask_of(uint32_t bits) { return bits; }
+HEADSCOPE_INLINE Floats add_where(LaneMask mask, Floats a, Floats b) {
+    for (int i = 0; i < LANES; ++i) a[i] += (mask >> i) & 1u ? b[i] : 0.0f;
+    return a;
+}
+HEADSCOPE_INLINE void transpose(Floats x[LANES]) {
+    float lanes[LANES][LANES];
+    for (int i = 0; i < LANES; ++i) {
+        for (int j = 0; j < LANES; ++j) lanes[j][i] = x[i][j];
+    }
+    for (int i = 0; i < LANES; ++i) x[i] = load(lanes[i]);
 }
 
 #endif
@@ -195,9 +311,6 @@ HEADSCOPE_INLINE float max_of_lanes(Floats x) {
     return greatest;
 }
 #endif
-
-// keys to a panel of packed keys: two vectors
-constexpr int PANEL_KEYS = 2 * LANES;
 
 }  // namespace HEADSCOPE_TARGET
 }  // namespace headscope

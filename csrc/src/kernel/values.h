@@ -11,86 +11,110 @@ namespace HEADSCOPE_TARGET {
 // Keys whose values are summed apart before they are added to the outputs: short sums round less.
 constexpr int64_t MAX_TERMS = 128;
 
-// powers [TILE_ROWS][count], stride LOGIT_STRIDE . values [count][VECTORS * LANES], added to outputs
-// [TILE_ROWS][VECTORS * LANES], stride output_stride
-template <int VECTORS, bool RESCALE>
-HEADSCOPE_INLINE void values_piece(const float* powers, const float* values, int64_t count, const RowState* rows,
+// What becomes of the outputs that are there: nothing yet, times the row's factor, or kept.
+enum class Before { NOTHING, RESCALED, KEPT };
+
+// powers [TILE_ROWS][count units], stride LOGIT_STRIDE . values [count][width] -> outputs [TILE_ROWS][width], stride
+// output_stride; width is VECTORS vectors and HALF of one
+template <int VECTORS, int HALF, Before BEFORE>
+HEADSCOPE_INLINE void values_piece(const Unit* powers, const Unit* values, int64_t count, const RowState* rows,
                                    float* outputs, int64_t output_stride) {
-    Floats sums[TILE_ROWS][VECTORS];
+    constexpr int64_t WIDTH = VECTORS * LANES + HALF * HALF_LANES;
+    Floats sums[TILE_ROWS][VECTORS + 1];
+    HalfFloats halves[TILE_ROWS];
     HEADSCOPE_UNROLL
     for (int row = 0; row < TILE_ROWS; ++row) {
         HEADSCOPE_UNROLL
         for (int v = 0; v < VECTORS; ++v) sums[row][v] = broadcast(0.0f);
+        if (HALF) halves[row] = half_zero();
     }
     for (int64_t key = 0; key < count; ++key) {
-        Floats value[VECTORS];
+        const Unit* from = values + key * WIDTH;
+        Units value[VECTORS + 1];
+        HalfUnits half = {};
         HEADSCOPE_UNROLL
-        for (int v = 0; v < VECTORS; ++v) value[v] = load(values + (key * VECTORS + v) * LANES);
+        for (int v = 0; v < VECTORS; ++v) value[v] = load_units(from + v * LANES);
+        if (HALF) half = half_load_units(from + VECTORS * LANES);
         HEADSCOPE_UNROLL
         for (int row = 0; row < TILE_ROWS; ++row) {
-            const Floats power = broadcast(powers[row * LOGIT_STRIDE + key]);
+            const Units power = broadcast_unit(powers[row * LOGIT_STRIDE + key]);
             HEADSCOPE_UNROLL
-            for (int v = 0; v < VECTORS; ++v) sums[row][v] = multiply_add(power, value[v], sums[row][v]);
+            for (int v = 0; v < VECTORS; ++v) sums[row][v] = dot(power, value[v], sums[row][v]);
+            if (HALF) halves[row] = half_dot(power, half, halves[row]);
         }
     }
     HEADSCOPE_UNROLL
     for (int row = 0; row < TILE_ROWS; ++row) {
-        const Floats rescale = broadcast(rows[row].rescale);
+        const float rescale = rows[row].rescale;
+        float* to = outputs + row * output_stride;
         HEADSCOPE_UNROLL
-        for (int v = 0; v < VECTORS; ++v) {
-            float* to = outputs + row * output_stride + v * LANES;
-            store(to, RESCALE ? multiply_add(rescale, load(to), sums[row][v]) : add(load(to), sums[row][v]));
+        for (int v = 0; v < VECTORS; ++v, to += LANES) {
+            Floats sum = sums[row][v];
+            if (BEFORE == Before::RESCALED) sum = multiply_add(broadcast(rescale), load(to), sum);
+            if (BEFORE == Before::KEPT) sum = add(load(to), sum);
+            store(to, sum);
+        }
+        if (HALF) {
+            HalfFloats sum = halves[row];
+            if (BEFORE == Before::RESCALED) sum = half_multiply_add(rescale, half_load(to), sum);
+            if (BEFORE == Before::KEPT) sum = half_add(half_load(to), sum);
+            half_store(to, sum);
         }
     }
 }
 
-template <int VECTORS>
-HEADSCOPE_INLINE void values_tile(const float* powers, const float* values, int64_t count, const RowState* rows,
-                                  float* outputs, int64_t output_stride) {
-    values_piece<VECTORS, true>(powers, values, smaller(MAX_TERMS, count), rows, outputs, output_stride);
-    for (int64_t key = MAX_TERMS; key < count; key += MAX_TERMS) {
-        values_piece<VECTORS, false>(powers + key, values + key * VECTORS * LANES, smaller(MAX_TERMS, count - key),
-                                     rows, outputs, output_stride);
+template <int VECTORS, int HALF>
+HEADSCOPE_INLINE void values_tile(const Unit* powers, const Unit* values, int64_t count, const RowState* rows,
+                                  float* outputs, int64_t output_stride, bool first) {
+    constexpr int64_t WIDTH = VECTORS * LANES + HALF * HALF_LANES;
+    constexpr int64_t MAX_UNITS = MAX_TERMS / TERMS;
+    const int64_t length = smaller(MAX_UNITS, count);
+    if (first) {
+        values_piece<VECTORS, HALF, Before::NOTHING>(powers, values, length, rows, outputs, output_stride);
+    } else {
+        values_piece<VECTORS, HALF, Before::RESCALED>(powers, values, length, rows, outputs, output_stride);
+    }
+    for (int64_t key = MAX_UNITS; key < count; key += MAX_UNITS) {
+        values_piece<VECTORS, HALF, Before::KEPT>(powers + key, values + key * WIDTH, smaller(MAX_UNITS, count - key),
+                                                  rows, outputs, output_stride);
     }
 }
 
-// powers [tiles * TILE_ROWS][count] . values [panels][count][vectors * LANES], added to outputs
-// [tiles * TILE_ROWS][output_stride], output_stride a multiple of LANES. A panel of values stays in cache while all
-// tiles pass over it.
-inline void add_values(const float* powers, int64_t tiles, const float* values, int64_t count, const RowState* rows,
-                       float* outputs, int64_t output_stride) {
-    const int64_t vectors = output_stride / LANES;
-    for (int64_t vector = 0; vector < vectors;) {
-        const int panel = value_vectors(vector, vectors);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t row = tile * TILE_ROWS;
-            float* to = outputs + row * output_stride + vector * LANES;
-            const float* from = powers + row * LOGIT_STRIDE;
-            if (panel == 1) values_tile<1>(from, values, count, rows + row, to, output_stride);
-            if (panel == 2) values_tile<2>(from, values, count, rows + row, to, output_stride);
-            if (panel == 3) values_tile<MAX_VALUE_VECTORS>(from, values, count, rows + row, to, output_stride);
-        }
-        values += panel * LANES * count;
-        vector += panel;
+// powers [tiles * TILE_ROWS][count] . values [panels][count][panel's width], added to outputs [tiles * TILE_ROWS]
+// [output_stride], output_stride = padded_channels(). Keys are counted in units. The first step writes the outputs, the
+// others rescale them. A panel of values stays in cache while all tiles pass over it.
+inline void add_values(const Unit* powers, int64_t tiles, const Unit* values, int64_t count, const RowState* rows,
+                       float* outputs, int64_t output_stride, bool first) {
+    for (int64_t channel = 0; channel < output_stride;) {
+        const Panel panel = first_panel(output_stride - channel);
+        with_panel(panel, [&](auto vectors, auto half) {
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t row = tile * TILE_ROWS;
+                values_tile<decltype(vectors)::value, decltype(half)::value>(
+                    powers + row * LOGIT_STRIDE, values, count, rows + row, outputs + row * output_stride + channel,
+                    output_stride, first);
+            }
+        });
+        values += panel.width() * count;
+        channel += panel.width();
     }
 }
 
 // The same for one row, where a value is infinite or NaN and a mask hides some keys: 0 * NaN would let a key through
 // that the row doesn't see. `sees(key)` tells, key counting from the block's first. Slow, and rare.
 template <typename Sees>
-void add_seen_values(const float* powers, const float* values, int64_t count, const RowState& row, float* outputs,
-                     int64_t output_stride, const Sees& sees) {
-    const int64_t vectors = output_stride / LANES;
-    for (int64_t c = 0; c < output_stride; ++c) outputs[c] *= row.rescale;
-    for (int64_t vector = 0; vector < vectors;) {
-        const int panel = value_vectors(vector, vectors);
-        const int64_t width = panel * LANES;
+void add_seen_values(const Unit* powers, const Unit* values, int64_t count, const RowState& row, float* outputs,
+                     int64_t output_stride, bool first, const Sees& sees) {
+    for (int64_t c = 0; c < output_stride; ++c) outputs[c] = first ? 0.0f : outputs[c] * row.rescale;
+    for (int64_t channel = 0; channel < output_stride;) {
+        const int64_t width = first_panel(output_stride - channel).width();
         for (int64_t key = 0; key < count; ++key) {
             if (!sees(key)) continue;
-            for (int64_t c = 0; c < width; ++c) outputs[vector * LANES + c] += powers[key] * values[key * width + c];
+            const float power = packed_power(powers, key);
+            for (int64_t c = 0; c < width; ++c) outputs[channel + c] += power * packed_value(values, width, key, c);
         }
-        values += width * count;
-        vector += panel;
+        values += width * units_of(count);
+        channel += width;
     }
 }
 

@@ -1,6 +1,15 @@
-"""Attention fused with per-row statistics and head gates."""
+"""Attention fused with statistics of its rows and edits of its heads, forward and backward."""
 
+from headscope_kernels.attention.backward import attention_backward
 from headscope_kernels.attention.forward import attention_forward
-from headscope_kernels.attention.statistics import STATISTICS
+from headscope_kernels.attention.key_mass import attention_key_mass
+from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic, RowStatistic
 
-__all__ = ["STATISTICS", "attention_forward"]
+__all__ = [
+    "STATISTICS",
+    "BoundStatistic",
+    "RowStatistic",
+    "attention_backward",
+    "attention_forward",
+    "attention_key_mass",
+]

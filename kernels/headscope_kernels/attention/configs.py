@@ -14,7 +14,8 @@ class ForwardConfiguration:
         block_queries, block_keys: the tile of logits one step works on; powers of two, at least 16.
         num_warps, num_stages: as Triton names them.
         dim_widths, value_widths: the chunks the head dimensions are cut into, powers of two, at least 16;
-            None: one chunk, the next power of two.
+            None: `chunk_widths` decides.
+        descriptors: keys and values come through tensor descriptors where their strides allow.
     """
 
     block_queries: int
@@ -23,6 +24,7 @@ class ForwardConfiguration:
     num_stages: int = 2
     dim_widths: tuple[int, ...] | None = None
     value_widths: tuple[int, ...] | None = None
+    descriptors: bool = False
 
 
 # A step of the interpreter costs the same for any tile, and small shapes shall still cross tile borders.
@@ -74,6 +76,15 @@ def forward_configuration(
     else:
         configuration = _ampere(width, large_shared_memory=architecture == 80)
     return _shrink(configuration, queries, keys)
+
+
+def key_mass_configuration(
+    dtype: torch.dtype, dim: int, queries: int, keys: int, target: tuple[str, int] | None, *, exact: bool = True
+) -> ForwardConfiguration:
+    """The configuration of the pass that sums over queries, for this problem; see `forward_configuration`."""
+    if target is None:
+        return INTERPRETER
+    return forward_configuration(dtype, dim, dim, queries, keys, target, exact=exact, masked=True)
 
 
 def _exact(width: int, backend: str) -> ForwardConfiguration:

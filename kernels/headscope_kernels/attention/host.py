@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def broadcast_strides(name: str, tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -41,9 +42,39 @@ def in_units(tensor: Tensor, unit: int) -> tuple[int, ...]:
     return (batch // unit, head // unit, row // unit, column)
 
 
+def tile_descriptors(
+    tensor: Tensor, rows: int, widths: tuple[int, ...]
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Tensor descriptors of [batch, heads, rows, columns] for tiles [rows, width], one for each of at most two chunks.
+
+    The launcher encodes them on the host into the kernel's parameters: nothing is allocated, and a CUDA graph keeps
+    them. Both are None where the hardware can't address the tensor: addresses must be multiples of 16 bytes, rows
+    contiguous, and nothing expanded or empty.
+    """
+    unit = 16 // tensor.element_size()
+    # the stride of a dimension of one entry is never used, and may be anything
+    strides = [stride if size > 1 else unit for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)]
+    addressable = (
+        len(widths) <= 2
+        and min(tensor.shape) > 0
+        and (tensor.stride(3) == 1 or tensor.shape[3] == 1)
+        and all(stride > 0 and stride % unit == 0 and stride < 2**40 // tensor.element_size() for stride in strides)
+        and tensor.data_ptr() % 16 == 0
+    )
+    if not addressable:
+        return None, None
+    described = [TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, width]) for width in widths]
+    return described[0], described[1] if len(described) > 1 else None
+
+
 def float32_precision() -> str:
     """Whether torch's matrix products of float32 may round their inputs, as tl.dot names it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """tl.dot's argument of that name for operands of this type; AMD's newest chips know "ieee" only."""
+    return float32_precision() if dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

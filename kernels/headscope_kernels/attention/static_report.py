@@ -19,19 +19,28 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from headscope_kernels.attention.arguments import forward_arguments
 from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration
-from headscope_kernels.attention.forward import attention_forward_kernel, forward_arguments
+from headscope_kernels.attention.forward import attention_forward_kernel
 from headscope_kernels.attention.host import float32_precision
-from headscope_kernels.attention.statistics import STATISTICS
+from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}
+TYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 
 # the first pattern that matches an opcode names its kind
@@ -59,8 +68,14 @@ class Problem:
     dim: int = 64
     dim_v: int | None = None
     statistics: tuple[str, ...] = ("entropy",)
+    groups: int = 77
     gate: bool = True
     fill: bool = False
+    temperature: bool = False
+    key_bias: bool = False
+    key_scale: bool = False
+    output: bool = True
+    saved: bool = False
     mask: str = "none"
     causal: bool = False
     queries: int = 4096
@@ -107,13 +122,24 @@ class StaticReport:
         return line
 
 
+def bound_statistic(name: str, groups: int) -> BoundStatistic:
+    """A statistic with made-up constants and data without content."""
+    if name.startswith("group_"):
+        return BoundStatistic(STATISTICS[name]((groups,)), (torch.empty(1, 1, 1, dtype=torch.int32, device="meta"),))
+    return BoundStatistic(STATISTICS[name]((64, 64, 64, 64) if name == "distance" else ()))
+
+
 def problem_arguments(problem: Problem, configuration: ForwardConfiguration) -> dict[str, Any]:
     """The kernel's arguments for a problem, its tensors without data."""
     heads, queries, keys, dim = 8, problem.queries, problem.keys, problem.dim
     dim_v = problem.dim_v or dim
+    statistics = [bound_statistic(name, problem.groups) for name in problem.statistics]
 
     def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
+
+    def edit(wanted: bool, *shape: int) -> Tensor | None:
+        return empty(*shape, dtype=torch.float32) if wanted else None
 
     mask = None
     if problem.mask != "none":
@@ -125,11 +151,20 @@ def problem_arguments(problem: Problem, configuration: ForwardConfiguration) -> 
         attn_mask=mask,
         is_causal=problem.causal,
         scale=dim**-0.5,
-        gate=empty(1, heads, dtype=torch.float32) if problem.gate else None,
+        gate=edit(problem.gate, 1, heads),
         fill=empty(1, heads, queries, dim_v) if problem.fill else None,
-        statistics=problem.statistics,
-        output=empty(1, heads, queries, dim_v),
-        statistic_outputs=[empty(1, heads, queries, dtype=torch.float32) for _ in problem.statistics],
+        temperature=edit(problem.temperature, 1, heads),
+        key_bias=edit(problem.key_bias, 1, 1, keys),
+        key_scale=edit(problem.key_scale, 1, 1, keys),
+        statistics=statistics,
+        statistic_outputs=[
+            empty(1, heads, queries, *([bound.statistic.width] if bound.statistic.width else []), dtype=torch.float32)
+            for bound in statistics
+        ],
+        output=empty(1, heads, queries, dim_v) if problem.output else None,
+        attention=empty(1, heads, queries, dim_v) if problem.saved else None,
+        row_max=edit(problem.saved, 1, heads, queries),
+        log2_sum=edit(problem.saved, 1, heads, queries),
         configuration=configuration,
     )
 
@@ -145,8 +180,13 @@ def ast_source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
         if isinstance(value, Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return "*" + TYPE_NAMES[value.dtype]
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
         if isinstance(value, float):
             return "fp32"
+        if value is None:
+            constants[path] = None
+            return "constexpr"
         if value == 1:
             constants[path] = 1
             return "constexpr"
@@ -241,6 +281,8 @@ def densest_matrix_loop(assembly: str) -> list[str]:
             destination = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
             if destination and instruction[1].startswith("BRA") and destination[1] in labels:
                 loops.append((labels[destination[1]], len(opcodes)))
+    # waiting for a copy goes on behind the kernel's end, from where it jumps back
+    loops = [(begin, end) for begin, end in loops if "EXIT" not in opcodes[begin:end]]
     bodies = [(begin, end) for begin, end in loops if any("MMA" in opcode for opcode in opcodes[begin:end])]
     if not bodies:
         # float32 products run on the FMA units

@@ -14,6 +14,7 @@ import triton.language as tl
 # 2^x is 0 far above this, and a product of 0 with it is 0, where 0 * -inf would be NaN
 LOWEST_EXPONENT = tl.constexpr(-1.0e4)
 LOG2_E = tl.constexpr(1.4426950408889634)
+SMALLEST_SCALE = tl.constexpr(1.0e-30)
 
 
 @triton.jit
@@ -53,6 +54,12 @@ def entry(values, index):
 def chunk_start(widths, index):
     """The column at which chunk `index` begins."""
     return sum(widths[:index])
+
+
+@triton.constexpr_function
+def data_place(counts, index, number):
+    """Where tensor `number` of statistic `index` stands in the row of all statistics' tensors."""
+    return sum(counts[:index]) + number
 
 
 @triton.jit
@@ -116,6 +123,24 @@ def load_chunks(
 
 
 @triton.jit
+def load_row(base, stride, first, columns, size, CHECK: tl.constexpr):
+    """float32 [keys] from `first` on, 0 past `size` (if checked)."""
+    pointers = advance(base, first, stride) + columns * stride  # [keys]
+    if CHECK:
+        row = tl.load(pointers, mask=columns < size - first, other=0.0)
+    else:
+        row = tl.load(pointers)
+    return row.to(tl.float32)
+
+
+@triton.jit
+def store_tile(base, rows, columns, strides, tile, inside):
+    """Writes tile [rows, columns] where `inside`, in the pointer's type."""
+    pointers = base + rows[:, None] * strides[2] + columns[None, :] * strides[3]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def zero_chunks(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
     """A tuple of float32 zeros [ROWS, width]."""
     tiles = ()
@@ -157,25 +182,109 @@ def add_products(result, weights, value, rescale, DTYPE: tl.constexpr, INPUT_PRE
 
 
 @triton.jit
-def update_accumulators(UPDATES: tl.constexpr, accumulators, rescale, shift, normaliser, weights, exponents):
+def load_described(descriptor, tail, batch, head, first_row, ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    """A tuple of tiles [ROWS, width] through tensor descriptors of [batch, heads, rows, columns], 0 outside.
+
+    `tail` describes the second chunk; None where there is one chunk only.
+    """
+    tiles = (tl.reshape(descriptor.load([batch, head, first_row, 0]), (ROWS, entry(WIDTHS, 0))),)
+    if len(WIDTHS) > 1:
+        second = tail.load([batch, head, first_row, entry(WIDTHS, 0)])
+        tiles = tiles + (tl.reshape(second, (ROWS, entry(WIDTHS, 1))),)
+    return tiles
+
+
+@triton.jit
+def biased_logits(products, scale, bias):
+    """scale * products [queries, keys] + bias [keys]."""
+    return tl.fma(products, scale, tl.broadcast_to(bias[None, :], products.shape))
+
+
+@triton.jit
+def tempered(scale, temperature):
+    """scale / temperature; never 0, which would turn a masked key's infinity into NaN."""
+    quotient = tl.div_rn(scale, temperature)
+    return tl.where(quotient < SMALLEST_SCALE, SMALLEST_SCALE, quotient)
+
+
+@triton.jit
+def statistic_tensors(pointers, strides, COUNTS: tl.constexpr, batch, head):
+    """For every statistic a tuple of the pointers to its tensors, at this batch and head.
+
+    `pointers` are all statistics' in a row, COUNTS of them each; `strides` has two for each, of batch and head.
+    """
+    tensors = ()
+    for index in tl.static_range(len(COUNTS)):
+        own = ()
+        for number in tl.static_range(entry(COUNTS, index)):
+            base = advance(
+                pointers[data_place(COUNTS, index, number)], batch, strides[2 * data_place(COUNTS, index, number)]
+            )
+            own = own + (advance(base, head, strides[2 * data_place(COUNTS, index, number) + 1]),)
+        tensors = tensors + (own,)
+    return tensors
+
+
+@triton.jit
+def initial_accumulators(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    """For every statistic a tuple of its accumulators, zeros [ROWS] (width 0) or [ROWS, width]."""
+    accumulators = ()
+    for index in tl.static_range(len(WIDTHS)):
+        own = ()
+        for number in tl.static_range(len(entry(WIDTHS, index))):
+            if entry(entry(WIDTHS, index), number) == 0:
+                own = own + (tl.zeros([ROWS], tl.float32),)
+            else:
+                own = own + (tl.zeros([ROWS, entry(entry(WIDTHS, index), number)], tl.float32),)
+        accumulators = accumulators + (own,)
+    return accumulators
+
+
+@triton.jit
+def update_accumulators(
+    UPDATES: tl.constexpr,
+    accumulators,
+    rescale,
+    shift,
+    normaliser,
+    weights,
+    exponents,
+    rows,
+    columns,
+    keys,
+    tensors,
+    CONSTANTS: tl.constexpr,
+):
     """Every statistic's accumulators after one more tile."""
     updated = ()
     for index in tl.static_range(len(UPDATES)):
-        own = UPDATES[index](accumulators[index], rescale, shift, normaliser, weights, exponents)
+        own = UPDATES[index](
+            accumulators[index],
+            rescale,
+            shift,
+            normaliser,
+            weights,
+            exponents,
+            rows,
+            columns,
+            keys,
+            tensors[index],
+            entry(CONSTANTS, index),
+        )
         updated = updated + (own,)
     return updated
 
 
 @triton.jit
-def initial_accumulators(ROWS: tl.constexpr, COUNTS: tl.constexpr):
-    """For every statistic a tuple of its accumulators, zeros [ROWS]."""
-    accumulators = ()
-    for index in tl.static_range(len(COUNTS)):
-        own = ()
-        for _ in tl.static_range(entry(COUNTS, index)):
-            own = own + (tl.zeros([ROWS], tl.float32),)
-        accumulators = accumulators + (own,)
-    return accumulators
+def store_statistic(pointer, statistic, empty, row_offsets, inside_rows, EMPTY: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes one statistic, [queries] or [queries, at least WIDTH], and EMPTY where a row is."""
+    if WIDTH == 0:
+        tl.store(pointer + row_offsets, tl.where(empty, EMPTY, statistic), mask=inside_rows)
+    else:
+        columns = tl.arange(0, statistic.shape[1])  # [padded width]
+        pointers = pointer + row_offsets[:, None] * WIDTH + columns[None, :]  # [queries, padded width]
+        inside = inside_rows[:, None] & (columns < WIDTH)[None, :]
+        tl.store(pointers, tl.where(empty[:, None], EMPTY, statistic), mask=inside)
 
 
 @triton.jit

@@ -1,19 +1,75 @@
-"""From what a user writes in `scope.edit(...)` to the HeadEdit of one attention call."""
+"""From what a user writes in `scope.edit(...)` to the edit of one attention call."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from headscope.models.recording import Forward, Recording
+from headscope.models.forwards import Forward
+from headscope.models.layout import Layout
+from headscope.models.recording import HEAD_OUTPUT, Recording, Resampled
+from headscope.models.sites import Site
+from headscope.models.tensors import Key
 from headscope.ops import HeadEdit
 
 if TYPE_CHECKING:
     from headscope.models.scope import Scope
 
-Edits = Mapping[str, Sequence[int] | HeadEdit]
-Fill = Tensor | Recording | Literal["uniform"] | None
+Source = Tensor | Recording | Resampled
+Fill = Source | Literal["uniform", "identity"] | None
+_KINDS = ("uniform", "identity")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Another run's queries, keys or values in the place of a head's own.
+
+    Attributes:
+        heads: which heads; all if None.
+        q, k, v: a Recording of that quantity (its mean at the same site, timestep and branch; or, made with
+            reduce=None, the same sample's own), `recording.take(...)`, or a tensor broadcastable to
+            [batch, heads, tokens, dim]; None leaves it as it is.
+    """
+
+    heads: Sequence[int] | None = None
+    q: Source | None = None
+    k: Source | None = None
+    v: Source | None = None
+
+
+@dataclass(frozen=True)
+class Where:
+    """What an edit given as a function is asked about.
+
+    Attributes:
+        site: the site.
+        call: the number of the attention call within the site and forward.
+        step: the pipeline's step (the number of the forward where no pipeline counts).
+        timestep: the scheduler's timestep of that sample.
+        branch: "cond", "uncond", or None where there is no guidance.
+        sample: the sample within its branch.
+    """
+
+    site: Site
+    call: int
+    step: int
+    timestep: float
+    branch: str | None
+    sample: int
+
+
+Value = Iterable[int] | HeadEdit | Patch | Callable[[Where], Any] | Sequence[Any] | None
+Edits = Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one edit does to one attention call; tensors are [rows or 1, ...] and on its device."""
+
+    edit: HeadEdit
+    patches: tuple[tuple[str, Tensor, Tensor], ...] = ()  # "q", "k" or "v"; heads [rows or 1, heads] bool; tensor
 
 
 class ActiveEdit:
@@ -24,74 +80,325 @@ class ActiveEdit:
         first_forward: the number of denoiser forwards the scope had seen when the context was entered.
     """
 
-    def __init__(self, gates: dict[str, Tensor], fills: dict[str, Fill], rows: int, steps: range | None) -> None:
-        self._gates = gates
-        self._fills = fills
-        self._rows = rows
+    def __init__(
+        self,
+        values: dict[str, list[list[Any]]],
+        fill: Fill,
+        steps: range | None,
+        branches: tuple[str, ...] | None,
+        scope: "Scope",
+    ) -> None:
+        self._values = values
+        self._fill = fill
         self._steps = steps
+        self._branches = branches
+        self._sites = {name: scope.site(name) for name in values}
+        self._by_device: dict[tuple[int, torch.device], Tensor] = {}
         self.first_forward = 0
-        self.sites = frozenset(gates)
+        self.sites = frozenset(values)
 
     @classmethod
-    def build(cls, edits: Edits | Sequence[Edits], fill: Fill, steps: range | None, scope: "Scope") -> "ActiveEdit":
-        """Check everything before the model runs, and turn lists of heads into gates [rows, heads]."""
+    def build(
+        cls,
+        edits: Edits | Sequence[Edits],
+        fill: Fill,
+        steps: range | None,
+        branches: Sequence[str] | None,
+        scope: "Scope",
+    ) -> "ActiveEdit":
+        """Check everything before the model runs."""
         if steps is not None and not isinstance(steps, range):
-            raise TypeError(f"steps: got {type(steps).__name__}, expected a range of denoiser forwards or None")
-        if not isinstance(fill, (Tensor, Recording)) and fill not in (None, "uniform"):
-            raise ValueError(f'fill: got {fill!r}, expected None, "uniform", a tensor or a Recording of head_output')
-        if isinstance(fill, Recording) and not fill.records_head_output:
-            raise ValueError('fill: got a Recording without head outputs, expected one of scope.record("head_output")')
+            raise TypeError(f"steps: got {type(steps).__name__}, expected a range of pipeline steps or None")
+        _check_fill(fill)
         samples: Sequence[Edits] = [edits] if isinstance(edits, Mapping) else list(edits)
         if not samples:
             raise ValueError("edits: got an empty sequence, expected one mapping per sample")
-        gates: dict[str, Tensor] = {}
-        fills: dict[str, Fill] = {}
+        values: dict[str, list[list[Any]]] = {}
         for row, sample in enumerate(samples):
-            for name, wanted in sample.items():
-                site = scope.site(name)
-                if isinstance(wanted, HeadEdit):
-                    if len(samples) > 1:
+            for pattern, value in sample.items():
+                for name in scope.matching(pattern):
+                    one = _checked(value, scope.site(name), f"edits[{name!r}]")
+                    if len(samples) > 1 and any(isinstance(v, HeadEdit) and _rows(v) > 1 for v in one):
                         raise TypeError(
-                            f"edits[{row}][{name!r}]: got a HeadEdit, expected heads where edits differ by sample"
+                            f"edits[{row}][{name!r}]: got a HeadEdit of several rows, expected one row where edits"
+                            " differ by sample"
                         )
-                    if wanted.gate is None:
-                        raise ValueError(f"edits[{name!r}]: got a HeadEdit without a gate, expected edit.gate")
-                    gates[name], fills[name] = wanted.gate, fill if wanted.fill is None else wanted.fill
-                    continue
-                gate = gates.setdefault(name, torch.ones(len(samples), site.heads))
-                for head in wanted:
-                    if not 0 <= head < site.heads:
-                        raise ValueError(f"edits[{name!r}]: got head {head}, expected 0 to {site.heads - 1}")
-                    gate[row, head] = 0.0
-                fills[name] = fill
-        return cls(gates, fills, len(samples), steps)
+                    values.setdefault(name, [[] for _ in samples])[row] += one
+        return cls(values, fill, steps, None if branches is None else tuple(branches), scope)
 
     def acts_in(self, forward: Forward) -> bool:
-        return self._steps is None or forward.index - self.first_forward in self._steps
+        return self._steps is None or forward.step_since(self.first_forward) in self._steps
 
-    def at(self, site: str, call: int, forward: Forward, query: Tensor) -> HeadEdit:
-        """The edit of one attention call on `query` [batch, heads, queries, dim].
+    def changes(self, name: str, call: int, forward: Forward, layout: Layout, query: Tensor) -> list[Change]:
+        """The changes of one attention call on `query` [rows, heads, queries, dim], in the order they are made.
 
         Raises:
             ValueError: the batch isn't made of one row per sample of the edit.
         """
-        batch, parts = query.shape[0], len(forward.branches)
-        gate = self._gates[site].to(query.device)
-        # a gate given as a tensor may name every row of the batch; a sequence of edits has one entry per sample
-        by_row = self._rows == 1 and gate.shape[0] == batch
-        if gate.shape[0] != 1 and not by_row:
-            if gate.shape[0] * parts != batch:
-                raise ValueError(
-                    f"edits: got {gate.shape[0]} rows, expected 1 or one per sample; the batch at {site!r} has {batch}"
-                    f" rows in {parts} guidance branch(es)"
-                )
-            gate = gate.repeat(parts, 1)
-        fill = self._fills[site]
-        if isinstance(fill, Recording):
-            timestep = forward.single_timestep()
-            means = [fill.mean_head_output(site, call, timestep, branch) for branch in forward.branches]
-            stacked = torch.stack(means).to(query.device, query.dtype)
-            fill = stacked if parts == 1 else stacked.repeat_interleave(batch // parts, 0)
+        rows = _RowMap(forward, layout, query, name)
+        values = self._values[name]
+        if len(values) == 1:
+            found = [change for value in values[0] for change in self._whole(value, name, call, rows)]
+        else:
+            if len(values) != forward.samples:
+                raise rows.misfit(len(values))
+            by_row = [values[row % forward.samples] for row in range(forward.batch)]
+            found = self._by_row(by_row, name, call, rows)
+        return [rows.only(change, self._branches) for change in found]
+
+    def _whole(self, value: Any, name: str, call: int, rows: "_RowMap") -> list[Change]:
+        """One value for the whole batch."""
+        if isinstance(value, HeadEdit):
+            edit = value if value.fill is not None or value.gate is None else replace(value, fill=self._fill)
+            return [self._resolve(edit, name, call, rows)]
+        if isinstance(value, Patch):
+            return [self._patch(value, name, call, rows)]
+        if not callable(value):
+            gate = _gate(value, self._sites[name].heads)
+            return [self._resolve(HeadEdit(gate, self._fill), name, call, rows)]
+        site, forward = self._sites[name], rows.forward
+        by_row = []
+        for row in range(forward.batch):
+            timestep = rows.timesteps[row % len(rows.timesteps)]
+            step = forward.step_since(self.first_forward)
+            where = Where(site, call, step, timestep, forward.branch_of(row), row % forward.samples)
+            by_row.append(_checked(value(where), site, f"edits[{name!r}]({where})"))
+        return self._by_row(by_row, name, call, rows)
+
+    def _by_row(self, values: list[list[Any]], name: str, call: int, rows: "_RowMap") -> list[Change]:
+        """Different values in every row of the batch: the n-th of every row are one change per kind of value."""
+        site, batch = self._sites[name], len(values)
+        heads: dict[int, tuple[Tensor, Any]] = {}
+        others: list[Change] = []
+        for row, own in enumerate(values):
+            for value in own:
+                if callable(value):
+                    raise TypeError(f"edits[{name!r}]: got a function inside a sequence of edits, expected it alone")
+                if not isinstance(value, (HeadEdit, Patch)):
+                    value = HeadEdit(_gate(value, site.heads), self._fill)
+                if isinstance(value, Patch):
+                    others += [rows.row(change, row) for change in self._whole(value, name, call, rows)]
+                    continue
+                edit = value if value.fill is not None or value.gate is None else replace(value, fill=self._fill)
+                if edit.gate is None or any(getattr(edit, field) is not None for field in _FACTORS):
+                    others.append(rows.row(self._resolve(edit, name, call, rows), row))
+                    continue
+                # rows with the same fill share a gate
+                gate, _ = heads.setdefault(id(edit.fill), (torch.ones(batch, site.heads), edit.fill))
+                gate[row] *= edit.gate[0].to(gate)
+        gates = [self._resolve(HeadEdit(gate, fill), name, call, rows) for gate, fill in heads.values()]
+        return [*gates, *others]
+
+    def _resolve(self, edit: HeadEdit, name: str, call: int, rows: "_RowMap") -> Change:
+        given = {field.name: getattr(edit, field.name) for field in fields(edit)}
+        fill = given.pop("fill")
+        spread = {
+            field: rows.spread(tensor.to(rows.device)) for field, tensor in given.items() if isinstance(tensor, Tensor)
+        }
+        if isinstance(fill, (Recording, Resampled)):
+            fill = rows.source(fill, HEAD_OUTPUT, name, call)
         elif isinstance(fill, Tensor):
-            fill = fill.to(query.device)
-        return HeadEdit(gate, fill)
+            fill = fill.to(rows.device)[(None,) * (4 - fill.ndim)]
+            fill = rows.spread(fill)
+        return Change(HeadEdit(**spread, fill=fill))
+
+    def _patch(self, patch: Patch, name: str, call: int, rows: "_RowMap") -> Change:
+        heads = torch.zeros(1, self._sites[name].heads, dtype=torch.bool)
+        heads[:, list(range(heads.shape[1]) if patch.heads is None else patch.heads)] = True
+        heads = heads.to(rows.device)
+        patches = []
+        for quantity in ("q", "k", "v"):
+            source = getattr(patch, quantity)
+            if isinstance(source, Tensor):
+                source = source.to(rows.device)[(None,) * (4 - source.ndim)]
+                patches.append((quantity, heads, rows.spread(source)))
+            elif source is not None:
+                patches.append((quantity, heads, rows.source(source, quantity, name, call)))
+        return Change(HeadEdit(), tuple(patches))
+
+
+# multiply (temperature, key_scale) or add (key_bias) when several edits meet
+_FACTORS = ("temperature", "key_bias", "key_scale")
+
+
+class _RowMap:
+    """How the rows of an attention call follow from the samples of the batch."""
+
+    def __init__(self, forward: Forward, layout: Layout, query: Tensor, site: str) -> None:
+        self.forward = forward
+        self.layout = layout
+        self.device = query.device
+        self._dtype = query.dtype
+        self._site = site
+
+    @property
+    def timesteps(self) -> list[float]:
+        return self.forward.timestep.tolist() if self.forward.timestep.numel() > 1 else [self.forward.single_timestep]
+
+    def misfit(self, got: int) -> ValueError:
+        return ValueError(
+            f"edits: got {got} rows, expected 1 or one per sample; the batch at {self._site!r} has"
+            f" {self.forward.batch} rows in {len(self.forward.branches)} guidance branch(es)"
+        )
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """[1, samples or batch, ...] as [1 or rows, ...]."""
+        given = tensor.shape[0]
+        forward, layout = self.forward, self.layout
+        if given == 1:
+            return tensor
+        if given == forward.batch * layout.fold and layout.fold > 1:
+            return tensor
+        if given == forward.samples and given != forward.batch:
+            tensor = tensor.repeat(len(forward.branches), *[1] * (tensor.ndim - 1))
+        elif given != forward.batch:
+            raise self.misfit(given)
+        if layout.samples != forward.batch:
+            tensor = tensor[layout.first_sample : layout.first_sample + layout.samples]
+        return tensor if layout.fold == 1 else tensor.repeat_interleave(layout.fold, 0)
+
+    def source(self, source: Recording | Resampled, quantity: str, site: str, call: int) -> Tensor:
+        """A recording's tensor at this call, [rows, heads, tokens, dim]."""
+        recording, chosen = (source.recording, source.chosen) if isinstance(source, Resampled) else (source, None)
+        forward, layout = self.forward, self.layout
+        pieces = []
+        for branch in forward.branches:
+            key = Key(quantity, site, call, forward.single_timestep, branch)
+            if chosen is None and recording.reduce == "mean":
+                found = recording.tensors.mean(key)[None].expand(forward.samples, -1, -1, -1, -1)
+            else:
+                found = recording.tensors.samples(key)
+                picked = tuple(range(forward.samples)) if chosen is None else chosen
+                picked = picked * forward.samples if len(picked) == 1 else picked
+                if len(picked) != forward.samples or max(picked, default=0) >= found.shape[0]:
+                    raise ValueError(
+                        f"recording: {list(picked)} of its {found.shape[0]} samples were asked for by a batch of"
+                        f" {forward.samples}, expected one recorded sample per sample"
+                    )
+                found = found[list(picked)]
+            pieces.append(found.to(self.device, self._dtype))
+        whole = torch.cat(pieces)[layout.first_sample : layout.first_sample + layout.samples]
+        return whole.flatten(0, 1)
+
+    def row(self, change: Change, row: int) -> Change:
+        """The change in one row of the batch, nothing in the others."""
+        return self._where(change, torch.arange(self.forward.batch) == row)
+
+    def only(self, change: Change, branches: tuple[str, ...] | None) -> Change:
+        """The change in some guidance branches; without guidance the one branch there is counts as "cond"."""
+        if branches is None:
+            return change
+        inside = [(branch or "cond") in branches for branch in self.forward.branches]
+        return self._where(change, torch.tensor(inside).repeat_interleave(self.forward.samples))
+
+    def _where(self, change: Change, samples: Tensor) -> Change:
+        """samples: bool [batch]."""
+        inside = self.spread(samples.to(self.device)) if samples.numel() > 1 else samples.to(self.device)
+        kept: dict[str, Any] = {"fill": change.edit.fill}
+        for name in ("gate", *_FACTORS):
+            tensor = getattr(change.edit, name)
+            if tensor is not None:
+                neutral = 0.0 if name == "key_bias" else 1.0
+                kept[name] = torch.where(inside.view(-1, *[1] * (tensor.ndim - 1)), tensor, neutral)
+        patches = tuple((quantity, heads & inside[:, None], tensor) for quantity, heads, tensor in change.patches)
+        return Change(HeadEdit(**kept), patches)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Several changes as one attention call: patched tensors, the operator's own edit, and gates that come after it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    edit: HeadEdit | None
+    later: tuple[HeadEdit, ...]
+
+
+def combine(changes: list[Change], query: Tensor, key: Tensor, value: Tensor) -> Combined:
+    """Apply patches; merge gates of one fill and all factors; what is left over comes after the operator."""
+    tensors = {"q": query, "k": key, "v": value}
+    factors: dict[str, Tensor] = {}
+    gates: list[HeadEdit] = []
+    for change in changes:
+        for quantity, heads, patch in change.patches:
+            own = tensors[quantity]
+            if patch.shape[1:] != own.shape[1:] and patch.shape[2] not in (1, own.shape[2]):
+                raise ValueError(
+                    f"patch: got {quantity} of shape {list(patch.shape)}, expected {list(own.shape)} or what"
+                    " broadcasts to it"
+                )
+            # grouped queries have fewer keys and values than heads
+            chosen = heads[:, :: heads.shape[1] // own.shape[1]][..., None, None]
+            tensors[quantity] = torch.where(chosen, patch.to(own.dtype), own)
+        for name in _FACTORS:
+            own: Tensor | None = getattr(change.edit, name)
+            if own is None:
+                continue
+            if name not in factors:
+                factors[name] = own
+            elif name == "key_bias":
+                factors[name] = factors[name] + own
+            else:
+                factors[name] = factors[name] * own
+        if change.edit.gate is not None:
+            gate, fill = change.edit.gate, change.edit.fill
+            # of one fill, two gates are one: g2 (g1 a + (1 - g1) f) + (1 - g2) f
+            if gates and gates[-1].fill is fill:
+                gates[-1] = HeadEdit(gates[-1].gate * gate, fill)
+            else:
+                gates.append(HeadEdit(gate, fill))
+    edit = replace(gates[0], **factors) if gates else HeadEdit(**factors) if factors else None
+    return Combined(tensors["q"], tensors["k"], tensors["v"], edit, tuple(gates[1:]))
+
+
+def _checked(value: Any, site: Site, name: str) -> list[Any]:
+    """A value as a list of heads (tuples), HeadEdits, Patches and functions."""
+    if value is None:
+        return []
+    if isinstance(value, HeadEdit):
+        if all(getattr(value, field) is None for field in ("gate", *_FACTORS)):
+            raise ValueError(f"{name}: got a HeadEdit without a gate, expected edit.gate or another change of a head")
+        _check_fill(value.fill)
+        return [value]
+    if isinstance(value, Patch):
+        if value.q is value.k is value.v is None:
+            raise ValueError(f"{name}: got a Patch of nothing, expected q, k or v")
+        _check_heads(value.heads or (), site, name)
+        return [value]
+    if callable(value):
+        return [value]
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected heads, a HeadEdit, a Patch or a function")
+    members = list(value)
+    if all(isinstance(member, int) for member in members):
+        _check_heads(members, site, name)
+        return [tuple(members)]
+    return [one for member in members for one in _checked(member, site, name)]
+
+
+def _check_heads(heads: Iterable[int], site: Site, name: str) -> None:
+    for head in heads:
+        if not 0 <= head < site.heads:
+            raise ValueError(f"{name}: got head {head}, expected 0 to {site.heads - 1}")
+
+
+def _check_fill(fill: Any) -> None:
+    if not isinstance(fill, (Tensor, Recording, Resampled)) and fill is not None and fill not in _KINDS:
+        raise ValueError(
+            f'fill: got {fill!r}, expected None, "uniform", "identity", a tensor, a Recording of head_output or its'
+            " take(...)"
+        )
+    recording = fill.recording if isinstance(fill, Resampled) else fill
+    if isinstance(recording, Recording) and not recording.records_head_output:
+        raise ValueError('fill: got a Recording without head outputs, expected one of scope.record("head_output")')
+
+
+def _rows(edit: HeadEdit) -> int:
+    return max(tensor.shape[0] for field in ("gate", *_FACTORS) if (tensor := getattr(edit, field)) is not None)
+
+
+def _gate(heads: Iterable[int], of: int) -> Tensor:
+    gate = torch.ones(1, of)
+    gate[:, list(heads)] = 0.0
+    return gate

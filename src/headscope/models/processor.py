@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headscope.models import routing
 from headscope.ops import HeadEdit, attention
-from headscope.ops.statistics import Statistic, statistic_names
+from headscope.ops.statistics import Statistic, requested_statistics
 
 
 class AttnProcessor:
@@ -35,7 +35,7 @@ class AttnProcessor:
         edit: HeadEdit | None = None,
         backend: str | None = None,
     ) -> None:
-        self.statistics = statistic_names(statistics)
+        self.statistics = requested_statistics(statistics)
         self.edit = edit
         self.backend = backend
         self.latest: dict[str, Tensor] = {}

@@ -1,215 +1,345 @@
 """What a `scope.record(...)` context collects."""
 
-from collections import defaultdict
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from headscope._extras import require
+from headscope._files import write_atomic
+from headscope.models.forwards import Forward
+from headscope.models.layout import ALL, Layout, Segment
+from headscope.models.tensors import HeadTensors, Key, Reduce
+from headscope.ops import Statistic
 
 if TYPE_CHECKING:
     import pyarrow
 
 HEAD_OUTPUT = "head_output"
+REDUCTIONS = ("mean", "std", "min", "max")
+TABLE_FILE, TENSOR_FILE = "statistics.parquet", "tensors.safetensors"
+ENTROPY, NORMALISED = "entropy", "entropy_normalised"
 
 
-@dataclass(frozen=True)
-class Forward:
-    """One forward of the denoiser.
-
-    Attributes:
-        index: its number since the context was entered.
-        timestep: [batch], on the model's device.
-        branches: the guidance branch of each equal part of the batch, in order; None where there is no guidance.
-    """
-
-    index: int
-    timestep: Tensor
-    branches: tuple[str | None, ...]
-
-    @property
-    def batch(self) -> int:
-        return self.timestep.shape[0]
-
-    def single_timestep(self) -> float:
-        """The timestep of the whole batch, read back from the device.
-
-        Raises:
-            ValueError: the samples have different timesteps.
-        """
-        values = self.timestep.unique().tolist()
-        if len(values) != 1:
-            raise ValueError(
-                f"timestep: got {len(values)} different ones in a batch, expected one for mean head outputs"
-            )
-        return float(values[0])
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One recorded attention call: per statistic its mean and standard deviation over queries, [batch, heads]."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """The rows of one attention call that belong to one query group (and video frame)."""
 
     forward: Forward
     step: int
     site: str
     call: int
+    segment: Segment
+    first_sample: int
+    samples: int
+    heads: int
     queries: int
     keys: int
-    columns: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """A statistic of one part, not reduced yet: [samples, heads, queries, ...]."""
+
+    part: Part
+    name: str
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """A statistic of several parts of one shape.
+
+    Attributes:
+        values: for each of `reductions` [parts, samples, heads, ...].
+        reductions: names out of mean, std, min, max; ("sum",) for sums over queries.
+        rows: [parts, samples, heads, queries, ...] where every query is kept.
+    """
+
+    parts: tuple[Part, ...]
+    name: str
+    reductions: tuple[str, ...]
+    values: tuple[Tensor, ...]
+    rows: Tensor | None = None
 
 
 class Recording:
-    """Per-head statistics of every attention call made inside the context.
+    """Per-head statistics and tensors of every attention call made inside the context.
 
-    Statistics are reduced over the call's queries as they are computed, per sample and head: the mean, and the
-    standard deviation (population form). They stay on the model's device until a table is asked for.
+    Statistics are reduced over the queries of each query group, per sample and head, when a forward of the denoiser
+    ends: calls of one shape together. All stays on the model's device until a table is asked for, and then comes over
+    at once.
+
+    Attributes:
+        requested: the recorded statistics; empty in one that was loaded.
+        statistics: their names.
+        quantities: which of head_output, q, k and v are kept.
+        reduce: "mean" (statistics over queries, tensors over samples), or None (each query and each sample).
     """
 
-    def __init__(self, statistics: tuple[str, ...], head_output: bool, query_group: str = "image") -> None:
-        self.statistics = statistics
-        self.query_group = query_group
-        self.records_head_output = head_output
+    def __init__(self, requested: Sequence[Statistic], quantities: Sequence[str] = (), reduce: Reduce = "mean") -> None:
+        self.requested = tuple(requested)
+        self.statistics = tuple(statistic.name for statistic in requested)
+        self.quantities = tuple(quantities)
+        self.reduce: Reduce = reduce
+        self.tensors = HeadTensors(reduce)
         # how many of the denoiser's forwards the scope had seen when the context was entered
         self.first_forward = 0
-        self._calls: list[_Call] = []
-        self._sums: dict[tuple[str, int, float, str | None], Tensor] = {}
-        self._counts: dict[tuple[str, int, float, str | None], int] = defaultdict(int)
+        self.reduced: list[Reduced] = []
+        self._pending: list[_Rows] = []
+        self._calls = 0
+        self._calls_in_forward = 0
+        self._loaded: Any = None
 
     def __len__(self) -> int:
         """The number of attention calls recorded."""
-        return len(self._calls)
+        return self._calls
 
     def __repr__(self) -> str:
-        what = [*self.statistics, *([HEAD_OUTPUT] if self.records_head_output else [])]
-        return f"Recording({', '.join(what)}; {len(self._calls)} attention calls, {len(self._sums)} mean head outputs)"
+        what = ", ".join([*self.statistics, *self.quantities])
+        return f"Recording({what}; {self._calls} attention calls, {len(self.tensors)} tensors)"
 
-    def add(
-        self, forward: Forward, site: str, call: int, values: dict[str, Tensor], valid_keys: Tensor | int, keys: int
+    @property
+    def records_head_output(self) -> bool:
+        return HEAD_OUTPUT in self.quantities
+
+    def same_request(self, other: "Recording") -> bool:
+        return (self.statistics, self.quantities, self.reduce) == (other.statistics, other.quantities, other.reduce)
+
+    def count_call(self) -> None:
+        self._calls_in_forward += 1
+
+    def add_statistics(
+        self,
+        forward: Forward,
+        site: str,
+        call: int,
+        layout: Layout,
+        values: dict[str, Tensor],
+        valid_keys: Tensor | int,
+        keys: int,
     ) -> None:
-        """Reduce one call's row statistics [batch, heads, queries] over queries and keep them.
+        """Keep one call's statistics until the forward ends.
 
         Args:
-            valid_keys: how many keys each row may see, an int or broadcastable to [batch, heads, queries].
+            values: by name, [rows, heads, queries], or with a last dimension of groups; sums over queries are
+                [rows, heads, keys].
+            valid_keys: how many keys each row may see, an int or broadcastable to [rows, heads, queries].
         """
-        columns = {}
-        queries = 0
-        for name, rows in values.items():
-            rows = rows.detach()
-            queries = rows.shape[-1]
-            columns[f"{name}_mean"] = rows.mean(-1)
-            columns[f"{name}_std"] = rows.std(-1, correction=0)
-            if name == "entropy":
-                columns["entropy_normalised_mean"] = _normalised(rows, valid_keys).nanmean(-1)
-        step = forward.index - self.first_forward
-        self._calls.append(_Call(forward, step, site, call, queries, keys, columns))
+        step = forward.step_since(self.first_forward)
+        for statistic in self.requested:
+            name, tensor = statistic.name, values[statistic.name].detach()
+            heads = tensor.shape[1]
+            if statistic.sums_over_queries:
+                # one number per key, of all queries together
+                total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
+                segment = Segment(ALL, None, 0, 0)
+                part = Part(forward, step, site, call, segment, layout.first_sample, layout.samples, heads, 0, keys)
+                self._pending.append(_Rows(part, name, total[:, :, None]))
+                continue
+            rows = {name: tensor}
+            if name == ENTROPY and isinstance(valid_keys, Tensor):
+                rows[NORMALISED] = _normalised(tensor, valid_keys)
+            for own, whole in rows.items():
+                for segment, piece in split_queries(whole, layout):
+                    queries = piece.shape[2]
+                    part = Part(
+                        forward, step, site, call, segment, layout.first_sample, layout.samples, heads, queries, keys
+                    )
+                    self._pending.append(_Rows(part, own, piece))
 
-    def add_head_output(self, forward: Forward, site: str, call: int, output: Tensor) -> None:
-        """Add one call's head outputs [batch, heads, queries, dim] to the running sum of its timestep and branch."""
-        timestep = forward.single_timestep()
-        parts = output.detach().chunk(len(forward.branches))
-        for branch, part in zip(forward.branches, parts, strict=True):
-            key = (site, call, timestep, branch)
-            total = part.sum(0, dtype=torch.float64 if part.device.type == "cpu" else torch.float32)
-            self._sums[key] = self._sums[key] + total if key in self._sums else total
-            self._counts[key] += part.shape[0]
+    def end_forward(self, forward: Forward) -> None:
+        """Reduce what the forward gave: calls of one shape in one go."""
+        self._calls += self._calls_in_forward
+        self._calls_in_forward = 0
+        alike: dict[tuple, list[_Rows]] = {}
+        for rows in self._pending:
+            alike.setdefault((rows.name, rows.values.shape, rows.values.device, rows.values.dtype), []).append(rows)
+        self._pending = []
+        for members in alike.values():
+            stacked = torch.stack([rows.values for rows in members])
+            self.reduced.append(self._reduce(tuple(rows.part for rows in members), members[0].name, stacked))
+        self.tensors.end_forward(forward)
 
-    def mean_head_output(self, site: str, call: int, timestep: float, branch: str | None) -> Tensor:
-        """The mean over recorded samples, [heads, queries, dim], float32.
+    def drop(self, forward: Forward) -> None:
+        """Forget a forward that did not end."""
+        self._pending = []
+        self._calls_in_forward = 0
+        self.tensors.drop(forward)
+
+    def _reduce(self, parts: tuple[Part, ...], name: str, stacked: Tensor) -> Reduced:
+        if parts[0].queries == 0:
+            return Reduced(parts, name, ("sum",), (stacked.squeeze(3),))
+        kept = stacked if self.reduce is None else None
+        if name == NORMALISED:
+            return Reduced(parts, name, ("mean",), (stacked.nanmean(3),), kept)
+        deviation, mean = torch.std_mean(stacked, 3, correction=0)
+        lowest, highest = torch.aminmax(stacked, dim=3)
+        return Reduced(parts, name, REDUCTIONS, (mean, deviation, lowest, highest), kept)
+
+    # means over samples
+
+    def mean(self, quantity: str, site: str, call: int, timestep: float, branch: str | None = None) -> Tensor:
+        """The mean of head_output, q, k or v over recorded samples, [heads, tokens, dim], float32.
+
+        Where the model folds frames or pixels into the batch, [rows per sample, heads, tokens, dim].
 
         Raises:
             KeyError: nothing was recorded for this site, call, timestep and branch.
         """
-        key = (site, call, timestep, branch)
-        if key not in self._sums:
-            known = sorted({entry[2] for entry in self._sums if entry[0] == site})
-            raise KeyError(
-                f"no head output was recorded at site {site!r}, call {call}, timestep {timestep:g}, branch {branch!r};"
-                f" recorded timesteps there: {known}"
-            )
-        return (self._sums[key] / self._counts[key]).float()
+        mean = self.tensors.mean(Key(quantity, site, call, float(timestep), branch))
+        return mean[0] if mean.shape[0] == 1 else mean
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The mean head outputs, named for safetensors; `from_tensors` is the inverse."""
-        return {
-            "|".join((site, str(call), repr(timestep), branch or "")): self.mean_head_output(*key).cpu().contiguous()
-            for key in self._sums
-            for site, call, timestep, branch in (key,)
-        }
+    def mean_head_output(self, site: str, call: int, timestep: float, branch: str | None) -> Tensor:
+        """`mean("head_output", ...)`."""
+        return self.mean(HEAD_OUTPUT, site, call, timestep, branch)
 
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Recording":
-        """A recording of mean head outputs that `to_tensors` wrote."""
-        recording = cls((), True)
-        for name, tensor in tensors.items():
-            site, call, timestep, branch = name.split("|")
-            key = (site, int(call), float(timestep), branch or None)
-            recording._sums[key] = tensor
-            recording._counts[key] = 1
-        return recording
+    def samples(self, quantity: str, site: str, call: int, timestep: float, branch: str | None = None) -> Tensor:
+        """head_output, q, k or v of every recorded sample, [samples, heads, tokens, dim], in the model's dtype.
+
+        Raises:
+            KeyError: nothing was recorded for this site, call, timestep and branch.
+            ValueError: the recording holds means.
+        """
+        found = self.tensors.samples(Key(quantity, site, call, float(timestep), branch))
+        return found[:, 0] if found.shape[1] == 1 else found
+
+    def take(self, samples: Sequence[int]) -> "Resampled":
+        """A fill or patch that gives row i of a batch what sample `samples[i]` of this recording had.
+
+        A single index serves every row.
+        """
+        return Resampled(self, tuple(samples))
+
+    # tables
 
     def to_arrow(self) -> "pyarrow.Table":
-        """A row per attention call, sample and head.
+        """A row per forward, attention call, query group, sample and head.
 
-        Columns: step (the denoiser's forward since the context was entered), timestep (the scheduler's), site, call
-        (within that forward), sample (within its guidance branch), branch ("cond", "uncond", or null where there is
-        no guidance), head, query_group ("image", or "all" where image and text share a sequence), queries, keys, and
-        for each statistic its mean and std over the queries (nats for entropy, logsumexp and max_logit; 0..1 for
-        max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row divided by its own; null where
-        rows see a single key.
+        Columns: forward (of the denoiser, since the context was entered), step (the pipeline's; the forward where no
+        pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within its guidance
+        branch), branch ("cond", "uncond", or null where there is no guidance), head, query_group ("image", "text",
+        "frame", or "all" where the model doesn't tell), frame (of a video, else null), queries, keys, and for each
+        statistic its mean, std (population form), min and max over those queries (nats for entropy, logsumexp and
+        max_logit; 0..1 for max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row divided by
+        its own; null where rows see a single key. Statistics of several numbers are lists. With reduce=None a column
+        of the statistic's own name holds the list of every query's value.
         """
-        pa = require("pyarrow", "diffusers")
-        tables = [self._call_table(call, pa) for call in self._calls]
-        if not tables:
-            return pa.table({})
-        return pa.concat_tables(tables).combine_chunks().unify_dictionaries()
+        from headscope.models.tables import build_table
+
+        if self._loaded is not None:
+            return self._loaded
+        return build_table(self)
 
     def to_polars(self):
         """`to_arrow()` as a polars DataFrame."""
         return require("polars", "diffusers").from_arrow(self.to_arrow())
 
-    def _call_table(self, call: _Call, pa) -> "pyarrow.Table":
-        forward = call.forward
-        heads = next(iter(call.columns.values())).shape[1]
-        batch, parts = forward.batch, len(forward.branches)
-        part = batch // parts
-        rows = torch.arange(batch * heads)
-        samples = rows // heads
+    def to_xarray(self):
+        """The numbers of `to_arrow()` as an xarray Dataset.
 
-        def repeated(value, arrow_type):
-            return pa.repeat(pa.scalar(value, arrow_type), len(rows))
+        A variable per statistic and reduction, with dimensions forward, site, call, branch, sample, head, query_group
+        and frame, NaN where the model has no such number (sites differ in their heads and groups); coordinates step and
+        timestep along forward. Lists (statistics of several numbers, every query's value) are left to `to_arrow`.
 
-        def labels(values: list[str | None]):
-            names = [name for name in dict.fromkeys(values) if name is not None]
-            codes = [None if name is None else names.index(name) for name in values]
-            indices = pa.array([codes[int(sample) // part] for sample in samples], pa.int8())
-            return pa.DictionaryArray.from_arrays(indices, pa.array(names, pa.string()))
+        Raises:
+            ImportError: xarray is not installed; the message names the extra.
+        """
+        from headscope.models.tables import build_dataset
 
-        def constant(name: str):
-            indices = pa.array([0], pa.int16()).take(pa.array([0] * len(rows), pa.int32()))
-            return pa.DictionaryArray.from_arrays(indices, pa.array([name], pa.string()))
+        return build_dataset(self.to_arrow(), require("xarray", "xarray"))
 
-        columns = {
-            "step": repeated(call.step, pa.int32()),
-            "timestep": pa.array(forward.timestep.double().cpu()[samples].numpy()),
-            "site": constant(call.site),
-            "call": repeated(call.call, pa.int16()),
-            "sample": pa.array((samples % part).int().numpy()),
-            "branch": labels(list(forward.branches)),
-            "head": pa.array((rows % heads).short().numpy()),
-            "query_group": constant(self.query_group),
-            "queries": repeated(call.queries, pa.int32()),
-            "keys": repeated(call.keys, pa.int32()),
+    # files
+
+    def save(self, folder: str | Path) -> None:
+        """Write statistics.parquet and tensors.safetensors; each is written whole or not at all.
+
+        Both carry the same id, so that `load` never mixes an old file with a new one.
+        """
+        parquet = require("pyarrow.parquet", "diffusers")
+        save_tensors = require("safetensors.torch", "diffusers").save
+        folder, identity = Path(folder), uuid4().hex
+        settings = {"statistics": self.statistics, "quantities": self.quantities, "reduce": self.reduce}
+        described = {"headscope": json.dumps(settings), "id": identity}
+        tensors = {json.dumps(key): tensor for key, tensor in self.tensors.stored()}
+        write_atomic(folder / TENSOR_FILE, save_tensors(tensors, metadata=described))
+        table = self.to_arrow().replace_schema_metadata(described)
+        write_atomic(folder / TABLE_FILE, lambda file: parquet.write_table(table, file, compression="zstd"))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Recording":
+        """A recording that `save` wrote: its table, and its tensors for fills and patches.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the two files are not of one recording.
+        """
+        parquet = require("pyarrow.parquet", "diffusers")
+        safe_open = require("safetensors", "diffusers").safe_open
+        table = parquet.read_table(Path(folder) / TABLE_FILE)
+        described = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        with safe_open(str(Path(folder) / TENSOR_FILE), "pt") as file:
+            if (file.metadata() or {}).get("id") != described.get("id") or "headscope" not in described:
+                raise ValueError(f"folder: the files in {str(folder)!r} are not of one recording; save it again")
+            settings = json.loads(described["headscope"])
+            recording = cls((), settings["quantities"], settings["reduce"])
+            recording.statistics = tuple(settings["statistics"])
+            for name in file.keys():  # noqa: SIM118
+                recording.tensors.put(Key(*json.loads(name)), file.get_tensor(name))
+        recording._loaded = table
+        return recording
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The mean head outputs, named for safetensors; `from_tensors` is the inverse."""
+        return {
+            "|".join((key.site, str(key.call), repr(key.timestep), key.branch or "")): self.mean(*key)
+            .cpu()
+            .contiguous()
+            for key in self.tensors.kept()
+            if key.quantity == HEAD_OUTPUT
         }
-        for name, values in call.columns.items():
-            columns[name] = pa.array(
-                values.float().cpu().flatten().numpy(), from_pandas=name.startswith("entropy_norm")
-            )
-        return pa.table(columns)
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Recording":
+        """A recording of mean head outputs that `to_tensors` wrote."""
+        recording = cls((), (HEAD_OUTPUT,))
+        for name, tensor in tensors.items():
+            site, call, timestep, branch = name.split("|")
+            key = Key(HEAD_OUTPUT, site, int(call), float(timestep), branch or None)
+            # [heads, queries, dim], or with the rows per sample in front
+            recording.tensors.put(key, tensor[None, None] if tensor.ndim == 3 else tensor[None])
+        return recording
 
 
-def _normalised(entropy: Tensor, valid_keys: Tensor | int) -> Tensor:
+@dataclass(frozen=True)
+class Resampled:
+    """Other samples' tensors, as fills and patches take them: see `Recording.take`."""
+
+    recording: Recording
+    chosen: tuple[int, ...]
+
+
+def split_queries(rows: Tensor, layout: Layout) -> Iterator[tuple[Segment, Tensor]]:
+    """The query groups of [rows, heads, queries, ...], each [samples, heads, queries of the group, ...]."""
+    if layout.fold == 1 and len(layout.queries) == 1:
+        yield layout.queries[0], rows
+        return
+    apart = rows.unflatten(0, (layout.samples, layout.fold)).movedim(1, 2)  # [samples, heads, fold, queries, ...]
+    for segment in layout.queries:
+        own = apart[:, :, :, segment.start : segment.stop]
+        if layout.folds_frames:
+            for frame in range(layout.fold):
+                yield segment._replace(frame=frame), own[:, :, frame]
+        else:
+            yield segment, own.flatten(2, 3)
+
+
+def _normalised(entropy: Tensor, valid_keys: Tensor) -> Tensor:
     """H / ln(valid keys), NaN where a row sees fewer than two keys."""
-    counts = torch.as_tensor(valid_keys, device=entropy.device, dtype=entropy.dtype)
+    counts = valid_keys.to(entropy.dtype)
     return torch.where(counts > 1, entropy / counts.log(), torch.nan)

@@ -1,75 +1,126 @@
 """The one place where a running model meets headscope.attention.
 
-While a Scope is active, `torch.nn.functional.scaled_dot_product_attention` is routed: calls made inside an
-observed attention module go to that module's frame, every other call goes straight to torch. Which module is
-running is known from its forward hooks, per thread, so two models in two threads don't meet.
+While a Scope is active, `torch.nn.functional.scaled_dot_product_attention` is routed: calls made inside an observed
+attention module go to that module's frame, every other call goes straight to torch. Which module is running is known
+from its forward hooks, per thread, so two models in two threads don't meet.
+
+Compiled models take the same way. The hooks are plain functions that torch.compile traces; a module is told by a tensor
+it carries, which is an input of the compiled code and no constant in it, so that layers share code; and the routed
+attention is an operator whose inside is not traced, so that recordings and edits are as free as in eager mode.
 """
 
+import itertools
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as functional
-from torch import Tensor
+from torch import Tensor, nn
+
+from headscope.ops.schema import LIBRARY
+
+# where a module under observation carries its number
+HANDLE = "_headscope_handle"
+# torch counts its hooks' ids up from 0
+_HOOK_ID = -1
 
 
 class Frame(Protocol):
-    """A running attention module, as the router sees it."""
+    """An observed attention module, as the router sees it."""
 
     def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
+        own_text: int,
         stock: Callable[..., Tensor],
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
+        options: dict[str, Any],
     ) -> Tensor: ...
 
+    def silent(self) -> None: ...
 
-class _Frames(threading.local):
+
+class Watcher(Protocol):
+    """Whoever has to know of attention outside of every observed module."""
+
+    def attention_outside(self) -> None: ...
+
+
+class _Running(threading.local):
+    """What runs in this thread.
+
+    Attributes:
+        modules: the observed attention modules, innermost last: [handle, own text tokens, attention calls so far].
+        watchers: the scopes whose denoiser is in its forward.
+    """
+
     def __init__(self) -> None:
-        self.stack: list[Frame] = []
+        self.modules: list[list[Any]] = []
+        self.watchers: list[Watcher] = []
 
 
-_frames = _Frames()
+_running = _Running()
+_frames: dict[int, Frame] = {}
+_numbers = itertools.count(1)
 _lock = threading.Lock()
 _users = 0
+_guards_skipped = True
 _stock: Callable[..., Tensor] = functional.scaled_dot_product_attention
 
 
-def push(frame: Frame) -> None:
-    _frames.stack.append(frame)
+def observe(module: nn.Module, frame: Frame) -> None:
+    """Send the module's attention to the frame until `forget`."""
+    number = next(_numbers)
+    _frames[number] = frame
+    # past nn.Module's own __setattr__: neither a buffer nor part of the state
+    module.__dict__[HANDLE] = torch.tensor(number)
+    # as register_forward_pre_hook(with_kwargs=True) and register_forward_hook(always_call=True) do, but under one id in
+    # every module: ids are constants in compiled code, and one per layer would compile every layer anew
+    module._forward_pre_hooks[_HOOK_ID] = _enter
+    module._forward_pre_hooks_with_kwargs[_HOOK_ID] = True
+    module._forward_hooks[_HOOK_ID] = _leave
+    module._forward_hooks_always_called[_HOOK_ID] = True
 
 
-def pop(frame: Frame) -> None:
-    """Leave the frame, and any above it that an exception left behind."""
-    while _frames.stack:
-        if _frames.stack.pop() is frame:
-            return
+def forget(module: nn.Module) -> None:
+    """Undo `observe`, and drop what an interrupt left of the module in this thread."""
+    for hooks in (
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks,
+        module._forward_hooks_always_called,
+    ):
+        hooks.pop(_HOOK_ID, None)
+    handle = module.__dict__.pop(HANDLE)
+    _frames.pop(int(handle), None)
+    _running.modules = [entry for entry in _running.modules if entry[0] is not handle]
 
 
-def forget(scope: object) -> None:
-    """Drop this thread's frames of a scope that is being left."""
-    _frames.stack = [frame for frame in _frames.stack if getattr(frame, "scope", None) is not scope]
+def watch(watcher: Watcher) -> None:
+    _running.watchers.append(watcher)
+
+
+def unwatch(watcher: Watcher) -> None:
+    _running.watchers = [other for other in _running.watchers if other is not watcher]
 
 
 def active() -> bool:
     """Whether this thread is inside an observed attention module."""
-    return bool(_frames.stack)
+    return bool(_running.modules)
 
 
 def install() -> None:
     """Start routing, or count one more user of it."""
-    global _users, _stock
+    global _users, _stock, _guards_skipped
     with _lock:
         if _users == 0:
             _stock = functional.scaled_dot_product_attention
             functional.scaled_dot_product_attention = _routed
+            # code compiled meanwhile must know which modules carry our hooks
+            _guards_skipped = torch._dynamo.config.skip_nnmodule_hook_guards
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
         _users += 1
 
 
@@ -78,8 +129,33 @@ def uninstall() -> None:
     global _users
     with _lock:
         _users -= 1
-        if _users == 0 and functional.scaled_dot_product_attention is _routed:
-            functional.scaled_dot_product_attention = _stock
+        if _users == 0:
+            torch._dynamo.config.skip_nnmodule_hook_guards = _guards_skipped
+            if functional.scaled_dot_product_attention is _routed:
+                functional.scaled_dot_product_attention = _stock
+
+
+def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    text = kwargs.get("encoder_hidden_states")
+    own_text = text.shape[1] if text is not None and text.ndim == 3 else 0
+    _running.modules.append([module.__dict__[HANDLE], own_text, 0])
+
+
+def _leave(module: nn.Module, args: tuple, output: Any) -> None:
+    handle = module.__dict__.get(HANDLE)
+    entry = _running.modules.pop()
+    # an exception may have left modules behind that ran inside this one
+    while entry[0] is not handle:
+        entry = _running.modules.pop()
+    # after an exception in the module there is no output
+    if entry[2] == 0 and output is not None:
+        _silent(handle)
+
+
+def _silent(handle: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError("an attention module ran without torch's scaled_dot_product_attention inside a Scope")
+    _frames[int(handle)].silent()
 
 
 def _routed(
@@ -92,6 +168,26 @@ def _routed(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if not _running.modules:
+        if not torch.compiler.is_compiling():
+            for watcher in _running.watchers:
+                watcher.attention_outside()
+        return _stock(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    entry = _running.modules[-1]
+    entry[2] += 1
+    if torch.compiler.is_compiling():
+        return torch.ops.headscope.observed_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, entry[0], entry[1]
+        )
     options = {
         "attn_mask": attn_mask,
         "dropout_p": dropout_p,
@@ -99,6 +195,47 @@ def _routed(
         "scale": scale,
         "enable_gqa": enable_gqa,
     }
-    if not _frames.stack:
-        return _stock(query, key, value, **options)
-    return _frames.stack[-1].attend(query, key, value, stock=_stock, **options)
+    return _frames[int(entry[0])].attend(query, key, value, entry[1], _stock, options)
+
+
+def _empty_output(query: Tensor, value: Tensor) -> Tensor:
+    """An empty [batch, heads, queries, dim_v] in query's dtype and stride order."""
+    order = sorted(range(4), key=lambda dimension: query.stride(dimension), reverse=True)
+    shape = (*query.shape[:3], value.shape[3])
+    return torch.empty_permuted(shape, order, dtype=query.dtype, device=query.device)
+
+
+def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, handle, own_text) -> Tensor:
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "headscope can't record or edit inside a CUDA graph, whose replays run no Python; compile the model"
+            ' without mode="reduce-overhead" or "max-autotune"'
+        )
+    options = {
+        "attn_mask": attn_mask,
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+    }
+    output = _frames[int(handle)].attend(query, key, value, own_text, _stock, options)
+    # compiled code relies on the strides it was promised
+    promised = _empty_output(query, value)
+    return output if output.stride() == promised.stride() else promised.copy_(output)
+
+
+def _observed_fake(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, handle, own_text) -> Tensor:
+    return _empty_output(query, value)
+
+
+def _no_backward(ctx, grad: Tensor):
+    raise RuntimeError("a compiled model has no gradients inside a Scope; use the model as it was before torch.compile")
+
+
+LIBRARY.define(
+    "observed_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal,"
+    " float? scale, bool enable_gqa, Tensor handle, SymInt own_text) -> Tensor"
+)
+LIBRARY.impl("observed_attention", _observed, "CompositeExplicitAutograd")
+torch.library.register_fake("headscope::observed_attention", _observed_fake, lib=LIBRARY)
+torch.library.register_autograd("headscope::observed_attention", _no_backward, lib=LIBRARY)

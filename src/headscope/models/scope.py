@@ -1,21 +1,29 @@
 """headscope.Scope: see and edit the attention heads of a diffusion model while it runs."""
 
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headscope.models import routing
-from headscope.models.editing import ActiveEdit, Edits, Fill
-from headscope.models.recording import HEAD_OUTPUT, Forward, Recording
-from headscope.models.sites import Site, Unseen, find_sites
-from headscope.ops import attention
-from headscope.ops.statistics import statistic_names
+from headscope.models.attribution import Attribution, attribute
+from headscope.models.editing import ActiveEdit, Combined, Edits, Fill, combine
+from headscope.models.forwards import Forward, begin_forward
+from headscope.models.layout import layout_of
+from headscope.models.recording import Recording
+from headscope.models.sites import Site, Unseen, find_denoiser, find_sites
+from headscope.models.tasks import Task, TaskItem
+from headscope.models.tensors import QUANTITIES, Reduce
+from headscope.models.wrapping import ForwardWrap
+from headscope.ops import HeadEdit, Statistic, attention
+from headscope.ops.edits import blend
+from headscope.ops.statistics import requested_statistics
 
 # denoisers that a Scope is recording or editing right now
 _observed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -32,7 +40,8 @@ class Scope:
             pipeline("a red fox")
         recording.to_polars()
 
-    Contexts nest. Leaving one restores the model and torch exactly, also after an exception.
+    Contexts nest. Leaving one restores the model and torch exactly, also after an exception. Compiled models
+    (`model.compile()`, `torch.compile(model)`, `compile_repeated_blocks()`) are recorded and edited as well.
 
     Attributes:
         denoiser: the module whose sites these are (the pipeline's unet or transformer).
@@ -47,15 +56,17 @@ class Scope:
 
     def __init__(self, pipeline_or_model: Any) -> None:
         self._pipeline = None if isinstance(pipeline_or_model, nn.Module) else pipeline_or_model
-        self.denoiser = find_denoiser(pipeline_or_model)
+        self._called = find_denoiser(pipeline_or_model)
+        # torch.compile(model) is a module around the model
+        self.denoiser: nn.Module = getattr(self._called, "_orig_mod", self._called)
         self._signature = inspect.signature(type(self.denoiser).forward)
         self._recordings: list[tuple[Recording, frozenset[str]]] = []
         self._edits: list[ActiveEdit] = []
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._wrap: ForwardWrap | None = None
+        self._modules: list[nn.Module] = []
         self._contexts = 0
         self._forwards = 0
         self._forward: Forward | None = None
-        self._calls: dict[str, int] = {}
         self.sites: tuple[Site, ...]
         self.unseen: tuple[Unseen, ...]
         self.refresh()
@@ -67,6 +78,7 @@ class Scope:
         """Look at the model's processors again, after they were changed."""
         sites, unseen = find_sites(self.denoiser)
         self.sites, self.unseen = tuple(sites), tuple(unseen)
+        self._by_name = {site.name: site for site in sites}
 
     def __repr__(self) -> str:
         heads = sum(site.heads for site in self.sites)
@@ -80,48 +92,66 @@ class Scope:
         Raises:
             KeyError: there is none, or it can't be seen.
         """
-        for site in self.sites:
-            if site.name == name:
-                return site
+        if name in self._by_name:
+            return self._by_name[name]
         for entry in self.unseen:
             if entry.name == name:
                 raise KeyError(f"site {name!r} can't be seen: {entry.reason}")
         raise KeyError(f"site: got {name!r}, expected one of {', '.join(site.name for site in self.sites)}")
 
+    def matching(self, pattern: str) -> list[str]:
+        """The names of the sites that a name or a pattern of shell style ("*.attn2") means, in the model's order.
+
+        Raises:
+            KeyError: there is none, or one of them can't be seen.
+        """
+        if not any(character in pattern for character in "*?["):
+            return [self.site(pattern).name]
+        for entry in self.unseen:
+            if fnmatchcase(entry.name, pattern):
+                raise KeyError(f"site {entry.name!r} (of {pattern!r}) can't be seen: {entry.reason}")
+        names = [site.name for site in self.sites if fnmatchcase(site.name, pattern)]
+        if not names:
+            raise KeyError(
+                f"site: got {pattern!r}, expected a pattern of {', '.join(site.name for site in self.sites)}"
+            )
+        return names
+
     @contextmanager
     def record(
         self,
-        *statistics: str,
-        sites: Sequence[str] | None = None,
-        reduce: str = "mean",
+        *statistics: str | Statistic,
+        sites: Sequence[str] | str | None = None,
+        reduce: Reduce = "mean",
         into: Recording | None = None,
     ) -> Iterator[Recording]:
         """Record statistics of every attention call made inside the context.
 
         Args:
-            statistics: names of row statistics (entropy, logsumexp, max_logit, max_prob), reduced over queries to
-                their mean and standard deviation per sample and head; and "head_output", the attention output of
-                each head, averaged over samples per (site, call, timestep, branch, query position).
-            sites: names of the sites to record; all by default.
-            reduce: "mean", the only reduction there is for head outputs.
+            statistics: statistics of the operator, by name or as Statistic objects, reduced over the queries of each
+                query group (image, text, frame) to their mean, standard deviation, minimum and maximum per sample and
+                head; and "head_output", "q", "k", "v", the attention output, queries, keys and values of each head,
+                averaged over samples per (site, call, timestep, branch, position).
+            sites: names or patterns of the sites to record; all by default.
+            reduce: "mean" as said above; None keeps every query's statistic and every sample's tensors.
             into: an earlier recording of the same statistics to go on with.
 
         Raises:
             ValueError: an unknown statistic or reduction, nothing to record, or unseen sites when all are asked for.
             KeyError: an unknown site.
-            RuntimeError: the model is compiled, or another Scope is active on it.
+            RuntimeError: another Scope is active on the model.
         """
         self._look_again()
-        rows = statistic_names([name for name in statistics if name != HEAD_OUTPUT])
         if not statistics:
             raise ValueError("statistics: got none, expected at least one name to record")
-        if reduce != "mean":
-            raise ValueError(f'reduce: got {reduce!r}, expected "mean"')
-        joint = any(site.kind == "joint" for site in self.sites)
-        recording = Recording(rows, HEAD_OUTPUT in statistics, "all" if joint else "image")
+        if reduce not in ("mean", None):
+            raise ValueError(f'reduce: got {reduce!r}, expected "mean" or None')
+        quantities = tuple(name for name in QUANTITIES if name in statistics)
+        requested = requested_statistics([statistic for statistic in statistics if statistic not in QUANTITIES])
+        recording = Recording(requested, quantities, reduce)
         if into is not None:
-            if (into.statistics, into.records_head_output) != (recording.statistics, recording.records_head_output):
-                raise ValueError(f"into: got {into!r}, expected a recording of {', '.join(statistics)}")
+            if not into.same_request(recording):
+                raise ValueError(f"into: got {into!r}, expected a recording of {', '.join(map(str, statistics))}")
             recording = into
         entry = (recording, self._chosen(sites))
         with self._context(self._recordings, entry):
@@ -134,41 +164,91 @@ class Scope:
         *,
         fill: Fill = None,
         steps: range | None = None,
+        branches: Sequence[str] | None = None,
     ) -> Iterator[None]:
         """Edit heads in every forward made inside the context.
 
         Args:
-            edits: {site name: heads to remove, or a HeadEdit}; or a sequence of such mappings, one per sample of
-                the batch. Under classifier-free guidance they hit both branches.
+            edits: {site name or pattern: heads to remove, a HeadEdit, a Patch, a list of those, or a function of
+                `Where` that returns one}; or a sequence of such mappings, one per sample of the batch. Under
+                classifier-free guidance they hit both branches.
             fill: what takes the place of heads given by number, or by a HeadEdit without a fill: None (zeros),
-                "uniform", a tensor broadcastable to [batch, heads, queries, dim], or a Recording of "head_output"
-                (its mean at the same site, timestep and branch).
-            steps: the denoiser's forwards, counted from entering the context, in which the edit acts; all if None.
+                "uniform", "identity", a tensor broadcastable to [batch, heads, queries, dim], a Recording of
+                "head_output" (its mean at the same site, timestep and branch; recorded with reduce=None, the same
+                sample's own), or `recording.take(...)` of one (other samples').
+            steps: the pipeline's steps (the denoiser's forwards since the context was entered, where no pipeline
+                counts) in which the edit acts; all if None.
+            branches: the guidance branches in which it acts, as in ("cond",); all if None.
+
+        Contexts compose: an inner one edits what the outer one has edited.
 
         Raises:
             KeyError: an unknown site, or one that can't be seen.
-            ValueError: a head out of range, or a site that another active edit already edits.
-            RuntimeError: the model is compiled, or another Scope is active on it.
+            ValueError: a head out of range.
+            RuntimeError: another Scope is active on the model.
         """
         self._look_again()
-        active = ActiveEdit.build(edits, fill, steps, self)
-        for other in self._edits:
-            shared = sorted(active.sites & other.sites)
-            if shared:
-                raise ValueError(
-                    f"edits: {shared[0]!r} is edited by an outer context already, expected one edit of a site"
-                )
+        active = ActiveEdit.build(edits, fill, steps, branches, self)
         with self._context(self._edits, active):
             yield
+
+    def attribute(
+        self,
+        task: Task,
+        items: Sequence[TaskItem],
+        timesteps: Sequence[int],
+        *,
+        sites: Sequence[str] | str | None = None,
+        cotangents: int = 4,
+        fill: Fill = None,
+        replicate: int = 0,
+        integrate: int = 0,
+        batch: int = 8,
+    ) -> Attribution:
+        """Every head's importance for a task's teacher-forced loss, from cotangents + 1 backwards per batch.
+
+        Two numbers per item, timestep and head: g, what removing the head costs to first order, and c, the
+        Gauss-Newton term of the second order. Rank heads by g + c: at a trained optimum g averages to nothing.
+
+        Args:
+            task: of the scope's own denoiser.
+            items: what the task needs of an item.
+            timesteps: of the scheduler.
+            sites: names or patterns; all by default.
+            cotangents: random vectors that estimate c; its relative error falls as sqrt(2 / cotangents).
+            fill: what a removed head would be replaced by, as in `edit`.
+            replicate: of the noise.
+            integrate: points of the path on which all gates go from 1 to 0; 0 leaves the integral out.
+            batch: items in a forward.
+
+        Raises:
+            ValueError: nothing to do, or a task of another model.
+            KeyError: an unknown site.
+        """
+        self._look_again()
+        names = [site.name for site in self.sites if site.name in self._chosen(sites)]
+        return attribute(
+            self,
+            task,
+            items,
+            timesteps,
+            sites=names,
+            cotangents=cotangents,
+            fill=fill,
+            replicate=replicate,
+            integrate=integrate,
+            batch=batch,
+        )
 
     def _look_again(self) -> None:
         """Processors may have been changed since the last context."""
         if self._contexts == 0:
             self.refresh()
 
-    def _chosen(self, sites: Sequence[str] | None) -> frozenset[str]:
+    def _chosen(self, sites: Sequence[str] | str | None) -> frozenset[str]:
         if sites is not None:
-            return frozenset(self.site(name).name for name in sites)
+            patterns = [sites] if isinstance(sites, str) else sites
+            return frozenset(name for pattern in patterns for name in self.matching(pattern))
         if self.unseen:
             listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in self.unseen)
             raise ValueError(
@@ -190,7 +270,8 @@ class Scope:
         try:
             yield
         finally:
-            entries.remove(entry)
+            # the newest of several equal entries
+            del entries[max(index for index, other in enumerate(entries) if other is entry)]
             self._contexts -= 1
             if self._contexts == 0:
                 self._detach()
@@ -201,145 +282,179 @@ class Scope:
                 "another Scope is active on this model, and each would hide attention from the other;"
                 " use one Scope for both"
             )
-        for module in self.denoiser.modules():
-            if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
-                raise RuntimeError(
-                    "the model is compiled, and compiled code would not see the recording; use the model as it was"
-                    " before torch.compile"
-                )
         _observed.add(self.denoiser)
         self._forwards = 0
         modules = dict(self.denoiser.named_modules())
-        self._hooks.append(self.denoiser.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
         for site in self.sites:
-            frame = _SiteFrame(self, site)
-            self._hooks.append(modules[site.name].register_forward_pre_hook(frame.enter))
-            self._hooks.append(modules[site.name].register_forward_hook(frame.leave, always_call=True))
+            routing.observe(modules[site.name], _SiteFrame(self, site))
+            self._modules.append(modules[site.name])
+        self._wrap = ForwardWrap(self._called, self)
         routing.install()
 
     def _detach(self) -> None:
         _observed.discard(self.denoiser)
         routing.uninstall()
         # torch skips the hooks that leave a module when Ctrl-C ends it
-        routing.forget(self)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        routing.unwatch(self)
+        for module in self._modules:
+            routing.forget(module)
+        self._modules.clear()
+        if self._wrap is not None:
+            self._wrap.remove()
+            self._wrap = None
         self._forward = None
 
-    def _begin_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        bound = self._signature.bind_partial(module, *args, **kwargs).arguments
-        sample = next(value for value in list(bound.values())[1:] if isinstance(value, Tensor))
-        batch = sample.shape[0]
-        timestep = torch.as_tensor(bound.get("timestep", torch.nan), device=sample.device)
-        branches = guidance_branches(self._pipeline, batch)
-        self._forward = Forward(self._forwards, timestep.detach().reshape(-1).expand(batch), branches)
+    def begin(self, args: tuple, kwargs: dict, cache_context: str | None) -> None:
+        arguments = dict(self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments)
+        arguments.pop("self", None)
+        arguments |= arguments.pop("kwargs", {})
+        self._forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context)
         self._forwards += 1
-        self._calls = {}
+        routing.watch(self)
+
+    def end(self, completed: bool) -> None:
+        routing.unwatch(self)
+        forward = self._forward
+        for recording, _ in self._recordings:
+            if forward is None:
+                continue
+            if completed:
+                recording.end_forward(forward)
+            else:
+                recording.drop(forward)
+        if forward is not None:
+            # what runs again in a backward belongs to this forward still
+            forward.totals = dict(forward.calls)
+
+    @contextmanager
+    def repeat(self, forward: Forward | None, calls: dict[str, int]) -> Iterator[None]:
+        """Run a part of an earlier forward again as it ran then, without recording it a second time."""
+        if self._contexts == 0:
+            raise RuntimeError(
+                "gradient checkpointing runs the forward again in the backward, which came after the Scope's context;"
+                " call backward inside it"
+            )
+        if forward is None:
+            yield
+            return
+        before, counts = self._forward, forward.calls
+        self._forward, forward.calls = forward, dict(calls)
+        try:
+            yield
+        finally:
+            self._forward, forward.calls = before, counts
+
+    @property
+    def running(self) -> Forward | None:
+        """The forward that runs, or ran last."""
+        return self._forward
+
+    def attention_outside(self) -> None:
+        """Attention inside the denoiser, outside of every site: none may be missing where all are recorded."""
+        every = frozenset(site.name for site in self.sites)
+        if any(sites == every for _, sites in self._recordings):
+            raise RuntimeError(
+                f"{type(self.denoiser).__name__} calls attention outside of the modules in scope.sites, and a recording"
+                " of all sites would miss it; name the sites to record"
+            )
+
+    def asked(self, name: str) -> bool:
+        """Whether anything is recorded or edited at the site."""
+        return any(name in sites for _, sites in self._recordings) or any(name in edit.sites for edit in self._edits)
 
 
 class _SiteFrame:
     """A site's attention module while it runs."""
 
     def __init__(self, scope: Scope, site: Site) -> None:
-        self.scope = scope
-        self.site = site
-        self.seen = False
+        self._scope = scope
+        self._site = site
 
-    def enter(self, module: nn.Module, args: tuple) -> None:
-        self.seen = False
-        routing.push(self)
-
-    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def silent(self) -> None:
         """Raises RuntimeError where the module ran and its attention did not come by."""
-        routing.pop(self)
-        name = self.site.name
-        asked = any(name in sites for _, sites in self.scope._recordings) or any(
-            name in edit.sites for edit in self.scope._edits
-        )
-        # after an exception in the module there is no output
-        if asked and not self.seen and output is not None:
+        name = self._site.name
+        if self._scope.asked(name):
             raise RuntimeError(
                 f"site {name!r} ran without torch's scaled_dot_product_attention, so nothing of it was recorded or"
                 " edited; was its processor or diffusers' attention backend changed?"
             )
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, *, stock: Callable[..., Tensor], **options: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own_text: int,
+        stock: Callable[..., Tensor],
+        options: dict[str, Any],
     ) -> Tensor:
-        self.seen = True
-        scope, name = self.scope, self.site.name
-        forward = scope._forward
-        recordings = [recording for recording, sites in scope._recordings if name in sites]
-        edits = [edit for edit in scope._edits if name in edit.sites and forward and edit.acts_in(forward)]
-        if forward is None or not (recordings or edits):
+        scope, site, name = self._scope, self._site, self._site.name
+        forward = scope.running
+        if forward is None or not scope.asked(name):
             return stock(query, key, value, **options)
+        repeated = forward.totals is not None
+        recordings = [] if repeated else [own for own, sites in scope._recordings if name in sites]
+        edits = [edit for edit in scope._edits if name in edit.sites and edit.acts_in(forward)]
+        calls = forward.calls.get(name, 0)
+        forward.calls[name] = calls + 1
+        if forward.totals is not None:
+            calls %= max(1, forward.totals.get(name, 1))
+        # a repetition takes the operator that ran the first time, so that it saves the same tensors
+        observed = recordings or edits or (repeated and any(name in sites for _, sites in scope._recordings))
+        if not observed:
+            return stock(query, key, value, **options)
+        self._check(query, options["dropout_p"], forward)
+        layout = layout_of(site, forward.geometry, query.shape[0], query.shape[2], key.shape[2], int(own_text), calls)
+        call = calls // max(1, forward.batch // layout.samples)
+        options = {option: given for option, given in options.items() if option != "dropout_p"}
+        if any(recording.quantities for recording in recordings):
+            _keep_inputs(recordings, forward, name, call, layout, query, key, value)
+        changes = [change for edit in edits for change in edit.changes(name, call, forward, layout, query)]
+        combined = combine(changes, query, key, value)
+        query, key, value = combined.query, combined.key, combined.value
+        wanted = {statistic.name: statistic for recording in recordings for statistic in recording.requested}
+        result = attention(query, key, value, edit=combined.edit, statistics=tuple(wanted.values()), **options)
+        output = result.output
+        for edit in combined.later:
+            output = blend(output, edit.gate, _fill_of(edit, combined, options))
+        valid_keys = count_valid_keys(options["attn_mask"], options["is_causal"], query, key) if wanted else 0
+        for recording in recordings:
+            recording.count_call()
+            if recording.statistics:
+                recording.add_statistics(forward, name, call, layout, result.statistics, valid_keys, key.shape[2])
+            if recording.records_head_output:
+                recording.tensors.add(forward, "head_output", name, call, layout, output)
+        return output
+
+    def _check(self, query: Tensor, dropout_p: float, forward: Forward) -> None:
+        name = self._site.name
         if query.ndim != 4:
             raise ValueError(f"site {name!r} calls attention with {query.ndim} dimensions, expected 4")
-        call = scope._calls.get(name, 0)
-        scope._calls[name] = call + 1
-        if options.pop("dropout_p"):
+        if query.shape[1] != self._site.heads:
+            raise ValueError(f"site {name!r} calls attention with {query.shape[1]} heads, expected {self._site.heads}")
+        if query.shape[0] % forward.batch and forward.batch % query.shape[0]:
+            raise ValueError(
+                f"site {name!r} calls attention on {query.shape[0]} rows, expected a multiple or a part of the batch"
+                f" of {forward.batch}"
+            )
+        if dropout_p:
             raise ValueError(f"site {name!r} uses attention dropout; put the model in eval mode to record or edit it")
-        edit = edits[0].at(name, call, forward, query) if edits else None
-        wanted = dict.fromkeys(statistic for recording in recordings for statistic in recording.statistics)
-        result = attention(query, key, value, edit=edit, statistics=tuple(wanted), **options)
-        valid_keys = count_valid_keys(options["attn_mask"], options["is_causal"], query, key)
-        for recording in recordings:
-            if recording.statistics:
-                values = {statistic: result.statistics[statistic] for statistic in recording.statistics}
-                recording.add(forward, name, call, values, valid_keys, key.shape[2])
-            if recording.records_head_output:
-                recording.add_head_output(forward, name, call, result.output)
-        return result.output
 
 
-def find_denoiser(pipeline_or_model: Any) -> nn.Module:
-    """The module itself, or the unet or transformer of a pipeline.
-
-    Raises:
-        TypeError: neither a module nor something with one.
-    """
-    if isinstance(pipeline_or_model, nn.Module):
-        return pipeline_or_model
-    for attribute in ("unet", "transformer"):
-        module = getattr(pipeline_or_model, attribute, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise TypeError(
-        f"pipeline_or_model: got {type(pipeline_or_model).__name__}, expected a torch module or a pipeline with a"
-        " unet or transformer"
-    )
+def _keep_inputs(recordings, forward, name, call, layout, query, key, value) -> None:
+    for recording in recordings:
+        for quantity, tensor in (("q", query), ("k", key), ("v", value)):
+            if quantity in recording.quantities:
+                recording.tensors.add(forward, quantity, name, call, layout, tensor)
 
 
-def guidance_branches(pipeline: Any, batch: int) -> tuple[str | None, ...]:
-    """The branch of each equal part of a denoiser's batch: (uncond, cond) under classifier-free guidance, else (None,).
-
-    Told from the pipeline's own running call: its guidance property outlives the call, and some pipelines run the
-    branches one after the other.
-
-    Raises:
-        RuntimeError: the batch has three parts or more, whose order isn't known.
-    """
-    if not getattr(pipeline, "do_classifier_free_guidance", False):
-        return (None,)
-    call = _running_call(pipeline)
-    samples = call.get("batch_size")
-    if not isinstance(samples, int) or samples < 1:
-        return (None,)
-    parts = batch // (samples * int(call.get("num_images_per_prompt") or 1))
-    if parts > 2:
-        raise RuntimeError(f"{type(pipeline).__name__} runs {parts} guidance branches at once, expected 1 or 2")
-    return ("uncond", "cond") if parts == 2 else (None,)
-
-
-def _running_call(pipeline: Any) -> dict[str, Any]:
-    """The local variables of the pipeline's call that this thread is inside of; empty if there is none."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline:
-            return frame.f_locals
-        frame = frame.f_back
-    return {}
+def _fill_of(edit: HeadEdit, combined: Combined, options: dict[str, Any]) -> Tensor | None:
+    """The fill as a tensor, for a gate that comes after the operator."""
+    if not isinstance(edit.fill, str):
+        return edit.fill
+    query = combined.query
+    everything = replace(combined.edit or HeadEdit(), gate=query.new_zeros(1, query.shape[1]), fill=edit.fill)
+    return attention(query, combined.key, combined.value, edit=everything, **options).output
 
 
 def count_valid_keys(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | int:

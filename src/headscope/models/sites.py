@@ -1,12 +1,27 @@
-"""The attention sites of a denoiser: where they are, and which of them headscope can see."""
+"""The attention sites of a denoiser: where they are, and which of them headscope can see.
 
+A site is found by what its code does: a module whose forward, or whose processor, reaches torch's
+scaled_dot_product_attention. No class of diffusers is known by name.
+"""
+
+import ast
 import inspect
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from types import CodeType
+from typing import Any, Literal
 
 from torch import nn
 
-# what the code of a processor (or of an attention module without one) calls when its attention can be seen
-VISIBLE_CALLS = frozenset({"scaled_dot_product_attention", "dispatch_attention_fn"})
+# what code calls when its attention can be seen
+VISIBLE_CALLS = frozenset({"scaled_dot_product_attention", "dispatch_attention_fn", "multi_head_attention_forward"})
+# names that diffusers gives to the tokens of the prompt
+_TEXT_WORDS = ("encoder", "text", "txt", "context", "prompt", "caption")
+_HEAD_COUNTS = ("heads", "num_heads", "num_attention_heads", "n_heads")
+
+Kind = Literal["self", "cross", "joint"]
 
 
 @dataclass(frozen=True)
@@ -17,13 +32,15 @@ class Site:
         name: its module path, as in `model.named_modules()`.
         kind: "self", "cross" (keys from the conditioning) or "joint" (image and text in one sequence).
         heads: the number of heads.
-        head_dim: the dim of a head.
+        head_dim: the dim of a head; 0 where the module does not say.
+        text_first: whether the text comes before the image in a sequence of both; None where its code does not say.
     """
 
     name: str
-    kind: str
+    kind: Kind
     heads: int
     head_dim: int
+    text_first: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -34,41 +51,147 @@ class Unseen:
     reason: str
 
 
+def find_denoiser(pipeline_or_model: Any) -> nn.Module:
+    """The module itself, or the unet or transformer of a pipeline.
+
+    Raises:
+        TypeError: neither a module nor something with one.
+    """
+    if isinstance(pipeline_or_model, nn.Module):
+        return pipeline_or_model
+    for attribute in ("unet", "transformer"):
+        module = getattr(pipeline_or_model, attribute, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise TypeError(
+        f"pipeline_or_model: got {type(pipeline_or_model).__name__}, expected a torch module or a pipeline with a"
+        " unet or transformer"
+    )
+
+
 def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
-    """Every module that has an attention processor, in the order of `named_modules()`."""
+    """Every attention module, in the order of `named_modules()`."""
     sites, unseen = [], []
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
-        if processor is None or not hasattr(module, "heads"):
+        is_attention = processor is not None and any(hasattr(module, attribute) for attribute in _HEAD_COUNTS)
+        if not is_attention and not _sees(type(module).forward, type(module)):
             continue
-        reason = _hidden(module, processor)
+        reason = _hidden(processor) if is_attention else None
         if reason:
             unseen.append(Unseen(name, reason))
-        else:
-            sites.append(Site(name, _kind(module), int(module.heads), _inner_dim(module) // int(module.heads)))
+            continue
+        text_first = _text_first(denoiser, name)
+        heads = _heads(module)
+        parent = denoiser.get_submodule(name.rpartition(".")[0])
+        sites.append(Site(name, _kind(module, parent, text_first), heads, _inner_dim(module) // heads, text_first))
     return sites, unseen
 
 
-def _hidden(module: nn.Module, processor: object) -> str | None:
-    """Why the attention of this module can't be seen, or None."""
+def _hidden(processor: object) -> str | None:
+    """Why the attention of a module with this processor can't be seen, or None."""
     if getattr(processor, "sees_attention", False):
         return None
-    called = inspect.unwrap(type(processor).__call__)
-    names = getattr(called, "__code__", None)
-    if names is not None and VISIBLE_CALLS & set(names.co_names):
-        backend = getattr(processor, "_attention_backend", None)
-        if backend is None or str(getattr(backend, "value", backend)) in ("native", "_native_math"):
-            return None
-        return f"{type(processor).__name__} uses the attention backend {backend}, not torch's"
-    return f"{type(processor).__name__} doesn't call torch's scaled_dot_product_attention"
+    if not _sees(type(processor).__call__, type(processor)):
+        return f"{type(processor).__name__} doesn't call torch's scaled_dot_product_attention"
+    backend = getattr(processor, "_attention_backend", None)
+    if backend is None or str(getattr(backend, "value", backend)) in ("native", "_native_math"):
+        return None
+    return f"{type(processor).__name__} uses the attention backend {backend}, not torch's"
 
 
-def _kind(module: nn.Module) -> str:
-    if getattr(module, "add_k_proj", None) is not None:
+@cache
+def _sees(function: Callable[..., Any], owner: type | None, depth: int = 4) -> bool:
+    """Whether a function reaches attention by itself, its class's methods or its file's functions."""
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None)
+    if code is None or depth == 0:
+        return False
+    names = set(_names(code))
+    if names & VISIBLE_CALLS:
+        return True
+    for name in names:
+        for candidate, of in ((getattr(owner, name, None), owner), (function.__globals__.get(name), None)):
+            local = inspect.isfunction(candidate) and candidate.__module__ == function.__module__
+            if local and _sees(candidate, of, depth - 1):
+                return True
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _kind(module: nn.Module, parent: nn.Module, text_first: bool | None) -> Kind:
+    def has(holder: nn.Module, projection: str) -> bool:
+        return getattr(holder, projection, None) is not None
+
+    if getattr(module, "is_cross_attention", False):
+        return "cross"
+    # a query of the text's own, or code that joins text and image, makes them one sequence
+    if has(module, "add_q_proj"):
         return "joint"
-    return "cross" if getattr(module, "is_cross_attention", False) else "self"
+    if has(module, "add_k_proj"):
+        return "cross"
+    # beside a joint attention of the same block, the other one sees the image alone
+    if text_first is None or any(has(child, "add_q_proj") for child in parent.children()):
+        return "self"
+    return "joint"
+
+
+def _heads(module: nn.Module) -> int:
+    """The module's own word, else 1: code without heads attends with a single one."""
+    for attribute in _HEAD_COUNTS:
+        if isinstance(heads := getattr(module, attribute, None), int) and heads > 0:
+            return heads
+    return 1
 
 
 def _inner_dim(module: nn.Module) -> int:
-    inner = getattr(module, "inner_dim", None)
-    return int(inner) if inner is not None else int(module.to_q.out_features)
+    for attribute in ("inner_dim", "embed_dim", "dim", "channels"):
+        if isinstance(dim := getattr(module, attribute, None), int):
+            return dim
+    projection = getattr(module, "to_q", None) or getattr(module, "q_proj", None)
+    return int(getattr(projection, "out_features", 0))
+
+
+def _text_first(denoiser: nn.Module, name: str) -> bool | None:
+    """The order in which text and image are joined, by the module, else by the blocks that hold it."""
+    module = denoiser.get_submodule(name)
+    processor = getattr(module, "processor", None)
+    functions = [type(processor).__call__] if processor is not None else []
+    functions.append(type(module).forward)
+    path = name.split(".")[:-1]
+    parents = [denoiser.get_submodule(".".join(path[:length])) for length in range(len(path), -1, -1)]
+    functions += [type(parent).forward for parent in parents]
+    found = (_joined_text_first(inspect.unwrap(function)) for function in functions)
+    return next((order for order in found if order is not None), None)
+
+
+@cache
+def _joined_text_first(function: Callable[..., Any]) -> bool | None:
+    """Which comes first where the function joins text and image tokens with torch.cat; None where it doesn't."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "cat" and node.args):
+            continue
+        if not isinstance(node.args[0], (ast.List, ast.Tuple)) or not _joins_tokens(node):
+            continue
+        names = [getattr(element, "id", "") for element in node.args[0].elts]
+        texts = [any(word in name for word in _TEXT_WORDS) for name in names]
+        tokens = all(any(w in name for w in ("hidden_states", "query", "img", "txt", "text")) for name in names)
+        if len(names) == 2 and tokens and texts[0] != texts[1]:
+            return texts[0]
+    return None
+
+
+def _joins_tokens(call: ast.Call) -> bool:
+    """Along the tokens' dimension (1, or 2 after the heads), not over the batch or the channels."""
+    dims = [keyword.value for keyword in call.keywords if keyword.arg == "dim"] + list(call.args[1:2])
+    return bool(dims) and isinstance(dims[0], ast.Constant) and dims[0].value in (1, 2)

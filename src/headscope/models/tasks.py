@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope.counter import counter_normal
-from headscope.models.scope import find_denoiser
+from headscope.models.sites import find_denoiser
 
 
 @runtime_checkable

@@ -1,17 +1,20 @@
 """headscope.attention(): one call for the output, its statistics and head edits.
 
-Reading order: api (the call), edits and statistics (what it takes), validation, backends (who serves it),
-schema (registration with torch), attend (the formula in plain torch), then one file per backend.
+Reading order: api (the call), edits and statistics (what it takes), validation, backends (who serves it), call (what
+they are told), schema (registration with torch), attend (the formula in plain torch), then one file per backend.
 """
 
 from headscope.ops.api import AttentionResult, attention, scaled_dot_product_attention
 from headscope.ops.backends import backend_status
 from headscope.ops.edits import HeadEdit
-from headscope.ops.statistics import STATISTICS, Statistic
+from headscope.ops.statistics import STATISTICS, Distance, GroupEntropy, GroupMass, Statistic
 
 __all__ = [
     "STATISTICS",
     "AttentionResult",
+    "Distance",
+    "GroupEntropy",
+    "GroupMass",
     "HeadEdit",
     "Statistic",
     "attention",

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from headscope.ops.backends import Problem, select
+from headscope.ops.call import DIFFERENTIABLE, Call
 from headscope.ops.edits import HeadEdit
 from headscope.ops.schema import default_scale
-from headscope.ops.statistics import Statistic, statistic_names
+from headscope.ops.statistics import Statistic, requested_statistics
 from headscope.ops.validation import check_edit, check_inputs, check_mask, check_scale, shape_of
+
+_NO_EDIT = HeadEdit()
 
 
 class AttentionResult(NamedTuple):
@@ -18,7 +21,8 @@ class AttentionResult(NamedTuple):
 
     Attributes:
         output: [batch, heads, queries, dim_v], in query's dtype and stride order.
-        statistics: one float32 (float64 for float64 inputs) tensor [batch, heads, queries] per name asked for.
+        statistics: one float32 (float64 for float64 inputs) tensor per statistic asked for, by name: [batch, heads,
+            queries], or with a last dimension for the groups, or [batch, heads, keys] for key_mass.
     """
 
     output: Tensor
@@ -35,16 +39,18 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     edit: HeadEdit | None = None,
-    statistics: Sequence[str | Statistic] = (),
+    statistics: Sequence[str | Statistic] | str | Statistic = (),
     backend: str | None = None,
 ) -> AttentionResult:
     """Attention, statistics of its probabilities and edits of its heads, in one pass.
 
-    logits = scale * query . key + mask;  p = softmax(logits);  attention = p . value;
-    output = gate * attention + (1 - gate) * fill. [queries, keys] is never materialised by the fused backends.
+    logits = (scale / temperature) * query . key + key_bias + mask;  p = softmax(logits);
+    attention = (p * key_scale) . value;  output = gate * attention + (1 - gate) * fill.
+    [queries, keys] is never materialised by the fused backends.
 
-    Statistics describe p before the edit. A row with no valid key has logsumexp and max_logit -inf and all else 0;
-    NaN in gives NaN out, row by row.
+    Statistics describe p: gate, fill and key_scale don't change them. A row with no valid key has logsumexp and
+    max_logit -inf and all else 0; NaN in gives NaN out, row by row. Gradients flow through output, entropy, logsumexp
+    and group mass into query, key, value, an additive mask and every tensor of the edit.
 
     Args:
         query: [batch, heads, queries, dim], float32, bfloat16, float16 or float64.
@@ -54,8 +60,9 @@ def attention(
         is_causal: row i sees keys 0..i (top left), as in torch's SDPA.
         scale: 1 / sqrt(dim) if None.
         enable_gqa: kv_heads may be a divisor of heads.
-        edit: which heads to remove or fill, per sample.
-        statistics: names out of entropy (nats), logsumexp (nats), max_logit (nats), max_prob (0..1).
+        edit: which heads to remove, fill, sharpen or bias, per sample.
+        statistics: names (entropy, logsumexp, max_logit, collision_entropy in nats, max_prob in 0..1, key_mass in
+            queries), Distance(...), GroupMass(...), GroupEntropy(...), or statistics of your own.
         backend: "triton", "cpu", "portable" or "reference"; None picks the fastest that serves the whole call.
 
     Returns:
@@ -65,31 +72,50 @@ def attention(
         TypeError, ValueError: an argument doesn't fit; the message names it, what came and what was expected.
         RuntimeError: the backend asked for can't serve the call; the message says why.
     """
-    names = statistic_names(statistics)
+    requested = requested_statistics(statistics)
     query, key, value = _autocast(query, key, value)
     check_inputs(query, key, value, enable_gqa)
     mask = check_mask(attn_mask, is_causal, query, key)
-    check_edit(edit, query, value)
-    scale = check_scale(scale, default_scale(query.shape[-1]))
-    gate = edit.gate if edit else None
-    if gate is not None:
-        gate = gate.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-    fill = edit.fill if edit else None
-    inputs = (query, key, value, mask, gate, fill if isinstance(fill, Tensor) else None)
-    problem = Problem(
-        device=query.device,
-        dtype=query.dtype,
-        dim=query.shape[-1],
-        dim_v=value.shape[-1],
-        needs_gradient=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs),
+    check_edit(edit, query, key, value)
+    for statistic in requested:
+        statistic.check(query, key)
+    edit = edit or _NO_EDIT
+    precise = torch.float64 if query.dtype == torch.float64 else torch.float32
+    call = Call(
+        query=query,
+        key=key,
+        value=value,
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=check_scale(scale, default_scale(query.shape[-1])),
+        gate=_in(precise, edit.gate),
+        fill=None,
+        temperature=_in(precise, edit.temperature),
+        key_bias=_in(precise, edit.key_bias),
+        key_scale=_in(precise, edit.key_scale),
+        statistics=[statistic.spec for statistic in requested],
+        statistic_tensors=[tensor for statistic in requested for tensor in statistic.tensors],
+        training=False,
     )
+    if isinstance(edit.fill, Tensor):
+        call = call._replace(fill=edit.fill[(None,) * (4 - edit.fill.ndim)])
+    needs_gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (getattr(call, name) for name in DIFFERENTIABLE)
+    )
+    problem = Problem(query.device, query.dtype, query.shape[-1], value.shape[-1], needs_gradient, requested)
     operator = select(backend, problem)
-    if gate is not None and fill == "uniform":
-        fill = _uniform_fill(operator, query, key, value, mask, is_causal, gate)
-    elif isinstance(fill, Tensor):
-        fill = fill[(None,) * (4 - fill.ndim)]
-    output, values = operator(query, key, value, mask, is_causal, scale, gate, fill, list(names))
+    call = call._replace(training=needs_gradient)
+    if edit.fill == "identity":
+        call = call._replace(fill=_for_every_head(value, query.shape[1]))
+    elif edit.fill == "uniform":
+        call = call._replace(fill=_uniform_fill(operator, call))
+    output, values, _ = operator(*call)
+    names = [statistic.name for statistic in requested]
     return AttentionResult(output, dict(zip(names, values, strict=True)))
+
+
+def _in(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,15 +128,23 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return tensors
 
 
-def _uniform_fill(operator, query, key, value, mask, is_causal, gate) -> Tensor:
-    """Attention's output with q . k set to zero and masks kept, broadcastable to [batch, heads, queries, dim_v]."""
-    if mask is None and not is_causal:
-        keys = max(1, value.shape[2])
-        mean = value.sum(2, keepdim=True, dtype=gate.dtype) / keys
-        return mean.repeat_interleave(query.shape[1] // max(1, mean.shape[1]), 1)
+def _for_every_head(value: Tensor, heads: int) -> Tensor:
+    """value [batch, kv_heads, ...] as [batch, heads, ...]; a copy only where key heads are shared."""
+    groups = heads // max(1, value.shape[1])
+    return value if groups == 1 else value.repeat_interleave(groups, 1)
+
+
+def _uniform_fill(operator, call: Call) -> Tensor:
+    """Attention's output with q . k set to zero and all else kept, broadcastable to [batch, heads, queries, dim_v]."""
+    if call.attn_mask is None and not call.is_causal and call.key_bias is None and call.key_scale is None:
+        keys = max(1, call.value.shape[2])
+        mean = call.value.sum(2, keepdim=True, dtype=call.statistic_dtype) / keys
+        return _for_every_head(mean, call.query.shape[1])
+    assert call.gate is not None
     # heads that are kept whole need no fill, and a gate of 0 lets the backend skip them
-    removed = (gate.detach() != 1).to(gate.dtype)
-    return operator(query, key, value, mask, is_causal, 0.0, removed, None, [])[0]
+    removed = (call.gate.detach() != 1).to(call.gate.dtype)
+    plain = call._replace(scale=0.0, gate=removed, temperature=None, statistics=[], statistic_tensors=[])
+    return operator(*plain)[0]
 
 
 def scaled_dot_product_attention(

@@ -1,48 +1,41 @@
 """The formula itself in plain torch, in whatever dtype the tensors have. It materialises [queries, keys]."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from headscope.ops.call import Call
 from headscope.ops.edits import blend
-from headscope.ops.statistics import STATISTICS
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    causal_from: int | None,
-    scale: float,
-    gate: Tensor | None,
-    fill: Tensor | None,
-    statistics: Sequence[str],
-) -> tuple[Tensor, list[Tensor]]:
-    """Attention, statistics and head edits on [batch, heads, queries, dim] and [batch, kv_heads, keys, dim].
+def attend(call: Call, first_query: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """The output [batch, heads, queries, dim_v] and the statistics of a call, or of a piece of one.
 
     Args:
-        attn_mask: bool or additive, broadcastable to [batch, heads, queries, keys].
-        causal_from: None, or the position of the first query row: row i sees keys up to causal_from + i.
-
-    Returns:
-        The output [batch, heads, queries, dim_v] and one [batch, heads, queries] tensor per statistic.
+        call: whose tensors share one dtype (int32 and bool aside).
+        first_query: where the piece's queries begin in the whole call, for causal masks and statistics.
     """
+    query, key, value = call.query, call.key, call.value
     groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = call.scale if call.temperature is None else call.scale / call.temperature[..., None, None]
     logits = (query * scale) @ key.transpose(-1, -2)
-    if causal_from is not None:
-        rows = torch.arange(causal_from, causal_from + logits.shape[-2], device=logits.device)
+    rows = torch.arange(first_query, first_query + logits.shape[-2], device=logits.device)
+    if call.key_bias is not None:
+        logits = logits + call.key_bias[..., None, :]
+    if call.is_causal:
         future = torch.arange(logits.shape[-1], device=logits.device) > rows[:, None]
         logits = logits.masked_fill(future, -torch.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        logits = logits.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        logits = logits + attn_mask.to(logits.dtype)
+    if call.attn_mask is not None and call.attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~call.attn_mask, -torch.inf)
+    elif call.attn_mask is not None:
+        logits = logits + call.attn_mask.to(logits.dtype)
     dead = (logits == -torch.inf).all(-1, keepdim=True)
     probabilities = torch.where(dead, 0, torch.where(dead, 0, logits).softmax(-1))
-    output = blend(probabilities @ value, gate, fill)
-    values = [(STATISTICS[name], STATISTICS[name].formula(logits, probabilities)) for name in statistics]
-    return output, [value if statistic.differentiable else value.detach() for statistic, value in values]
+    weights = probabilities if call.key_scale is None else probabilities * call.key_scale[..., None, :]
+    output = blend(weights @ value, call.gate, call.fill)
+    values = []
+    for statistic in call.restored_statistics():
+        result = statistic.formula(logits, probabilities, rows, statistic.tensors)
+        values.append(result if statistic.differentiable else result.detach())
+    return output, values

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from importlib.util import find_spec
 
 import torch
 
 # cpu_library at once: it has to see forks from the start
 from headscope.ops import cpu_library, schema
+from headscope.ops.statistics import KeyMass, Statistic
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Problem:
     dim: int
     dim_v: int
     needs_gradient: bool
+    statistics: tuple[Statistic, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,9 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
 def _triton_unavailable() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton can't be imported ({error})"
+    if find_spec("triton") is None or find_spec("headscope_kernels") is None:
+        return "triton isn't installed"
     if torch.cuda.is_available() or _interpreted():
         return None
     return "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
@@ -57,9 +56,26 @@ def _triton_unavailable() -> str | None:
 def _triton_rejects(problem: Problem) -> str | None:
     if problem.device.type != "cuda" and not (problem.device.type == "cpu" and _interpreted()):
         return f"the tensors are on {problem.device}, it needs a GPU"
-    if max(problem.dim, problem.dim_v) > 256:
-        return f"head dims reach {max(problem.dim, problem.dim_v)}, it takes at most 256"
-    return _forward_only(problem)
+    if max(problem.dim, problem.dim_v) > 512:
+        return f"head dims reach {max(problem.dim, problem.dim_v)}, it takes at most 512"
+    for statistic in problem.statistics:
+        kernel = statistic.kernel()
+        if kernel is None and not statistic.sums_over_queries:
+            return f"{statistic.key!r} has no Triton functions; it gives {_those_with_kernels()}"
+        if problem.needs_gradient and statistic.differentiable and not _has_gradient(statistic, kernel):
+            return f"an input requires grad, and {statistic.key!r} has no Triton function for its gradient"
+    return _single_precision(problem)
+
+
+def _has_gradient(statistic: Statistic, kernel) -> bool:
+    # logsumexp adds a constant to each row and nothing else
+    return kernel.gradient is not None or statistic.key == "logsumexp"
+
+
+def _those_with_kernels() -> str:
+    from headscope_kernels.attention import STATISTICS
+
+    return ", ".join([*STATISTICS, KeyMass.key])
 
 
 def _cpu_unavailable() -> str | None:
@@ -71,14 +87,15 @@ def _cpu_rejects(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device}, it needs CPU tensors"
     if max(problem.dim, problem.dim_v) > cpu_library.MAX_DIM:
         return f"head dims reach {max(problem.dim, problem.dim_v)}, it takes at most {cpu_library.MAX_DIM}"
-    return _forward_only(problem)
+    for statistic in problem.statistics:
+        if statistic.key not in cpu_library.STATISTICS:
+            return f"{statistic.key!r} isn't built into it; it gives {', '.join(cpu_library.STATISTICS)}"
+    return _single_precision(problem)
 
 
-def _forward_only(problem: Problem) -> str | None:
+def _single_precision(problem: Problem) -> str | None:
     if problem.dtype == torch.float64:
         return "it computes in float32 and can't keep float64's precision"
-    if problem.needs_gradient:
-        return "it has no backward pass, and an input requires grad"
     return None
 
 
@@ -94,8 +111,8 @@ def _anything(problem: Problem) -> None:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("triton", "fused Triton kernel, GPU", _triton_unavailable, _triton_rejects),
-        Backend("cpu", "fused C++ kernel, CPU", _cpu_unavailable, _cpu_rejects),
+        Backend("triton", "fused Triton kernels, GPU", _triton_unavailable, _triton_rejects),
+        Backend("cpu", "fused C++ kernel, CPU (gradients: portable's)", _cpu_unavailable, _cpu_rejects),
         Backend("portable", "plain torch over chunks of rows, any device, with gradients", _nothing, _anything),
         Backend("reference", "plain torch in float64, for tests", _nothing, _anything),
     )

@@ -7,19 +7,47 @@ torch has loaded; a forked child, in which that runtime would hang, runs it on o
 import ctypes
 import importlib.resources
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
-STATISTICS = ("entropy", "logsumexp", "max_logit", "max_prob")
-INSTRUCTION_SETS = {"best": 0, "baseline": 1, "avx2": 2, "avx512": 3}
+ABI_VERSION = 2
+# the order is that of headscope_statistic_kind in csrc/include/headscope_cpu.h
+STATISTICS = (
+    "entropy",
+    "logsumexp",
+    "max_logit",
+    "max_prob",
+    "collision_entropy",
+    "distance",
+    "group_mass",
+    "group_entropy",
+    "key_mass",
+)
+INSTRUCTION_SETS = {"best": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
 MAX_DIM = 8192
+MAX_STATISTICS = 32
+MAX_GROUPS = 65536
+_KINDS = {name: kind for kind, name in enumerate(STATISTICS)}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.bool: 4}
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATING = (*_INPUT_DTYPES, torch.float64)
 _NO_MEMORY = 6
+
+# headscope_attention and headscope_statistic of csrc/include/headscope_cpu.h, field for field, every one eight bytes
+# wide. Packed at once: setting a ctypes structure's fields one by one would take longer than a small call.
+_TENSOR = "P4qq"
+_EDIT = "P3q"
+_ATTENTION = struct.Struct("7q" + 6 * _TENSOR + 4 * _EDIT + "dqqqq")
+_STATISTIC = struct.Struct("qP4qP3q")
+_NO_TENSOR = (0,) * 6
+_NO_EDIT = (0,) * 4
+
+# a name, or (name, constants, tensors)
+StatisticSpec = str | tuple[str, Sequence[int | float], Sequence[Tensor]]
 
 _forked = False
 
@@ -31,25 +59,6 @@ def _remember_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_remember_fork)
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4), ("dtype", ctypes.c_int64))
-
-
-class _Attention(ctypes.Structure):
-    # headscope_attention of csrc/include/headscope_cpu.h, field for field
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "queries", "keys", "dim", "dim_v")),
-        *((name, _Tensor) for name in ("query", "key", "value", "output", "mask", "fill")),
-        ("gate", ctypes.c_void_p),
-        ("gate_strides", ctypes.c_int64 * 2),
-        ("scale", ctypes.c_double),
-        ("is_causal", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in STATISTICS),
-        ("threads", ctypes.c_int64),
-        ("instruction_set", ctypes.c_int64),
-    )
 
 
 @dataclass
@@ -105,7 +114,7 @@ def _open() -> Library | str:
         version = functions.headscope_abi_version()
         if version != ABI_VERSION:
             return f"{path} has ABI version {version}, expected {ABI_VERSION}; `pip install .` rebuilds it"
-        functions.headscope_attention_forward.argtypes = (ctypes.POINTER(_Attention),)
+        functions.headscope_attention_forward.argtypes = (ctypes.c_char_p,)
         functions.headscope_attention_forward.restype = ctypes.c_int
         functions.headscope_status_message.argtypes = (ctypes.c_int,)
         functions.headscope_status_message.restype = ctypes.c_char_p
@@ -185,8 +194,56 @@ def _broadcast(name: str, tensor: Tensor, sizes: Sequence[int], dtypes: Sequence
     return tensor
 
 
-def _describe(tensor: Tensor) -> _Tensor:
-    return _Tensor(tensor.data_ptr(), (ctypes.c_int64 * 4)(*tensor.stride()), _DTYPES[tensor.dtype])
+def _describe(tensor: Tensor) -> tuple[int, ...]:
+    return (tensor.data_ptr(), *tensor.stride(), _DTYPES[tensor.dtype])
+
+
+def _edit(name: str, tensor: Tensor | None, sizes: Sequence[int]) -> tuple[int, ...]:
+    if tensor is None:
+        return _NO_EDIT
+    tensor = _broadcast(name, tensor, sizes, (torch.float32,))
+    return (tensor.data_ptr(), *tensor.stride(), *(0,) * (3 - len(sizes)))
+
+
+def _integers(name: str, constants: Sequence[int | float], least: Sequence[int]) -> tuple[int, ...]:
+    """Constants as the kernel takes them, four of them; each must be whole and at least its entry of `least`."""
+    wrong = len(constants) > len(least) or any(
+        int(value) != value or value < low for value, low in zip(constants, least, strict=False)
+    )
+    if wrong:
+        raise ValueError(f"statistics: got constants {tuple(constants)} for {name}, expected integers >= {tuple(least)}")
+    return (*(int(value) for value in constants), *(0,) * (4 - len(constants)))
+
+
+def _statistic(spec: StatisticSpec, output: Tensor, batch: int, heads: int, queries: int, keys: int) -> bytes:
+    """One headscope_statistic."""
+    name, constants, tensors = (spec, (), ()) if isinstance(spec, str) else spec
+    kind = _KINDS.get(name)
+    if kind is None:
+        raise ValueError(f"statistics: got {name!r}, expected some of {', '.join(STATISTICS)}")
+    sizes = groups = (0, 0, 0, 0)
+    shape = (batch, heads, keys if name == "key_mass" else queries)
+    if name == "distance":
+        sizes = _integers(name, constants, (1, 1, 1, 1))
+        if len(constants) != 4:
+            raise ValueError(f"statistics: got constants {tuple(constants)} for distance, expected four grid sizes")
+    elif name in ("group_mass", "group_entropy"):
+        sizes = _integers(name, constants, (0, 0))
+        if not constants or len(tensors) != 1:
+            raise ValueError(f"statistics: got {len(tensors)} tensors for {name}, expected its count and its groups")
+        count, first = sizes[:2]
+        # (count, first): a chunk of at most 128 groups, as the other backends take them
+        count = min(128, count - first) if len(constants) == 2 else count
+        if not 0 <= count <= MAX_GROUPS:
+            raise ValueError(f"statistics: got {count} groups for {name}, expected 0 to {MAX_GROUPS}")
+        sizes = (count, first, 0, 0)
+        ids = _broadcast("groups", tensors[0], (batch, heads, keys), (torch.int32,))
+        groups = (ids.data_ptr(), *ids.stride())
+        shape = (batch, heads, queries, count)
+    if output.shape != shape or output.dtype != torch.float32 or not output.is_contiguous() or output.is_meta:
+        _check(f"statistic_outputs[{name!r}]", output, shape, (torch.float32,))
+        raise ValueError(f"statistic_outputs[{name!r}]: got strides {output.stride()}, expected a contiguous one")
+    return _STATISTIC.pack(kind, output.data_ptr(), *sizes, *groups)
 
 
 def attention_forward(
@@ -197,14 +254,20 @@ def attention_forward(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
-    gate: Tensor | None,
-    fill: Tensor | None,
-    statistics: Sequence[str],
+    gate: Tensor | None = None,
+    fill: Tensor | None = None,
+    temperature: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    statistics: Sequence[StatisticSpec] = (),
     output: Tensor,
-    statistic_outputs: Sequence[Tensor],
+    statistic_outputs: Sequence[Tensor] = (),
     threads: int | None = None,
 ) -> None:
-    """Writes gate * softmax(scale * query . key + mask) . value + (1 - gate) * fill, and statistics of its rows.
+    """Attention with edits of its heads and keys, and statistics of its probabilities p.
+
+    logits = scale / temperature * query . key + key_bias + mask;  p = softmax(logits);
+    output = gate * sum_j p_j * key_scale_j * value_j + (1 - gate) * fill.
 
     Args:
         query: [batch, heads, queries, dim], float32, bfloat16 or float16, any strides.
@@ -214,9 +277,15 @@ def attention_forward(
         is_causal: query i sees keys 0..i.
         gate: [batch or 1, heads], float32. Exactly 0 or 1 selects and doesn't multiply.
         fill: floating, each size 1 or that of [batch, heads, queries, dim_v]; None is zeros.
-        statistics: some of "entropy", "logsumexp", "max_logit" (nats) and "max_prob", each once.
+        temperature: [batch or 1, heads], float32.
+        key_bias: [batch or 1, heads or 1, keys], float32; -inf mutes a key.
+        key_scale: the same shape, float32; p stays as it is in the statistics.
+        statistics: names, or (name, constants, tensors), at most 32: see STATISTICS. "distance" takes (height, width,
+            key_height, key_width); "group_mass" and "group_entropy" take (count,), or (count, first) for at most 128
+            of the groups, and int32 groups [batch or 1, heads or 1, keys].
         output: [batch, heads, queries, dim_v], query's dtype, any strides; every element is written.
-        statistic_outputs: one float32 contiguous [batch, heads, queries] per statistic, written likewise.
+        statistic_outputs: one float32 contiguous tensor per statistic, written likewise: [batch, heads, queries],
+            [batch, heads, queries, count] for groups, [batch, heads, keys] for "key_mass".
         threads: None for torch.get_num_threads(). The result doesn't depend on it.
 
     Raises:
@@ -237,37 +306,47 @@ def attention_forward(
         raise ValueError(f"key: got {kv_heads} heads, expected a divisor of query's {heads}")
     if max(dim, dim_v) > MAX_DIM:
         raise ValueError(f"query, value: got head dims {dim} and {dim_v}, expected at most {MAX_DIM}")
-    call = _Attention(batch, heads, kv_heads, queries, keys, dim, dim_v)
-    call.query, call.key, call.value = _describe(query), _describe(key), _describe(value)
-    call.output = _describe(output)
+    mask = filled = _NO_TENSOR
     if attn_mask is not None:
-        attn_mask = _broadcast("attn_mask", attn_mask, (batch, heads, queries, keys), tuple(_DTYPES))
-        call.mask = _describe(attn_mask)
+        mask = _describe(_broadcast("attn_mask", attn_mask, (batch, heads, queries, keys), tuple(_DTYPES)))
     if fill is not None:
-        floating = (*_INPUT_DTYPES, torch.float64)
-        fill = _broadcast("fill", fill, (batch, heads, queries, dim_v), floating)
-        call.fill = _describe(fill)
-    if gate is not None:
-        gate = _broadcast("gate", gate, (batch, heads), (torch.float32,))
-        call.gate = gate.data_ptr()
-        call.gate_strides = (ctypes.c_int64 * 2)(*gate.stride())
-    if len(statistics) != len(statistic_outputs) or len(set(statistics)) != len(statistics):
+        filled = _describe(_broadcast("fill", fill, (batch, heads, queries, dim_v), _FLOATING))
+    if len(statistics) != len(statistic_outputs) or len(statistics) > MAX_STATISTICS:
         raise ValueError(
-            f"statistics: got {list(statistics)} and {len(statistic_outputs)} outputs,"
-            " expected different names and one output for each"
+            f"statistics: got {len(statistics)} and {len(statistic_outputs)} outputs,"
+            f" expected at most {MAX_STATISTICS} and one output for each"
         )
-    for name, values in zip(statistics, statistic_outputs, strict=True):
-        if name not in STATISTICS:
-            raise ValueError(f"statistics: got {name!r}, expected some of {', '.join(STATISTICS)}")
-        _check(f"statistic_outputs[{name!r}]", values, (batch, heads, queries), (torch.float32,))
-        if not values.is_contiguous():
-            raise ValueError(f"statistic_outputs[{name!r}]: got strides {values.stride()}, expected a contiguous one")
-        setattr(call, name, values.data_ptr())
-    call.scale = scale
-    call.is_causal = bool(is_causal)
-    call.threads = 1 if _forked else torch.get_num_threads() if threads is None else threads
-    call.instruction_set = INSTRUCTION_SETS[library.instruction_set]
-    status = library.functions.headscope_attention_forward(ctypes.byref(call))
+    described = [
+        _statistic(spec, values, batch, heads, queries, keys)
+        for spec, values in zip(statistics, statistic_outputs, strict=True)
+    ]
+    if sum(spec == "key_mass" or spec[0] == "key_mass" for spec in statistics) > 1:
+        raise ValueError("statistics: got key_mass more than once, expected it once")
+    call = _ATTENTION.pack(
+        batch,
+        heads,
+        kv_heads,
+        queries,
+        keys,
+        dim,
+        dim_v,
+        *_describe(query),
+        *_describe(key),
+        *_describe(value),
+        *_describe(output),
+        *mask,
+        *filled,
+        *_edit("gate", gate, (batch, heads)),
+        *_edit("temperature", temperature, (batch, heads)),
+        *_edit("key_bias", key_bias, (batch, heads, keys)),
+        *_edit("key_scale", key_scale, (batch, heads, keys)),
+        scale,
+        bool(is_causal),
+        1 if _forked else torch.get_num_threads() if threads is None else threads,
+        INSTRUCTION_SETS[library.instruction_set],
+        len(described),
+    )
+    status = library.functions.headscope_attention_forward(b"".join((call, *described)))
     if status:
         message = library.functions.headscope_status_message(status).decode()
         raise MemoryError(message) if status == _NO_MEMORY else ValueError(message)

@@ -7,25 +7,42 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+Fill = Tensor | Literal["uniform", "identity"] | None
+
 
 @dataclass(frozen=True)
 class HeadEdit:
-    """An edit of heads, per sample and per head: output = gate * attention + (1 - gate) * fill.
+    """An edit of heads, per sample and per head.
+
+        p = softmax((scale / temperature) * query . key + key_bias + mask)
+        attention = sum_j p_j * key_scale_j * value_j
+        output = gate * attention + (1 - gate) * fill
+
+    Gradients flow into every tensor of it.
 
     Attributes:
         gate: [batch or 1, heads], floating; 1 keeps a head, 0 removes it. A gate of exactly 0 or 1 selects
             instead of multiplying, so NaN in what is not selected stays out. None keeps every head.
-        fill: what takes a removed head's place: None (zeros), "uniform" (attention with q . k set to zero and
-            masks kept: the mean of the values a row may see), or a tensor broadcastable to
+        fill: what takes a removed head's place: None (zeros), "uniform" (attention with q . k set to zero and masks,
+            key_bias and key_scale kept: the mean of the values a row may see), "identity" (each query's own value, as
+            if attention were the identity; self-attention only), or a tensor broadcastable to
             [batch, heads, queries, dim_v] (a mean, a patch, another sample's output).
+        temperature: [batch or 1, heads], floating and positive (not checked: that would wait for the device); above 1
+            flattens a head's attention, below 1 sharpens it.
+        key_bias: [batch or 1, heads or 1, keys], floating, added to the logits; -inf mutes a key.
+        key_scale: [batch or 1, heads or 1, keys], floating, multiplies the probabilities after the softmax, which are
+            not renormalised; statistics don't see it.
     """
 
     gate: Tensor | None = None
-    fill: Tensor | Literal["uniform"] | None = None
+    fill: Fill = None
+    temperature: Tensor | None = None
+    key_bias: Tensor | None = None
+    key_scale: Tensor | None = None
 
     @classmethod
     def remove(
-        cls, heads: Iterable[int], of: int, *, fill: Tensor | Literal["uniform"] | None = None, device=None
+        cls, heads: Iterable[int], of: int, *, fill: Fill = None, device: torch.device | str | None = None
     ) -> "HeadEdit":
         """The edit that removes `heads` out of `of` heads in every sample.
 

@@ -4,22 +4,70 @@ At most 32 MiB of score-sized tensors live at a time, whatever the length. Insid
 for float64 inputs). The backward recomputes each chunk, so training needs no more memory than that either.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from headscope.ops.attend import attend
-from headscope.ops.schema import allocate, statistic_dtype
+from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents
 
 # attend() holds about four score-sized tensors at once: 4 x 8 MiB
 CHUNK_BYTES = 8 * 2**20
+# the tensors that have a row for each query (masks and fills may)
+_ROWS = ("query", "attn_mask", "fill")
 
 
-def _chunks(query: Tensor, key: Tensor, element_bytes: int) -> Iterator[tuple[slice, slice]]:
+def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    output, values = call.empty_output(), call.empty_statistics()
+    statistics = call.restored_statistics()
+    for statistic, value in zip(statistics, values, strict=True):
+        if statistic.sums_over_queries:
+            value.zero_()
+    inside = call._replace(key=call.key.to(call.statistic_dtype), value=call.value.to(call.statistic_dtype))
+    for samples, rows in _chunks(call):
+        chunk_output, chunk_values = attend(_piece(inside, samples, rows), rows.start)
+        output[samples, :, rows] = chunk_output
+        for statistic, value, chunk in zip(statistics, values, chunk_values, strict=True):
+            if statistic.sums_over_queries:
+                value[samples] += chunk
+            else:
+                value[samples, :, rows] = chunk
+    return output, values, []
+
+
+def backward(call: Call, cotangents: Cotangents) -> dict[str, Tensor]:
+    """Gradients of those of DIFFERENTIABLE that are needed."""
+    dtype = call.statistic_dtype
+    wanted = [name for name, need in zip(DIFFERENTIABLE, cotangents.needed, strict=True) if need]
+    totals = {name: torch.zeros_like(getattr(call, name), dtype=dtype) for name in wanted}
+    flows = [grad is not None for grad in (cotangents.output, *cotangents.statistics)]
+    for samples, rows in _chunks(call):
+        piece = _piece(call, samples, rows)
+        leaves = {name: getattr(piece, name).detach().requires_grad_() for name in wanted}
+        with torch.enable_grad():
+            chunk_output, chunk_values = attend(piece._replace(**leaves), rows.start)
+            grads = [
+                grad[samples, :, rows].to(dtype)
+                for grad in (cotangents.output, *cotangents.statistics)
+                if grad is not None
+            ]
+            flowing = [value for value, flow in zip((chunk_output, *chunk_values), flows, strict=True) if flow]
+            # a removed head without statistics leads to nothing that requires a gradient
+            pairs = [(value, grad) for value, grad in zip(flowing, grads, strict=True) if value.requires_grad]
+            chunk_grads = torch.autograd.grad(
+                [value for value, _ in pairs], list(leaves.values()), [grad for _, grad in pairs], allow_unused=True
+            )
+        for name, chunk_grad in zip(wanted, chunk_grads, strict=True):
+            if chunk_grad is not None:
+                _part(totals[name], samples, rows if name in _ROWS else None).add_(chunk_grad)
+    return {name: total.to(getattr(call, name).dtype) for name, total in totals.items()}
+
+
+def _chunks(call: Call) -> Iterator[tuple[slice, slice]]:
     """Slices of (batch, queries) whose scores fit in CHUNK_BYTES; one sample and one query row at the least."""
-    batch, heads, queries, _ = query.shape
-    row_bytes = max(1, heads * key.shape[2] * element_bytes)
+    batch, heads, queries = call.row_shape
+    row_bytes = max(1, heads * call.key.shape[2] * call.statistic_dtype.itemsize)
     rows = max(1, CHUNK_BYTES // row_bytes)
     samples = max(1, rows // max(1, queries))
     for first in range(0, batch, samples):
@@ -27,109 +75,21 @@ def _chunks(query: Tensor, key: Tensor, element_bytes: int) -> Iterator[tuple[sl
             yield slice(first, min(first + samples, batch)), slice(start, min(start + rows, queries))
 
 
-def _part(tensor: Tensor | None, samples: slice, rows: slice | None = None) -> Tensor | None:
+def _piece(call: Call, samples: slice, rows: slice) -> Call:
+    """The call of one chunk, everything in the dtype of the computation."""
+
+    def cut(name: str) -> Tensor | None:
+        tensor = getattr(call, name)
+        if tensor is None:
+            return None
+        part = _part(tensor, samples, rows if name in _ROWS else None)
+        return part if part.dtype == torch.bool else part.to(call.statistic_dtype)
+
+    tensors = [_part(tensor, samples) for tensor in call.statistic_tensors]
+    return call._replace(**{name: cut(name) for name in DIFFERENTIABLE}, statistic_tensors=tensors)
+
+
+def _part(tensor: Tensor, samples: slice, rows: slice | None = None) -> Tensor:
     """The chunk's part of a tensor whose dimensions may be 1 where it broadcasts."""
-    if tensor is None:
-        return None
     tensor = tensor[samples] if tensor.shape[0] > 1 else tensor
-    if rows is not None and tensor.ndim == 4 and tensor.shape[2] > 1:
-        tensor = tensor[:, :, rows]
-    return tensor
-
-
-def _inside(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == torch.bool else tensor.to(dtype)
-
-
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    gate: Tensor | None,
-    fill: Tensor | None,
-    statistics: Sequence[str],
-) -> tuple[Tensor, list[Tensor]]:
-    output, values = allocate(query, value, statistics)
-    dtype = statistic_dtype(query)
-    key, value = key.to(dtype), value.to(dtype)
-    for samples, rows in _chunks(query, key, dtype.itemsize):
-        chunk_output, chunk_values = attend(
-            query[samples, :, rows].to(dtype),
-            key[samples],
-            value[samples],
-            _part(attn_mask, samples, rows),
-            rows.start if is_causal else None,
-            scale,
-            _part(gate, samples),
-            _part(fill, samples, rows),
-            statistics,
-        )
-        output[samples, :, rows] = chunk_output
-        for whole, chunk in zip(values, chunk_values, strict=True):
-            whole[samples, :, rows] = chunk
-    return output, values
-
-
-def backward(
-    grad_output: Tensor,
-    grad_statistics: Sequence[Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    gate: Tensor | None,
-    fill: Tensor | None,
-    statistics: Sequence[str],
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    """Gradients of those of (query, key, value, attn_mask, gate, fill) that are `needed`, in that order."""
-    dtype = statistic_dtype(query)
-    tensors = (query, key, value, attn_mask, gate, fill)
-    totals = [
-        torch.zeros_like(tensor, dtype=dtype) if need and tensor is not None else None
-        for tensor, need in zip(tensors, needed, strict=True)
-    ]
-    for samples, rows in _chunks(query, key, dtype.itemsize):
-        parts = [
-            _part(query, samples, rows),
-            _part(key, samples),
-            _part(value, samples),
-            _part(attn_mask, samples, rows),
-            _part(gate, samples),
-            _part(fill, samples, rows),
-        ]
-        leaves = [_inside(part, dtype) for part in parts]
-        leaves = [
-            leaf if total is None or leaf is None else leaf.detach().requires_grad_()
-            for leaf, total in zip(leaves, totals, strict=True)
-        ]
-        with torch.enable_grad():
-            q, k, v, mask, chunk_gate, chunk_fill = leaves
-            first_row = rows.start if is_causal else None
-            outputs = attend(q, k, v, mask, first_row, scale, chunk_gate, chunk_fill, statistics)
-            flat = [outputs[0], *outputs[1]]
-            grads = [grad[samples, :, rows].to(dtype) for grad in (grad_output, *grad_statistics)]
-            used = [(o, g) for o, g in zip(flat, grads, strict=True) if o.requires_grad]
-            wanted = [leaf for leaf, total in zip(leaves, totals, strict=True) if total is not None]
-            chunk_grads = iter(
-                torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], allow_unused=True)
-            )
-        for index, total in enumerate(totals):
-            if total is None:
-                continue
-            chunk_grad = next(chunk_grads)
-            if chunk_grad is not None:
-                # only the query, and masks and fills of full length, are cut along the rows
-                target = _part(total, samples, rows if index in (0, 3, 5) else None)
-                assert target is not None
-                target += chunk_grad
-    return [
-        total.to(tensor.dtype)
-        for total, tensor in zip(totals, tensors, strict=True)
-        if total is not None and tensor is not None
-    ]
+    return tensor[:, :, rows] if rows is not None and tensor.shape[2] > 1 else tensor

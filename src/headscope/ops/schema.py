@@ -12,108 +12,172 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale,"
-    " Tensor? gate, Tensor? fill, str[] statistics) -> (Tensor, Tensor[])"
+from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents
+
+_CALL = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale, Tensor? gate,"
+    " Tensor? fill, Tensor? temperature, Tensor? key_bias, Tensor? key_scale, str[] statistics,"
+    " Tensor[] statistic_tensors, bool training"
 )
+# the output, the statistics, and what the backward of this backend wants to have kept
+SCHEMA = f"({_CALL}) -> (Tensor, Tensor[], Tensor[])"
 BACKWARD_SCHEMA = (
-    "(Tensor grad_output, Tensor[] grad_statistics, Tensor query, Tensor key, Tensor value, Tensor? attn_mask,"
-    " bool is_causal, float scale, Tensor? gate, Tensor? fill, str[] statistics, bool[] needed) -> Tensor[]"
+    "(Tensor? grad_output, Tensor?[] grad_statistics, Tensor? attention, Tensor[] values, Tensor[] saved,"
+    f" bool[] needed, {_CALL}) -> Tensor[]"
 )
+# where each backend's gradients come from: C++ has no backward of its own
+BACKWARDS = {"portable": "portable", "cpu": "portable", "triton": "triton"}
 
 
-def statistic_dtype(query: Tensor) -> torch.dtype:
-    """Statistics are float32, and float64 for float64 inputs."""
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+def default_scale(dim: int) -> float:
+    """1 / sqrt(dim), torch's default."""
+    return 1.0 / math.sqrt(dim) if dim else 1.0
 
 
-def empty_output(query: Tensor, value: Tensor) -> Tensor:
-    """An empty [batch, heads, queries, dim_v] in query's dtype and stride order, as torch's SDPA gives it.
-
-    The order keeps `transpose(1, 2).reshape(...)` a view where the query came from the inverse of it.
-    """
-    order = sorted(range(4), key=lambda dimension: query.stride(dimension), reverse=True)
-    return torch.empty_permuted((*query.shape[:3], value.shape[3]), order, dtype=query.dtype, device=query.device)
-
-
-def allocate(query: Tensor, value: Tensor, statistics: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
-    """Uninitialised output [batch, heads, queries, dim_v] and one [batch, heads, queries] tensor per statistic."""
-    rows = [query.new_empty(query.shape[:3], dtype=statistic_dtype(query)) for _ in statistics]
-    return empty_output(query, value), rows
+def triton_saved(call: Call) -> list[Tensor]:
+    """What the Triton forward keeps: each row's largest logit, log2 of its sum, and the ungated output if need be."""
+    if not call.training:
+        return []
+    kept = [call.empty_rows(), call.empty_rows()]
+    return kept if call.gate is None else [*kept, call.empty_output()]
 
 
-def _fake(query, key, value, attn_mask, is_causal, scale, gate, fill, statistics):
-    return allocate(query, value, statistics)
+def _fake(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    call = Call(*arguments)
+    return call.empty_output(), call.empty_statistics(), []
 
 
-def _backward_fake(
-    grad_output, grad_statistics, query, key, value, attn_mask, is_causal, scale, gate, fill, statistics, needed
-):
-    tensors = (query, key, value, attn_mask, gate, fill)
-    return [
-        torch.empty_like(tensor) for tensor, need in zip(tensors, needed, strict=True) if need and tensor is not None
-    ]
+def _triton_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    call = Call(*arguments)
+    return call.empty_output(), call.empty_statistics(), triton_saved(call)
 
 
-def _implementation(backend: str, function: str) -> Callable[..., Any]:
-    def call(*args):
-        return getattr(importlib.import_module(f"headscope.ops.{backend}"), function)(*args)
-
-    return call
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    from headscope.ops.statistics import STATISTICS
-
-    query, key, value, attn_mask, is_causal, scale, gate, fill, statistics = inputs
-    ctx.save_for_backward(query, key, value, attn_mask, gate, fill)
-    ctx.options = (is_causal, scale, statistics)
-    fixed = [rows for name, rows in zip(statistics, output[1], strict=True) if not STATISTICS[name].differentiable]
-    ctx.mark_non_differentiable(*fixed)
-    ctx.row_shape = query.shape[:3]
+def _backward_fake(*arguments: Any) -> list[Tensor]:
+    cotangents, call = _split(arguments)
+    tensors = [getattr(call, name) for name in DIFFERENTIABLE]
+    return [torch.empty_like(tensor) for tensor, need in zip(tensors, cotangents.needed, strict=True) if need]
 
 
-def _portable_backward(ctx, grad_output: Tensor, grad_statistics: Sequence[Tensor | None]):
-    query, key, value, attn_mask, gate, fill = ctx.saved_tensors
-    is_causal, scale, statistics = ctx.options
-    grads = [
-        query.new_zeros(ctx.row_shape, dtype=statistic_dtype(query)) if grad is None else grad
-        for grad in grad_statistics
-    ]
-    needs = ctx.needs_input_grad
-    needed = [bool(needs[index]) for index in (0, 1, 2, 3, 6, 7)]
-    found = iter(
-        torch.ops.headscope.portable_attention_backward(
-            grad_output, grads, query, key, value, attn_mask, is_causal, scale, gate, fill, statistics, needed
+def _split(arguments: Sequence[Any]) -> tuple[Cotangents, Call]:
+    count = len(Cotangents._fields)
+    return Cotangents(*arguments[:count]), Call(*arguments[count:])
+
+
+def _forward_of(backend: str) -> Callable[..., Any]:
+    def forward(*arguments: Any) -> Any:
+        return importlib.import_module(f"headscope.ops.{backend}").forward(Call(*arguments))
+
+    return forward
+
+
+def _backward_of(backend: str) -> Callable[..., Any]:
+    def backward(*arguments: Any) -> Any:
+        cotangents, call = _split(arguments)
+        found = importlib.import_module(f"headscope.ops.{backend}").backward(call, cotangents)
+        return [found[name] for name, need in zip(DIFFERENTIABLE, cotangents.needed, strict=True) if need]
+
+    return backward
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    call = Call(*inputs)
+    result, values, saved = output
+    ctx.set_materialize_grads(False)
+    statistics = call.restored_statistics()
+    fixed = [value for statistic, value in zip(statistics, values, strict=True) if not statistic.differentiable]
+    ctx.mark_non_differentiable(*fixed, *saved)
+    # a backend that keeps nothing starts from the inputs again
+    results = []
+    if saved:
+        attention = saved[2] if len(saved) > 2 else result
+        results = [attention, *values, *saved[:2]]
+    ctx.save_for_backward(*(getattr(call, name) for name in DIFFERENTIABLE), *call.statistic_tensors, *results)
+    ctx.layout = (call.is_causal, call.scale, list(call.statistics), len(call.statistic_tensors), bool(saved))
+
+
+def _autograd_of(backend: str) -> Callable[..., Any]:
+    def backward(ctx: Any, grad_output: Tensor | None, grad_values: Sequence[Tensor | None] | None, _: Any) -> tuple:
+        is_causal, scale, specs, tensor_count, has_results = ctx.layout
+        kept = list(ctx.saved_tensors)
+        inputs = dict(zip(DIFFERENTIABLE, kept, strict=False))
+        tensors = kept[len(DIFFERENTIABLE) : len(DIFFERENTIABLE) + tensor_count]
+        results = kept[len(DIFFERENTIABLE) + tensor_count :]
+        call = Call(
+            **inputs,
+            is_causal=is_causal,
+            scale=scale,
+            statistics=specs,
+            statistic_tensors=tensors,
+            training=True,
         )
+        needs = dict(zip(Call._fields, ctx.needs_input_grad, strict=True))
+        needed = [bool(needs[name]) for name in DIFFERENTIABLE]
+        cotangents = Cotangents(
+            output=grad_output,
+            statistics=list(grad_values) if grad_values else [None] * len(specs),
+            attention=results[0] if has_results else None,
+            values=results[1:-2] if has_results else [],
+            saved=results[-2:] if has_results else [],
+            needed=needed,
+        )
+        operator = getattr(torch.ops.headscope, f"{BACKWARDS[backend]}_attention_backward").default
+        with torch.no_grad():
+            found = operator(*cotangents, *call)
+        if torch.is_grad_enabled():
+            # create_graph=True: nothing may quietly come out as a constant
+            found = _OnlyOnce.apply(len(found), *found, *(tensor for tensor in inputs.values() if tensor is not None))
+        gradients = iter(found)
+        grads: dict[str, Any] = {
+            name: next(gradients) if need else None for name, need in zip(DIFFERENTIABLE, needed, strict=True)
+        }
+        # torch wants the structure of lists back, and takes an empty str[] for an empty Tensor[]
+        grads["statistics"] = None if specs else []
+        grads["statistic_tensors"] = [None] * tensor_count
+        return tuple(grads.get(name) for name in Call._fields)
+
+    return backward
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Passes gradients on; differentiating them again is an error that says what can do that."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "headscope.attention: the gradients of this backend can't be differentiated again;"
+            ' backend="reference" can be, any number of times'
+        )
+
+
+def _no_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
+    raise RuntimeError(
+        "headscope.attention: vmap isn't supported; put the mapped dimension into the batch"
+        " (headscope.scaled_dot_product_attention takes any leading dimensions)"
     )
-    query_grad, key_grad, value_grad, mask_grad, gate_grad, fill_grad = (
-        next(found) if need else None for need in needed
-    )
-    # torch takes an empty str[] for an empty Tensor[], and wants its structure back
-    names_grad = None if statistics else []
-    return query_grad, key_grad, value_grad, mask_grad, None, None, gate_grad, fill_grad, names_grad
 
 
 LIBRARY = torch.library.Library("headscope", "DEF")
 
 # plain torch throughout: autograd, fakes and compilation see through it
 LIBRARY.define(f"reference_attention{SCHEMA}")
-LIBRARY.impl("reference_attention", _implementation("reference", "forward"), "CompositeImplicitAutograd")
+LIBRARY.impl("reference_attention", _forward_of("reference"), "CompositeImplicitAutograd")
 
-for _backend in ("portable", "cpu", "triton"):
-    LIBRARY.define(f"{_backend}_attention{SCHEMA}")
-    LIBRARY.impl(f"{_backend}_attention", _implementation(_backend, "forward"), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"headscope::{_backend}_attention", _fake, lib=LIBRARY)
+for _backend in BACKWARDS:
+    _name = f"{_backend}_attention"
+    LIBRARY.define(f"{_name}{SCHEMA}")
+    LIBRARY.impl(_name, _forward_of(_backend), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"headscope::{_name}", _triton_fake if _backend == "triton" else _fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"headscope::{_name}", _autograd_of(_backend), setup_context=_setup_context, lib=LIBRARY
+    )
+    torch.library.register_vmap(f"headscope::{_name}", _no_vmap, lib=LIBRARY)
 
-LIBRARY.define(f"portable_attention_backward{BACKWARD_SCHEMA}")
-LIBRARY.impl("portable_attention_backward", _implementation("portable", "backward"), "CompositeExplicitAutograd")
-torch.library.register_fake("headscope::portable_attention_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "headscope::portable_attention", _portable_backward, setup_context=_setup_context, lib=LIBRARY
-)
-
-
-def default_scale(dim: int) -> float:
-    """1 / sqrt(dim), torch's default."""
-    return 1.0 / math.sqrt(dim) if dim else 1.0
+for _backend in sorted(set(BACKWARDS.values())):
+    _name = f"{_backend}_attention_backward"
+    LIBRARY.define(f"{_name}{BACKWARD_SCHEMA}")
+    LIBRARY.impl(_name, _backward_of(_backend), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"headscope::{_name}", _backward_fake, lib=LIBRARY)

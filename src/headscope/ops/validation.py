@@ -85,44 +85,70 @@ def check_scale(scale: float | None, default: float) -> float:
     return float(scale)
 
 
-def check_edit(edit: HeadEdit | None, query: Tensor, value: Tensor) -> None:
-    """gate [batch or 1, heads]; fill None, "uniform" or broadcastable to [batch, heads, queries, dim_v].
+def check_edit(edit: HeadEdit | None, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """gate and temperature [batch or 1, heads]; key_bias and key_scale [batch or 1, heads or 1, keys]; fill None,
+    "uniform", "identity" or broadcastable to [batch, heads, queries, dim_v].
 
     Raises:
-        TypeError: an edit, gate or fill of another type, or not floating.
-        ValueError: a gate or fill of another shape or device, or a fill without a gate.
+        TypeError: an edit, or a tensor of it, of another type, or not floating.
+        ValueError: a tensor of another shape or device, a fill without a gate, or "identity" where keys aren't queries.
     """
     if edit is None:
         return
     if not isinstance(edit, HeadEdit):
         raise TypeError(f"edit: got {type(edit).__name__}, expected a headscope.HeadEdit or None")
-    batch, heads = query.shape[:2]
-    if edit.gate is None:
-        if edit.fill is not None:
-            raise ValueError("edit.fill: got a fill without a gate, expected edit.gate to say which heads it fills")
-        return
-    _require_tensor("edit.gate", edit.gate)
-    if not edit.gate.is_floating_point():
-        raise TypeError(f"edit.gate: got dtype {edit.gate.dtype}, expected a floating dtype (1 keeps, 0 removes)")
-    if edit.gate.ndim != 2 or edit.gate.shape[0] not in (1, batch) or edit.gate.shape[1] != heads:
-        raise ValueError(f"edit.gate: got shape {shape_of(edit.gate)}, expected [{batch} or 1, {heads}]")
-    if edit.gate.device != query.device:
-        raise ValueError(f"edit.gate: got device {edit.gate.device}, expected query's {query.device}")
+    batch, heads, queries = query.shape[:3]
+    keys = key.shape[2]
+    for name in ("gate", "temperature"):
+        tensor = getattr(edit, name)
+        if tensor is not None:
+            _check_part(f"edit.{name}", tensor, (batch, heads), (0,), query)
+    for name in ("key_bias", "key_scale"):
+        tensor = getattr(edit, name)
+        if tensor is not None:
+            _check_part(f"edit.{name}", tensor, (batch, heads, keys), (0, 1), query)
     fill = edit.fill
-    if fill is None or isinstance(fill, str):
-        if fill not in (None, "uniform"):
-            raise ValueError(f'edit.fill: got {fill!r}, expected None, "uniform" or a tensor')
+    if fill is None:
+        return
+    if edit.gate is None:
+        raise ValueError("edit.fill: got a fill without a gate, expected edit.gate to say which heads it fills")
+    if isinstance(fill, str):
+        if fill not in ("uniform", "identity"):
+            raise ValueError(f'edit.fill: got {fill!r}, expected None, "uniform", "identity" or a tensor')
+        if fill == "identity" and keys != queries:
+            raise ValueError(
+                f'edit.fill: got "identity" with {queries} queries and {keys} keys, expected as many (self-attention)'
+            )
         return
     if not isinstance(fill, Tensor):
-        raise TypeError(f'edit.fill: got {type(fill).__name__}, expected None, "uniform" or a torch.Tensor')
-    if not fill.is_floating_point():
-        raise TypeError(f"edit.fill: got dtype {fill.dtype}, expected a floating dtype")
-    if fill.device != query.device:
-        raise ValueError(f"edit.fill: got device {fill.device}, expected query's {query.device}")
-    full = (*query.shape[:3], value.shape[3])
-    sizes = (1,) * (4 - fill.ndim) + tuple(fill.shape)
-    if fill.ndim > 4 or any(size not in (1, whole) for size, whole in zip(sizes, full, strict=True)):
-        raise ValueError(
-            f"edit.fill: got shape {shape_of(fill)}, expected one broadcastable to"
-            f" [batch, heads, queries, dim_v] = {list(full)}"
-        )
+        raise TypeError(f'edit.fill: got {type(fill).__name__}, expected None, "uniform", "identity" or a torch.Tensor')
+    full = (batch, heads, queries, value.shape[3])
+    if fill.ndim > 4:
+        raise ValueError(f"edit.fill: got shape {shape_of(fill)}, expected at most 4 dimensions")
+    _check_part("edit.fill", fill[(None,) * (4 - fill.ndim)], full, (0, 1, 2, 3), query, shown=fill)
+
+
+def _check_part(
+    name: str,
+    tensor: object,
+    full: tuple[int, ...],
+    repeating: tuple[int, ...],
+    query: Tensor,
+    *,
+    shown: Tensor | None = None,
+) -> None:
+    """A floating tensor of the full shape, on query's device; dimensions in `repeating` may be 1 instead."""
+    _require_tensor(name, tensor)
+    assert isinstance(tensor, Tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected a floating dtype")
+    sizes = list(tensor.shape)
+    fits = len(sizes) == len(full) and all(
+        size == whole or (size == 1 and index in repeating)
+        for index, (size, whole) in enumerate(zip(sizes, full, strict=True))
+    )
+    if not fits:
+        expected = ", ".join(f"{whole} or 1" if index in repeating else str(whole) for index, whole in enumerate(full))
+        raise ValueError(f"{name}: got shape {shape_of(tensor if shown is None else shown)}, expected [{expected}]")
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected query's {query.device}")

@@ -1,0 +1,265 @@
+"""How much attention every key receives: the sum over queries of p, in a pass of its own after the forward.
+
+A key's sum runs across all rows, whose normalisers are known only when the forward is done; with them
+
+    p_ij = 2^((logit_ij - row_max_i) * log2(e) - log2_sum_i),   one FMA and one 2^x per score.
+
+One program owns a tile of keys and walks over the queries, so that nothing is added by two programs: no atomics, the
+same bits in every run. It adds up whole tiles and sums over their queries once, at the end.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headscope_kernels.attention.arguments import (
+    check_operands,
+    logit_arguments,
+)
+from headscope_kernels.attention.configs import ForwardConfiguration, key_mass_configuration
+from headscope_kernels.attention.host import device_target, float32_precision, in_units, launch_context, stride_unit
+from headscope_kernels.attention.tiles import (
+    LOG2_E,
+    advance,
+    biased_logits,
+    cast_chunks,
+    dot_chunks,
+    head_base,
+    indices,
+    load_chunks,
+    load_row,
+    masked_logits,
+    scaled_strides,
+    tempered,
+)
+
+
+@triton.jit
+def attention_key_mass_kernel(
+    query_ptr,
+    key_ptr,
+    mask_ptr,
+    temperature_ptr,
+    key_bias_ptr,
+    row_max_ptr,
+    log2_sum_ptr,
+    output_ptr,
+    query_strides,
+    key_strides,
+    mask_strides,
+    temperature_strides,
+    key_bias_strides,
+    scale,
+    exponent_scale,
+    heads,
+    heads_per_group,
+    queries,
+    keys,
+    DIM: tl.constexpr,
+    DIM_WIDTHS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    SIGN: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One program: BLOCK_KEYS keys of one head against all of its queries. Arguments as in the forward's kernel."""
+    ADDITIVE: tl.constexpr = MASK == "additive" or key_bias_ptr is not None
+    key_tiles = tl.cdiv(keys, BLOCK_KEYS)
+    batch_head = tl.program_id(0) // key_tiles
+    first_key = tl.program_id(0) % key_tiles * BLOCK_KEYS
+    batch = batch_head // heads
+    head = batch_head % heads
+    kv_head = head // heads_per_group
+
+    query_strides = scaled_strides(query_strides, STRIDE_UNIT)
+    key_strides = scaled_strides(key_strides, STRIDE_UNIT)
+    rows = indices(0, BLOCK_QUERIES, WIDE)  # [queries]
+    columns = indices(0, BLOCK_KEYS, WIDE)  # [keys]
+    query_base = head_base(query_ptr, batch, head, query_strides)
+    key_base = advance(head_base(key_ptr, batch, kv_head, key_strides), first_key, key_strides[2])
+    mask_base = mask_ptr
+    if MASK != "none":
+        mask_base = head_base(mask_ptr, batch, head, mask_strides)
+    if temperature_ptr is not None:
+        temperature = tl.load(head_base(temperature_ptr, batch, head, temperature_strides)).to(tl.float32)
+        scale = tempered(scale, temperature)
+        exponent_scale = tempered(exponent_scale, temperature)
+    if key_bias_ptr is not None:
+        key_bias_base = head_base(key_bias_ptr, batch, head, key_bias_strides)
+        bias = load_row(key_bias_base, key_bias_strides[2], first_key, columns, keys, True)  # [keys]
+
+    # a tuple of [keys, width]
+    key = load_chunks(key_base, columns, keys - first_key, key_strides[2], key_strides[3], DIM, DIM_WIDTHS, True, WIDE)
+    key = cast_chunks(key, SIGN, DOT_DTYPE)
+
+    total = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], tl.float32)  # [queries, keys]
+    begin = 0
+    if CAUSAL:
+        # earlier queries see none of these keys
+        begin = first_key // BLOCK_QUERIES * BLOCK_QUERIES
+    for first_query in tl.range(begin, queries, BLOCK_QUERIES):
+        query = load_chunks(
+            advance(query_base, first_query, query_strides[2]),
+            rows,
+            queries - first_query,
+            query_strides[2],
+            query_strides[3],
+            DIM,
+            DIM_WIDTHS,
+            True,
+            WIDE,
+        )
+        query = cast_chunks(query, 1, DOT_DTYPE)
+        row_offsets = advance(first_query, batch_head, queries) + rows
+        inside = rows < queries - first_query  # [queries]
+        row_max = tl.load(row_max_ptr + row_offsets, mask=inside, other=0.0)  # [queries]
+        # infinite, like a row's without valid keys: weight 0 everywhere
+        log2_sum = tl.load(log2_sum_ptr + row_offsets, mask=inside, other=float("inf"))  # [queries]
+        # all of such a row's output is NaN
+        row_max = tl.where(row_max == float("inf"), float("nan"), row_max)
+
+        logits = dot_chunks(query, key, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
+        mask_scale = scale
+        if key_bias_ptr is not None:
+            logits = biased_logits(logits, scale, bias)
+            mask_scale = 1.0
+        # keys past the last one aren't stored, and only a mask's loads must not reach there
+        logits = masked_logits(
+            logits,
+            mask_base,
+            mask_strides,
+            mask_scale,
+            rows,
+            columns,
+            first_query,
+            first_key,
+            queries,
+            keys,
+            CAUSAL,
+            MASK,
+            MASK_ROWS,
+            CAUSAL or MASK != "none",
+        )
+        if ADDITIVE:
+            exponents = (logits - row_max[:, None]) * LOG2_E - log2_sum[:, None]
+        else:
+            offset = tl.fma(row_max, LOG2_E, log2_sum)  # [queries]
+            exponents = tl.fma(logits, exponent_scale, -offset[:, None])
+        total += tl.exp2(exponents)
+
+    tl.store(
+        advance(output_ptr, batch_head, keys) + first_key + columns, tl.sum(total, 0), mask=columns < keys - first_key
+    )
+
+
+def key_mass_arguments(
+    query: Tensor,
+    key: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    temperature: Tensor | None,
+    key_bias: Tensor | None,
+    row_max: Tensor,
+    log2_sum: Tensor,
+    output: Tensor,
+    configuration: ForwardConfiguration,
+) -> dict[str, Any]:
+    """The kernel's arguments by name, for `attention_key_mass`'s arguments.
+
+    Raises:
+        ValueError: dtype, head dimension, shape or combination that the kernel has no code for.
+    """
+    check_operands(query, key, None, ())
+    for name, rows in (("row_max", row_max), ("log2_sum", log2_sum)):
+        if rows.shape != query.shape[:3] or not rows.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {tuple(query.shape[:3])}, got {tuple(rows.shape)}")
+    shape = (*query.shape[:2], key.shape[2])
+    if output.shape != shape or not output.is_contiguous():
+        raise ValueError(f"output must be contiguous {shape}, got {tuple(output.shape)}")
+    unit = stride_unit((query, key))
+    return {
+        "row_max_ptr": row_max,
+        "log2_sum_ptr": log2_sum,
+        "output_ptr": output,
+        "query_strides": in_units(query, unit),
+        "key_strides": in_units(key, unit),
+        "STRIDE_UNIT": unit,
+        **logit_arguments(
+            query,
+            key,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            temperature=temperature,
+            key_bias=key_bias,
+            configuration=configuration,
+        ),
+    }
+
+
+def attention_key_mass(
+    query: Tensor,
+    key: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    temperature: Tensor | None,
+    key_bias: Tensor | None,
+    row_max: Tensor,
+    log2_sum: Tensor,
+    output: Tensor,
+    configuration: ForwardConfiguration | None = None,
+) -> None:
+    """Writes the sum over queries of every key's probabilities into output; deterministic.
+
+    Args:
+        query: [batch, heads, queries, dim], float32, bfloat16 or float16, any strides.
+        key: [batch, kv_heads, keys, dim].
+        attn_mask, is_causal, scale, temperature, key_bias: as the forward had them.
+        row_max, log2_sum: [batch, heads, queries] float32, what the forward wrote.
+        output: contiguous float32 [batch, heads, keys]; overwritten.
+        configuration: tile shapes; None: chosen for the problem.
+
+    Raises:
+        ValueError: a dtype, head dimension, shape or combination that the kernel has no code for.
+    """
+    batch, heads, queries, dim = query.shape
+    keys = key.shape[2]
+    with launch_context(query):
+        if configuration is None:
+            configuration = key_mass_configuration(
+                query.dtype, dim, queries, keys, device_target(query), exact=float32_precision() == "ieee"
+            )
+        arguments = key_mass_arguments(
+            query,
+            key,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            temperature=temperature,
+            key_bias=key_bias,
+            row_max=row_max,
+            log2_sum=log2_sum,
+            output=output,
+            configuration=configuration,
+        )
+        programs = batch * heads * triton.cdiv(keys, configuration.block_keys)
+        if programs == 0:
+            return
+        attention_key_mass_kernel[(programs,)](
+            **arguments,
+            num_warps=configuration.num_warps,
+            num_stages=configuration.num_stages,
+            enable_fp_fusion=True,
+        )

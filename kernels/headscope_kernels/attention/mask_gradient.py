@@ -1,0 +1,245 @@
+"""The gradient of an additive mask with a number for every query and key: dS, summed over what the mask repeats for.
+
+A mask that is the same for all queries, or for all keys, gets its gradient from column or row sums that the other
+backward kernels have; only this one writes a matrix, as large as the mask itself.
+"""
+
+# tl.static_range exists for the compiler only
+# pyright: reportGeneralTypeIssues=false
+
+import triton
+import triton.language as tl
+
+from headscope_kernels.attention.backward_tiles import (
+    EMPTY_ROW,
+    head_data,
+    load_head_scalar,
+    load_key_terms,
+    load_row_grads,
+    load_vector,
+    log2_probabilities,
+    logit_gradients,
+)
+from headscope_kernels.attention.tiles import (
+    advance,
+    cast_chunks,
+    dot_chunks,
+    head_base,
+    indices,
+    load_chunks,
+    scaled_strides,
+)
+
+
+@triton.jit
+def mask_gradient_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    mask_ptr,
+    gate_ptr,
+    temperature_ptr,
+    key_bias_ptr,
+    key_scale_ptr,
+    grad_output_ptr,
+    row_max_ptr,
+    offset_ptr,
+    delta_ptr,
+    grad_ptrs,
+    data_ptrs,
+    mask_grad_ptr,
+    query_strides,
+    key_strides,
+    value_strides,
+    mask_strides,
+    gate_strides,
+    temperature_strides,
+    key_bias_strides,
+    key_scale_strides,
+    grad_output_strides,
+    data_strides,
+    mask_grad_strides,
+    scale,
+    heads,
+    heads_per_group,
+    queries,
+    keys,
+    mask_heads,
+    batch_repeats,
+    head_repeats,
+    DIM: tl.constexpr,
+    DIM_WIDTHS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_WIDTHS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_KEY_BIAS: tl.constexpr,
+    HAS_KEY_SCALE: tl.constexpr,
+    SKIP_REMOVED: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    GRAD_WIDTHS: tl.constexpr,
+    PADDED_WIDTHS: tl.constexpr,
+    GRADIENTS_KEY: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One tile [BLOCK_QUERIES, BLOCK_KEYS] of the mask's gradient, over all samples and heads that share it."""
+    key_tiles = tl.cdiv(keys, BLOCK_KEYS)
+    query_tiles = tl.cdiv(queries, BLOCK_QUERIES)
+    first_key = tl.program_id(0) % key_tiles * BLOCK_KEYS
+    first_query = tl.program_id(0) // key_tiles % query_tiles * BLOCK_QUERIES
+    mask_batch_head = tl.program_id(0) // key_tiles // query_tiles
+    mask_batch = mask_batch_head // mask_heads
+    mask_head = mask_batch_head % mask_heads
+
+    query_strides = scaled_strides(query_strides, STRIDE_UNIT)
+    key_strides = scaled_strides(key_strides, STRIDE_UNIT)
+    value_strides = scaled_strides(value_strides, STRIDE_UNIT)
+    grad_output_strides = scaled_strides(grad_output_strides, STRIDE_UNIT)
+
+    rows = indices(0, BLOCK_QUERIES, WIDE)  # [queries]
+    columns = indices(0, BLOCK_KEYS, WIDE)  # [keys]
+    query_limit = queries - first_query
+    key_limit = keys - first_key
+    # a causal tile above the diagonal has gradient 0
+    repeats = batch_repeats * head_repeats
+    if CAUSAL:
+        repeats = tl.where(first_key >= first_query + BLOCK_QUERIES, 0, repeats)
+
+    total = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], tl.float32)  # [queries, keys]
+    for repeat in tl.range(0, repeats, num_stages=1):
+        # either the mask's own sample and head, or all in turn
+        batch = mask_batch + repeat // head_repeats
+        head = mask_head + repeat % head_repeats
+        kv_head = head // heads_per_group
+        gate = load_head_scalar(gate_ptr, batch, head, gate_strides, HAS_GATE)
+        temperature = load_head_scalar(temperature_ptr, batch, head, temperature_strides, HAS_TEMPERATURE)
+        key_bias_base = key_bias_ptr
+        if HAS_KEY_BIAS:
+            key_bias_base = head_base(key_bias_ptr, batch, head, key_bias_strides)
+        key_scale_base = key_scale_ptr
+        if HAS_KEY_SCALE:
+            key_scale_base = head_base(key_scale_ptr, batch, head, key_scale_strides)
+        mask_base = head_base(mask_ptr, batch, head, mask_strides)
+        data = head_data(data_ptrs, data_strides, batch, head)
+        weight, bias, allowed = load_key_terms(
+            key_bias_base,
+            key_scale_base,
+            mask_base,
+            key_bias_strides[2],
+            key_scale_strides[2],
+            mask_strides[3],
+            gate,
+            first_key,
+            columns,
+            keys,
+            KEY_MASK,
+            HAS_KEY_BIAS,
+            HAS_KEY_SCALE,
+            True,
+        )
+        query_base = advance(head_base(query_ptr, batch, head, query_strides), first_query, query_strides[2])
+        query = load_chunks(
+            query_base, rows, query_limit, query_strides[2], query_strides[3], DIM, DIM_WIDTHS, True, WIDE
+        )  # a tuple of [queries, width]
+        query = cast_chunks(query, 1, DOT_DTYPE)
+        key_base = advance(head_base(key_ptr, batch, kv_head, key_strides), first_key, key_strides[2])
+        key = load_chunks(
+            key_base, columns, key_limit, key_strides[2], key_strides[3], DIM, DIM_WIDTHS, True, WIDE
+        )  # a tuple of [keys, width]
+        products = dot_chunks(query, key, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
+        output_products = products
+        if HAS_OUTPUT:
+            output_limit = query_limit
+            value_limit = key_limit
+            if HAS_GATE:
+                # a removed head's output says nothing about it
+                output_limit = tl.where(gate == 0.0, 0, query_limit)
+                value_limit = tl.where(gate == 0.0, 0, key_limit)
+            grad_base = head_base(grad_output_ptr, batch, head, grad_output_strides)
+            grad_base = advance(grad_base, first_query, grad_output_strides[2])
+            grad_output = load_chunks(
+                grad_base,
+                rows,
+                output_limit,
+                grad_output_strides[2],
+                grad_output_strides[3],
+                VALUE_DIM,
+                VALUE_WIDTHS,
+                True,
+                WIDE,
+            )  # a tuple of [queries, width]
+            grad_output = cast_chunks(grad_output, 1, DOT_DTYPE)
+            value_base = advance(head_base(value_ptr, batch, kv_head, value_strides), first_key, value_strides[2])
+            value = load_chunks(
+                value_base, columns, value_limit, value_strides[2], value_strides[3], VALUE_DIM, VALUE_WIDTHS, True, WIDE
+            )  # a tuple of [keys, width]
+            output_products = dot_chunks(grad_output, value, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
+        row_base = advance(first_query, tl.cast(batch, tl.int64) * heads + head, queries)
+        row_max = load_vector(row_max_ptr + row_base, rows, query_limit, 1, 0.0, True)  # [queries]
+        offset = load_vector(offset_ptr + row_base, rows, query_limit, 1, EMPTY_ROW, True)  # [queries]
+        delta = load_vector(delta_ptr + row_base, rows, query_limit, 1, 0.0, True)  # [queries]
+        grads = load_row_grads(grad_ptrs, row_base, rows, query_limit, GRAD_WIDTHS, PADDED_WIDTHS, True)
+        exponents = log2_probabilities(
+            products,
+            row_max,
+            offset,
+            bias,
+            allowed,
+            mask_base,
+            mask_strides,
+            scale / temperature,
+            rows,
+            columns,
+            first_query,
+            first_key,
+            queries,
+            keys,
+            CAUSAL,
+            MASK,
+            KEY_MASK,
+            ADDITIVE,
+            HAS_KEY_BIAS or KEY_MASK == "additive",
+            True,
+            True,
+            True,
+            False,
+        )  # [queries, keys]
+        scores = logit_gradients(
+            tl.exp2(exponents),
+            exponents,
+            output_products,
+            weight,
+            delta,
+            grads,
+            first_query + rows,
+            first_key + columns,
+            keys,
+            data,
+            GRADIENTS,
+            CONSTANTS,
+            HAS_OUTPUT,
+            HAS_GATE,
+            HAS_KEY_SCALE,
+            True,
+            False,
+        )  # [queries, keys]
+        if HAS_GATE and SKIP_REMOVED:
+            scores = tl.where(gate == 0.0, 0.0, scores)
+        total += scores
+
+    base = advance(head_base(mask_grad_ptr, mask_batch, mask_head, mask_grad_strides), first_query, mask_grad_strides[2])
+    base = advance(base, first_key, mask_grad_strides[3])
+    pointers = base + rows[:, None] * mask_grad_strides[2] + columns[None, :] * mask_grad_strides[3]
+    inside = (rows < query_limit)[:, None] & (columns < key_limit)[None, :]  # [queries, keys]
+    tl.store(pointers, total.to(mask_grad_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,142 @@
+"""One forward of the denoiser: where in the pipeline it is, and which guidance branch each sample belongs to."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headscope.models.layout import Geometry
+
+# what diffusers calls the one that gets the prompt, and the other
+BRANCHES = ("cond", "uncond")
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward of the denoiser.
+
+    Attributes:
+        index: its number since the scope's outermost context was entered.
+        step: the pipeline's own step; None where no pipeline is running or it doesn't count.
+        timestep: [1] or [batch], on the model's device.
+        branches: the guidance branch of each equal part of the batch, in order; None where there is no guidance.
+        geometry: what is known of its tokens.
+        calls: attention calls of each site so far.
+        totals: all calls of each site, once the forward has ended. What still runs of it then runs a second time, for
+            the backward of a checkpoint, and is not recorded again.
+    """
+
+    index: int
+    step: int | None
+    timestep: Tensor
+    branches: tuple[str | None, ...]
+    geometry: Geometry
+    calls: dict[str, int] = field(default_factory=dict)
+    totals: dict[str, int] | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.geometry.batch
+
+    @property
+    def samples(self) -> int:
+        """The samples of one guidance branch."""
+        return self.batch // len(self.branches)
+
+    @cached_property
+    def single_timestep(self) -> float:
+        """The timestep of the whole batch, read back from the device once.
+
+        Raises:
+            ValueError: the samples have different timesteps.
+        """
+        return single(self.timestep.tolist())
+
+    def step_since(self, first_forward: int) -> int:
+        """The pipeline's step, or the number of forwards since `first_forward` where there is none."""
+        return self.index - first_forward if self.step is None else self.step
+
+    def branch_of(self, sample: int) -> str | None:
+        """The branch of the sample at a position of the whole batch."""
+        return self.branches[sample // self.samples]
+
+
+def single(timesteps: list[float]) -> float:
+    """The timestep that all of them are."""
+    values = set(timesteps)
+    if len(values) != 1:
+        raise ValueError(f"timestep: got {len(values)} different ones in a batch, expected one for means over samples")
+    return float(values.pop())
+
+
+def begin_forward(
+    index: int, denoiser: nn.Module, pipeline: Any, arguments: Mapping[str, Any], cache_context: str | None
+) -> Forward:
+    """What is known when a forward starts; nothing is read back from the device.
+
+    Args:
+        arguments: the denoiser's, by name.
+        cache_context: the name that the pipeline gave to this pass of the denoiser, if it did.
+    """
+    geometry = Geometry.of(denoiser, arguments)
+    timestep = arguments.get("timestep", arguments.get("t", torch.nan))
+    timestep = torch.as_tensor(timestep).detach().reshape(-1)
+    # a timestep per token or frame, as some video models take it: the first of each sample
+    if timestep.numel() not in (1, geometry.batch):
+        timestep = (
+            timestep.reshape(geometry.batch, -1)[:, 0] if timestep.numel() % geometry.batch == 0 else timestep[:1]
+        )
+    call = _running_call(pipeline)
+    step = call.get("i")
+    counts = isinstance(step, int) and "timesteps" in call
+    # flow models are given a rescaled one
+    scheduled = call.get("t")
+    if counts and isinstance(scheduled, Tensor) and scheduled.numel() == 1:
+        timestep = scheduled.reshape(-1)
+    branches = _branches(pipeline, call, geometry.batch, cache_context)
+    return Forward(index, step if counts else None, timestep, branches, geometry)
+
+
+def _branches(pipeline: Any, call: Mapping[str, Any], batch: int, cache_context: str | None) -> tuple[str | None, ...]:
+    """The branch of each equal part of a denoiser's batch; (None,) where there is no guidance.
+
+    Told from the pipeline's own running call: its guidance property outlives the call.
+    """
+    if cache_context is not None and cache_context != "cond_uncond":
+        guided = cache_context != "cond" or _is_guided(pipeline, call)
+        return (cache_context,) if guided else (None,)
+    samples = call.get("batch_size")
+    if not isinstance(samples, int) or samples < 1 or not _is_guided(pipeline, call):
+        return (None,)
+    images = next((call[name] for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in call), None)
+    parts, rest = divmod(batch, samples * int(images or 1))
+    if rest or parts < 2:
+        return (None,)
+    if parts > 2:
+        # three and more mean something else in every pipeline
+        return tuple(f"part_{part}" for part in range(parts))
+    # a class-conditional pipeline appends the null class
+    return ("cond", "uncond") if "class_null" in call else ("uncond", "cond")
+
+
+def _is_guided(pipeline: Any, call: Mapping[str, Any]) -> bool:
+    told = [call.get(name) for name in ("do_classifier_free_guidance", "do_true_cfg")]
+    told.append(getattr(pipeline, "do_classifier_free_guidance", None))
+    if any(isinstance(value, bool) for value in told):
+        return any(value is True for value in told)
+    scale = call.get("guidance_scale")
+    return isinstance(scale, (int, float)) and scale > 1
+
+
+def _running_call(pipeline: Any) -> Mapping[str, Any]:
+    """The local variables of the pipeline's call that this thread is inside of; empty if there is none."""
+    frame = sys._getframe(1) if pipeline is not None else None
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline:
+            return frame.f_locals
+        frame = frame.f_back
+    return {}

@@ -1,0 +1,144 @@
+"""Head outputs, queries, keys and values that a recording keeps, by site, call, timestep and guidance branch."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headscope.models.forwards import Forward, single
+from headscope.models.layout import Layout
+
+QUANTITIES = ("head_output", "q", "k", "v")
+Reduce = Literal["mean"] | None
+# forwards whose timesteps are read back from a GPU together
+_FORWARDS_AT_ONCE = 16
+
+
+class Key(NamedTuple):
+    """What a kept tensor is of."""
+
+    quantity: str
+    site: str
+    call: int
+    timestep: float
+    branch: str | None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.quantity} at site {self.site!r}, call {self.call}, timestep {self.timestep:g},"
+            f" branch {self.branch!r}"
+        )
+
+
+class _Pending(NamedTuple):
+    forward: Forward
+    first_sample: int
+    quantity: str
+    site: str
+    call: int
+    branch: str | None
+    rows: Tensor
+    count: int
+
+
+class HeadTensors:
+    """Tensors [samples, rows per sample, heads, tokens, dim], or their sums over samples.
+
+    Timesteps are on the device while the model runs; tensors wait under their forward until some are read together.
+    """
+
+    def __init__(self, reduce: Reduce) -> None:
+        self.reduce = reduce
+        self._pending: list[_Pending] = []
+        self._kept: dict[Key, list[Tensor]] = defaultdict(list)
+        self._counts: dict[Key, int] = defaultdict(int)
+
+    def __len__(self) -> int:
+        self._settle()
+        return len(self._kept)
+
+    def add(self, forward: Forward, quantity: str, site: str, call: int, layout: Layout, tensor: Tensor) -> None:
+        """Keep one call's tensor [rows, heads, tokens, dim]."""
+        rows = tensor.detach().unflatten(0, (layout.samples, layout.fold))
+        last = layout.first_sample + layout.samples
+        for part, branch in enumerate(forward.branches):
+            start = max(part * forward.samples, layout.first_sample)
+            stop = min((part + 1) * forward.samples, last)
+            if stop <= start:
+                continue
+            own = rows[start - layout.first_sample : stop - layout.first_sample]
+            if self.reduce == "mean":
+                own = own.sum(0, keepdim=True, dtype=torch.float64 if own.device.type == "cpu" else torch.float32)
+            else:
+                own = own.clone()
+            self._pending.append(_Pending(forward, start, quantity, site, call, branch, own, stop - start))
+
+    def end_forward(self, forward: Forward) -> None:
+        forwards = len({id(pending.forward) for pending in self._pending})
+        if forward.timestep.device.type == "cpu" or forwards >= _FORWARDS_AT_ONCE:
+            self._settle()
+
+    def drop(self, forward: Forward) -> None:
+        """Forget a forward that did not end."""
+        self._pending = [pending for pending in self._pending if pending.forward is not forward]
+
+    def _settle(self) -> None:
+        """Give pending tensors their timesteps, with one read for all of them."""
+        forwards = list({id(pending.forward): pending.forward for pending in self._pending}.values())
+        if not forwards:
+            return
+        flat = torch.cat([forward.timestep.double() for forward in forwards]).tolist()
+        timesteps, position = {}, 0
+        for forward in forwards:
+            length = forward.timestep.numel()
+            timesteps[id(forward)] = flat[position : position + length]
+            position += length
+        pending, self._pending = self._pending, []
+        for entry in pending:
+            known = timesteps[id(entry.forward)]
+            own = known if len(known) == 1 else known[entry.first_sample : entry.first_sample + entry.count]
+            key = Key(entry.quantity, entry.site, entry.call, single(own), entry.branch)
+            if self.reduce == "mean" and key in self._kept:
+                self._kept[key] = [self._kept[key][0] + entry.rows]
+            else:
+                self._kept[key].append(entry.rows)
+            self._counts[key] += entry.count
+
+    def kept(self) -> list[Key]:
+        self._settle()
+        return list(self._kept)
+
+    def mean(self, key: Key) -> Tensor:
+        """The mean over samples, [rows per sample, heads, tokens, dim], float32."""
+        self._require(key)
+        total = torch.cat(self._kept[key]).sum(0, dtype=None if self.reduce == "mean" else torch.float32)
+        return (total / self._counts[key]).float()
+
+    def samples(self, key: Key) -> Tensor:
+        """Every sample's own, in the order they were recorded, [samples, rows per sample, heads, tokens, dim]."""
+        if self.reduce == "mean":
+            raise ValueError("recording: it holds means over samples, expected one made with reduce=None")
+        self._require(key)
+        return torch.cat(self._kept[key])
+
+    def _require(self, key: Key) -> None:
+        self._settle()
+        if key not in self._kept:
+            alike = [known for known in self._kept if (known.quantity, known.site) == (key.quantity, key.site)]
+            timesteps = sorted({known.timestep for known in alike})
+            branches = sorted({str(known.branch) for known in alike})
+            raise KeyError(
+                f"no {key} was recorded; recorded timesteps there: {timesteps}, branches: {', '.join(branches)}"
+            )
+
+    def stored(self) -> Iterator[tuple[Key, Tensor]]:
+        """What goes into a file: means, or all samples; float32 or the model's dtype, on the CPU."""
+        for key in self.kept():
+            yield key, (self.mean(key)[None] if self.reduce == "mean" else self.samples(key)).cpu().contiguous()
+
+    def put(self, key: Key, tensor: Tensor) -> None:
+        """The inverse of `stored`."""
+        self._kept[key] = [tensor]
+        self._counts[key] = 1 if self.reduce == "mean" else tensor.shape[0]

@@ -1,0 +1,101 @@
+"""How attention divides over groups of keys: text tokens, image regions, frames."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.ops.statistics.statistic import Statistic
+
+# group statistics of one fused pass: wider accumulators would not fit a program's registers
+MOST_GROUPS = 128
+
+
+class _Groups(Statistic):
+    tensor_count = 1
+
+    def __init__(self, groups: Tensor, count: int, *, name: str | None = None) -> None:
+        if not isinstance(groups, Tensor) or groups.is_floating_point() or groups.dtype == torch.bool:
+            kind = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
+            raise TypeError(f"groups: got {kind}, expected an integer tensor of one group id per key")
+        if groups.ndim not in (1, 2):
+            raise ValueError(f"groups: got shape {list(groups.shape)}, expected [keys] or [batch or 1, keys]")
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"count: got {count!r}, expected the number of groups, at least 1")
+        by_sample = groups if groups.ndim == 2 else groups[None]
+        super().__init__((count,), (by_sample[:, None].to(torch.int32).contiguous(),), name)
+
+    def shape(self, batch: int, heads: int, queries: int, keys: int) -> tuple[int, ...]:
+        return (batch, heads, queries, int(self.constants[0]))
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        super().check(query, key)
+        if self.tensors[0].shape[2] != key.shape[2]:
+            raise ValueError(
+                f"statistics: {self.name!r} has groups for {self.tensors[0].shape[2]} keys, expected {key.shape[2]}"
+            )
+
+    def members(self, groups: Tensor, dtype: torch.dtype) -> Tensor:
+        """[batch or 1, 1, keys, count], 1 where a key belongs to a group."""
+        ids = torch.arange(int(self.constants[0]), device=groups.device, dtype=groups.dtype)
+        return (groups[..., None] == ids).to(dtype)
+
+    def kernel(self) -> Any:
+        return self.kernel_pieces()[0][0]
+
+    def kernel_pieces(self) -> list[tuple[Any, slice]]:
+        from headscope_kernels.attention import STATISTICS
+
+        count = int(self.constants[0])
+        if count <= MOST_GROUPS:
+            return [(STATISTICS[self.key]((count,)), slice(None))]
+        return [
+            (STATISTICS[self.key]((count, first)), slice(first, min(first + MOST_GROUPS, count)))
+            for first in range(0, count, MOST_GROUPS)
+        ]
+
+
+class GroupMass(_Groups):
+    """sum of p over the keys of each group, [batch, heads, queries, count].
+
+    Args:
+        groups: integers [keys] or [batch or 1, keys], the group of each key, 0 to count - 1; -1: in none.
+        count: the number of groups.
+        name: its key in `result.statistics`.
+
+    Raises:
+        TypeError, ValueError: groups or count of another kind or shape; at the call, another number of keys.
+    """
+
+    key = "group_mass"
+    unit = "probability"
+    description = "sum of p over the keys of each group"
+    differentiable = True
+
+    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        return probabilities @ self.members(tensors[0], probabilities.dtype)
+
+    def row_constant(self, grad: Tensor, value: Tensor) -> Tensor:
+        # gradient_j is the cotangent of j's group
+        return (grad * value).sum(-1)
+
+
+class GroupEntropy(_Groups):
+    """The entropy of p renormalised within each group, [batch, heads, queries, count]. Nats.
+
+    0 for a group without mass; in float32 that is one where all its weights are below 2^-126 of the row's largest.
+
+    Args, raises: as GroupMass.
+    """
+
+    key = "group_entropy"
+    unit = "nats"
+    description = "entropy of p renormalised within each group"
+
+    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        members = self.members(tensors[0], probabilities.dtype)
+        mass = probabilities @ members
+        surprise = torch.special.entr(probabilities) @ members
+        empty = mass == 0
+        safe = torch.where(empty, 1, mass)
+        return torch.where(empty, 0, surprise / safe + safe.log())

@@ -1,0 +1,97 @@
+"""Statistics that the softmax's running maximum and sums say almost for free: one number per row."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.ops.statistics.statistic import Statistic, dead_rows
+
+
+class _Row(Statistic):
+    def kernel(self) -> Any:
+        from headscope_kernels.attention import STATISTICS
+
+        return STATISTICS[self.key](self.constants)
+
+
+class Entropy(_Row):
+    """-sum_j p ln p, with 0 ln 0 = 0 in the value and in the gradient. Nats."""
+
+    key = "entropy"
+    unit = "nats"
+    description = "-sum_j p ln p"
+    differentiable = True
+
+    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        logarithm = torch.where(probabilities == 0, 1, probabilities).log()
+        return -(probabilities * logarithm).sum(-1)
+
+    def row_constant(self, grad: Tensor, value: Tensor) -> Tensor:
+        # gradient_j = -grad ln p_j
+        return grad * value
+
+
+class LogSumExp(_Row):
+    """ln sum_j exp(logit), -inf (with a gradient of 0) where no key is valid. Nats."""
+
+    key = "logsumexp"
+    unit = "nats"
+    description = "ln sum_j exp(logit)"
+    differentiable = True
+
+    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        dead = dead_rows(logits)
+        finite = torch.where(dead.unsqueeze(-1), 0, logits)
+        return torch.where(dead, -torch.inf, finite.logsumexp(-1)) if logits.shape[-1] else finite.logsumexp(-1)
+
+    def row_constant(self, grad: Tensor, value: Tensor) -> Tensor:
+        # d logsumexp / d logit_j = p_j, which a constant of -1 in the softmax's own gradient gives
+        return torch.where(value == -torch.inf, 0, -grad)
+
+
+class MaxLogit(_Row):
+    """max_j logit, -inf where no key is valid. Nats."""
+
+    key = "max_logit"
+    unit = "nats"
+    description = "max_j logit"
+
+    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        if logits.shape[-1] == 0:
+            return logits.new_full(logits.shape[:-1], -torch.inf)
+        return logits.amax(-1)
+
+
+class MaxProb(_Row):
+    """max_j p, in 0..1, 0 where no key is valid."""
+
+    key = "max_prob"
+    unit = "probability"
+    description = "max_j p"
+
+    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        return _largest(probabilities)
+
+
+class CollisionEntropy(_Row):
+    """-ln sum_j p^2, the Renyi entropy of order 2, at most the entropy; 0 where no key is valid. Nats."""
+
+    key = "collision_entropy"
+    unit = "nats"
+    description = "-ln sum_j p^2"
+
+    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        # relative to the largest, so that small probabilities don't underflow
+        largest = _largest(probabilities)
+        dead = largest == 0
+        safe = torch.where(dead, 1, largest)
+        total = (probabilities / safe.unsqueeze(-1)).square().sum(-1)
+        return torch.where(dead, 0, -(torch.where(dead, 1, total).log() + 2 * safe.log()))
+
+
+def _largest(probabilities: Tensor) -> Tensor:
+    """max_j p, 0 where there are no keys."""
+    if probabilities.shape[-1] == 0:
+        return probabilities.new_zeros(probabilities.shape[:-1])
+    return probabilities.amax(-1)

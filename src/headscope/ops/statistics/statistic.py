@@ -1,0 +1,143 @@
+"""What a statistic is. A new one is one class in one file; no backend names any of them.
+
+A statistic states its torch formula, which the plain-torch backends evaluate (and differentiate), and, if it is to run
+inside the fused GPU pass, its Triton functions. Defining the class registers it under its key.
+"""
+
+import re
+from ast import literal_eval
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+# every statistic there is, by key
+CLASSES: dict[str, type["Statistic"]] = {}
+# those that take no arguments, and so can be asked for by name
+STATISTICS: dict[str, "Statistic"] = {}
+
+
+class Statistic:
+    """A number (or a vector) for each attention row, or for each key.
+
+    Attributes:
+        key: what it is registered as.
+        unit: its unit, for tables and axes.
+        description: its definition in a line.
+        differentiable: whether gradients flow through it; the others are marked non-differentiable.
+        sums_over_queries: the result is the sum of the formula's results over pieces of the queries (so its shape
+            has no queries in it), and comes from a second pass.
+        tensor_count: how many tensors it works with.
+        constants: ints and floats that the formula depends on; part of what is compiled.
+        tensors: data, each [batch or 1, heads or 1, length] and int32 or float32.
+        name: the key it has in `result.statistics`; its own `key` unless told otherwise.
+        spec: key and constants as a string: what the torch operator is told.
+
+    Raises:
+        ValueError: a subclass takes the key of a built-in statistic, or lacks one.
+    """
+
+    key: ClassVar[str]
+    unit: ClassVar[str] = ""
+    description: ClassVar[str] = ""
+    differentiable: ClassVar[bool] = False
+    sums_over_queries: ClassVar[bool] = False
+    tensor_count: ClassVar[int] = 0
+
+    def __init__(
+        self, constants: tuple[int | float, ...] = (), tensors: tuple[Tensor, ...] = (), name: str | None = None
+    ) -> None:
+        self.constants = constants
+        self.tensors = tensors
+        self.name = name or self.key
+        self.spec = f"{self.key}{constants}" if constants else self.key
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        key = cls.__dict__.get("key")
+        if key is None:
+            # a base of others
+            return
+        if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z_]\w*", key):
+            raise ValueError(f"{cls.__name__}.key: got {key!r}, expected a name of letters, digits and underscores")
+        known = CLASSES.get(key)
+        if known is not None and _is_built_in(known) and not _is_built_in(cls):
+            raise ValueError(f"{cls.__name__}.key: {key!r} is a built-in statistic, expected another key")
+        # a notebook cell that is run again replaces its own class
+        CLASSES[key] = cls
+        if cls.__init__ is Statistic.__init__:
+            STATISTICS[key] = cls()
+
+    def shape(self, batch: int, heads: int, queries: int, keys: int) -> tuple[int, ...]:
+        """The result's shape: [batch, heads, queries] unless overridden."""
+        return (batch, heads, queries)
+
+    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The statistic in plain torch.
+
+        Args:
+            logits, probabilities: [batch, heads, queries, keys]; a row without any valid key has logits of -inf and
+                probabilities of 0.
+            rows: [queries], the indices of these queries in the whole call: formulas see a piece of them at a time.
+            tensors: this statistic's tensors, cut to the same samples.
+
+        Returns:
+            The result for these queries.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no formula")
+
+    def kernel(self) -> Any:
+        """Its Triton functions, a `headscope_kernels.attention.RowStatistic`; None: the GPU pass can't compute it."""
+        return None
+
+    def kernel_pieces(self) -> list[tuple[Any, slice]]:
+        """Its Triton functions in as many pieces as passes are needed, and which columns of the result each gives."""
+        return [(self.kernel(), slice(None))]
+
+    def row_constant(self, grad: Tensor, value: Tensor) -> Tensor:
+        """sum_j p_j * gradient_j of each row, for the Triton backward of a differentiable statistic.
+
+        Args:
+            grad, value: the cotangent and the value of the statistic, in its shape.
+
+        Returns:
+            [batch, heads, queries]. `gradient_j` is what the Triton function `gradient` returns for key j.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no row_constant")
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        """Raise ValueError if it doesn't fit a call on query [batch, heads, queries, dim] and key."""
+        for tensor in self.tensors:
+            expected = (query.shape[0], query.shape[1])
+            if tensor.device != query.device:
+                raise ValueError(f"statistics: {self.name!r} has a tensor on {tensor.device}, expected {query.device}")
+            if any(size not in (1, whole) for size, whole in zip(tensor.shape[:2], expected, strict=True)):
+                raise ValueError(
+                    f"statistics: {self.name!r} has a tensor of shape {list(tensor.shape)}, expected"
+                    f" [{expected[0]} or 1, {expected[1]} or 1, length]"
+                )
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Statistic":
+        """The same statistic on other tensors."""
+        return restore(self.spec, tensors)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.spec})"
+
+
+def restore(spec: str, tensors: Sequence[Tensor]) -> Statistic:
+    """The statistic that `spec` names, on these tensors; the inverse of `statistic.spec`."""
+    key, _, constants = spec.partition("(")
+    statistic = object.__new__(CLASSES[key])
+    Statistic.__init__(statistic, literal_eval(f"({constants}") if constants else (), tuple(tensors))
+    return statistic
+
+
+def _is_built_in(cls: type) -> bool:
+    return cls.__module__.startswith("headscope.")
+
+
+def dead_rows(logits: Tensor) -> Tensor:
+    """[..., queries], True where no key is valid."""
+    return (logits == -torch.inf).all(-1)

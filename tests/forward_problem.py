@@ -1,0 +1,336 @@
+"""A problem for the forward kernels, what they make of it, and what plain float64 torch does."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward, attention_key_mass
+from headscope_kernels.attention.configs import ForwardConfiguration
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FINFO_MIN = torch.finfo(torch.float32).min
+GROUPS = 5
+SIMPLE = ("entropy", "logsumexp", "max_logit", "max_prob", "collision_entropy")
+ALL = (*SIMPLE, "distance", "group_mass", "group_entropy")
+# what rounding the weights and the output adds beyond torch's own error; the interpreter truncates to bfloat16, which
+# doubles both and makes them one-sided
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 3e-2 if DEVICE == "cpu" else 8e-3}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def group_ids(*shape: int, count: int = GROUPS) -> Tensor:
+    """int32 ids from -1, none, to count - 1."""
+    generator = torch.Generator().manual_seed(sum(shape) + count)
+    return torch.randint(-1, count, shape, generator=generator, dtype=torch.int32).to(DEVICE)
+
+
+def grid(tokens: int) -> tuple[int, int]:
+    """(height, width) of a grid that holds them; the last row may be cut off."""
+    width = max(1, math.isqrt(tokens))
+    return -(-tokens // width), width
+
+
+@dataclass
+class Problem:
+    """Inputs of one call; the defaults are an unmasked self-attention."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    scale: float | None = None
+    gate: Tensor | None = None
+    fill: Tensor | None = None
+    temperature: Tensor | None = None
+    key_bias: Tensor | None = None
+    key_scale: Tensor | None = None
+    groups: Tensor | None = None
+    group_count: int = GROUPS
+    first_group: int = 0
+    saved: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        batch, heads, queries, _ = self.query.shape
+        return batch, heads, queries
+
+    @property
+    def keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def multiplier(self) -> float:
+        return self.query.shape[3] ** -0.5 if self.scale is None else self.scale
+
+    @property
+    def group_ids(self) -> Tensor:
+        """int32 [batch or 1, heads or 1, keys]."""
+        return group_ids(1, 1, self.keys, count=self.group_count) if self.groups is None else self.groups
+
+    def bound(self, name: str) -> BoundStatistic:
+        """The statistic with this problem's constants and data."""
+        if name == "distance":
+            return BoundStatistic(STATISTICS[name]((*grid(self.rows[2]), *grid(self.keys))))
+        if name.startswith("group_"):
+            constants = (self.group_count, self.first_group) if self.first_group else (self.group_count,)
+            return BoundStatistic(STATISTICS[name](constants), (self.group_ids,))
+        return BoundStatistic(STATISTICS[name](()))
+
+    def call(
+        self,
+        statistics: Sequence[BoundStatistic],
+        output: Tensor | None,
+        configuration: ForwardConfiguration | None = None,
+        **saved: Tensor,
+    ) -> list[Tensor]:
+        """The kernel; returns the statistics, out of poisoned buffers."""
+        buffers = [
+            torch.full((*self.rows, *([bound.statistic.width] if bound.statistic.width else [])), math.nan).to(DEVICE)
+            for bound in statistics
+        ]
+        attention_forward(
+            self.query,
+            self.key,
+            self.value,
+            attn_mask=self.attn_mask,
+            is_causal=self.is_causal,
+            scale=self.multiplier,
+            gate=self.gate,
+            fill=self.fill,
+            temperature=self.temperature,
+            key_bias=self.key_bias,
+            key_scale=self.key_scale,
+            statistics=statistics,
+            statistic_outputs=buffers,
+            output=output,
+            configuration=configuration,
+            **saved,
+        )
+        return buffers
+
+    def run(
+        self,
+        statistics: tuple[str, ...] = ALL,
+        configuration: ForwardConfiguration | None = None,
+        output: Tensor | None = None,
+        **saved: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output and the statistics by name, out of poisoned buffers."""
+        if output is None:
+            output = self.query.new_empty(*self.rows, self.value.shape[3])
+        output.fill_(math.nan)
+        values = self.call([self.bound(name) for name in statistics], output, configuration, **saved)
+        return output, dict(zip(statistics, values, strict=True))
+
+    def key_mass(self, configuration: ForwardConfiguration | None = None) -> Tensor:
+        """The second pass on what the first one saved."""
+        row_max, log2_sum = (torch.full(self.rows, math.nan, device=DEVICE) for _ in range(2))
+        self.call((), None, configuration, row_max=row_max, log2_sum=log2_sum)
+        mass = torch.full((*self.rows[:2], self.keys), math.nan, device=DEVICE)
+        attention_key_mass(
+            self.query,
+            self.key,
+            attn_mask=self.attn_mask,
+            is_causal=self.is_causal,
+            scale=self.multiplier,
+            temperature=self.temperature,
+            key_bias=self.key_bias,
+            row_max=row_max,
+            log2_sum=log2_sum,
+            output=mass,
+            configuration=configuration,
+        )
+        return mass
+
+    def logits(self) -> Tensor:
+        """[batch, heads, queries, keys], float64, -inf where masked."""
+        group = self.query.shape[1] // self.key.shape[1]
+        key = self.key.double().repeat_interleave(group, 1)
+        logits = self.query.double() @ key.mT * self.multiplier
+        if self.temperature is not None:
+            logits = logits / self.temperature.double().expand(self.rows[:2])[..., None, None]
+        if self.key_bias is not None:
+            logits = logits + self.key_bias.double()[..., None, :]
+        if self.is_causal:
+            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
+        if self.attn_mask is not None and self.attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~self.attn_mask, -math.inf)
+        elif self.attn_mask is not None:
+            # as float32 arithmetic has it: next to the lowest float the product disappears
+            lowest = self.attn_mask.double() == FINFO_MIN
+            logits = torch.where(lowest, FINFO_MIN, logits + self.attn_mask.double())
+        return logits
+
+    def weights(self) -> Tensor:
+        """p: [batch, heads, queries, keys], float64, 0 in rows without a valid key."""
+        logits = self.logits()
+        empty = (logits == -math.inf).all(-1, keepdim=True)
+        return torch.where(empty, 0.0, logits.softmax(-1))
+
+    def gated(self, output: Tensor) -> Tensor:
+        """What becomes of attention's output, float64."""
+        if self.gate is None:
+            return output
+        gate = self.gate.double().expand(self.rows[:2])[..., None, None]
+        fill = torch.zeros_like(output) if self.fill is None else self.fill.double().expand_as(output)
+        mixed = torch.where(gate == 0, fill, gate * output + (1 - gate) * fill)
+        return torch.where(gate == 1, output, mixed)
+
+    def torch_output(self) -> Tensor:
+        """Torch's own attention in the inputs' dtype, then gated in float64."""
+        dtype, mask, query = self.query.dtype, self.attn_mask, self.query
+        value = self.value.repeat_interleave(self.query.shape[1] // self.value.shape[1], 1)
+        key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(dtype)
+        if self.temperature is not None:
+            query = (query / self.temperature.expand(self.rows[:2])[..., None, None]).to(dtype)
+        if self.key_bias is not None:
+            bias = self.key_bias[..., None, :]
+            mask = (
+                bias
+                if mask is None
+                else bias.masked_fill(~mask, -math.inf)
+                if mask.dtype == torch.bool
+                else bias + mask
+            ).to(dtype)
+        if self.key_scale is not None:
+            value = (value * self.key_scale.expand(*self.rows[:2], self.keys)[..., None]).to(dtype)
+        output = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=self.is_causal, scale=self.scale
+        )
+        return self.gated(output.double())
+
+    def attention(self) -> Tensor:
+        """The output before gate and fill, float64."""
+        weights = self.weights()
+        value = self.value.double().repeat_interleave(self.query.shape[1] // self.value.shape[1], 1)
+        if self.key_scale is not None:
+            weights = weights * self.key_scale.double()[..., None, :]
+        return weights @ value
+
+    def statistic(self, name: str) -> Tensor:
+        """One statistic from its definition, float64."""
+        logits, weights = self.logits(), self.weights()
+        empty = (logits == -math.inf).all(-1)
+        if name == "logsumexp":
+            return (
+                torch.where(empty, -math.inf, logits.logsumexp(-1))
+                if self.keys
+                else logits.new_full(empty.shape, -math.inf)
+            )
+        if name == "max_logit":
+            return logits.amax(-1) if self.keys else logits.new_full(empty.shape, -math.inf)
+        if name == "max_prob":
+            return weights.amax(-1) if self.keys else logits.new_zeros(empty.shape)
+        if name == "entropy":
+            return _entropy(weights)
+        if name == "collision_entropy":
+            return torch.where(empty, 0.0, -weights.square().sum(-1).log())
+        if name == "distance":
+            (_, width), (_, key_width) = grid(self.rows[2]), grid(self.keys)
+            query, key = torch.arange(self.rows[2], device=DEVICE), torch.arange(self.keys, device=DEVICE)
+            down = (query // width)[:, None] - (key // key_width)[None, :]
+            across = (query % width)[:, None] - (key % key_width)[None, :]
+            return (weights * (down.square() + across.square()).double().sqrt()).sum(-1)
+        last = min(self.group_count, self.first_group + 128)
+        members = [(self.group_ids == group)[..., None, :] for group in range(self.first_group, last)]
+        if name == "group_mass":
+            return torch.stack([torch.where(own, weights, own * weights).sum(-1) for own in members], -1)
+        within = [torch.where(own, logits, -math.inf) for own in members]
+        nothing = [(own == -math.inf).all(-1, keepdim=True) for own in within]
+        shares = [torch.where(none, 0.0, own.softmax(-1)) for none, own in zip(nothing, within, strict=True)]
+        entropies = torch.stack([_entropy(share) for share in shares], -1)
+        return torch.where(weights.isnan().any(-1)[..., None], math.nan, entropies)
+
+    def comparable(self, name: str) -> Tensor | bool:
+        """Where a float32 backend can tell: an entropy within a group that doesn't vanish beside the row's largest."""
+        if name != "group_entropy" or not self.keys:
+            return True
+        logits = self.logits()
+        distance = logits.amax(-1, keepdim=True) - logits
+        distance = torch.where(logits == -math.inf, -1.0, distance)
+        last = min(self.group_count, self.first_group + 128)
+        nearest = [
+            torch.where((self.group_ids == group)[..., None, :] & (distance >= 0), distance, math.inf).amin(-1)
+            for group in range(self.first_group, last)
+        ]
+        nearest = torch.stack(nearest, -1)
+        # 2^-96, with 26 bits below it left, or nothing at all
+        return ~(nearest > 96 * math.log(2)) | (nearest == math.inf)
+
+    def largest_logit(self) -> float:
+        """The largest finite |logit|, that of the lowest float apart."""
+        finite = self.logits().nan_to_num(0, 0, 0)
+        finite = finite[finite > FINFO_MIN]
+        return finite.abs().max().item() if finite.numel() else 0.0
+
+    def check(self, statistics: tuple[str, ...] = ALL, configuration: ForwardConfiguration | None = None) -> None:
+        """Output within twice torch's own error and a floor, statistics within the contract's bound; NaN for NaN."""
+        output, values = self.run(statistics, configuration)
+        self.check_output(output, self.gated(self.attention()), self.torch_output())
+        for name in statistics:
+            self.check_statistic(name, values[name])
+
+    def check_output(self, output: Tensor, expected: Tensor, torch_output: Tensor) -> None:
+        torch_error = (torch_output - expected).abs().nan_to_num().max().item() if expected.numel() else 0.0
+        size = expected.abs().nan_to_num().max().item() if expected.numel() else 0.0
+        tolerance = 2 * torch_error + FLOOR[self.query.dtype] * max(size, 1.0)
+        torch.testing.assert_close(output.double(), expected, rtol=0, atol=tolerance, equal_nan=True)
+
+    def check_statistic(self, name: str, value: Tensor) -> None:
+        comparable = self.comparable(name)
+        bound = 1e-5 + 4 * 2**-24 * self.largest_logit()
+        torch.testing.assert_close(
+            torch.where(torch.as_tensor(comparable, device=DEVICE), value.double(), 0.0),
+            torch.where(torch.as_tensor(comparable, device=DEVICE), self.statistic(name), 0.0),
+            # entries of the lowest float are compared at their own size, and so are distances
+            rtol=bound if name == "distance" else 2**-22 if self.attn_mask is not None else 0,
+            atol=bound,
+            equal_nan=True,
+            msg=lambda text: f"{name}: {text}",
+        )
+
+    def check_key_mass(self, configuration: ForwardConfiguration | None = None) -> None:
+        """Within the contract's bound, times the mass where that is above 1."""
+        bound = 1e-5 + 4 * 2**-24 * self.largest_logit()
+        expected = self.weights().sum(-2)
+        torch.testing.assert_close(
+            self.key_mass(configuration).double() / expected.clamp(min=1),
+            expected / expected.clamp(min=1),
+            rtol=0,
+            atol=bound,
+            equal_nan=True,
+        )
+
+
+def _entropy(weights: Tensor) -> Tensor:
+    return -torch.where(weights == 0, 0.0, weights * weights.log()).sum(-1)
+
+
+def attention(
+    batch: int = 1,
+    heads: int = 2,
+    queries: int = 63,
+    keys: int = 77,
+    dim: int = 16,
+    *,
+    kv_heads: int | None = None,
+    dim_v: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Problem:
+    kv_heads = kv_heads or heads
+    return Problem(
+        normal(batch, heads, queries, dim, dtype=dtype, seed=1),
+        normal(batch, kv_heads, keys, dim, dtype=dtype, seed=2),
+        normal(batch, kv_heads, keys, dim_v or dim, dtype=dtype, seed=3),
+    )
