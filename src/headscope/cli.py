@@ -116,6 +116,9 @@ def sweep(
         list[str] | None, typer.Option(help="loss, distance, x0 or generate; may be repeated. Default: loss.")
     ] = None,
     no_ablation: Annotated[bool, typer.Option("--no-ablation", help="Observe entropies only.")] = False,
+    attribute: Annotated[
+        bool, typer.Option("--attribute", help="Every head's importance from a few backwards, beside the ablations.")
+    ] = False,
     items: Annotated[int, typer.Option(help="Items of each group and split.")] = 20,
     generate_steps: Annotated[int, typer.Option(help="Sampling steps of the generate score.")] = 10,
     out: Annotated[Path, typer.Option(help="The run directory; an unfinished run there is gone on with.")] = Path(
@@ -155,9 +158,10 @@ def sweep(
             prompts=prompts,
             items=items,
             timesteps=_integers("timesteps", timesteps),
-            fills=() if no_ablation else tuple(fill or ("mean", "zero")),
+            fills=() if no_ablation and not attribute else tuple(fill or ("mean", "zero")),
             scores=() if no_ablation else tuple(score or ("loss",)),
             generate_steps=generate_steps,
+            attribute=attribute,
             seed=seed,
             device=device,
             dtype=dtype,
@@ -293,6 +297,7 @@ PLANNED = (
     "fill",
     "score",
     "no_ablation",
+    "attribute",
     "items",
     "generate_steps",
     "device",

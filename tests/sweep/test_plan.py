@@ -268,3 +268,39 @@ def test_duckdb_reads_what_polars_reads(ddpm_directory, tmp_path):
     table = run.table("ablations").select(pl.len(), pl.col("edited").sum()).collect()
     assert sums[0] == table.row(0)[0]
     assert sums[1] == pytest.approx(table.row(0)[1])
+
+
+def test_attributions_are_those_of_the_scope(ddpm_directory, tmp_path):
+    """Beside exact ablations, with both fills."""
+    config = SweepConfig(
+        model=ddpm_directory,
+        groups=("lfw",),
+        splits=("confirm",),
+        items=3,
+        timesteps=(60, 500),
+        fills=("mean", "zero"),
+        scores=("loss",),
+        observe=False,
+        attribute=True,
+        cotangents=2,
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    assert run.tables == ("ablations", "attributions")
+    text = pl.col(pl.Categorical).cast(pl.String)
+    table = run.table("attributions").with_columns(text).collect()
+    ablations = run.table("ablations").with_columns(text).collect()
+    key = ["item", "timestep", "site", "head", "fill"]
+    both = table.join(ablations, on=key)
+    assert len(both) == len(table) == len(ablations)
+    # the clean loss of the two is one number
+    np.testing.assert_allclose(both["loss"], both["clean"], rtol=1e-5)
+    task = load_task(config)
+    (group,) = open_items(config, task)
+    found = Scope(task.denoiser).attribute(task, list(group.swept), (60, 500), cotangents=2)
+    expected = found.to_polars().with_columns(text)
+    zero = table.filter(pl.col("fill") == "zero").with_columns(key=pl.format("lfw/{}", "item"))
+    joined = zero.join(expected, left_on=["key", "timestep", "site", "head"], right_on=["item", *key[1:4]])
+    assert len(joined) == len(expected)
+    for name in ("g", "c"):
+        scale = float(expected[name].abs().max())
+        np.testing.assert_allclose(joined[name], joined[f"{name}_right"], rtol=1e-4, atol=1e-5 * scale)

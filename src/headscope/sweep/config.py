@@ -73,6 +73,8 @@ class SweepConfig:
         image_scores: of "generate" beside the distance: "mse", "psnr", "ssim" of the edited image against the clean
             one, or "module:function", which takes two uint8 arrays [images, height, width, 3], clean and edited,
             and returns a number for each image.
+        attribute: every head's importance g and c at every item and timestep, from a few backwards, for each fill.
+        cotangents: random vectors that c is estimated from.
         seed: the noise replicate.
         device: where the model runs.
         dtype: the denoiser's dtype.
@@ -95,6 +97,8 @@ class SweepConfig:
     generate_steps: int = 10
     generate_window: tuple[int, int] | None = None
     image_scores: tuple[str, ...] = ()
+    attribute: bool = False
+    cotangents: int = 4
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
@@ -110,14 +114,16 @@ class SweepConfig:
         _subset("scores", self.scores, SCORES, empty=True)
         _subset("splits", self.splits, SPLITS)
         _subset("dtype", (self.dtype,), DTYPES)
-        for name in ("items", "reference_items", "generate_steps", "bands"):
+        for name in ("items", "reference_items", "generate_steps", "bands", "cotangents"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.heads is not None and ((not self.heads and not self.sets) or len(set(self.heads)) != len(self.heads)):
             raise ValueError(f"heads: got {list(self.heads)}, expected (site, head) pairs, each once, or None for all")
         if self.seed < 0:
             raise ValueError(f"seed: got {self.seed}, expected 0 or more")
-        if not self.observe and not (self.fills and self.scores):
+        if self.attribute and not self.fills:
+            raise ValueError("fills: got none to attribute to, expected some")
+        if not self.observe and not (self.fills and (self.scores or self.attribute)):
             raise ValueError(
                 "fills: got nothing to observe and nothing to ablate, expected observe, or fills and scores"
             )

@@ -24,7 +24,8 @@ UNITS_PER_GROUP = 2000
 # kinds of unit, in the order they run: what a later kind needs, an earlier one has written
 IMAGES, REFERENCE, OBSERVE, ABLATE, GENERATE = "images", "reference", "observations", "ablations", "generations"
 ABLATE_SETS, GENERATE_SETS = "set_ablations", "set_generations"
-KINDS = (IMAGES, REFERENCE, OBSERVE, ABLATE, ABLATE_SETS, GENERATE, GENERATE_SETS)
+ATTRIBUTE = "attributions"
+KINDS = (IMAGES, REFERENCE, OBSERVE, ATTRIBUTE, ABLATE, ABLATE_SETS, GENERATE, GENERATE_SETS)
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Unit:
     """One piece of work and the one file that it writes.
 
     Attributes:
-        kind: "images" (prompts drawn by the model), "reference" (mean head outputs), "observations", or of single
-            heads "ablations" and "generations", of sets of them "set_ablations" and "set_generations".
+        kind: "images" (prompts drawn by the model), "reference" (mean head outputs), "observations", "attributions", or
+            of single heads "ablations" and "generations", of sets of them "set_ablations" and "set_generations".
         group: the group's name.
         items: positions of the items among the group's swept (or reference) ones.
         timestep: the one it works at, None for all or none.
@@ -99,7 +100,7 @@ class Plan:
         if unit.kind == IMAGES:
             return []
         kinds = {IMAGES}
-        if unit.kind in (ABLATE, ABLATE_SETS, GENERATE, GENERATE_SETS):
+        if unit.kind in (ATTRIBUTE, ABLATE, ABLATE_SETS, GENERATE, GENERATE_SETS):
             kinds.add(REFERENCE)
         score = "generate" if unit.kind in (GENERATE, GENERATE_SETS) else "loss"
         return [
@@ -143,14 +144,19 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
         sampling = 2 * config.generate_steps
         if _needs_images(group):
             add(IMAGES, group, range(count), (count + len(group.reference)) * sampling)
-        if "mean" in config.fills and (heads or sets):
-            if teacher_forced:
+        if "mean" in config.fills and (heads or sets or config.attribute):
+            if teacher_forced or config.attribute:
                 add(REFERENCE, group, reference, len(reference) * len(timesteps), score="loss")
             if generated:
                 add(REFERENCE, group, reference, len(reference) * sampling, score="generate")
         if config.observe:
             for chunk in _chunks(count, ITEMS_PER_OBSERVATION):
                 add(OBSERVE, group, chunk, len(chunk) * len(timesteps))
+        if config.attribute:
+            # a forward, and of each backward twice its work
+            each = len(timesteps) * len(config.fills) * (3 + 2 * config.cotangents)
+            for chunk in _chunks(count, ITEMS_PER_OBSERVATION):
+                add(ATTRIBUTE, group, chunk, len(chunk) * each)
         for ablate, generate, edits in edited:
             rows = edits * len(config.fills)
             if rows and teacher_forced:

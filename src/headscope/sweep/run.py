@@ -107,7 +107,7 @@ class Run:
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """All tables that have rows: `kinds`, and set_ablations, set_generations."""
+        """All tables that have rows: `kinds`, and attributions, set_ablations, set_generations."""
         return tuple(kind for kind in TABLES if any((self.path / kind).glob("*.parquet")))
 
     @property

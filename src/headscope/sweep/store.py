@@ -7,6 +7,7 @@
     ablations/<unit>.parquet            per head and fill: paired losses
     generations/<unit>.parquet          per head and fill: distance of images, beside <unit>.safetensors, the images
     set_ablations/, set_generations/    the same of sets of heads
+    attributions/<unit>.parquet         per head and fill: g, c and the loss
     reference/<unit>.safetensors        mean head outputs
     images/<unit>.safetensors           what the model drew for the prompts
     failures/<unit>.json                what went wrong with a unit, try by try
@@ -36,7 +37,7 @@ from headscope._files import write_atomic
 MANIFEST, UNITS, EXECUTION = "manifest.json", "units.json", "execution.json"
 FORMAT = 1
 # the kinds whose unit is a table; of the others it is tensors
-TABLES = ("observations", "ablations", "generations", "set_ablations", "set_generations")
+TABLES = ("observations", "ablations", "generations", "attributions", "set_ablations", "set_generations")
 TENSORS = ("reference", "images")
 FAILURES, CLAIMS = "failures", "claims"
 _UNIT, _ROWS = b"headscope.unit", b"headscope.rows"

@@ -19,7 +19,7 @@ from headscope.sweep.config import SweepConfig
 from headscope.sweep.fitting import Rows
 from headscope.sweep.items import GroupItems, PromptItem
 from headscope.sweep.plan import Edit, Plan, Unit
-from headscope.sweep.rows import Grid, labels, prepend
+from headscope.sweep.rows import Grid, coded, labels, prepend
 from headscope.sweep.scores import checked_score, image_distance, image_scores, squared_error, x0_factor
 from headscope.sweep.sharing import Diverged, Prefix
 from headscope.sweep.steps import EarlierSteps
@@ -77,12 +77,14 @@ class UnitRunner:
             kinds.IMAGES: self._draw_images,
             kinds.REFERENCE: self._reference,
             kinds.OBSERVE: self._observe,
+            kinds.ATTRIBUTE: self._attribute,
             kinds.ABLATE: self._ablate,
             kinds.ABLATE_SETS: self._ablate,
             kinds.GENERATE: self._generate,
             kinds.GENERATE_SETS: self._generate,
         }
-        with torch.inference_mode():
+        # attribution goes backward
+        with torch.inference_mode(unit.kind != kinds.ATTRIBUTE):
             try:
                 steps[unit.kind](unit, advance)
             except Diverged as error:
@@ -145,7 +147,9 @@ class UnitRunner:
             unit = next(
                 u for u in self.plan.units if u.kind == kinds.REFERENCE and u.group == group and u.score == score
             )
-            self._references[group, score] = Recording.from_tensors(self.store.read_tensors(unit.kind, unit.id))
+            # ordinary tensors, which attribution may save for its backwards
+            with torch.inference_mode(False):
+                self._references[group, score] = Recording.from_tensors(self.store.read_tensors(unit.kind, unit.id))
         return self._references[group, score]
 
     def _observe(self, unit: Unit, advance: Advance) -> None:
@@ -170,6 +174,44 @@ class UnitRunner:
         self.rows.run(len(items), observe)
         table = pa.concat_tables(tables[start] for start in sorted(tables)).unify_dictionaries()
         self.store.write_table(unit.kind, unit.id, table)
+
+    def _attribute(self, unit: Unit, advance: Advance) -> None:
+        """Every head's g and c, all at once, from a few backwards."""
+        items = self.items(unit)
+        named = {site for site, _ in self.plan.heads}
+        sites = [site.name for site in self._loss_scope.sites if not named or site.name in named]
+        each = unit.forwards // (len(items) * len(self.config.fills))
+        tables: dict[tuple[int, int], pa.Table] = {}
+        for number, fill in enumerate(self.config.fills):
+
+            def attribute(piece: range, number=number, fill=fill) -> None:
+                chunk = [items[index] for index in piece]
+                found = self._loss_scope.attribute(
+                    self.task,
+                    chunk,
+                    self.plan.timesteps,
+                    sites=sites,
+                    cotangents=self.config.cotangents,
+                    fill=self._fill(unit, fill),
+                    replicate=self.config.seed,
+                    batch=len(chunk),
+                )
+                table = found.to_arrow()
+                described = labels(chunk, np.arange(len(table)) // (len(table) // len(chunk)), self.config.seed)
+                described["fill"] = coded([fill], np.zeros(len(table), np.int32))
+                tables[number, piece.start] = prepend(described, table.drop_columns("item"))
+                advance(each * len(chunk))
+
+            self.rows.run(len(items), attribute)
+        table = pa.concat_tables(tables[key] for key in sorted(tables)).unify_dictionaries()
+        self.store.write_table(unit.kind, unit.id, table)
+
+    def _fill(self, unit: Unit, fill: str) -> Recording | str | None:
+        """What a scope takes for one of the configuration's fills."""
+        if fill == "mean":
+            generated = unit.kind in (kinds.GENERATE, kinds.GENERATE_SETS)
+            return self._mean(unit.group, "generate" if generated else "loss")
+        return "uniform" if fill == "uniform" else None
 
     def _ablate(self, unit: Unit, advance: Advance) -> None:
         """Every edit in turn; edits of one site share a batch, and take over what ran before that site."""
@@ -302,10 +344,7 @@ class UnitRunner:
         self, scope: Scope, unit: Unit, edits: Sequence[Edit], fill: str
     ) -> Callable[[list[int]], AbstractContextManager[None]]:
         generated = unit.kind in (kinds.GENERATE, kinds.GENERATE_SETS)
-        # what `scope.edit` takes for one of the configuration's fills
-        taken = {"mean": None, "uniform": "uniform", "zero": None}[fill]
-        if fill == "mean":
-            taken = self._mean(unit.group, "generate" if generated else "loss")
+        taken = self._fill(unit, fill)
         window = self.config.generate_window if generated else None
         steps = None if window is None else range(*window)
 
