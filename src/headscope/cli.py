@@ -270,6 +270,17 @@ def verify(directory: RunDirectory) -> None:
 
 
 @sweeps.command()
+def sheet(directory: RunDirectory) -> None:
+    """Contact sheets of a sweep's generated images: clean, and with the heads removed that change them most."""
+    with _clear_errors():
+        from headscope.sweep import Run
+        from headscope.sweep.sheet import write_contact_sheets
+
+        for path in write_contact_sheets(Run.open(directory)):
+            console.print(f"sheet  {_escaped(str(path))}", highlight=False)
+
+
+@sweeps.command()
 def retry(
     directory: RunDirectory,
     batch: Batch = None,

@@ -16,6 +16,7 @@ from headscope.sweep import Execution, HeadSet, SweepConfig, run_sweep
 from headscope.sweep.estimate import estimate_sweep
 from headscope.sweep.items import load_task, open_items
 from headscope.sweep.plan import UNITS_PER_GROUP, _chunks
+from headscope.sweep.sheet import write_contact_sheets
 from headscope.sweep.sources import expanded, open_source
 
 PLAN = """
@@ -195,7 +196,7 @@ def test_generations_in_a_window(ddpm_directory, tmp_path):
         np.testing.assert_allclose(table["mse"], table["distance"], rtol=1e-9)
         np.testing.assert_allclose(table["psnr"], -10 * np.log10(table["mse"]), rtol=1e-6)
         assert table["ssim"].is_between(-1, 1).all()
-        assert table["brightness"].abs().max() < 255
+        np.testing.assert_allclose(table["brightness"], brightness(clean, edited), atol=0.1)
         assert table["first_step"].to_list() == [2] * 3
     assert scope.site(head[0]).heads == 4
 
@@ -304,3 +305,29 @@ def test_attributions_are_those_of_the_scope(ddpm_directory, tmp_path):
     for name in ("g", "c"):
         scale = float(expected[name].abs().max())
         np.testing.assert_allclose(joined[name], joined[f"{name}_right"], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_contact_sheets_show_the_images_that_were_kept(ddpm_directory, tmp_path):
+    config = SweepConfig(
+        model=ddpm_directory,
+        groups=("faces",),
+        splits=("confirm",),
+        items=5,
+        timesteps=(300,),
+        fills=("zero",),
+        scores=("generate",),
+        sites=("mid_block.*",),
+        observe=False,
+        generate_steps=1,
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    (path,) = write_contact_sheets(run, edits=2, items=3)
+    sheet = np.asarray(Image.open(path))
+    task = load_task(config)
+    (group,) = open_items(config, task)
+    clean = task.generate([group.swept[2]], steps=1)[0]
+    # rows of 64 pixels and a label, columns of 64 and a margin; images twice as large as they are
+    left, top = 4 + 2 * 68, 4 + 14
+    shown = sheet[top : top + 64 : 2, left : left + 64 : 2]
+    assert np.abs(shown.astype(int) - clean).max() <= 1
+    assert sheet.shape[0] == 3 * 82 + 4

@@ -140,8 +140,12 @@ class Prefix:
             yield
             return
         self._through = _straight
+
+        def through(name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+            return (self._through or _straight)(name, forward, args, kwargs)
+
         try:
-            with _called_through(self._denoiser, lambda *call: self._through(*call)):
+            with _called_through(self._denoiser, through):
                 yield
         finally:
             self._through = None
