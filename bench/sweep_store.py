@@ -2,8 +2,8 @@
 
     python bench/sweep_store.py [--rows 50000000] [--out bench/results] [--folder DIR]
 
-Rows like those of a sweep of ablations over 1000 items, 50 timesteps, 40 sites of 25 heads, a unit per file. The largest
-memory is the process's own peak (ru_maxrss), torch included.
+Rows like those of a sweep of ablations over 1000 items, 50 timesteps and 40 sites of 25 heads, a unit per file. The
+largest memory is the process's own peak (ru_maxrss), torch included.
 """
 
 import argparse
