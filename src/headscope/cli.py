@@ -265,8 +265,8 @@ def verify(directory: RunDirectory) -> None:
         for problem in ("missing", "torn", "foreign", "leftovers"):
             for name in getattr(found, problem):
                 output.print(f"{problem}: {_escaped(name)}", highlight=False, soft_wrap=True)
-        if not found.sound:
-            raise typer.Exit(1)
+    if not found.sound:
+        raise typer.Exit(1)
 
 
 @sweeps.command()

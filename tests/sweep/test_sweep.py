@@ -34,8 +34,11 @@ def zeroed_by_hand(unet, site, head):
     return unet.get_submodule(site.name).to_out[0].register_forward_pre_hook(zero)
 
 
-def test_ablations_equal_the_plain_loop(ddpm_directory, tmp_path):
-    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60, 500), fills=("zero",))
+@pytest.mark.parametrize("pipeline", ["ddpm_directory", "diffusion_directory"])
+def test_ablations_equal_the_plain_loop(pipeline, tmp_path, request):
+    """Every head, in a pixel-space pipeline and in Stable Diffusion: batched and with shared clean work."""
+    model = request.getfixturevalue(pipeline)
+    config = SweepConfig(model=model, groups=("faces",), items=1, timesteps=(60, 500), fills=("zero",))
     table = ordered(run_sweep(config, tmp_path / "run", progress=False, batch=5), "ablations")
     task = load_task(config)
     (group,) = open_items(config, task)
