@@ -86,7 +86,9 @@ def expected_statistic(
         return (weights * apart).sum(-1)
     if name == "key_mass":
         return weights.sum(2)
-    first, count = (constants[1], min(128, constants[0] - constants[1])) if len(constants) > 1 else (0, constants[0])
+    first, count = 0, constants[0]
+    if len(constants) == 2:
+        first, count = constants[1], min(128, count - constants[1])
     members = tensors[0].unsqueeze(2) == torch.arange(first, first + count)[:, None, None, None, None]
     grouped = torch.where(members, weights, 0.0)
     # what float32 can't hold beside the row's largest weight counts as nothing
