@@ -1,0 +1,81 @@
+"""Writes docs/coverage.md: which diffusers classes work, and why the others don't.
+
+PYTHONPATH=src:kernels:tests python -m configurations.table
+"""
+
+import sys
+from pathlib import Path
+
+import diffusers
+import torch
+
+from configurations import CASES
+from configurations.examine import Examination, examine
+from configurations.reach import WITHOUT_ENTRY, reaching_classes
+
+PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+
+_HEAD = f"""# Which diffusers classes work
+
+Every public model class of diffusers {diffusers.__version__} from whose source torch's `scaled_dot_product_attention`
+(SDPA) can be reached: {{classes}}. Each ran in a tiny random configuration on the CPU, stock and inside a `Scope`, and
+was checked for:
+
+- **output**: recording leaves the output as it was, to 1e-5 of its largest entry in float32 (or four times what two
+  kernels of torch's own differ by, where a random model amplifies rounding more);
+- **entropies**: those recorded are those computed from the queries and keys that reached SDPA, to 1e-4 nats;
+- **calls**: every SDPA call is recorded, or the module is listed in `scope.unseen`;
+- **removal**: removing a head gives what zeroing its slice of the attention output by hand gives.
+
+"SDPA calls" counts those of one forward, "sites" the attention modules that a `Scope` finds; "-": nothing to check.
+`PYTHONPATH=src:kernels:tests python -m configurations.table` writes this page from `tests/configurations`.
+
+| class | SDPA calls | sites | output | entropies | calls | removal | remarks |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    # tiny tensors are not worth threads
+    torch.set_num_threads(1)
+    lines = []
+    for name, case in CASES.items():
+        print(name, file=sys.stderr)
+        lines.append(row(name, examine(name, case)))
+    lines += [without_entry(name) for name in sorted(WITHOUT_ENTRY)]
+    PAGE.write_text(head() + "\n".join(lines) + "\n")
+
+
+def head() -> str:
+    return _HEAD.format(classes=len(reaching_classes()))
+
+
+def row(name: str, found: Examination) -> str:
+    """The page's line for an entry."""
+    marks = [_mark(getattr(found, check)) for check in ("output", "entropy", "recorded", "removal")]
+    cells = [name, str(found.calls), str(found.sites), *marks, "; ".join(remarks(found))]
+    return f"| {' | '.join(cells)} |"
+
+
+def without_entry(name: str) -> str:
+    return f"| {name} | - | - | - | - | - | - | {WITHOUT_ENTRY[name]} |"
+
+
+def remarks(found: Examination) -> list[str]:
+    """What else there is to say: failures, what can't be seen, what attends outside of every site."""
+    said = list(dict.fromkeys(found.problems().values()))
+    said += [f"{count} unseen: {reason}" for reason, count in sorted(found.unseen.items())]
+    said += [f"{count} outside of every site, in {kind}" for kind, count in sorted(found.outside.items())]
+    if not found.calls:
+        said.append("never calls SDPA")
+    return [text.replace("|", "\\|") for text in said]
+
+
+def _mark(outcome: str | None) -> str:
+    if outcome is None:
+        return "-"
+    return "no" if outcome else "yes"
+
+
+if __name__ == "__main__":
+    main()
