@@ -175,7 +175,8 @@ def test_calls_of_one_module_are_told_apart():
 def test_a_model_under_group_offload():
     unet = tiny.ddpm().unet
     sample = torch.randn(2, 3, 16, 16)
-    stock = unet(sample, 7, return_dict=False)[0]
+    with torch.inference_mode():
+        stock = unet(sample, 7, return_dict=False)[0]
     cpu = torch.device("cpu")
     apply_group_offloading(unet, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
     scope = Scope(unet)
