@@ -42,7 +42,7 @@ def bundled(full: bool, device: str, dtype: torch.dtype) -> Denoiser:
     from headscope.zoo import load_pipeline
 
     pipeline = load_pipeline()
-    images, steps = (256, 20) if full else (8, 4)
+    images, steps = (256, 20) if full else (4, 2)
     return _assembled(pipeline, pipeline.unet, {}, {"batch_size": images}, images, steps, device, dtype)
 
 
