@@ -6,6 +6,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -106,3 +107,45 @@ def sd3_transformer() -> SD3Transformer2DModel:
         joint_attention_dim=16,
         pooled_projection_dim=16,
     ).eval()
+
+
+def flux_transformer(double: int = 1, single: int = 1) -> FluxTransformer2DModel:
+    """Joint attention of text and image tokens, in double-stream and single-stream blocks."""
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    ).eval()
+
+
+def flux_inputs(batch: int = 2, height: int = 4, width: int = 3, text: int = 5) -> dict[str, torch.Tensor]:
+    """What `flux_transformer` takes: packed latents of height x width tokens."""
+    generator = torch.Generator().manual_seed(5)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
+    return {
+        "hidden_states": torch.randn(batch, height * width, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 32, generator=generator),
+        "pooled_projections": torch.randn(batch, 32, generator=generator),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(text, 3),
+    }
+
+
+def sd3_inputs(batch: int = 2, text: int = 5) -> dict[str, torch.Tensor]:
+    """What `sd3_transformer` takes: latents of 8 x 8, 4 x 4 tokens."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "hidden_states": torch.randn(batch, 4, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, 16, generator=generator),
+        "pooled_projections": torch.randn(batch, 16, generator=generator),
+        "timestep": torch.full((batch,), 500.0),
+    }

@@ -319,7 +319,7 @@ def combine(changes: list[Change], query: Tensor, key: Tensor, value: Tensor) ->
     """Apply patches; merge gates of one fill and all factors; what is left over comes after the operator."""
     tensors = {"q": query, "k": key, "v": value}
     factors: dict[str, Tensor] = {}
-    gates: list[HeadEdit] = []
+    gates: list[tuple[Tensor, Any]] = []
     for change in changes:
         for quantity, heads, patch in change.patches:
             own = tensors[quantity]
@@ -344,12 +344,13 @@ def combine(changes: list[Change], query: Tensor, key: Tensor, value: Tensor) ->
         if change.edit.gate is not None:
             gate, fill = change.edit.gate, change.edit.fill
             # of one fill, two gates are one: g2 (g1 a + (1 - g1) f) + (1 - g2) f
-            if gates and gates[-1].fill is fill:
-                gates[-1] = HeadEdit(gates[-1].gate * gate, fill)
+            if gates and gates[-1][1] is fill:
+                gates[-1] = (gates[-1][0] * gate, fill)
             else:
-                gates.append(HeadEdit(gate, fill))
-    edit = replace(gates[0], **factors) if gates else HeadEdit(**factors) if factors else None
-    return Combined(tensors["q"], tensors["k"], tensors["v"], edit, tuple(gates[1:]))
+                gates.append((gate, fill))
+    edits = [HeadEdit(gate, fill) for gate, fill in gates]
+    edit = replace(edits[0], **factors) if edits else HeadEdit(**factors) if factors else None
+    return Combined(tensors["q"], tensors["k"], tensors["v"], edit, tuple(edits[1:]))
 
 
 def _checked(value: Any, site: Site, name: str) -> list[Any]:

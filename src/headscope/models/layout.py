@@ -185,10 +185,11 @@ def _query_segments(
             if site.text_first:
                 return Segment(TEXT, None, 0, text), *_image_segments(geometry, image, text)
             return *_image_segments(geometry, image, 0), Segment(TEXT, None, image, queries)
+    # before the image: a place of the picture in every row
+    if fold > 1 and queries == geometry.frames and geometry._grid_of_size(fold) is not None:
+        return (Segment(FRAME, None, 0, queries),)
     if _image_tokens(geometry, queries):
         return tuple(_image_segments(geometry, queries, 0))
-    if fold > 1 and queries == geometry.frames and _image_tokens(geometry, fold):
-        return (Segment(FRAME, None, 0, queries),)
     if queries == geometry.text and site.kind == "self":
         return (Segment(TEXT, None, 0, queries),)
     return (Segment(ALL, None, 0, queries),)

@@ -15,7 +15,7 @@ from headscope._files import write_atomic
 from headscope.models.forwards import Forward
 from headscope.models.layout import ALL, Layout, Segment
 from headscope.models.tensors import HeadTensors, Key, Reduce
-from headscope.ops import Statistic
+from headscope.ops import STATISTICS, Statistic
 
 if TYPE_CHECKING:
     import pyarrow
@@ -224,11 +224,12 @@ class Recording:
         Columns: forward (of the denoiser, since the context was entered), step (the pipeline's; the forward where no
         pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within its guidance
         branch), branch ("cond", "uncond", or null where there is no guidance), head, query_group ("image", "text",
-        "frame", or "all" where the model doesn't tell), frame (of a video, else null), queries, keys, and for each
-        statistic its mean, std (population form), min and max over those queries (nats for entropy, logsumexp and
-        max_logit; 0..1 for max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row divided by
-        its own; null where rows see a single key. Statistics of several numbers are lists. With reduce=None a column
-        of the statistic's own name holds the list of every query's value.
+        "frame", or "all" where the model doesn't tell), frame (of a video, else null), queries, keys, grid_height and
+        grid_width (those queries, row by row; null where the model doesn't tell), and for each statistic its mean, std
+        (population form), min and max over those queries (nats for entropy, logsumexp and max_logit; 0..1 for
+        max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row divided by its own; null where
+        rows see a single key. Statistics of several numbers are lists. With reduce=None a column of the statistic's own
+        name holds the list of every query's value.
         """
         from headscope.models.tables import build_table
 
@@ -253,6 +254,41 @@ class Recording:
         from headscope.models.tables import build_dataset
 
         return build_dataset(self.to_arrow(), require("xarray", "xarray"))
+
+    def plot(
+        self,
+        statistic: str,
+        site: str,
+        heads: Sequence[int] | None = None,
+        *,
+        step: int | None = None,
+        sample: int = 0,
+        branch: str | None = None,
+        frame: int | None = None,
+        image: Any = None,
+    ) -> Any:
+        """A plotly figure: a statistic of each query over the picture, a map per head.
+
+        Args:
+            statistic: one that was recorded with reduce=None.
+            heads: all if None.
+            step: the pipeline's step; the mean over all if None.
+            branch: a guidance branch; the mean over all if None.
+            frame: of a video.
+            image: what was drawn for that sample (PIL, or an array [height, width, 3]), shown first.
+
+        Raises:
+            ValueError: the recording holds means only, nothing in it fits, or the model does not tell where a query
+                is.
+        """
+        from headscope.models.plots import heatmaps
+        from headscope.models.tables import query_maps
+
+        maps = query_maps(self.to_arrow(), statistic, site, heads, step, sample, branch, frame)
+        units = [STATISTICS[statistic].unit] if statistic in STATISTICS else []
+        return heatmaps(
+            {f"head {head}": values for head, values in maps.items()}, ", ".join([statistic, *units]), image
+        )
 
     # files
 

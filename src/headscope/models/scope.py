@@ -2,34 +2,29 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from headscope.models import routing
+from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
-from headscope.models.editing import ActiveEdit, Combined, Edits, Fill, combine
+from headscope.models.editing import ActiveEdit, Edits, Fill
 from headscope.models.forwards import Forward, begin_forward
-from headscope.models.layout import layout_of
+from headscope.models.maps import TokenMaps, TokenRequest
 from headscope.models.recording import Recording
 from headscope.models.sites import Site, Unseen, find_denoiser, find_sites
 from headscope.models.tasks import Task, TaskItem
 from headscope.models.tensors import QUANTITIES, Reduce
 from headscope.models.wrapping import ForwardWrap
-from headscope.ops import HeadEdit, Statistic, attention
-from headscope.ops.edits import blend
+from headscope.ops import Statistic
 from headscope.ops.statistics import requested_statistics
 
 # denoisers that a Scope is recording or editing right now
 _observed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-# additive masks in diffusers forbid a key with -10000 or with the dtype's minimum
-FORBIDDEN_LOGIT = -5000.0
 
 
 class Scope:
@@ -48,6 +43,7 @@ class Scope:
         sites: what can be recorded and edited.
         unseen: attention modules that can't be, with the reason. Recording with unseen sites raises unless
             `sites=` leaves them out.
+        recordings, token_maps, edits: what is active, outer contexts first.
 
     Raises:
         TypeError: not a torch module, nor a pipeline with a unet or transformer.
@@ -60,8 +56,9 @@ class Scope:
         # torch.compile(model) is a module around the model
         self.denoiser: nn.Module = getattr(self._called, "_orig_mod", self._called)
         self._signature = inspect.signature(type(self.denoiser).forward)
-        self._recordings: list[tuple[Recording, frozenset[str]]] = []
-        self._edits: list[ActiveEdit] = []
+        self.recordings: list[tuple[Recording, frozenset[str]]] = []
+        self.token_maps: list[TokenRequest] = []
+        self.edits: list[ActiveEdit] = []
         self._wrap: ForwardWrap | None = None
         self._modules: list[nn.Module] = []
         self._contexts = 0
@@ -154,8 +151,38 @@ class Scope:
                 raise ValueError(f"into: got {into!r}, expected a recording of {', '.join(map(str, statistics))}")
             recording = into
         entry = (recording, self._chosen(sites))
-        with self._context(self._recordings, entry):
+        with self._context(self.recordings, entry):
             yield recording
+
+    @contextmanager
+    def record_tokens(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        sites: Sequence[str] | str | None = None,
+        heads: Mapping[str, Sequence[int]] | None = None,
+        steps: range | None = None,
+    ) -> Iterator[TokenMaps]:
+        """Record which part of the picture attends to which token of the prompt, under the branch that sees it.
+
+        Args:
+            prompts: what the pipeline is called with, one per sample (or one for all).
+            sites: names or patterns; by default all where image queries meet text keys.
+            heads: heads to sum over, by site name or pattern; all where none are named.
+            steps: the pipeline's steps to sum over; all if None.
+
+        Raises:
+            KeyError: an unknown site.
+            ValueError: steps without a range.
+        """
+        self._look_again()
+        if steps is not None and not isinstance(steps, range):
+            raise TypeError(f"steps: got {type(steps).__name__}, expected a range of pipeline steps or None")
+        chosen = {name: own for pattern, own in (heads or {}).items() for name in self.matching(pattern)}
+        maps = TokenMaps(self._pipeline, [prompts] if isinstance(prompts, str) else prompts, chosen)
+        names = self._chosen(sites) if sites is not None else frozenset(self._by_name)
+        with self._context(self.token_maps, TokenRequest(maps, names, steps)):
+            yield maps
 
     @contextmanager
     def edit(
@@ -189,7 +216,7 @@ class Scope:
         """
         self._look_again()
         active = ActiveEdit.build(edits, fill, steps, branches, self)
-        with self._context(self._edits, active):
+        with self._context(self.edits, active):
             yield
 
     def attribute(
@@ -263,10 +290,7 @@ class Scope:
             self._attach()
         self._contexts += 1
         entries.append(entry)
-        if isinstance(entry, ActiveEdit):
-            entry.first_forward = self._forwards
-        else:
-            entry[0].first_forward = self._forwards
+        (entry[0] if isinstance(entry, tuple) else entry).first_forward = self._forwards
         try:
             yield
         finally:
@@ -286,7 +310,7 @@ class Scope:
         self._forwards = 0
         modules = dict(self.denoiser.named_modules())
         for site in self.sites:
-            routing.observe(modules[site.name], _SiteFrame(self, site))
+            routing.observe(modules[site.name], SiteFrame(self, site))
             self._modules.append(modules[site.name])
         self._wrap = ForwardWrap(self._called, self)
         routing.install()
@@ -315,7 +339,7 @@ class Scope:
     def end(self, completed: bool) -> None:
         routing.unwatch(self)
         forward = self._forward
-        for recording, _ in self._recordings:
+        for recording, _ in self.recordings:
             if forward is None:
                 continue
             if completed:
@@ -352,7 +376,7 @@ class Scope:
     def attention_outside(self) -> None:
         """Attention inside the denoiser, outside of every site: none may be missing where all are recorded."""
         every = frozenset(site.name for site in self.sites)
-        if any(sites == every for _, sites in self._recordings):
+        if any(sites == every for _, sites in self.recordings):
             raise RuntimeError(
                 f"{type(self.denoiser).__name__} calls attention outside of the modules in scope.sites, and a recording"
                 " of all sites would miss it; name the sites to record"
@@ -360,109 +384,5 @@ class Scope:
 
     def asked(self, name: str) -> bool:
         """Whether anything is recorded or edited at the site."""
-        return any(name in sites for _, sites in self._recordings) or any(name in edit.sites for edit in self._edits)
-
-
-class _SiteFrame:
-    """A site's attention module while it runs."""
-
-    def __init__(self, scope: Scope, site: Site) -> None:
-        self._scope = scope
-        self._site = site
-
-    def silent(self) -> None:
-        """Raises RuntimeError where the module ran and its attention did not come by."""
-        name = self._site.name
-        if self._scope.asked(name):
-            raise RuntimeError(
-                f"site {name!r} ran without torch's scaled_dot_product_attention, so nothing of it was recorded or"
-                " edited; was its processor or diffusers' attention backend changed?"
-            )
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        own_text: int,
-        stock: Callable[..., Tensor],
-        options: dict[str, Any],
-    ) -> Tensor:
-        scope, site, name = self._scope, self._site, self._site.name
-        forward = scope.running
-        if forward is None or not scope.asked(name):
-            return stock(query, key, value, **options)
-        repeated = forward.totals is not None
-        recordings = [] if repeated else [own for own, sites in scope._recordings if name in sites]
-        edits = [edit for edit in scope._edits if name in edit.sites and edit.acts_in(forward)]
-        calls = forward.calls.get(name, 0)
-        forward.calls[name] = calls + 1
-        if forward.totals is not None:
-            calls %= max(1, forward.totals.get(name, 1))
-        # a repetition takes the operator that ran the first time, so that it saves the same tensors
-        observed = recordings or edits or (repeated and any(name in sites for _, sites in scope._recordings))
-        if not observed:
-            return stock(query, key, value, **options)
-        self._check(query, options["dropout_p"], forward)
-        layout = layout_of(site, forward.geometry, query.shape[0], query.shape[2], key.shape[2], int(own_text), calls)
-        call = calls // max(1, forward.batch // layout.samples)
-        options = {option: given for option, given in options.items() if option != "dropout_p"}
-        if any(recording.quantities for recording in recordings):
-            _keep_inputs(recordings, forward, name, call, layout, query, key, value)
-        changes = [change for edit in edits for change in edit.changes(name, call, forward, layout, query)]
-        combined = combine(changes, query, key, value)
-        query, key, value = combined.query, combined.key, combined.value
-        wanted = {statistic.name: statistic for recording in recordings for statistic in recording.requested}
-        result = attention(query, key, value, edit=combined.edit, statistics=tuple(wanted.values()), **options)
-        output = result.output
-        for edit in combined.later:
-            output = blend(output, edit.gate, _fill_of(edit, combined, options))
-        valid_keys = count_valid_keys(options["attn_mask"], options["is_causal"], query, key) if wanted else 0
-        for recording in recordings:
-            recording.count_call()
-            if recording.statistics:
-                recording.add_statistics(forward, name, call, layout, result.statistics, valid_keys, key.shape[2])
-            if recording.records_head_output:
-                recording.tensors.add(forward, "head_output", name, call, layout, output)
-        return output
-
-    def _check(self, query: Tensor, dropout_p: float, forward: Forward) -> None:
-        name = self._site.name
-        if query.ndim != 4:
-            raise ValueError(f"site {name!r} calls attention with {query.ndim} dimensions, expected 4")
-        if query.shape[1] != self._site.heads:
-            raise ValueError(f"site {name!r} calls attention with {query.shape[1]} heads, expected {self._site.heads}")
-        if query.shape[0] % forward.batch and forward.batch % query.shape[0]:
-            raise ValueError(
-                f"site {name!r} calls attention on {query.shape[0]} rows, expected a multiple or a part of the batch"
-                f" of {forward.batch}"
-            )
-        if dropout_p:
-            raise ValueError(f"site {name!r} uses attention dropout; put the model in eval mode to record or edit it")
-
-
-def _keep_inputs(recordings, forward, name, call, layout, query, key, value) -> None:
-    for recording in recordings:
-        for quantity, tensor in (("q", query), ("k", key), ("v", value)):
-            if quantity in recording.quantities:
-                recording.tensors.add(forward, quantity, name, call, layout, tensor)
-
-
-def _fill_of(edit: HeadEdit, combined: Combined, options: dict[str, Any]) -> Tensor | None:
-    """The fill as a tensor, for a gate that comes after the operator."""
-    if not isinstance(edit.fill, str):
-        return edit.fill
-    query = combined.query
-    everything = replace(combined.edit or HeadEdit(), gate=query.new_zeros(1, query.shape[1]), fill=edit.fill)
-    return attention(query, combined.key, combined.value, edit=everything, **options).output
-
-
-def count_valid_keys(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | int:
-    """How many keys each row may see: an int, or broadcastable to [batch, heads, queries]."""
-    keys = key.shape[2]
-    if is_causal:
-        return torch.arange(1, query.shape[2] + 1, device=query.device).clamp(max=keys)
-    if attn_mask is None:
-        return keys
-    allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > FORBIDDEN_LOGIT
-    return allowed.expand(*allowed.shape[:-1], keys).sum(-1)
+        recorded = any(name in sites for _, sites in self.recordings)
+        return recorded or any(name in entry.sites for entry in (*self.edits, *self.token_maps))

@@ -1,6 +1,7 @@
 """Recordings as tables: everything comes over from the device at once, then columns are built by whole arrays."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope.models.forwards import Forward
+from headscope.models.layout import IMAGE
 from headscope.models.recording import ENTROPY, NORMALISED, Part, Recording
 
 if TYPE_CHECKING:
@@ -63,6 +65,10 @@ def build_table(recording: Recording) -> "pyarrow.Table":
         "queries": pa.array(spread([part.queries for part in parts], np.int32)),
         "keys": pa.array(spread([part.keys for part in parts], np.int32)),
     }
+    grids = [_grid(part) for part in parts]
+    for axis, name in enumerate(("grid_height", "grid_width")):
+        edges = spread([grid[axis] for grid in grids], np.int32)
+        columns[name] = pa.array(edges, mask=edges == 0)
     for name in dict.fromkeys(name for values in blocks.values() for name in values):
         columns[name] = _column(name, [values.get(name) for values in blocks.values()], sizes, pa)
     return pa.table(columns)
@@ -95,6 +101,12 @@ def _blocks(recording: Recording) -> dict[Part, dict[str, np.ndarray]]:
     return {order[place]: found[place] for place in places}
 
 
+def _grid(part: Part) -> tuple[int, int]:
+    """(height, width) of the part's queries, (0, 0) where it isn't known."""
+    known = part.forward.geometry.grid(part.queries) if part.segment.group == IMAGE else None
+    return known or (0, 0)
+
+
 def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
     """Tensors of one device and many shapes as float32 arrays, with one transfer."""
     if not tensors:
@@ -124,6 +136,41 @@ def _column(name: str, values: list[np.ndarray | None], sizes: np.ndarray, pa):
         return pa.array(column, from_pandas=missing or name.startswith(NORMALISED))
     lists = [[None] * size if a is None else list(a.reshape(size, -1)) for a, size in zip(values, sizes, strict=True)]
     return pa.array([row for block in lists for row in block], pa.list_(pa.float32()))
+
+
+def query_maps(
+    table: "pyarrow.Table",
+    statistic: str,
+    site: str,
+    heads: Sequence[int] | None,
+    step: int | None,
+    sample: int,
+    branch: str | None,
+    frame: int | None,
+) -> dict[int, np.ndarray]:
+    """See `Recording.plot`: per head [grid_height, grid_width], the mean over the rows that fit."""
+    pl = require("polars", "diffusers")
+    rows = pl.from_arrow(table)
+    if statistic not in rows.columns or not isinstance(rows.schema[statistic], pl.List):
+        raise ValueError(f"statistic: got {statistic!r}, expected one that was recorded with reduce=None")
+    rows = rows.filter((pl.col("query_group").cast(pl.String) == IMAGE) & (pl.col("site").cast(pl.String) == site))
+    wanted = {"step": step, "sample": sample, "branch": branch, "frame": frame}
+    for name, value in wanted.items():
+        if value is not None:
+            column = pl.col(name).cast(pl.String) if name == "branch" else pl.col(name)
+            rows = rows.filter(column == value)
+    if heads is not None:
+        rows = rows.filter(pl.col("head").is_in(list(heads)))
+    if not len(rows):
+        named = {name: value for name, value in wanted.items() if value is not None}
+        raise ValueError(f"site: nothing was recorded of image queries at {site!r} with {named}")
+    if rows["grid_height"].null_count():
+        raise ValueError(f"site: the model doesn't tell where the queries of {site!r} are in the picture")
+    maps = {}
+    for (head,), own in rows.group_by("head", maintain_order=True):
+        shape = (own["grid_height"][0], own["grid_width"][0])
+        maps[int(head)] = np.mean([np.array(values) for values in own[statistic]], 0).reshape(shape)
+    return dict(sorted(maps.items()))
 
 
 def build_dataset(table: "pyarrow.Table", xarray: Any) -> Any:

@@ -1,0 +1,209 @@
+"""Which part of the picture attends to which token of the prompt."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from headscope.models.forwards import Forward
+from headscope.models.layout import IMAGE, TEXT, Layout
+from headscope.ops import GroupMass
+
+TokenKind = Literal["start", "word", "end", "padding", "unknown"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A position of the text that the denoiser is given.
+
+    Attributes:
+        position: among the text keys.
+        text: the piece of the prompt, without the tokenizer's marks of word ends.
+        kind: "start" and "end" marks, a "word" (or a piece of one), "padding", or "unknown".
+    """
+
+    position: int
+    text: str
+    kind: TokenKind
+
+
+class TokenMaps:
+    """The attention mass that image queries give to each token of the prompt, summed over heads and steps.
+
+    Kept per site, on the model's device. What is read is the mean over heads, attention calls and the chosen sites,
+    each site's map resized to the finest one's grid (bilinear). Masses of all tokens, marks and padding included, sum
+    to 1 at every place of a cross-attention.
+
+    Attributes:
+        prompts: one per sample.
+    """
+
+    def __init__(self, pipeline: Any, prompts: Sequence[str], heads: Mapping[str, Sequence[int]]) -> None:
+        self.prompts = tuple(prompts)
+        self._pipeline = pipeline
+        self._heads = heads
+        self._sums: dict[str, Tensor] = {}  # [samples, tokens, height, width]
+        self._counts: dict[str, int] = {}
+        self._groups: dict[tuple, GroupMass] = {}
+        # two contexts may ask for the same tokens
+        self._name = f"token_mass_{id(self)}"
+
+    def __repr__(self) -> str:
+        return f"TokenMaps({len(self.prompts)} prompts, {len(self._sums)} sites)"
+
+    # what the scope does with it
+
+    def statistic(self, forward: Forward, layout: Layout, keys: int, device: torch.device) -> GroupMass | None:
+        """The operator's statistic for a call; None where image queries don't meet text keys."""
+        text = next((segment for segment in layout.keys if segment.group == TEXT), None)
+        if text is None or self._grid(forward, layout) is None:
+            return None
+        place = (text.start, text.stop, keys, device)
+        if place not in self._groups:
+            groups = torch.full((keys,), -1, dtype=torch.int32)
+            groups[text.start : text.stop] = torch.arange(text.stop - text.start, dtype=torch.int32)
+            self._groups[place] = GroupMass(groups.to(device), text.stop - text.start, name=self._name)
+        return self._groups[place]
+
+    def add(self, forward: Forward, site: str, layout: Layout, mass: Tensor) -> None:
+        """Add one call's [rows, heads, queries, tokens]; of two guidance branches, the one that sees the prompt."""
+        if layout.fold != 1 or layout.samples != forward.batch:
+            raise ValueError(f"token maps: site {site!r} folds frames or samples apart, expected a picture per row")
+        branches = forward.branches
+        if "cond" not in branches and branches != (None,):
+            return
+        part = 0 if branches == (None,) else branches.index("cond")
+        own = mass.detach()[part * forward.samples : (part + 1) * forward.samples]
+        if own.shape[0] % len(self.prompts):
+            raise ValueError(f"token maps: got {len(self.prompts)} prompts for a batch of {own.shape[0]} samples")
+        heads = self._heads.get(site)
+        own = own if heads is None else own[:, list(heads)]
+        image = next(segment for segment in layout.queries if segment.group == IMAGE)
+        grid = self._grid(forward, layout)
+        assert grid is not None
+        summed = own[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
+        self._sums[site] = self._sums[site] + summed if site in self._sums else summed
+        self._counts[site] = self._counts.get(site, 0) + own.shape[1]
+
+    def _grid(self, forward: Forward, layout: Layout) -> tuple[int, int] | None:
+        """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
+        image = next((segment for segment in layout.queries if segment.group == IMAGE), None)
+        return None if image is None else layout.grid or forward.geometry.grid(image.stop - image.start)
+
+    # what a person reads
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where there was something to see."""
+        return tuple(self._sums)
+
+    def tokens(self, sample: int = 0) -> list[Token]:
+        """The text tokens of a sample's prompt, in order."""
+        self._require()
+        count = next(iter(self._sums.values())).shape[1]
+        # several images of a prompt follow each other
+        images = next(iter(self._sums.values())).shape[0] // len(self.prompts)
+        return label_tokens(self._pipeline, self.prompts[sample // images], count)
+
+    def positions(self, words: str, sample: int = 0) -> list[int]:
+        """Where the prompt's words stand among the tokens.
+
+        Raises:
+            ValueError: they don't stand there.
+        """
+        tokens = [token for token in self.tokens(sample) if token.kind == "word"]
+        wanted = "".join(words.lower().split())
+        for first in range(len(tokens)):
+            for last in range(first, len(tokens)):
+                if "".join(token.text for token in tokens[first : last + 1]).lower() == wanted:
+                    return [token.position for token in tokens[first : last + 1]]
+        raise ValueError(f"words: got {words!r}, expected some of {[token.text for token in tokens]}")
+
+    def map(self, of: str | Sequence[int] | TokenKind, sample: int = 0, sites: Sequence[str] | None = None) -> Tensor:
+        """The mass on some tokens, [height, width], float32 on the CPU, 0..1.
+
+        Args:
+            of: words of the prompt, positions, or a kind: "start", "end", "padding".
+            sites: names of sites to average over; all by default.
+
+        Raises:
+            ValueError: no such words, or nothing was recorded.
+            KeyError: nothing was recorded at a site.
+        """
+        self._require()
+        if isinstance(of, str):
+            kinds = [token.position for token in self.tokens(sample) if token.kind == of]
+            of = kinds or self.positions(of, sample)
+        chosen = self.sites if sites is None else tuple(sites)
+        maps = [self._sums[site][sample, list(of)].sum(0) / self._counts[site] for site in chosen]
+        height, width = max((tuple(one.shape) for one in maps), key=lambda shape: shape[0] * shape[1])
+        resized = [
+            functional.interpolate(one[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
+            for one in maps
+        ]
+        return torch.stack(resized).mean(0).float().cpu()
+
+    def plot(self, *words: str, sample: int = 0, sites: Sequence[str] | None = None, image: Any = None) -> Any:
+        """A plotly figure with a map for each of the words (each word token of the prompt if none is named).
+
+        Args:
+            image: what the pipeline drew for that sample (PIL, or an array [height, width, 3]), shown first.
+        """
+        from headscope.models.plots import heatmaps
+
+        if not words:
+            words = tuple(dict.fromkeys(token.text for token in self.tokens(sample) if token.kind == "word"))
+        maps = {word: self.map(word, sample, sites).numpy() for word in words}
+        return heatmaps(maps, "attention mass on the word, 0 to 1", image)
+
+    def _require(self) -> None:
+        if not self._sums:
+            raise ValueError("token maps: nothing was recorded, expected a run of the pipeline inside the context")
+
+
+@dataclass
+class TokenRequest:
+    """The token maps of one context."""
+
+    maps: TokenMaps
+    sites: frozenset[str]
+    steps: range | None
+    first_forward: int = 0
+
+    def acts_in(self, forward: Forward) -> bool:
+        return self.steps is None or forward.step_since(self.first_forward) in self.steps
+
+
+def label_tokens(pipeline: Any, prompt: str, count: int) -> list[Token]:
+    """What stands at each of `count` text positions of the denoiser.
+
+    CLIP's tokens come first where there are T5's as well (SD3); "unknown" where no tokenizer explains the positions.
+    """
+    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    found: list[Token] = []
+    clip = next((one for one in tokenizers if one is not None and one.bos_token_id is not None), None)
+    if clip is not None and clip.model_max_length <= count:
+        found += _labelled(clip, prompt, clip.model_max_length, 0)
+    other = next((one for one in tokenizers if one is not None and one.bos_token_id is None), None)
+    if other is not None and len(found) < count:
+        found += _labelled(other, prompt, count - len(found), len(found))
+    return found + [Token(position, "", "unknown") for position in range(len(found), count)]
+
+
+def _labelled(tokenizer: Any, prompt: str, length: int, first: int) -> list[Token]:
+    ids = tokenizer(prompt, truncation=True, max_length=length).input_ids
+    labels = []
+    for place in range(length):
+        if place >= len(ids):
+            labels.append(Token(first + place, "", "padding"))
+        elif ids[place] == tokenizer.bos_token_id and place == 0:
+            labels.append(Token(first, "", "start"))
+        elif ids[place] == tokenizer.eos_token_id and place == len(ids) - 1:
+            labels.append(Token(first + place, "", "end"))
+        else:
+            text = tokenizer.convert_ids_to_tokens(ids[place])
+            labels.append(Token(first + place, text.replace("</w>", "").replace("\u2581", ""), "word"))
+    return labels

@@ -1,0 +1,220 @@
+"""Edits: by pattern, as functions, from recordings, of queries, keys and values, several at once."""
+
+import pytest
+import torch
+
+import tiny
+from headscope import HeadEdit, Patch, Scope, Where, attention
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny.ddpm().unet
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    return tiny.stable_diffusion()
+
+
+def run(unet, sample, timestep=7):
+    with torch.inference_mode():
+        return unet(sample, timestep, return_dict=False)[0]
+
+
+def draw(pipeline, prompts=("a red fox", "a blue boat"), **options):
+    latents = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    options = {"num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "latent", **options}
+    return pipeline(list(prompts), latents=latents, **options).images
+
+
+def largest(a, b):
+    return float((a - b).abs().max())
+
+
+def test_patterns(unet, sample):
+    scope = Scope(unet)
+    with scope.edit({site.name: [1] for site in scope.sites}):
+        expected = run(unet, sample)
+    with scope.edit({"*": [1]}):
+        assert torch.equal(run(unet, sample), expected)
+    with scope.record("entropy", sites="mid_block*") as recording:
+        run(unet, sample)
+    assert set(recording.to_polars()["site"].cast(str)) == {"mid_block.attentions.0"}
+    with pytest.raises(KeyError, match="expected a pattern of"), scope.edit({"*.attn2": [0]}):
+        pass
+
+
+@pytest.mark.parametrize("field", ["temperature", "key_bias", "key_scale"])
+def test_the_other_fields_of_an_edit(unet, sample, field):
+    """What the site's attention gives under the edit is what the operator gives on its queries, keys and values."""
+    scope = Scope(unet)
+    site = scope.sites[0]
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, site.heads) if field == "temperature" else (3, 1, 64)
+    edit = HeadEdit(**{field: torch.rand(shape, generator=generator) + 0.5})
+    with scope.edit({site.name: edit}), scope.record("q", "k", "v", "head_output", reduce=None) as recording:
+        run(unet, sample)
+    query, key, value, output = (recording.samples(x, site.name, 0, 7) for x in ("q", "k", "v", "head_output"))
+    expected = attention(query, key, value, edit=edit, backend="reference").output
+    assert largest(output, expected) <= 1e-5
+    assert largest(output, attention(query, key, value).output) > 1e-4
+
+
+def test_functions_are_asked_about_every_sample_branch_and_step(diffusion):
+    scope = Scope(diffusion)
+    site = next(site for site in scope.sites if site.kind == "self")
+    asked: list[Where] = []
+
+    def choose(where):
+        asked.append(where)
+        return [0] if where.branch == "cond" and where.sample == 1 and where.step == 1 else None
+
+    with scope.edit({site.name: choose}):
+        by_function = draw(diffusion)
+    with scope.edit([{}, {site.name: [0]}], steps=range(1, 2), branches=["cond"]):
+        expected = draw(diffusion)
+    assert largest(by_function, expected) <= 1e-5
+    assert largest(expected, draw(diffusion)) > 1e-6
+    timesteps = [float(t) for t in diffusion.scheduler.timesteps]
+    assert [(w.step, w.timestep, w.branch, w.sample) for w in asked] == [
+        (step, timesteps[step], branch, sample)
+        for step in range(2)
+        for branch in ("uncond", "cond")
+        for sample in range(2)
+    ]
+
+
+def test_branches(diffusion):
+    scope = Scope(diffusion)
+    site = scope.sites[0].name
+    results = []
+    for branches in (["cond"], ["uncond"], ["cond", "uncond"], None):
+        with scope.edit({site: [0]}, branches=branches):
+            results.append(draw(diffusion))
+    assert torch.equal(results[2], results[3])
+    assert min(largest(results[0], results[1]), largest(results[0], results[2])) > 1e-6
+
+
+def test_patching_all_of_a_head_gives_the_other_prompts_output(diffusion):
+    """Queries, keys and values of another run give that run's head output; its output as a fill does the same."""
+    scope = Scope(diffusion)
+    site = next(site for site in scope.sites if site.kind == "cross").name
+    with scope.record("q", "k", "v", "head_output", sites=[site], reduce=None) as source:
+        draw(diffusion, num_inference_steps=1)
+    patch = Patch([2], q=source, k=source, v=source)
+    prompts = ("a green tree", "a cat")
+    with scope.edit({site: patch}), scope.record("head_output", sites=[site], reduce=None) as patched:
+        by_patch = draw(diffusion, prompts, num_inference_steps=1)
+    with scope.edit({site: [2]}, fill=source):
+        by_fill = draw(diffusion, prompts, num_inference_steps=1)
+    assert largest(by_patch, by_fill) <= 1e-5
+    assert largest(by_patch, draw(diffusion, prompts, num_inference_steps=1)) > 1e-6
+    timestep = float(diffusion.scheduler.timesteps[0])
+    for branch in ("cond", "uncond"):
+        got, wanted = (r.samples("head_output", site, 0, timestep, branch) for r in (patched, source))
+        assert largest(got[:, 2], wanted[:, 2]) <= 1e-5
+    got, wanted = (r.samples("head_output", site, 0, timestep, "cond") for r in (patched, source))
+    assert largest(got[:, 0], wanted[:, 0]) > 1e-5
+
+
+def test_values_alone_are_patched(unet, sample):
+    scope = Scope(unet)
+    site = scope.sites[1]
+    other = torch.randn(1, site.heads, 64, site.head_dim, generator=torch.Generator().manual_seed(2))
+    with (
+        scope.edit({site.name: Patch(v=other)}),
+        scope.record("q", "k", "v", "head_output", reduce=None) as recording,
+    ):
+        run(unet, sample)
+    query, key, value, output = (recording.samples(x, site.name, 0, 7) for x in ("q", "k", "v", "head_output"))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, other.expand_as(value))
+    assert largest(output, expected) <= 1e-5
+    # the recording tells what the model itself had
+    assert largest(value, other.expand_as(value)) > 0.1
+
+
+def test_resampling_from_other_samples(unet, sample):
+    scope = Scope(unet)
+    site = scope.sites[0]
+    with scope.record("head_output", sites=[site.name], reduce=None) as recording:
+        run(unet, sample)
+    outputs = recording.samples("head_output", site.name, 0, 7)
+    with scope.edit({site.name: [3]}, fill=recording.take([2, 0, 1])):
+        resampled = run(unet, sample)
+    with scope.edit({site.name: [3]}, fill=outputs[[2, 0, 1]]):
+        assert torch.equal(run(unet, sample), resampled)
+    with scope.edit({site.name: [3]}, fill=recording.take([1])):
+        single = run(unet, sample)
+    with scope.edit({site.name: [3]}, fill=outputs[1:2]):
+        assert largest(run(unet, sample), single) <= 1e-6
+    with scope.edit({site.name: [3]}, fill=recording):
+        assert largest(run(unet, sample), run_unedited(scope, unet, sample)) <= 1e-5
+    with pytest.raises(ValueError, match="of its 3 samples"), scope.edit({site.name: [0]}, fill=recording.take([5])):
+        run(unet, sample)
+
+
+def run_unedited(scope, unet, sample):
+    with scope.record("entropy"):
+        return run(unet, sample)
+
+
+def test_edits_compose_inner_after_outer(unet, sample):
+    """output = g2 (g1 a + (1 - g1) f1) + (1 - g2) f2, whatever the fills are."""
+    scope = Scope(unet)
+    site = scope.sites[0]
+    fill = torch.randn(1, site.heads, 64, site.head_dim, generator=torch.Generator().manual_seed(2))
+    first = HeadEdit(torch.tensor([[0.0, 0.5, 1.0, 1.0]]), fill)
+    second = HeadEdit(torch.tensor([[1.0, 0.25, 0.0, 1.0]]), "uniform")
+    hot = HeadEdit(temperature=torch.tensor([[1.0, 1.0, 1.0, 3.0]]))
+    with (
+        scope.edit({site.name: [first, hot]}),
+        scope.edit({site.name: [second, hot]}),
+        scope.record("q", "k", "v", "head_output", reduce=None) as recording,
+    ):
+        run(unet, sample)
+    query, key, value, output = (recording.samples(x, site.name, 0, 7) for x in ("q", "k", "v", "head_output"))
+    own = attention(query, key, value, edit=HeadEdit(temperature=torch.tensor([[1.0, 1.0, 1.0, 9.0]]))).output
+    uniform = value.mean(2, keepdim=True)
+    one, two = first.gate[..., None, None], second.gate[..., None, None]
+    expected = two * (one * own + (1 - one) * fill) + (1 - two) * uniform
+    assert largest(output, expected) <= 1e-5
+
+
+def test_rows_may_differ_in_kind(unet, sample):
+    scope = Scope(unet)
+    first, second = (site.name for site in scope.sites)
+    edits = [
+        {first: HeadEdit(torch.tensor([[0.0, 1.0, 1.0, 1.0]]), "uniform")},
+        {first: [1], second: HeadEdit(temperature=torch.tensor([[2.0, 1.0, 1.0, 1.0]]))},
+        {second: Patch([0], v=torch.zeros(1, 1, 1, 1))},
+    ]
+    with scope.edit(edits):
+        together = run(unet, sample)
+    for row, edit in enumerate(edits):
+        with scope.edit(edit):
+            alone = run(unet, sample[row : row + 1])
+        assert largest(together[row], alone[0]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("edits", "error", "message"),
+    [
+        ({"mid_block.attentions.0": Patch()}, ValueError, "a Patch of nothing"),
+        ({"mid_block.attentions.0": 3}, TypeError, "got int, expected heads"),
+        ({"mid_block.attentions.0": HeadEdit(torch.ones(1, 4), "average")}, ValueError, "fill: got 'average'"),
+        (
+            [{"mid_block.attentions.0": HeadEdit(torch.ones(2, 4))}, {}],
+            TypeError,
+            "expected one row where edits differ",
+        ),
+    ],
+)
+def test_bad_edits_get_one_clear_error(unet, edits, error, message):
+    with pytest.raises(error, match=message), Scope(unet).edit(edits):
+        pass

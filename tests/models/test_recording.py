@@ -1,0 +1,165 @@
+"""What a recording keeps, and what becomes of it: tables, tensors and files."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from headscope import GroupMass, Recording, Scope
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    return tiny.stable_diffusion()
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny.ddpm().unet
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def run(unet, sample, timestep=7):
+    with torch.inference_mode():
+        return unet(sample, timestep, return_dict=False)[0]
+
+
+def test_every_query_on_request(unet, sample):
+    scope = Scope(unet)
+    with scope.record("max_prob", "key_mass", reduce=None) as recording:
+        run(unet, sample)
+    table = recording.to_polars()
+    every = table.filter(table["query_group"].cast(str) == "image")
+    lists = np.array(every["max_prob"].to_list())
+    assert lists.shape == (2 * 3 * 4, 64)
+    for name, reduce in (("mean", np.mean), ("std", np.std), ("min", np.min), ("max", np.max)):
+        assert every[f"max_prob_{name}"].to_numpy() == pytest.approx(reduce(lists, 1), abs=1e-6)
+    keys = table.filter(table["query_group"].cast(str) == "all")
+    # every query hands out a mass of 1
+    assert np.array(keys["key_mass"].to_list()).sum(1) == pytest.approx(np.full(24, 64.0), rel=1e-5)
+
+
+def test_group_masses_are_lists_that_sum_to_one(unet, sample):
+    groups = torch.arange(64) % 3
+    scope = Scope(unet)
+    with scope.record(GroupMass(groups, 3, name="thirds")) as recording:
+        run(unet, sample)
+    masses = np.array(recording.to_polars()["thirds_mean"].to_list())
+    assert masses.shape == (24, 3)
+    assert masses.sum(1) == pytest.approx(np.ones(24), abs=1e-5)
+
+
+def test_queries_keys_values_and_outputs_of_every_sample(unet, sample):
+    scope = Scope(unet)
+    with scope.record("q", "k", "v", "head_output", reduce=None) as each:
+        run(unet, sample)
+    with scope.record("q", "k", "v", "head_output") as means:
+        run(unet, sample[:1])
+        run(unet, sample[1:])
+    for site in scope.sites:
+        parts = {name: each.samples(name, site.name, 0, 7) for name in ("q", "k", "v", "head_output")}
+        assert {tuple(tensor.shape) for tensor in parts.values()} == {(3, 4, 64, 8)}
+        expected = torch.nn.functional.scaled_dot_product_attention(parts["q"], parts["k"], parts["v"])
+        torch.testing.assert_close(parts["head_output"], expected, rtol=0, atol=1e-5)
+        for name, tensor in parts.items():
+            torch.testing.assert_close(means.mean(name, site.name, 0, 7), tensor.mean(0), rtol=0, atol=1e-5)
+            torch.testing.assert_close(each.mean(name, site.name, 0, 7), tensor.mean(0), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="holds means"):
+        means.samples("q", scope.sites[0].name, 0, 7)
+    with pytest.raises(KeyError, match=r"recorded timesteps there: \[7.0\]"):
+        each.mean("q", scope.sites[0].name, 0, 8)
+
+
+def test_means_of_samples_at_different_timesteps_are_refused(unet, sample):
+    with pytest.raises(ValueError, match="timestep: got 3 different ones"), Scope(unet).record("head_output"):
+        run(unet, sample, torch.tensor([1, 2, 3]))
+
+
+def test_each_sample_has_its_own_timestep(unet, sample):
+    with Scope(unet).record("entropy") as recording:
+        run(unet, sample, torch.tensor([1, 2, 3]))
+    table = recording.to_polars()
+    assert sorted(table.select("sample", "timestep").unique().iter_rows()) == [(0, 1.0), (1, 2.0), (2, 3.0)]
+
+
+def test_a_forward_that_fails_leaves_no_rows(unet, sample):
+    scope = Scope(unet)
+
+    def fail(module, args):
+        raise RuntimeError("planned")
+
+    with scope.record("entropy", "head_output") as recording:
+        handle = unet.conv_out.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="planned"):
+            run(unet, sample)
+        handle.remove()
+        run(unet, sample, 9)
+    assert set(recording.to_polars()["timestep"]) == {9.0}
+    assert len(recording) == 2
+    with pytest.raises(KeyError):
+        recording.mean("head_output", scope.sites[0].name, 0, 7)
+
+
+@pytest.mark.parametrize("reduce", ["mean", None])
+def test_saved_and_loaded(unet, sample, tmp_path, reduce):
+    scope = Scope(unet)
+    with scope.record("entropy", "head_output", reduce=reduce) as recording:
+        run(unet, sample)
+    recording.save(tmp_path)
+    loaded = Recording.load(tmp_path)
+    assert loaded.to_polars().equals(recording.to_polars())
+    name = scope.sites[0].name
+    assert torch.equal(loaded.mean("head_output", name, 0, 7), recording.mean("head_output", name, 0, 7))
+    with scope.edit({name: [1]}, fill=recording):
+        expected = run(unet, sample)
+    with scope.edit({name: [1]}, fill=loaded):
+        assert torch.equal(run(unet, sample), expected)
+    with scope.record("entropy") as other:
+        run(unet, sample)
+    other.save(tmp_path / "other")
+    (tmp_path / "other" / "statistics.parquet").replace(tmp_path / "statistics.parquet")
+    with pytest.raises(ValueError, match="not of one recording"):
+        Recording.load(tmp_path)
+
+
+def test_xarray(unet, sample, monkeypatch):
+    scope = Scope(unet)
+    with scope.record("entropy") as recording:
+        run(unet, sample)
+        run(unet, sample, 9)
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    with pytest.raises(ImportError, match=r"headscope\[xarray\]"):
+        recording.to_xarray()
+    monkeypatch.undo()
+    pytest.importorskip("xarray")
+    data = recording.to_xarray()
+    assert dict(data.sizes) == {
+        "forward": 2,
+        "site": 2,
+        "call": 1,
+        "branch": 1,
+        "sample": 3,
+        "head": 4,
+        "query_group": 1,
+        "frame": 1,
+    }
+    assert data["timestep"].values.tolist() == [7.0, 9.0]
+    table = recording.to_polars()
+    for row in table.sample(5, seed=0).iter_rows(named=True):
+        place = {name: row[name] for name in ("forward", "site", "call", "sample", "head", "query_group")}
+        assert float(data["entropy_mean"].sel(place)) == row["entropy_mean"]
+
+
+def test_steps_are_the_pipelines_in_every_call(diffusion):
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    with Scope(diffusion).record("entropy") as recording:
+        for _ in range(2):
+            diffusion("a red fox", latents=latents, num_inference_steps=2, output_type="latent")
+    table = recording.to_polars().select("forward", "step").unique().sort("forward")
+    assert list(table.iter_rows()) == [(0, 0), (1, 1), (2, 0), (3, 1)]
