@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
@@ -16,6 +16,8 @@ FINFO_MIN = torch.finfo(torch.float32).min
 GROUPS = 5
 SIMPLE = ("entropy", "logsumexp", "max_logit", "max_prob", "collision_entropy")
 ALL = (*SIMPLE, "distance", "group_mass", "group_entropy")
+# one of every kind of accumulator, for cases that are about something else
+SOME = ("entropy", "logsumexp", "group_mass")
 # what rounding the weights and the output adds beyond torch's own error; the interpreter truncates to bfloat16, which
 # doubles both and makes them one-sided
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 3e-2 if DEVICE == "cpu" else 8e-3}
@@ -56,7 +58,6 @@ class Problem:
     groups: Tensor | None = None
     group_count: int = GROUPS
     first_group: int = 0
-    saved: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[int, int, int]:
@@ -242,15 +243,19 @@ class Problem:
             down = (query // width)[:, None] - (key // key_width)[None, :]
             across = (query % width)[:, None] - (key % key_width)[None, :]
             return (weights * (down.square() + across.square()).double().sqrt()).sum(-1)
-        last = min(self.group_count, self.first_group + 128)
-        members = [(self.group_ids == group)[..., None, :] for group in range(self.first_group, last)]
+        members = self.members()
         if name == "group_mass":
-            return torch.stack([torch.where(own, weights, own * weights).sum(-1) for own in members], -1)
-        within = [torch.where(own, logits, -math.inf) for own in members]
-        nothing = [(own == -math.inf).all(-1, keepdim=True) for own in within]
-        shares = [torch.where(none, 0.0, own.softmax(-1)) for none, own in zip(nothing, within, strict=True)]
-        entropies = torch.stack([_entropy(share) for share in shares], -1)
+            return torch.where(members, weights[..., None, :], members * weights[..., None, :]).sum(-1)
+        within = torch.where(members, logits[..., None, :], -math.inf)  # [batch, heads, queries, groups, keys]
+        nothing = (within == -math.inf).all(-1, keepdim=True)
+        entropies = _entropy(torch.where(nothing, 0.0, within.softmax(-1)))
         return torch.where(weights.isnan().any(-1)[..., None], math.nan, entropies)
+
+    def members(self) -> Tensor:
+        """Which keys are in which group: bool [batch or 1, heads or 1, 1, groups, keys]."""
+        last = min(self.group_count, self.first_group + 128)
+        groups = torch.arange(self.first_group, last, device=DEVICE)
+        return (self.group_ids[..., None, :] == groups[:, None])[..., None, :, :]
 
     def comparable(self, name: str) -> Tensor | bool:
         """Where a float32 backend can tell: an entropy within a group that doesn't vanish beside the row's largest."""
@@ -259,12 +264,8 @@ class Problem:
         logits = self.logits()
         distance = logits.amax(-1, keepdim=True) - logits
         distance = torch.where(logits == -math.inf, -1.0, distance)
-        last = min(self.group_count, self.first_group + 128)
-        nearest = [
-            torch.where((self.group_ids == group)[..., None, :] & (distance >= 0), distance, math.inf).amin(-1)
-            for group in range(self.first_group, last)
-        ]
-        nearest = torch.stack(nearest, -1)
+        own = self.members() & (distance >= 0)[..., None, :]  # [batch, heads, queries, groups, keys]
+        nearest = torch.where(own, distance[..., None, :], math.inf).amin(-1)
         # 2^-96, with 26 bits below it left, or nothing at all
         return ~(nearest > 96 * math.log(2)) | (nearest == math.inf)
 
@@ -274,7 +275,7 @@ class Problem:
         finite = finite[finite > FINFO_MIN]
         return finite.abs().max().item() if finite.numel() else 0.0
 
-    def check(self, statistics: tuple[str, ...] = ALL, configuration: ForwardConfiguration | None = None) -> None:
+    def check(self, statistics: tuple[str, ...] = SOME, configuration: ForwardConfiguration | None = None) -> None:
         """Output within twice torch's own error and a floor, statistics within the contract's bound; NaN for NaN."""
         output, values = self.run(statistics, configuration)
         self.check_output(output, self.gated(self.attention()), self.torch_output())

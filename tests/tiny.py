@@ -3,17 +3,32 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 
 def ddpm(size: int = 16) -> DDPMPipeline:
@@ -39,6 +54,38 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
+def autoencoder(size: int = 16) -> AutoencoderKL:
+    """Images of twice the latents' size."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=size,
+        shift_factor=0.06,
+    ).eval()
+
+
+def text_encoder(words: CLIPTokenizer, kind: type = CLIPTextModel):
+    torch.manual_seed(0)
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=37,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            max_position_embeddings=77,
+            projection_dim=32,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    ).eval()
+
+
 def stable_diffusion() -> StableDiffusionPipeline:
     """Text to image, latents of 8 x 8, images of 16 x 16; 4 heads at self- and cross-attention sites."""
     words = tokenizer()
@@ -53,35 +100,14 @@ def stable_diffusion() -> StableDiffusionPipeline:
         cross_attention_dim=32,
         attention_head_dim=4,
     ).eval()
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=16,
-    ).eval()
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=37,
-            num_attention_heads=4,
-            num_hidden_layers=2,
-            max_position_embeddings=77,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-    ).eval()
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
     )
     pipeline = StableDiffusionPipeline(
         unet=unet,
-        vae=vae,
+        vae=autoencoder(),
         tokenizer=words,
-        text_encoder=text,
+        text_encoder=text_encoder(words, CLIPTextModel),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -149,3 +175,87 @@ def sd3_inputs(batch: int = 2, text: int = 5) -> dict[str, torch.Tensor]:
         "pooled_projections": torch.randn(batch, 16, generator=generator),
         "timestep": torch.full((batch,), 500.0),
     }
+
+
+def stable_diffusion_3() -> StableDiffusion3Pipeline:
+    """Joint attention under classifier-free guidance; its third text encoder is left out."""
+    words = tokenizer()
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+    ).eval()
+    return _quiet(
+        StableDiffusion3Pipeline(
+            transformer=transformer,
+            vae=autoencoder(),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            text_encoder=text_encoder(words, CLIPTextModelWithProjection),
+            tokenizer=words,
+            text_encoder_2=text_encoder(words, CLIPTextModelWithProjection),
+            tokenizer_2=tokenizer(),
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+    )
+
+
+def flux() -> FluxPipeline:
+    """Joint attention, and true guidance in passes of their own."""
+    words = tokenizer()
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    letters = T5Tokenizer(vocab=pieces + [(chr(code), -3.0) for code in range(33, 127)], extra_ids=0)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(letters), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    return _quiet(
+        FluxPipeline(
+            transformer=flux_transformer(),
+            vae=autoencoder(),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            text_encoder=text_encoder(words),
+            tokenizer=words,
+            text_encoder_2=T5EncoderModel(config).eval(),
+            tokenizer_2=letters,
+        )
+    )
+
+
+def dit() -> DiTPipeline:
+    """Conditioned on a class; its null class comes after the others in the batch."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        sample_size=8,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    ).eval()
+    return _quiet(DiTPipeline(transformer=transformer, vae=autoencoder(), scheduler=DDIMScheduler()))
+
+
+def controlnet() -> StableDiffusionControlNetPipeline:
+    pipeline = stable_diffusion()
+    control = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(4, 8)).eval()
+    return _quiet(
+        StableDiffusionControlNetPipeline(**pipeline.components, controlnet=control, requires_safety_checker=False)
+    )
+
+
+def _quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

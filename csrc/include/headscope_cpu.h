@@ -55,10 +55,10 @@ enum headscope_statistic_kind {
     HEADSCOPE_MAX_LOGIT = 2,          // [batch, heads, queries]
     HEADSCOPE_MAX_PROB = 3,           // [batch, heads, queries]
     HEADSCOPE_COLLISION_ENTROPY = 4,  // -ln sum p^2, nats [batch, heads, queries]
-    HEADSCOPE_DISTANCE = 5,           // sum p * Euclidean distance of row and key on their grids [batch, heads, queries]
-    HEADSCOPE_GROUP_MASS = 6,         // sum of p over each group's keys [batch, heads, queries, count]
-    HEADSCOPE_GROUP_ENTROPY = 7,      // entropy of p renormalised within each group [batch, heads, queries, count]
-    HEADSCOPE_KEY_MASS = 8,           // sum of p over the queries [batch, heads, keys]; a second pass
+    HEADSCOPE_DISTANCE = 5,       // sum p * Euclidean distance of row and key on their grids [batch, heads, queries]
+    HEADSCOPE_GROUP_MASS = 6,     // sum of p over each group's keys [batch, heads, queries, count]
+    HEADSCOPE_GROUP_ENTROPY = 7,  // entropy of p renormalised within each group [batch, heads, queries, count]
+    HEADSCOPE_KEY_MASS = 8,       // sum of p over the queries [batch, heads, keys]; a second pass
 };
 
 // The most statistics of one call.
@@ -86,7 +86,8 @@ typedef struct headscope_statistic {
     // distance: height, width, key_height, key_width (row i is at (i / width, i % width)); groups: count, first (the
     // number of groups, and the id of the first one)
     int64_t sizes[4];
-    const int32_t* groups;     // [batch, heads, keys]: the group of each key; other ids than first..first + count - 1: none
+    const int32_t*
+        groups;  // [batch, heads, keys]: the group of each key; other ids than first..first + count - 1: none
     int64_t group_strides[3];
 } headscope_statistic;
 
@@ -94,18 +95,18 @@ typedef struct headscope_statistic {
 // output = gate * sum_j p_j * key_scale_j * value_j + (1 - gate) * fill
 typedef struct headscope_attention {
     int64_t batch, heads, kv_heads, queries, keys, dim, dim_v;
-    headscope_tensor query;   // [batch, heads, queries, dim]: float32, bfloat16 or float16
-    headscope_tensor key;     // [batch, kv_heads, keys, dim], query's dtype
-    headscope_tensor value;   // [batch, kv_heads, keys, dim_v], query's dtype
-    headscope_tensor output;  // [batch, heads, queries, dim_v], query's dtype; every element is written
-    headscope_tensor mask;    // [batch, heads, queries, keys], bool or added to the logits; data NULL: none
-    headscope_tensor fill;    // [batch, heads, queries, dim_v]; data NULL: zeros
+    headscope_tensor query;      // [batch, heads, queries, dim]: float32, bfloat16 or float16
+    headscope_tensor key;        // [batch, kv_heads, keys, dim], query's dtype
+    headscope_tensor value;      // [batch, kv_heads, keys, dim_v], query's dtype
+    headscope_tensor output;     // [batch, heads, queries, dim_v], query's dtype; every element is written
+    headscope_tensor mask;       // [batch, heads, queries, keys], bool or added to the logits; data NULL: none
+    headscope_tensor fill;       // [batch, heads, queries, dim_v]; data NULL: zeros
     headscope_edit gate;         // [batch, heads]; exactly 0 or 1 selects and doesn't multiply
     headscope_edit temperature;  // [batch, heads]
     headscope_edit key_bias;     // [batch, heads, keys], added to the logits; -inf mutes a key
     headscope_edit key_scale;    // [batch, heads, keys], multiplies p after the softmax
     double scale;
-    int64_t is_causal;  // key j is seen by query i where j <= i
+    int64_t is_causal;        // key j is seen by query i where j <= i
     int64_t threads;          // 1 enters no parallel region
     int64_t instruction_set;  // enum headscope_instruction_set
     int64_t statistic_count;
@@ -116,7 +117,8 @@ HEADSCOPE_EXPORT int headscope_abi_version(void);
 
 // With HEADSCOPE_AVX512_BF16, bfloat16 products count subnormal inputs as 0, as the instructions do.
 //
-// Runs the call. Returns enum headscope_status; anything but HEADSCOPE_OK has written nothing.
+// Runs the call. Returns enum headscope_status; anything but HEADSCOPE_OK and
+// HEADSCOPE_NO_MEMORY has written nothing.
 HEADSCOPE_EXPORT int headscope_attention_forward(const headscope_attention* call);
 
 // The meaning of a status, in English. Never NULL.

@@ -3,17 +3,14 @@
 
 #include "headscope_cpu.h"
 #include "instruction_sets.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 namespace {
 
 using headscope::Kernel;
 using headscope::Plan;
+using headscope::spread;
 
-constexpr size_t ALIGNMENT = 64;
 // bounds the sums of one row
 constexpr int64_t MAX_GROUPS = 65536;
 // rows whose sums wait for the second pass at a time: 2 MiB
@@ -73,45 +70,6 @@ int check(const headscope_attention& call) {
     return HEADSCOPE_OK;
 }
 
-// Workspaces of all threads, one after the other, each aligned; freed on every way out.
-class Workspaces {
-public:
-    Workspaces(size_t bytes_per_thread, int64_t threads)
-        : stride_((bytes_per_thread + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT),
-          memory_(static_cast<char*>(malloc(stride_ * static_cast<size_t>(threads) + ALIGNMENT))) {}
-    ~Workspaces() { free(memory_); }
-    Workspaces(const Workspaces&) = delete;
-    Workspaces& operator=(const Workspaces&) = delete;
-
-    bool valid() const { return memory_ != nullptr; }
-
-    void* of_thread(int thread) const {
-        const uintptr_t first = (reinterpret_cast<uintptr_t>(memory_) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-        return reinterpret_cast<void*>(first + stride_ * static_cast<size_t>(thread));
-    }
-
-private:
-    size_t stride_;
-    char* memory_;
-};
-
-// function(i, thread) for each i of first..end - 1, on several threads.
-template <typename Function>
-void spread(int64_t first, int64_t end, int threads, const Function& function) {
-#ifdef _OPENMP
-    if (threads > 1 && end - first > 1) {
-        // dynamic: causal masks and removed heads make items uneven; a few at a time where they are many and small
-        const int64_t chunk = 1 + (end - first) / (64 * threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
-        for (int64_t i = first; i < end; ++i) function(i, omp_get_thread_num());
-        return;
-    }
-#else
-    (void)threads;
-#endif
-    for (int64_t i = first; i < end; ++i) function(i, 0);
-}
-
 bool wants_key_mass(const headscope_attention& call) {
     for (int64_t i = 0; i < call.statistic_count; ++i) {
         if (call.statistics[i].kind == HEADSCOPE_KEY_MASS) return true;
@@ -127,44 +85,50 @@ void clear_key_mass(const headscope_attention& call) {
     }
 }
 
-// Both passes, as many rows at a time as may be saved.
-void run_with_key_mass(const Kernel& kernel, const headscope_attention& call, Plan& plan, const Workspaces& workspaces,
-                       int threads) {
+// Both passes, as many rows at a time as may be saved. False: out of memory.
+bool run_with_key_mass(const Kernel& kernel, const headscope_attention& call, Plan plan) {
     const int64_t heads = call.batch * call.heads;
-    const int64_t head_groups_at_once = SAVED_ROWS / (call.queries * plan.heads_per_item);
     const int64_t key_blocks = (call.keys + plan.key_block - 1) / plan.key_block;
-    const auto second = [&](int64_t first_head, int64_t end_head, int64_t first_row, int64_t end_row) {
-        spread(first_head * key_blocks, end_head * key_blocks, threads, [&](int64_t i, int thread) {
-            kernel.run_key_mass(call, plan, i / key_blocks, i % key_blocks * plan.key_block, first_row, end_row,
-                                workspaces.of_thread(thread));
-        });
+    const auto both = [&](int64_t first_item, int64_t end_item, int64_t first_head, int64_t end_head, int64_t first_row,
+                          int64_t end_row) {
+        plan.first_saved_row = first_head * call.queries + first_row;
+        return spread(first_item, end_item, call.threads, plan.bytes_per_thread,
+                      [&](int64_t i, void* memory) { kernel.run(call, plan, i, memory); }) &&
+               spread(first_head * key_blocks, end_head * key_blocks, call.threads, plan.bytes_per_thread,
+                      [&](int64_t i, void* memory) {
+                          kernel.run_key_mass(call, plan, i / key_blocks, i % key_blocks * plan.key_block, first_row,
+                                              end_row, memory);
+                      });
     };
-    const auto first = [&](int64_t first_item, int64_t end_item) {
-        spread(first_item, end_item, threads,
-               [&](int64_t i, int thread) { kernel.run(call, plan, i, workspaces.of_thread(thread)); });
-    };
-    if (head_groups_at_once > 0) {
-        const int64_t head_groups = heads / plan.heads_per_item;
-        for (int64_t group = 0; group < head_groups; group += head_groups_at_once) {
-            const int64_t end = group + head_groups_at_once < head_groups ? group + head_groups_at_once : head_groups;
-            plan.first_saved_row = group * plan.heads_per_item * call.queries;
-            first(group * plan.items_per_head, end * plan.items_per_head);
-            second(group * plan.heads_per_item, end * plan.heads_per_item, 0, call.queries);
+    const int64_t rows = heads * call.queries < SAVED_ROWS ? heads * call.queries : SAVED_ROWS;
+    float* saved = static_cast<float*>(malloc(2 * sizeof(float) * static_cast<size_t>(rows)));
+    if (!saved) return false;
+    plan.row_max = saved;
+    plan.row_share = saved + rows;
+    bool done = true;
+    const int64_t groups_at_once = SAVED_ROWS / (call.queries * plan.heads_per_item);
+    if (groups_at_once > 0) {
+        const int64_t groups = heads / plan.heads_per_item;
+        for (int64_t group = 0; done && group < groups; group += groups_at_once) {
+            const int64_t end = group + groups_at_once < groups ? group + groups_at_once : groups;
+            done = both(group * plan.items_per_head, end * plan.items_per_head, group * plan.heads_per_item,
+                        end * plan.heads_per_item, 0, call.queries);
         }
-        return;
-    }
-    // heads so long that each takes several turns; they are items of their own
-    const int64_t items_at_once = SAVED_ROWS / plan.rows_per_item;
-    for (int64_t head = 0; head < heads; ++head) {
-        for (int64_t item = 0; item < plan.items_per_head; item += items_at_once) {
-            const int64_t end = item + items_at_once < plan.items_per_head ? item + items_at_once : plan.items_per_head;
+    } else {
+        // heads so long that each takes several turns; they are items of their own
+        const int64_t at_once = SAVED_ROWS / plan.rows_per_item;
+        for (int64_t turn = 0; done && turn < heads * plan.items_per_head;) {
+            const int64_t head = turn / plan.items_per_head, item = turn % plan.items_per_head;
+            const int64_t left = plan.items_per_head - item;
+            const int64_t end = turn + (left < at_once ? left : at_once);
             const int64_t first_row = item * plan.rows_per_item;
-            const int64_t end_row = end * plan.rows_per_item < call.queries ? end * plan.rows_per_item : call.queries;
-            plan.first_saved_row = head * call.queries + first_row;
-            first(head * plan.items_per_head + item, head * plan.items_per_head + end);
-            second(head, head + 1, first_row, end_row);
+            const int64_t end_row = first_row + (end - turn) * plan.rows_per_item;
+            done = both(turn, end, head, head + 1, first_row, end_row < call.queries ? end_row : call.queries);
+            turn = end;
         }
     }
+    free(saved);
+    return done;
 }
 
 }  // namespace
@@ -178,34 +142,16 @@ int headscope_attention_forward(const headscope_attention* call) {
     const Kernel* kernel = headscope::find_kernel(call->instruction_set);
     if (!kernel) return HEADSCOPE_BAD_INSTRUCTION_SET;
     kernel = headscope::kernel_for(kernel, call->query.dtype);
-    Plan plan = kernel->plan(*call);
+    const Plan plan = kernel->plan(*call);
     const bool key_mass = wants_key_mass(*call);
     if (plan.items == 0) {
         if (key_mass) clear_key_mass(*call);
         return HEADSCOPE_OK;
     }
-    int64_t threads = call->threads;
-    const int64_t most = key_mass ? call->batch * call->heads * (plan.items_per_head + call->keys / plan.key_block + 1)
-                                  : plan.items;
-    if (threads > most) threads = most;
-#ifndef _OPENMP
-    threads = 1;
-#endif
-    if (threads < 1) threads = 1;
-    const Workspaces workspaces(plan.bytes_per_thread, threads);
-    if (!workspaces.valid()) return HEADSCOPE_NO_MEMORY;
-    if (!key_mass) {
-        spread(0, plan.items, static_cast<int>(threads),
-               [&](int64_t i, int thread) { kernel->run(*call, plan, i, workspaces.of_thread(thread)); });
-        return HEADSCOPE_OK;
-    }
-    const int64_t rows = call->batch * call->heads * call->queries;
-    const Workspaces saved(2 * sizeof(float) * static_cast<size_t>(rows < SAVED_ROWS ? rows : SAVED_ROWS), 1);
-    if (!saved.valid()) return HEADSCOPE_NO_MEMORY;
-    plan.row_max = static_cast<float*>(saved.of_thread(0));
-    plan.row_share = plan.row_max + (rows < SAVED_ROWS ? rows : SAVED_ROWS);
-    run_with_key_mass(*kernel, *call, plan, workspaces, static_cast<int>(threads));
-    return HEADSCOPE_OK;
+    const bool done = key_mass ? run_with_key_mass(*kernel, *call, plan)
+                               : spread(0, plan.items, call->threads, plan.bytes_per_thread,
+                                        [&](int64_t i, void* memory) { kernel->run(*call, plan, i, memory); });
+    return done ? HEADSCOPE_OK : HEADSCOPE_NO_MEMORY;
 }
 
 const char* headscope_status_message(int status) {
@@ -228,7 +174,8 @@ const char* headscope_status_message(int status) {
         case HEADSCOPE_BAD_INSTRUCTION_SET:
             return "this machine or build lacks the requested instruction set";
         case HEADSCOPE_BAD_STATISTIC:
-            return "a statistic is unknown, has a grid without a side or more than 65536 groups, or there are more than 32";
+            return "a statistic is unknown, has a grid without a side or more than 65536 groups, or there are more "
+                   "than 32";
         default:
             return "unknown status";
     }
@@ -239,13 +186,7 @@ const char* headscope_instruction_set_name(int requested) {
     return kernel ? kernel->name : nullptr;
 }
 
-const char* headscope_threading(void) {
-#ifdef _OPENMP
-    return "OpenMP";
-#else
-    return "none";
-#endif
-}
+const char* headscope_threading(void) { return headscope::THREADING; }
 
 int headscope_exp2(const float* input, float* output, int64_t count, int instruction_set) {
     if (!input || !output) return HEADSCOPE_NULL_POINTER;

@@ -5,6 +5,7 @@
 namespace headscope {
 
 extern const Kernel kernel_baseline;
-const Kernel kernel_baseline = {"baseline", baseline::plan, baseline::run, baseline::run_key_mass, baseline::exp2_array};
+const Kernel kernel_baseline = {"baseline", baseline::plan, baseline::run, baseline::run_key_mass,
+                                baseline::exp2_array};
 
 }  // namespace headscope

@@ -19,12 +19,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+sweeps = typer.Typer(help="Observe every head and ablate each in turn, over images and timesteps, into Parquet.")
+app.add_typer(sweeps, name="sweep", invoke_without_command=True)
 console = Console(stderr=True)
 
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
 DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Batch = Annotated[int, typer.Option(help="Rows that pass through the denoiser at once; changes speed and memory only.")]
+Batch = Annotated[
+    int | None, typer.Option(help="Rows that pass through the denoiser at once, at most; default: what fits.")
+]
 Seed = Annotated[int, typer.Option(help="The noise replicate: the same seed gives the same noise everywhere.")]
+Workers = Annotated[int, typer.Option(help="Processes that work on it; with GPUs, one each.")]
+Executor = Annotated[
+    str | None, typer.Option(help="local, processes, ray or slurm. Default: local, or processes for several workers.")
+]
+Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster; default: Ray on this machine.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 
@@ -64,7 +73,7 @@ def study(
     confirm_items: Annotated[int, typer.Option(help="Items on which the selected heads are tested.")] = 20,
     device: Device = "cpu",
     dtype: DType = "float32",
-    batch: Batch = 64,
+    batch: Batch = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -88,8 +97,10 @@ def study(
         console.print(f"report  {_escaped(str(page))}\ntables  {_escaped(str(out / 'tables'))}", highlight=False)
 
 
-@app.command()
+@sweeps.callback(invoke_without_command=True)
 def sweep(
+    context: typer.Context,
+    plan: Annotated[Path | None, typer.Option(help="A TOML file that says it all, in place of the options.")] = None,
     model: Annotated[str, typer.Option(help='"builtin", or a directory with a diffusers pipeline.')] = "builtin",
     prompts: Annotated[str | None, typer.Option(help="A text file with a prompt per line.")] = None,
     group: Annotated[
@@ -101,8 +112,13 @@ def sweep(
     fill: Annotated[
         list[str] | None, typer.Option(help="zero, mean or uniform; may be repeated. Default: mean and zero.")
     ] = None,
-    score: Annotated[list[str] | None, typer.Option(help="loss or generate; may be repeated. Default: loss.")] = None,
+    score: Annotated[
+        list[str] | None, typer.Option(help="loss, distance, x0 or generate; may be repeated. Default: loss.")
+    ] = None,
     no_ablation: Annotated[bool, typer.Option("--no-ablation", help="Observe entropies only.")] = False,
+    attribute: Annotated[
+        bool, typer.Option("--attribute", help="Every head's importance from a few backwards, beside the ablations.")
+    ] = False,
     items: Annotated[int, typer.Option(help="Items of each group and split.")] = 20,
     generate_steps: Annotated[int, typer.Option(help="Sampling steps of the generate score.")] = 10,
     out: Annotated[Path, typer.Option(help="The run directory; an unfinished run there is gone on with.")] = Path(
@@ -110,18 +126,31 @@ def sweep(
     ),
     device: Device = "cpu",
     dtype: DType = "float32",
-    batch: Batch = 64,
+    batch: Batch = None,
     seed: Seed = 0,
+    workers: Workers = 1,
+    executor: Executor = None,
+    address: Address = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take, from a short calibration.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Observe every head and ablate each in turn, over images and timesteps, into Parquet."""
+    """Observe every head and ablate each in turn, over images and timesteps, into Parquet.
+
+    Without a command, runs a sweep, or what is left of it.
+    """
+    if context.invoked_subcommand is not None:
+        return
     with _clear_errors():
-        from headscope._extras import require
+        from headscope.sweep import SweepConfig
 
-        for module in ("diffusers", "polars", "pyarrow"):
-            require(module, "diffusers")
-        from headscope.sweep import SweepConfig, run_sweep
-
+        if plan is not None:
+            asked = [name for name in PLANNED if _given(context, name)]
+            if asked:
+                raise ValueError(f"plan: got {asked[0]} beside it, expected it in the file")
+            _run(SweepConfig.from_toml(plan), out, batch, workers, executor, address, quiet, dry_run)
+            return
         groups = tuple(group) if group else (() if prompts else ("faces", "faces_grey", "lfw", "photographs"))
         config = SweepConfig(
             model=model,
@@ -129,18 +158,163 @@ def sweep(
             prompts=prompts,
             items=items,
             timesteps=_integers("timesteps", timesteps),
-            fills=() if no_ablation else tuple(fill or ("mean", "zero")),
+            fills=() if no_ablation and not attribute else tuple(fill or ("mean", "zero")),
             scores=() if no_ablation else tuple(score or ("loss",)),
             generate_steps=generate_steps,
+            attribute=attribute,
             seed=seed,
             device=device,
             dtype=dtype,
         )
-        run = run_sweep(config, out, batch=batch, progress=not quiet, console=console)
-        for kind in run.kinds:
-            rows = run.table(kind).collect().height
-            console.print(f"{kind:<13} {rows:>9,} rows  {_escaped(str(out / kind))}", highlight=False)
-        console.print(f"to read it: headscope report {_escaped(str(out))}", highlight=False)
+        _run(config, out, batch, workers, executor, address, quiet, dry_run)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _run(config, out: Path, batch, workers: int, executor, address, quiet: bool, dry_run: bool = False) -> None:
+    """Run a sweep, or say what it would take, and print the result."""
+    from headscope._extras import require
+
+    for module in ("diffusers", "polars", "pyarrow"):
+        require(module, "diffusers")
+    from headscope.sweep import Execution, Workers, run_sweep
+
+    if dry_run:
+        from headscope.sweep.estimate import estimate_sweep
+
+        _print_estimate(estimate_sweep(config, Execution(rows=batch)), workers)
+        return
+    chosen = executor or ("local" if workers == 1 else "processes")
+    run = run_sweep(
+        config,
+        out,
+        batch=batch,
+        workers=Workers(chosen, workers, address=address),
+        progress=not quiet,
+        console=console,
+    )
+    for kind in run.tables:
+        rows = run.table(kind).select("item").collect().height
+        console.print(f"{kind:<15} {rows:>9,} rows  {_escaped(str(out / kind))}", highlight=False)
+    console.print(f"to read it: headscope report {_escaped(str(out))}", highlight=False)
+
+
+def _print_estimate(estimate, workers: int) -> None:
+    output = Console()
+    found = Table("kind", "units", "forwards of one image")
+    for kind, (units, forwards) in estimate.units.items():
+        found.add_row(kind, f"{units:,}", f"{forwards:,}")
+    output.print(found)
+    sharing = "nothing is shared between forwards"
+    if estimate.shared is not None:
+        sharing = f"edited forwards {estimate.shared:.2f} times as fast for what they take over from clean ones"
+    elif estimate.reason:
+        sharing += f": {estimate.reason}"
+    mebi = 2**20
+    output.print(
+        f"about {_duration(estimate.seconds / workers)} with {workers} process(es), {estimate.rows} rows at once;"
+        f" {sharing}\nmemory: weights {estimate.weight_bytes / mebi:,.0f} MiB, and at most"
+        f" {estimate.activation_bytes / mebi:,.0f} MiB beside them, in each process",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+RunDirectory = Annotated[Path, typer.Argument(help="A sweep's directory.")]
+
+
+@sweeps.command()
+def status(directory: RunDirectory) -> None:
+    """How far a sweep is, what works on it, and what failed."""
+    with _clear_errors():
+        from headscope.sweep import Run
+
+        found = Run.open(directory).status()
+        output = Console()
+        table = Table("kind", "finished", "units")
+        for kind, (done, units) in found.units.items():
+            table.add_row(kind, f"{done:,}", f"{units:,}")
+        output.print(table)
+        output.print(f"forwards: {found.forwards[0]:,} of {found.forwards[1]:,}", highlight=False)
+        for unit, owner in found.running.items():
+            output.print(f"running: {unit[:12]} by {_escaped(owner)}", highlight=False, soft_wrap=True)
+        for unit, error in found.failed.items():
+            line = error.strip().splitlines()[-1]
+            output.print(f"failed: {unit[:12]}: {_escaped(line)}", highlight=False, soft_wrap=True)
+
+
+@sweeps.command()
+def verify(directory: RunDirectory) -> None:
+    """Read every file of a sweep to its end; exit 1 where something is missing, torn or not its own."""
+    with _clear_errors():
+        from headscope.sweep import Run
+
+        found = Run.open(directory).verify()
+        output = Console()
+        for kind, rows in found.rows.items():
+            output.print(f"{kind:<15} {rows:>11,} rows", highlight=False)
+        for problem in ("missing", "torn", "foreign", "leftovers"):
+            for name in getattr(found, problem):
+                output.print(f"{problem}: {_escaped(name)}", highlight=False, soft_wrap=True)
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+@sweeps.command()
+def sheet(directory: RunDirectory) -> None:
+    """Contact sheets of a sweep's generated images: clean, and with the heads removed that change them most."""
+    with _clear_errors():
+        from headscope.sweep import Run
+        from headscope.sweep.sheet import write_contact_sheets
+
+        for path in write_contact_sheets(Run.open(directory)):
+            console.print(f"sheet  {_escaped(str(path))}", highlight=False)
+
+
+@sweeps.command()
+def retry(
+    directory: RunDirectory,
+    batch: Batch = None,
+    workers: Workers = 1,
+    executor: Executor = None,
+    address: Address = None,
+    quiet: Quiet = False,
+) -> None:
+    """Forget a sweep's failures and torn files, and run what is left of it."""
+    with _clear_errors():
+        from headscope.sweep import Run, SweepConfig
+
+        run = Run.open(directory)
+        run.mend()
+        config = SweepConfig.from_json(run.manifest["config"])
+        _run(config, directory, batch, workers, executor, address, quiet)
+
+
+# what a plan's file says in place of these options
+PLANNED = (
+    "model",
+    "prompts",
+    "group",
+    "timesteps",
+    "fill",
+    "score",
+    "no_ablation",
+    "attribute",
+    "items",
+    "generate_steps",
+    "device",
+    "dtype",
+    "seed",
+)
 
 
 def _integers(name: str, text: str | None) -> tuple[int, ...] | None:

@@ -54,6 +54,42 @@ def test_sweep_then_report(ddpm_directory, tmp_path):
     assert "lfw" in page
 
 
+def test_a_sweep_from_a_plan_and_its_commands(ddpm_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        f"model = {ddpm_directory!r}\ngroups = ['lfw']\nsplits = ['confirm']\nitems = 2\ntimesteps = [60]\n"
+        "fills = ['zero']\nscores = ['loss', 'generate']\ngenerate_steps = 1\nsites = ['mid_block.*']\n"
+        "observe = false\n"
+    )
+    result = call("sweep", "--plan", plan, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "ablations" in result.output
+    assert "rows at once" in result.output
+    assert not (tmp_path / "headscope-run").exists()
+    result = call("sweep", "--plan", plan, "--out", "run", "--quiet")
+    assert result.exit_code == 0, result.output
+    result = call("sweep", "status", "run")
+    assert result.exit_code == 0
+    assert "forwards: 30 of 30" in result.output
+    assert call("sweep", "verify", "run").exit_code == 0
+    (torn,) = (tmp_path / "run" / "ablations").glob("*.parquet")
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:-9])
+    result = call("sweep", "verify", "run")
+    assert result.exit_code == 1
+    assert f"torn: ablations/{torn.name}" in result.output
+    result = call("sweep", "retry", "run", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert torn.read_bytes() == whole
+    result = call("sweep", "sheet", "run")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "contact-generations-lfw-zero.png").is_file()
+    result = call("sweep", "--plan", plan, "--items", 3)
+    assert result.exit_code == 2
+    assert "plan: got items beside it" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -64,6 +100,10 @@ def test_sweep_then_report(ddpm_directory, tmp_path):
         (("sweep", "--dtype", "int8"), "dtype: got int8"),
         (("study", "--items", "0"), "items: got 0, expected at least 1"),
         (("report", "nowhere"), "expected a directory with a headscope run"),
+        (("sweep", "status", "nowhere"), "expected a directory with a headscope run"),
+        (("sweep", "--plan", "nowhere.toml"), "plan: got 'nowhere.toml', expected a TOML file"),
+        (("sweep", "--workers", "0"), "workers: got 0, expected at least 1"),
+        (("sweep", "--executor", "cloud"), "executor: got 'cloud', expected one of local"),
         (("train", "--steps", "0"), "steps: got 0, expected at least 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The C++ driver under the address and undefined-behaviour sanitizers, every warning an error."""
+"""The C++ driver under the address, undefined-behaviour and thread sanitizers, every warning an error."""
 
 import os
 import shutil
@@ -18,12 +18,13 @@ def _run(*command: str | Path) -> str:
 
 
 @pytest.mark.full
-def test_driver_under_sanitizers(tmp_path):
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_driver_under_sanitizers(sanitizers, tmp_path):
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if not shutil.which("cmake") or not compiler or not shutil.which(compiler):
         pytest.skip("needs cmake and a C++ compiler")
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    options = [f"-DHEADSCOPE_{name}=ON" for name in ("STRICT", "DRIVER", "SANITIZE")]
+    options = ["-DHEADSCOPE_STRICT=ON", "-DHEADSCOPE_DRIVER=ON", f"-DHEADSCOPE_SANITIZE={sanitizers}"]
     _run("cmake", "-S", SOURCE, "-B", tmp_path, *generator, *options, "-DCMAKE_BUILD_TYPE=RelWithDebInfo")
     _run("cmake", "--build", tmp_path, "--target", "driver", "--parallel", "4")
     assert "baseline: passed" in _run(tmp_path / "driver")

@@ -1,6 +1,5 @@
 """The kernel's own arithmetic: 2^x, conversions between float types, and what the library says about itself."""
 
-import ctypes
 import math
 import os
 import struct
@@ -94,8 +93,8 @@ def test_what_the_library_says(library):
     assert info["instruction_set"] in cpu_library.INSTRUCTION_SETS
     assert info["path"] == cpu_library.library_path()
     assert cpu_library.unavailable_reason() is None
-    messages = {library.functions.headscope_status_message(code) for code in range(9)}
-    assert len(messages) == 9
+    messages = {library.functions.headscope_status_message(code) for code in range(10)}
+    assert len(messages) == 10
 
 
 def test_threads_come_from_the_runtime_that_torch_loaded(library):
@@ -128,23 +127,34 @@ def test_the_environment_chooses_the_instruction_set(library):
 
 
 def test_null_and_nonsense_are_refused(library):
-    functions = library.functions
-    assert functions.headscope_attention_forward(None) == 1
-    call = cpu_library._Attention(-1)
-    assert functions.headscope_attention_forward(call) == 2
-    call = cpu_library._Attention(1, 3, 2, 1, 1, 1, 1)
-    assert functions.headscope_attention_forward(call) == 3
-    call = cpu_library._Attention(1, 1, 1, 1, 1, 1, 1)
-    assert functions.headscope_attention_forward(call) == 1
-    call.query.dtype = 9
-    assert functions.headscope_attention_forward(call) == 4
-    call = cpu_library._Attention(1, 1, 1, 0, 1, 1, 1)
-    call.instruction_set = 9
-    assert functions.headscope_attention_forward(call) == 7
+    forward = library.functions.headscope_attention_forward
+
+    def status(*sizes, words=None, statistics=b""):
+        call = [0] * (cpu_library._ATTENTION.size // 8)
+        call[: len(sizes)] = sizes
+        for position, value in (words or {}).items():
+            call[position] = value
+        return forward(struct.pack(f"{len(call)}q", *call) + statistics)
+
+    # the dtypes of query, fill, and the last two words: the instruction set and the number of statistics
+    query_dtype, instructions, count = 12, -2, -1
+    statistic = cpu_library._STATISTIC.size // 8 * [0]
+    assert forward(None) == 1
+    assert status(-1) == 2
+    assert status(1, 3, 2, 1, 1, 1, 1) == 3
+    assert status(1, 1, 1, 1, 1, 1, 1) == 1
+    assert status(1, 1, 1, 1, 1, 1, 1, words={query_dtype: 9}) == 4
+    assert status(1, 1, 1, 1, 1, 9000, 1) == 5
+    assert status(1, 1, 1, 0, 1, 1, 1, words={instructions: 9}) == 7
+    assert status(1, 1, 1, 0, 1, 1, 1, words={count: 33}) == 8
+    for kind, sizes in ((9, ()), (-1, ()), (5, (1, 1, 0, 1)), (6, (-1,)), (6, (65537,)), (7, (1, -1))):
+        statistic[0], statistic[2 : 2 + len(sizes)] = kind, sizes
+        packed = struct.pack(f"{len(statistic)}q", *statistic)
+        assert status(1, 1, 1, 0, 1, 1, 1, words={count: 1}, statistics=packed) == 8
 
 
-def test_the_struct_matches_the_header():
+def test_the_packing_matches_the_header():
     """Sizes as the header lays them out, every field eight bytes wide."""
-    tensor = struct.calcsize("P4qq")
-    assert ctypes.sizeof(cpu_library._Tensor) == tensor
-    assert ctypes.sizeof(cpu_library._Attention) == 7 * 8 + 6 * tensor + 8 + 16 + 8 + 8 + 4 * 8 + 16
+    tensor, edit = 1 + 4 + 1, 1 + 3
+    assert cpu_library._ATTENTION.size == 8 * (7 + 6 * tensor + 4 * edit + 5)
+    assert cpu_library._STATISTIC.size == 8 * (1 + 1 + 4 + 1 + 3)

@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command: python tests/gpu/run.py [--out FILE.json]
 
 Runs the GPU tests file by file and the kernels' own tests compiled, then small calls of every kernel under
-compute-sanitizer's memcheck and racecheck (where the CUDA toolkit has it), and prints a table. Its exit code is 0 only if
+compute-sanitizer's memcheck and racecheck (where the CUDA toolkit has it), and prints a table. It exits with 0 only if
 nothing failed.
 """
 

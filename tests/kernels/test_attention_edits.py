@@ -51,7 +51,7 @@ def test_gates_select(statistics: tuple[str, ...]):
 
 
 @pytest.mark.parametrize("mask", [None, torch.bool, torch.float32])
-@pytest.mark.parametrize("scale", [None, -0.5, 0.0])
+@pytest.mark.parametrize("scale", [None, -0.5])
 def test_temperature(mask: torch.dtype | None, scale: float | None):
     problem = attention(batch=2, heads=2, queries=20, keys=40)
     problem.scale, problem.temperature = scale, positive(2, 2)
@@ -67,12 +67,13 @@ def test_extreme_temperature(temperature: float):
     problem = attention(queries=20, keys=40)
     problem.temperature = torch.tensor([[temperature, 1.0]], device=DEVICE)
     problem.attn_mask = (torch.arange(40, device=DEVICE) < 37)[None, None, None]
-    problem.check()
+    problem.check(ALL)
     problem.check_key_mass()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 45), (1, 3, 45), (2, 1, 45), (1, 1, 45)])
-@pytest.mark.parametrize("mask", [None, torch.bool, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "mask"), [((2, 3, 45), None), ((1, 3, 45), torch.bool), ((2, 1, 45), torch.float32), ((1, 1, 45), None)]
+)
 def test_key_bias(shape: tuple[int, ...], mask: torch.dtype | None):
     """Beside every kind of mask, and it may mute keys, even all of a head's."""
     problem = attention(batch=2, heads=3, queries=20, keys=45)
@@ -107,7 +108,7 @@ def test_every_edit_at_once():
     problem.fill = normal(1, 2, 40, 12, dtype=torch.float16)
     problem.temperature, problem.key_bias, problem.key_scale = positive(1, 2), normal(2, 1, 45), normal(1, 2, 45)
     problem.attn_mask = normal(2, 1, 1, 45) > -1
-    problem.check()
+    problem.check(ALL)
     problem.check_key_mass()
 
 
@@ -150,7 +151,7 @@ def test_statistics_without_an_output():
 @pytest.mark.parametrize("dim", [16, 40])
 def test_tensor_descriptors(dim: int):
     """Keys and values through descriptors: the same bits, in one chunk or two, at borders, with tokens before heads."""
-    problem = attention(batch=2, heads=4, kv_heads=2, queries=33, keys=45, dim=dim, dtype=torch.float16)
+    problem = attention(batch=2, heads=2, kv_heads=1, queries=20, keys=45, dim=dim, dtype=torch.float16)
     problem.key = problem.key.transpose(1, 2).contiguous().transpose(1, 2)
     outputs = [
         problem.run(("entropy",), ForwardConfiguration(32, 32, descriptors=descriptors))

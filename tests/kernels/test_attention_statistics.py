@@ -28,14 +28,14 @@ def test_any_subset_in_any_order(statistics: tuple[str, ...]):
 @pytest.mark.parametrize("count", [1, 5, 77, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_group_counts(count: int, dtype: torch.dtype):
-    problem = attention(queries=20, keys=100, dtype=dtype)
+    problem = attention(heads=1, queries=20, keys=100, dtype=dtype)
     problem.group_count = count
     problem.check(GROUPED)
 
 
 def test_chunks_of_many_groups():
     """300 groups are asked for 128 at a time; ids outside of a chunk, or of any, are in none of its groups."""
-    problem = attention(queries=20, keys=100)
+    problem = attention(heads=1, queries=7, keys=100)
     problem.groups = group_ids(1, 1, 100, count=320)
     problem.group_count = 300
     for first, width in ((0, 128), (128, 128), (256, 44)):
@@ -73,12 +73,12 @@ def test_groups_far_below_the_largest_logit():
     problem.check(GROUPED)
 
 
-def test_constant_and_one_ahead_rows():
+def test_constant_and_one_hot_rows():
     problem = attention(queries=20, keys=77)
     problem.query.zero_()
     problem.attn_mask = torch.zeros(1, 1, 20, 77, device=DEVICE)
     problem.attn_mask[..., 10:, 30] = 1e4
-    problem.check()
+    problem.check(ALL)
     _, values = problem.run()
     keys = torch.tensor(77.0)
     torch.testing.assert_close(values["entropy"][..., :10], keys.log().expand(1, 2, 10).to(DEVICE))
@@ -98,9 +98,9 @@ def test_key_mass(queries: int, keys: int, dtype: torch.dtype):
     attention(batch=2, queries=queries, keys=keys, dtype=dtype).check_key_mass()
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(63, 63), (40, 100), (100, 40)])
+@pytest.mark.parametrize(("queries", "keys"), [(40, 70), (70, 40)])
 def test_key_mass_causal(queries: int, keys: int):
-    problem = attention(heads=4, kv_heads=2, queries=queries, keys=keys)
+    problem = attention(heads=2, kv_heads=1, queries=queries, keys=keys)
     problem.is_causal = True
     problem.check_key_mass()
     problem.check_key_mass(ForwardConfiguration(16, 64))

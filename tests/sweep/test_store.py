@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from headscope._files import write_atomic
-from headscope.sweep.store import MANIFEST, Run, RunStore
+from headscope.sweep import Run
+from headscope.sweep.store import MANIFEST, RunStore
 
 IDENTITY = {"seed": 0, "timesteps": [1, 2]}
+UNITS = [{"id": "abc", "kind": "ablations", "group": "faces", "items": 3, "timestep": 1, "forwards": 9}]
 
 
 def table(rows: int = 3) -> pa.Table:
@@ -15,7 +17,7 @@ def table(rows: int = 3) -> pa.Table:
 
 
 def test_a_table_is_there_once_written(tmp_path):
-    store = RunStore(tmp_path / "run", IDENTITY, {})
+    store = RunStore(tmp_path / "run", IDENTITY, {}, UNITS)
     assert not store.has_table("ablations", "abc")
     store.write_table("ablations", "abc", table())
     assert store.has_table("ablations", "abc")

@@ -10,7 +10,6 @@ from headscope.models import Scope
 from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.items import load_task, open_items
 from headscope.sweep.unit import UnitRunner
-from kills import finish, kill_then_finish
 
 
 def text_columns(frame: pl.DataFrame) -> pl.DataFrame:
@@ -35,8 +34,11 @@ def zeroed_by_hand(unet, site, head):
     return unet.get_submodule(site.name).to_out[0].register_forward_pre_hook(zero)
 
 
-def test_ablations_equal_the_plain_loop(ddpm_directory, tmp_path):
-    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60, 500), fills=("zero",))
+@pytest.mark.parametrize("pipeline", ["ddpm_directory", "diffusion_directory"])
+def test_ablations_equal_the_plain_loop(pipeline, tmp_path, request):
+    """Every head, in a pixel-space pipeline and in Stable Diffusion: batched and with shared clean work."""
+    model = request.getfixturevalue(pipeline)
+    config = SweepConfig(model=model, groups=("faces",), items=1, timesteps=(60, 500), fills=("zero",))
     table = ordered(run_sweep(config, tmp_path / "run", progress=False, batch=5), "ablations")
     task = load_task(config)
     (group,) = open_items(config, task)
@@ -137,8 +139,8 @@ def test_prompts_and_images_through_stable_diffusion(diffusion_directory, tmp_pa
         assert_frame_equal(ordered(run, kind), ordered(again, kind), check_exact=True)
 
 
-class Stop(Exception):
-    """Stands for whatever ends a run."""
+class Stop(BaseException):
+    """Stands for whatever ends a run, as Ctrl-C does."""
 
 
 @pytest.mark.parametrize("units", [0, 2])
@@ -167,24 +169,3 @@ def test_a_stopped_run_goes_on_where_it_was(ddpm_directory, tmp_path, units, mon
     run = run_sweep(config, tmp_path / "run", progress=False)
     for kind in ("observations", "ablations"):
         assert_frame_equal(ordered(run, kind), ordered(expected, kind), check_exact=True)
-
-
-KILLED = """
-import sys
-from headscope.sweep import SweepConfig, run_sweep
-config = SweepConfig(model=sys.argv[1], groups=("faces", "lfw"), items=8, timesteps=(60, 500), fills=("mean", "zero"))
-print("ready", flush=True)
-run_sweep(config, sys.argv[2], progress=False)
-"""
-
-
-@pytest.mark.full
-def test_kills_at_random_moments_change_nothing(ddpm_directory, tmp_path):
-    """kill -9 again and again, then the same table: no row lost, none twice."""
-
-    finish(KILLED, ddpm_directory, str(tmp_path / "whole"))
-    delays = np.random.default_rng(0).uniform(0.0, 4.0, 8)
-    kill_then_finish(KILLED, ddpm_directory, str(tmp_path / "run"), delays=delays)
-    for kind in ("observations", "ablations"):
-        whole, killed = (ordered(Run.open(tmp_path / name), kind) for name in ("whole", "run"))
-        assert_frame_equal(whole, killed, check_exact=True)

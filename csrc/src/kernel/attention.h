@@ -22,6 +22,7 @@ namespace HEADSCOPE_TARGET {
 // rows whose logits are alive at a time: 8 tiles by 512 keys by 4 bytes stay in the second-level cache
 constexpr int64_t BLOCK_TILES = 8;
 constexpr int64_t BLOCK_ROWS = BLOCK_TILES * TILE_ROWS;
+static_assert(BLOCK_ROWS <= MAX_BLOCK_ROWS, "statistics are written a block at a time");
 // what one item may spend on packed keys and values, and on packed queries, outputs and sums
 constexpr int64_t KEY_BYTES = int64_t{1} << 20;
 constexpr int64_t ROW_BYTES = int64_t{4} << 20;
@@ -102,7 +103,8 @@ inline Plan plan(const headscope_attention& call) {
     Workspace workspace;
     Statistics none;
     // the second pass works on one block of rows at a time, which may be more than an item has
-    const int64_t second = statistics.key_mass ? lay_out(call, plan.key_block, BLOCK_ROWS, nullptr, &workspace, &none) : 0;
+    const int64_t second =
+        statistics.key_mass ? lay_out(call, plan.key_block, BLOCK_ROWS, nullptr, &workspace, &none) : 0;
     const int64_t first =
         lay_out(call, plan.key_block, plan.heads_per_item * plan.rows_per_item, nullptr, &workspace, &statistics);
     plan.bytes_per_thread = static_cast<size_t>(larger(first, second));
@@ -207,19 +209,17 @@ private:
         const float* bias = call_.key_bias.data ? space_.bias : nullptr;
         const float* key_scale = call_.key_scale.data ? space_.key_scale : nullptr;
         compute_logits(space_.queries + local(row) * units_, tiles, space_.keys, count, units_, scale_, space_.logits);
+        const bool last = key + count >= visible_keys(smaller(row + BLOCK_ROWS, end_row_));
         for (int64_t r = 0; r < rows; ++r) {
             float* logits = space_.logits + r * LOGIT_STRIDE;
+            if (key == 0) prefetch_next(row, r);
+            if (last && gate_ != 0.0f) prefetch_output(row + r);
             apply_mask(call_, sample_, head_, row + r, key, count, bias, logits);
             for (int64_t j = count; j < padded; ++j) logits[j] = -INFINITE;
-            RowState* state = state_of(row) + r;
-            if (statistics_.general || key_scale) {
-                softmax_block<Sweep::EVERYTHING>(logits, padded, state, &statistics_, key_scale, local(row) + r,
-                                                 row + r);
-            } else if (statistics_.entropy) {
-                softmax_block<Sweep::ENTROPY>(logits, padded, state, nullptr, nullptr, 0, 0);
-            } else {
-                softmax_block<Sweep::SUM>(logits, padded, state, nullptr, nullptr, 0, 0);
-            }
+            // as many rows as are ready, or all that are left
+            const int64_t ready = r % SIDE_BY_SIDE + 1;
+            if (ready < SIDE_BY_SIDE && r + 1 < rows) continue;
+            softmax(logits - (ready - 1) * LOGIT_STRIDE, ready, padded, row + r + 1 - ready, key_scale);
         }
         if (gate_ == 0.0f) return;
         const Unit* powers = reinterpret_cast<const Unit*>(space_.logits);
@@ -236,12 +236,62 @@ private:
         }
     }
 
+    void softmax(float* logits, int64_t rows, int64_t padded, int64_t row, const float* key_scale) {
+        RowState* states = state_of(row);
+        if (statistics_.general || key_scale) {
+            for (int64_t r = 0; r < rows; ++r) {
+                softmax_with_statistics(logits + r * LOGIT_STRIDE, padded, states + r, &statistics_, key_scale,
+                                        local(row) + r, row + r);
+            }
+        } else if (statistics_.entropy) {
+            if (rows == SIDE_BY_SIDE) return softmax_rows<true, SIDE_BY_SIDE>(logits, padded, states);
+            softmax_rows<true, 1>(logits, padded, states);
+        } else {
+            if (rows == SIDE_BY_SIDE) return softmax_rows<false, SIDE_BY_SIDE>(logits, padded, states);
+            softmax_rows<false, 1>(logits, padded, states);
+        }
+    }
+
+    // What the block of rows after the one at `row` will read, row r of it: queries of this head, or, behind its last
+    // row, everything of the head that this thread probably takes next.
+    void prefetch_next(int64_t row, int64_t r) const {
+        if (row + BLOCK_ROWS + r < end_row_) return prefetch_row_of(call_.query, sample_, head_, row + BLOCK_ROWS + r);
+        const int64_t sample = head_ + 1 < call_.heads ? sample_ : sample_ + 1;
+        const int64_t head = head_ + 1 < call_.heads ? head_ + 1 : 0;
+        const int64_t kv_head = head / (call_.heads / call_.kv_heads);
+        if (row + BLOCK_ROWS < end_row_ || end_row_ < call_.queries || sample == call_.batch) return;
+        if (r < call_.queries) prefetch_row_of(call_.query, sample, head, r);
+        if (r >= call_.keys || (sample == sample_ && kv_head == kv_head_)) return;
+        prefetch_row_of(call_.key, sample, kv_head, r);
+        prefetch_row_of(call_.value, sample, kv_head, r);
+    }
+
+    // The first bytes of a row; where channels aren't side by side, only one of them.
+    void prefetch_row_of(const headscope_tensor& tensor, int64_t a, int64_t b, int64_t c) const {
+        const int64_t size = tensor.dtype == HEADSCOPE_FLOAT32 ? 4 : 2;
+        const int64_t* strides = tensor.strides;
+        const char* start =
+            static_cast<const char*>(tensor.data) + (a * strides[0] + b * strides[1] + c * strides[2]) * size;
+        prefetch_row(start, strides[3] == 1 ? smaller(512, call_.dim * size) : 1);
+    }
+
+    void prefetch_output(int64_t row) const {
+        const int64_t size = call_.output.dtype == HEADSCOPE_FLOAT32 ? 4 : 2;
+        const int64_t* strides = call_.output.strides;
+        const int64_t offset = (sample_ * strides[0] + head_ * strides[1] + row * strides[2]) * size;
+        for (int64_t b = 0; strides[3] == 1 && b < call_.dim_v * size; b += 64) {
+            HEADSCOPE_PREFETCH_WRITE(static_cast<const char*>(call_.output.data) + offset + b);
+        }
+    }
+
     void finish_rows(int64_t row) {
         const int64_t first = (sample_ * call_.heads + head_) * call_.queries + row;
+        if (statistics_.any) {
+            write_statistics(call_, statistics_, state_of(row), block_rows(row), local(row), first);
+        }
         for (int64_t r = 0; r < block_rows(row); ++r) {
             const RowState& state = state_of(row)[r];
             const float share = normaliser(state);
-            if (statistics_.any) write_statistics(call_, statistics_, state, local(row) + r, first + r);
             if (plan_.row_max) {
                 plan_.row_max[first + r - plan_.first_saved_row] = state.running_max;
                 plan_.row_share[first + r - plan_.first_saved_row] = share;

@@ -27,8 +27,7 @@ inline void run_key_mass(const headscope_attention& call, const Plan& plan, int6
     double sums[MAX_KEY_BLOCK] = {};
     pack_keys(call, sample, head / (call.heads / call.kv_heads), first, count, space.keys);
     if (call.key_bias.data) copy_edit(call.key_bias, sample, head, first, count, space.bias);
-    const float scale =
-        static_cast<float>(call.scale / static_cast<double>(head_edit(call.temperature, sample, head)));
+    const float scale = static_cast<float>(call.scale / static_cast<double>(head_edit(call.temperature, sample, head)));
     const int64_t start = call.is_causal ? larger(first_row, first / BLOCK_ROWS * BLOCK_ROWS) : first_row;
     for (int64_t row = start; row < end_row; row += BLOCK_ROWS) {
         const int64_t rows = smaller(BLOCK_ROWS, end_row - row);

@@ -76,7 +76,7 @@ inline void compute_logits(const Unit* queries, int64_t tiles, const Unit* keys,
                            float scale, float* logits) {
     const int64_t padded = round_up(count, LANES);
     for (int64_t key = 0; key < padded;) {
-        const Panel panel = first_panel(padded - key);
+        const Panel panel = first_key_panel(padded - key);
         with_panel(panel, [&](auto vectors, auto) {
             // keys have no half panels; without the bound the compiler would make code for them
             constexpr int VECTORS = decltype(vectors)::value > 0 ? decltype(vectors)::value : 1;

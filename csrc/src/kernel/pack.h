@@ -76,6 +76,14 @@ inline void pack_queries(const headscope_attention& call, int64_t sample, int64_
     memset(packed + count * units, 0, static_cast<size_t>(padding * units) * sizeof(Unit));
 }
 
+// Rows ahead of the one being packed that are on their way from memory.
+constexpr int64_t ROWS_AHEAD = 16;
+
+// Asks for a row of `bytes` bytes.
+HEADSCOPE_INLINE void prefetch_row(const void* row, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) HEADSCOPE_PREFETCH(static_cast<const char*>(row) + b);
+}
+
 // Keys first..first + count - 1 of a key head -> [panels][units of dim][panel's width]; keys past the last are 0.
 inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
                       Unit* packed) {
@@ -87,8 +95,14 @@ inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t k
         const Element* source = at<Element>(call.key, sample, kv_head, first);
         const int64_t padded = round_up(count, LANES);
         for (int64_t key = 0; key < padded;) {
-            const int64_t width = first_panel(padded - key).width();
+            const int64_t width = first_key_panel(padded - key).width();
             for (int64_t end = key + width; key < end; key += LANES, packed += LANES) {
+                if (strides[3] == 1) {
+                    const int64_t bytes = call.dim * static_cast<int64_t>(sizeof(Element));
+                    for (int64_t i = key + LANES; i < smaller(count, key + 2 * LANES); ++i) {
+                        prefetch_row(source + i * strides[2], bytes);
+                    }
+                }
                 for (int64_t d = 0; d < units; d += LANES) {
                     const int64_t terms = smaller(LANES * TERMS, call.dim - d * TERMS);
                     const Element* from = source + d * TERMS * strides[3];
@@ -146,6 +160,11 @@ inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t
     for (int64_t channel = 0; channel < width;) {
         const int64_t panel = first_panel(width - channel).width();
         for (int64_t pair = 0; pair < pairs; ++pair, packed += panel) {
+            if (stride == 1 && 2 * pair + ROWS_AHEAD + 1 < count) {
+                const BFloat16* ahead = source + (2 * pair + ROWS_AHEAD) * call.value.strides[2] + channel;
+                prefetch_row(ahead, 2 * panel);
+                prefetch_row(ahead + call.value.strides[2], 2 * panel);
+            }
             for (int64_t c = 0; c < panel; c += LANES) {
                 const int64_t channels = larger(0, smaller(LANES, call.dim_v - channel - c));
                 const __m512i even = _mm512_cvtepu16_epi32(gather(2 * pair, channel + c, channels));
@@ -184,6 +203,9 @@ inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t
             const int64_t panel = first_panel(width - channel).width();
             for (int64_t key = 0; key < count; ++key, packed += panel) {
                 const Element* from = source + key * strides[2] + channel * strides[3];
+                if (strides[3] == 1 && key + ROWS_AHEAD < count) {
+                    prefetch_row(from + ROWS_AHEAD * strides[2], panel * static_cast<int64_t>(sizeof(Element)));
+                }
                 for (int64_t c = 0; c < panel; c += LANES) {
                     const int64_t channels = smaller(LANES, call.dim_v - channel - c);
                     const Floats x = gather_as_floats(from + c * strides[3], strides[3], channels);

@@ -21,10 +21,12 @@
 #define HEADSCOPE_INLINE inline __attribute__((always_inline))
 #define HEADSCOPE_UNROLL _Pragma("GCC unroll 16")
 #define HEADSCOPE_PREFETCH(address) __builtin_prefetch(address)
+#define HEADSCOPE_PREFETCH_WRITE(address) __builtin_prefetch(address, 1)
 #else
 #define HEADSCOPE_INLINE inline
 #define HEADSCOPE_UNROLL
 #define HEADSCOPE_PREFETCH(address) (void)(address)
+#define HEADSCOPE_PREFETCH_WRITE(address) (void)(address)
 #endif
 
 namespace headscope {
@@ -132,9 +134,7 @@ HEADSCOPE_INLINE void store(float* to, Floats x) { _mm256_storeu_ps(to, x); }
 HEADSCOPE_INLINE Floats load_some(const float* from, int64_t count) {
     return _mm256_maskload_ps(from, first_lanes(count));
 }
-HEADSCOPE_INLINE void store_some(float* to, Floats x, int64_t count) {
-    _mm256_maskstore_ps(to, first_lanes(count), x);
-}
+HEADSCOPE_INLINE void store_some(float* to, Floats x, int64_t count) { _mm256_maskstore_ps(to, first_lanes(count), x); }
 HEADSCOPE_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 HEADSCOPE_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 HEADSCOPE_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }

@@ -13,6 +13,9 @@
 namespace headscope {
 namespace HEADSCOPE_TARGET {
 
+// The smallest normal float. A group's mass below it is 0: what is left of its digits would give a wrong entropy.
+constexpr float LEAST_MASS = 1.17549435e-38f;
+
 // What the sums of one row say, and what the last step did to them.
 struct RowState {
     double sum;
@@ -52,9 +55,9 @@ struct Groups {
 
 // What all statistics of a call need, found once per item.
 struct Statistics {
-    bool any = false;       // of rows: they want logits even where the output doesn't
-    bool entropy = false;   // the weighted sum
-    bool general = false;   // more than that
+    bool any = false;      // of rows: they want logits even where the output doesn't
+    bool entropy = false;  // the weighted sum
+    bool general = false;  // more than that
     bool key_mass = false;
     int distances = 0, groups = 0;
     Distance distance[HEADSCOPE_MAX_STATISTICS];
@@ -254,10 +257,14 @@ public:
             if (rescale != 1.0f) {
                 if (weighted) {
                     for (int64_t i = 0; i < groups.count; ++i) {
-                        weighted[i] = rescale * (weighted[i] + moved * masses[i]);
+                        const float sum = rescale * (weighted[i] + moved * masses[i]);
+                        weighted[i] = rescale * masses[i] < LEAST_MASS ? 0.0f : sum;
                     }
                 }
-                for (int64_t i = 0; i < groups.count; ++i) masses[i] *= rescale;
+                for (int64_t i = 0; i < groups.count; ++i) {
+                    const float mass = rescale * masses[i];
+                    masses[i] = mass < LEAST_MASS ? 0.0f : mass;
+                }
             }
             for (int64_t s = 0; s < groups.slots; ++s) {
                 const int32_t group = groups.group_of[s];
@@ -280,70 +287,89 @@ HEADSCOPE_INLINE float normaliser(const RowState& row) {
 
 HEADSCOPE_INLINE float group_entropy(float mass, float weighted) {
     if (mass == 0.0f) return 0.0f;
-    const double entropy = natural_log(static_cast<double>(mass)) -
-                           LN_2 * static_cast<double>(weighted) / static_cast<double>(mass);
+    const double entropy =
+        natural_log(static_cast<double>(mass)) - LN_2 * static_cast<double>(weighted) / static_cast<double>(mass);
     // of a single key it is 0 but for rounding
     return entropy < 0.0 ? 0.0f : static_cast<float>(entropy);
 }
 
-// Writes a row's statistics at `index` of [batch, heads, queries]. row counts from the item's first.
-inline void write_statistics(const headscope_attention& call, const Statistics& statistics, const RowState& state,
-                             int64_t row, int64_t index) {
-    constexpr float MISSING = NAN;
-    const bool is_nan = state.sum != state.sum;
-    const bool dead = state.sum == 0.0;
-    const double inverse = dead ? 0.0 : 1.0 / state.sum;
-    const double log_sum = dead || is_nan ? 0.0 : natural_log(state.sum);
+// Group statistics of one row. results: its `count` numbers.
+inline void write_groups(const Groups& groups, int64_t kind, const RowState& state, int64_t row, float* results) {
+    const float* masses = groups.masses + row * groups.count;
+    const float share = normaliser(state);
+    if (state.sum != state.sum) {
+        for (int64_t c = 0; c < groups.count; ++c) results[c] = NAN;
+    } else if (kind == HEADSCOPE_GROUP_MASS) {
+        for (int64_t c = 0; c < groups.count; ++c) results[c] = masses[c] * share;
+    } else {
+        const float* weighted = groups.weighted + row * groups.count;
+        for (int64_t c = 0; c < groups.count; ++c) results[c] = group_entropy(masses[c], weighted[c]);
+    }
+}
+
+constexpr int64_t MAX_BLOCK_ROWS = 64;
+
+// Writes the statistics of `rows` rows, at most MAX_BLOCK_ROWS, at `index` of [batch, heads, queries] and on. row
+// counts from the item's first. Loops run over rows, so that the compiler makes vectors of them.
+inline void write_statistics(const headscope_attention& call, const Statistics& statistics, const RowState* states,
+                             int64_t rows, int64_t row, int64_t index) {
+    // one over the sum, 0 for a dead row, and the sum's logarithm, 0 for one; NaN where the row is
+    double inverse[MAX_BLOCK_ROWS], log_sum[MAX_BLOCK_ROWS];
+    for (int64_t r = 0; r < rows; ++r) {
+        const double sum = states[r].sum;
+        inverse[r] = sum == 0.0 ? 0.0 : 1.0 / sum;
+        const double logarithm = natural_log(sum);
+        log_sum[r] = sum >= 0.0 ? (sum == 0.0 ? 0.0 : logarithm) : sum;
+    }
     int distances = 0;
     for (int64_t i = 0; i < call.statistic_count; ++i) {
         const headscope_statistic& statistic = call.statistics[i];
-        float result = is_nan ? MISSING : 0.0f;
+        float* results = statistic.output + index;
         switch (statistic.kind) {
             case HEADSCOPE_ENTROPY:
-                if (!is_nan && !dead) result = static_cast<float>(log_sum - LN_2 * state.weighted * inverse);
-                break;
-            case HEADSCOPE_LOGSUMEXP:
-            case HEADSCOPE_MAX_LOGIT: {
-                // without a NaN, a logit of a NaN row was +inf: the maximum and logsumexp are known
-                const double added = statistic.kind == HEADSCOPE_LOGSUMEXP ? log_sum : 0.0;
-                if (!state.saw_nan) result = static_cast<float>(static_cast<double>(state.running_max) + added);
-                break;
-            }
-            case HEADSCOPE_MAX_PROB:
-                if (!is_nan) result = static_cast<float>(inverse);
-                break;
-            case HEADSCOPE_COLLISION_ENTROPY:
-                if (!is_nan && !dead) {
-                    const double entropy = 2.0 * log_sum - natural_log(state.squares);
-                    result = entropy < 0.0 ? 0.0f : static_cast<float>(entropy);
+                for (int64_t r = 0; r < rows; ++r) {
+                    results[r] = static_cast<float>(log_sum[r] - LN_2 * states[r].weighted * inverse[r]);
                 }
                 break;
-            case HEADSCOPE_DISTANCE:
-                if (!is_nan) result = static_cast<float>(statistics.distance[distances].sums[row] * inverse);
-                ++distances;
+            case HEADSCOPE_LOGSUMEXP:
+            case HEADSCOPE_MAX_LOGIT:
+                // without a NaN, a logit of a NaN row was +inf: the maximum and logsumexp are known
+                for (int64_t r = 0; r < rows; ++r) {
+                    const bool added = statistic.kind == HEADSCOPE_LOGSUMEXP && log_sum[r] == log_sum[r];
+                    const double maximum = static_cast<double>(states[r].running_max);
+                    results[r] = states[r].saw_nan ? NAN : static_cast<float>(maximum + (added ? log_sum[r] : 0.0));
+                }
                 break;
+            case HEADSCOPE_MAX_PROB:
+                for (int64_t r = 0; r < rows; ++r) results[r] = static_cast<float>(inverse[r]);
+                break;
+            case HEADSCOPE_COLLISION_ENTROPY:
+                for (int64_t r = 0; r < rows; ++r) {
+                    // at 1 where the row is dead or NaN, whose log_sum is 0 or NaN
+                    const double squares = states[r].squares > 0.0 ? states[r].squares : 1.0;
+                    const double entropy = 2.0 * log_sum[r] - natural_log(squares);
+                    results[r] = entropy < 0.0 ? 0.0f : static_cast<float>(entropy);
+                }
+                break;
+            case HEADSCOPE_DISTANCE: {
+                const double* sums = statistics.distance[distances++].sums + row;
+                for (int64_t r = 0; r < rows; ++r) results[r] = static_cast<float>(sums[r] * inverse[r]);
+                break;
+            }
             case HEADSCOPE_GROUP_MASS:
             case HEADSCOPE_GROUP_ENTROPY: {
                 int g = 0;
                 while (!same_groups(*statistics.group[g].statistic, statistic)) ++g;
                 const Groups& groups = statistics.group[g];
-                const float* masses = groups.masses + row * groups.count;
-                float* to = statistic.output + index * groups.count;
-                const float share = static_cast<float>(inverse);
-                if (is_nan) {
-                    for (int64_t c = 0; c < groups.count; ++c) to[c] = MISSING;
-                } else if (statistic.kind == HEADSCOPE_GROUP_MASS) {
-                    for (int64_t c = 0; c < groups.count; ++c) to[c] = masses[c] * share;
-                } else {
-                    const float* weighted = groups.weighted + row * groups.count;
-                    for (int64_t c = 0; c < groups.count; ++c) to[c] = group_entropy(masses[c], weighted[c]);
+                for (int64_t r = 0; r < rows; ++r) {
+                    write_groups(groups, statistic.kind, states[r], row + r,
+                                 statistic.output + (index + r) * groups.count);
                 }
-                continue;
+                break;
             }
             default:
-                continue;
+                break;
         }
-        statistic.output[index] = result;
     }
 }
 

@@ -119,12 +119,19 @@ HEADSCOPE_INLINE Panel first_panel(int64_t width) {
     return {vectors < MAX_VECTORS ? vectors : MAX_VECTORS, false};
 }
 
-// Calls function(panel, vectors, half) with the panel's shape as compile-time constants.
+// The panel at the start of a padded number of keys: two vectors, whose keys and queries fit the first cache together.
+HEADSCOPE_INLINE Panel first_key_panel(int64_t width) {
+    const int vectors = static_cast<int>(smaller(width / LANES, 4));
+    // one alone loads too often
+    return {vectors == MAX_VECTORS ? vectors : static_cast<int>(smaller(vectors, 2)), false};
+}
+
 template <int COUNT>
 struct Constant {
     static constexpr int value = COUNT;
 };
 
+// Calls function(vectors, half) with the panel's shape as compile-time constants.
 template <typename Function>
 HEADSCOPE_INLINE void with_panel(Panel panel, const Function& function) {
     if (HALF_LANES && panel.half) {

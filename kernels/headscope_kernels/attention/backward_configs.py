@@ -15,12 +15,14 @@ class BackwardConfiguration:
     Attributes:
         block_queries, block_keys: the tile of scores one step works on; powers of two, at least 16.
         num_warps, num_stages: as Triton names them.
+        descriptors: what the loop reads comes through tensor descriptors where its strides allow.
     """
 
     block_queries: int
     block_keys: int
     num_warps: int = 4
     num_stages: int = 2
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def backward_configurations(
     target: tuple[str, int] | None,
     *,
     exact: bool = True,
-    masked: bool = False,
+    laden: bool = False,
 ) -> BackwardConfigurations:
     """The configurations for this problem.
 
@@ -79,7 +81,8 @@ def backward_configurations(
         queries, keys: sequence lengths.
         target: ("cuda", 90), ("hip", 942), ...: backend and architecture; None under the interpreter.
         exact: float32 products are not rounded to TensorFloat-32.
-        masked: there is a mask with a number for every query and key to load.
+        laden: every score takes more than the plain ones do, and registers with it: a mask, an edit of keys, a
+            statistic of groups.
     """
     if target is None:
         return INTERPRETER
@@ -91,7 +94,7 @@ def backward_configurations(
     elif backend == "hip":
         chosen = _cdna(width)
     elif architecture // 10 in (9, 10):
-        chosen = _hopper(width, masked)
+        chosen = _hopper(width, laden, architecture)
     else:
         chosen = _ampere(width, large_shared_memory=architecture == 80)
     return replace(
@@ -118,22 +121,30 @@ def _tensor_float(width: int) -> BackwardConfigurations:
     return BackwardConfigurations(both, both, both, separate=width > 128)
 
 
-def _hopper(width: int, masked: bool) -> BackwardConfigurations:
-    mask = BackwardConfiguration(64, 64, num_warps=4, num_stages=1)
-    if width <= 64:
-        key_value = BackwardConfiguration(64, 128, num_warps=8, num_stages=2)
-        query = BackwardConfiguration(128, 64 if masked else 128, num_warps=8, num_stages=2)
-        return BackwardConfigurations(key_value, query, mask)
+def _hopper(width: int, laden: bool, architecture: int) -> BackwardConfigurations:
+    mask = BackwardConfiguration(64, 32, num_warps=4, num_stages=1)
     if width <= 128:
-        key_value = BackwardConfiguration(64, 128, num_warps=8, num_stages=2)
-        query = BackwardConfiguration(128, 64, num_warps=8, num_stages=2)
+        # two warp groups of 64 rows each
+        key_value = BackwardConfiguration(32 if laden else 64, 128, num_warps=8, num_stages=2)
+        query = BackwardConfiguration(128, 64 if laden else 128, num_warps=8, num_stages=2, descriptors=True)
+        if architecture >= 100:
+            # tensor memory has 512 columns for all products
+            query = replace(query, block_keys=64)
+        if width > 80:
+            # both results take half of a thread's registers: with an entropy's cotangent this spills 30 of them, and
+            # still issues 16 instructions per score where tiles of 32 queries, which don't spill, issue 20
+            key_value = replace(key_value, descriptors=not laden)
+            query = replace(query, block_keys=64)
         return BackwardConfigurations(key_value, query, mask)
     if width <= 256:
-        key_value = BackwardConfiguration(32, 64, num_warps=8, num_stages=1)
-        query = BackwardConfiguration(64, 32, num_warps=8, num_stages=1)
-        return BackwardConfigurations(key_value, query, mask)
+        # one result at a time; tiles whose rows fill both warp groups issue a third of what smaller ones do
+        key_value = BackwardConfiguration(32 if laden else 64, 128, num_warps=8, num_stages=1)
+        # on sm_100 Triton 3.7.1 fails to lay out tiles of 32 keys in tensor memory
+        few = laden and architecture < 100
+        query = BackwardConfiguration(128, 32 if few else 64, num_warps=8, num_stages=1, descriptors=True)
+        return BackwardConfigurations(key_value, query, mask, separate=True)
     key_value = BackwardConfiguration(16, 64, num_warps=8, num_stages=1)
-    query = BackwardConfiguration(64, 16, num_warps=8, num_stages=1)
+    query = BackwardConfiguration(64, 16 if laden else 32, num_warps=8, num_stages=1)
     mask = BackwardConfiguration(32, 32, num_warps=4, num_stages=1)
     return BackwardConfigurations(key_value, query, mask, separate=True)
 

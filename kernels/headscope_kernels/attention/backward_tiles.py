@@ -11,7 +11,14 @@ probabilities is the left operand of a matrix product as it stands, out of regis
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.tiles import LOG2_E, LOWEST_EXPONENT, advance, entry
+from headscope_kernels.attention.tiles import (
+    LOG2_E,
+    LOWEST_EXPONENT,
+    advance,
+    entry,
+    load_chunks,
+    load_described,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 # stands for +inf as the log2 of a row's sum: 2^x is 0 for any product, and x times the gradient of a row is finite
@@ -36,6 +43,51 @@ def by_key(vector, TRANSPOSED: tl.constexpr):
     else:
         result = vector[None, :]
     return result
+
+
+@triton.jit
+def load_rows(
+    descriptor,
+    tail,
+    base,
+    strides,
+    batch,
+    head,
+    first_row,
+    rows,
+    size,
+    limit,
+    COLUMNS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    LIMITED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A tuple of tiles [ROWS, width] from `first_row` on, of the head at `base`; 0 outside.
+
+    Comes through tensor descriptors of [batch, heads, size, COLUMNS] if there are any. If LIMITED, `limit` is either 0,
+    for a tile of zeros, or `size`.
+    """
+    if descriptor is None:
+        tiles = load_chunks(
+            advance(base, first_row, strides[2]),
+            rows,
+            limit - first_row,
+            strides[2],
+            strides[3],
+            COLUMNS,
+            WIDTHS,
+            CHECK_ROWS or LIMITED,
+            WIDE,
+        )
+    else:
+        place = first_row
+        if LIMITED:
+            # past the end, all is 0
+            place = tl.where(limit == 0, size, first_row)
+        tiles = load_described(descriptor, tail, batch, head, place, ROWS, WIDTHS)
+    return tiles
 
 
 @triton.jit
@@ -99,35 +151,32 @@ def load_key_terms(
 
 
 @triton.jit
-def load_row_grads(
-    grad_ptrs, first_row, rows, limit, WIDTHS: tl.constexpr, PADDED_WIDTHS: tl.constexpr, CHECK: tl.constexpr
+def load_row_grad(
+    pointer, first_row, rows, limit, WIDTH: tl.constexpr, PADDED_WIDTH: tl.constexpr, CHECK: tl.constexpr
 ):
-    """The cotangents of the statistics: a tuple of [queries] or [queries, padded width]; `first_row` over all heads."""
-    grads = ()
-    for index in tl.static_range(len(WIDTHS)):
-        width: tl.constexpr = entry(WIDTHS, index)
-        if width == 0:
-            grad = load_vector(advance(grad_ptrs[index], first_row, 1), rows, limit, 1, 0.0, CHECK)
-        else:
-            members = tl.arange(0, entry(PADDED_WIDTHS, index))  # [padded width]
-            inside = (rows < limit)[:, None] & (members < width)[None, :]  # [queries, padded width]
-            pointers = advance(grad_ptrs[index], first_row, width) + rows[:, None] * width + members[None, :]
-            grad = tl.load(pointers, mask=inside, other=0.0)
-        grads = grads + (grad,)
-    return grads
+    """The cotangent of one statistic, [queries] (width 0) or [queries, padded width]."""
+    if WIDTH == 0:
+        grad = load_vector(advance(pointer, first_row, 1), rows, limit, 1, 0.0, CHECK)
+    else:
+        members = tl.arange(0, PADDED_WIDTH)  # [padded width]
+        inside = (rows < limit)[:, None] & (members < WIDTH)[None, :]  # [queries, padded width]
+        pointers = advance(pointer, first_row, WIDTH) + rows[:, None] * WIDTH + members[None, :]
+        grad = tl.load(pointers, mask=inside, other=0.0)
+    return grad
 
 
 @triton.jit
-def head_data(data_ptrs, data_strides, batch, head):
-    """The statistics' own tensors, advanced to this sample and head: a tuple of tuples of pointers."""
-    result = ()
-    for index in tl.static_range(len(data_ptrs)):
-        own = ()
-        for item in tl.static_range(len(data_ptrs[index])):
-            strides = data_strides[index][item]
-            own = own + (advance(advance(data_ptrs[index][item], batch, strides[0]), head, strides[1]),)
-        result = result + (own,)
-    return result
+def load_row_grads(
+    grad_ptrs, first_row, rows, limit, WIDTHS: tl.constexpr, PADDED_WIDTHS: tl.constexpr, CHECK: tl.constexpr
+):
+    """A tuple of the statistics' cotangents; `first_row` counts over all heads."""
+    grads = ()
+    for index in tl.static_range(len(WIDTHS)):
+        grad = load_row_grad(
+            grad_ptrs[index], first_row, rows, limit, entry(WIDTHS, index), entry(PADDED_WIDTHS, index), CHECK
+        )
+        grads = grads + (grad,)
+    return grads
 
 
 @triton.jit

@@ -37,8 +37,17 @@ def covering_block(size: int) -> int:
 
 
 def chunk_widths(dim: int) -> tuple[int, ...]:
-    """The chunks of a head dimension: so far one that holds it all."""
-    return (covering_block(dim),)
+    """The chunks of a head dimension: two where one would waste more: 40 = 32 + 16 - 8, 80 = 64 + 16.
+
+    A second chunk costs instructions: on sm_90, per score and with the entropy, none at 40 (8.8 both ways, through
+    pointers), 0.8 at 80 and 1.2 at 96 (through descriptors), -0.2 at 160, 0.9 at 192, -1.3 at 320. It saves a quarter
+    to three eighths of the matrix work, and as much shared memory and registers, which is what larger tiles need; an
+    instruction per score is worth 0.008 cycles of an SM, the matrix work saved 0.016 (40) to 0.094 (160).
+    """
+    whole = covering_block(dim)
+    first = max(16, 1 << (dim.bit_length() - 1))
+    second = covering_block(dim - first) if dim > first else 0
+    return (first, second) if first + second < whole and second else (whole,)
 
 
 @lru_cache
@@ -52,6 +61,7 @@ def forward_configuration(
     *,
     exact: bool = True,
     masked: bool = False,
+    carried: int = 0,
 ) -> ForwardConfiguration:
     """The configuration for this problem.
 
@@ -62,11 +72,12 @@ def forward_configuration(
         target: ("cuda", 90), ("hip", 942), ...: backend and architecture; None under the interpreter.
         exact: float32 products are not rounded to TensorFloat-32.
         masked: there is a mask to load.
+        carried: columns of the statistics' accumulators, beside the output's.
     """
     if target is None:
         return INTERPRETER
     backend, architecture = target
-    width = max(*chunk_widths(dim), *chunk_widths(dim_v))
+    width = max(sum(chunk_widths(dim)), sum(chunk_widths(dim_v)))
     if dtype == torch.float32:
         configuration = _exact(width, backend) if exact or backend == "hip" else _tensor_float(width)
     elif backend == "hip":
@@ -75,7 +86,23 @@ def forward_configuration(
         configuration = _hopper(width, masked)
     else:
         configuration = _ampere(width, large_shared_memory=architecture == 80)
+    if carried:
+        configuration = _beside_groups(configuration, width + carried)
     return _shrink(configuration, queries, keys)
+
+
+def _beside_groups(configuration: ForwardConfiguration, columns: int) -> ForwardConfiguration:
+    """Room for accumulators of as many columns as the output and the groups have together.
+
+    What still spills on sm_90: 128 groups beside an output of 256 (88 bytes, outside of the loop), and both group
+    statistics of 128 groups in one call, whose 384 columns of 64 rows are 96 registers of each thread.
+    """
+    # two to six matrix operands made of a tile's weights are live at once
+    configuration = replace(configuration, block_keys=min(configuration.block_keys, 64 if columns <= 192 else 32))
+    if columns > 192:
+        # fewer rows for as many warps: each holds fewer columns
+        configuration = replace(configuration, block_queries=min(configuration.block_queries, 64))
+    return configuration
 
 
 def key_mass_configuration(
@@ -89,21 +116,37 @@ def key_mass_configuration(
 
 def _exact(width: int, backend: str) -> ForwardConfiguration:
     # exact products run on the FMA units, which hold whole rows of their operands in registers: small tiles, many
-    # warps, or the loop spills; one stage where shared memory is 64 KiB
-    return ForwardConfiguration(32 if width <= 128 else 16, 32, num_warps=8, num_stages=1 if backend == "hip" else 2)
+    # warps, or the loop spills; one stage where shared memory is 64 KiB. At 128 it does spill on sm_90, by 3 % of the
+    # loop's instructions (232 bytes); the smaller tiles that don't issue 24 % more
+    if width <= 128:
+        return ForwardConfiguration(32, 32, num_warps=8, num_stages=1 if backend == "hip" else 2)
+    return ForwardConfiguration(16, 16, num_warps=8, num_stages=1)
 
 
 def _tensor_float(width: int) -> ForwardConfiguration:
     # twice the bytes of half precision; fits 99 KiB of shared memory
+    if width > 256:
+        return ForwardConfiguration(32, 16, num_warps=4, num_stages=1)
     return ForwardConfiguration(64, 32 if width <= 128 else 16, num_warps=4, num_stages=2)
 
 
 def _hopper(width: int, masked: bool) -> ForwardConfiguration:
-    if width <= 64 or (width <= 128 and not masked):
-        # two warp groups of 64 queries each; longer key tiles make rescaling and addresses cheaper per logit
+    if masked and width <= 256:
+        # a mask's tile takes registers and shared memory
+        return ForwardConfiguration(128 if width <= 128 else 64, 64, num_warps=8, num_stages=2, descriptors=True)
+    if width <= 64:
+        # two warp groups of 64 queries each; longer key tiles make rescaling and addresses cheaper per logit. Pointers
+        # issue as much as descriptors here (8.6 per score against 8.5), and beside them the entropy adds 1.0 to 1.2
+        # instead of 1.4
         return ForwardConfiguration(128, 128, num_warps=8, num_stages=2)
-    # a mask's tile takes registers and shared memory, an output wider than 128 takes 128 registers of each thread
-    return ForwardConfiguration(128, 64, num_warps=8, num_stages=2)
+    if width <= 160:
+        # with pointers, the addresses of longer rows would spill
+        return ForwardConfiguration(128, 128, num_warps=8, num_stages=2, descriptors=True)
+    if width <= 256:
+        # such an output takes 128 registers of each thread
+        return ForwardConfiguration(128, 64, num_warps=8, num_stages=2, descriptors=True)
+    # half the rows for as many warps; at 512 the query's addresses still spill before the loop (56 bytes)
+    return ForwardConfiguration(64, 64 if width <= 320 else 32, num_warps=8, num_stages=2, descriptors=True)
 
 
 def _ampere(width: int, large_shared_memory: bool) -> ForwardConfiguration:
@@ -113,16 +156,20 @@ def _ampere(width: int, large_shared_memory: bool) -> ForwardConfiguration:
     if width <= 128:
         # 99 KiB hold two stages of 32 keys beside the query
         return ForwardConfiguration(128, 64 if large_shared_memory else 32, num_warps=8, num_stages=2)
-    if large_shared_memory:
+    if width <= 256 and large_shared_memory:
         return ForwardConfiguration(64, 64, num_warps=8, num_stages=2)
-    return ForwardConfiguration(64, 32, num_warps=4, num_stages=2)
+    if width <= 256:
+        return ForwardConfiguration(64, 32, num_warps=4, num_stages=2)
+    return ForwardConfiguration(32, 32, num_warps=4, num_stages=1)
 
 
 def _cdna(width: int) -> ForwardConfiguration:
     # 64 KiB of shared memory; a warp has 64 threads, so four hold what eight do elsewhere
     if width <= 128:
         return ForwardConfiguration(128, 64, num_warps=4, num_stages=1)
-    return ForwardConfiguration(64, 32, num_warps=4, num_stages=1)
+    if width <= 256:
+        return ForwardConfiguration(64, 32, num_warps=4, num_stages=1)
+    return ForwardConfiguration(32, 16, num_warps=4, num_stages=1)
 
 
 def _shrink(configuration: ForwardConfiguration, queries: int, keys: int) -> ForwardConfiguration:

@@ -15,8 +15,8 @@ float.
 Keys come in tiles; only tiles that reach past the last key or across the causal diagonal are masked.
 """
 
-# tl.static_range exists for the compiler only
-# pyright: reportGeneralTypeIssues=false
+# tl.static_range exists for the compiler only, and a flag made of others is a bool to Python
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from collections.abc import Sequence
 
@@ -401,6 +401,7 @@ def attention_forward(
                 device_target(query),
                 exact=float32_precision() == "ieee",
                 masked=attn_mask is not None,
+                carried=sum(sum(bound.statistic.accumulators) for bound in statistics),
             )
         arguments = forward_arguments(
             query,

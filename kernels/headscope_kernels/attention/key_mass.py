@@ -8,6 +8,9 @@ One program owns a tile of keys and walks over the queries, so that nothing is a
 same bits in every run. It adds up whole tiles and sums over their queries once, at the end.
 """
 
+# a flag made of others is a bool to Python
+# pyright: reportAssignmentType=false
+
 from typing import Any
 
 import triton

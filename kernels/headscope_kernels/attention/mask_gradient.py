@@ -12,7 +12,6 @@ import triton.language as tl
 
 from headscope_kernels.attention.backward_tiles import (
     EMPTY_ROW,
-    head_data,
     load_head_scalar,
     load_key_terms,
     load_row_grads,
@@ -28,6 +27,7 @@ from headscope_kernels.attention.tiles import (
     indices,
     load_chunks,
     scaled_strides,
+    statistic_tensors,
 )
 
 
@@ -46,7 +46,7 @@ def mask_gradient_kernel(
     offset_ptr,
     delta_ptr,
     grad_ptrs,
-    data_ptrs,
+    statistic_data,
     mask_grad_ptr,
     query_strides,
     key_strides,
@@ -57,7 +57,7 @@ def mask_gradient_kernel(
     key_bias_strides,
     key_scale_strides,
     grad_output_strides,
-    data_strides,
+    statistic_data_strides,
     mask_grad_strides,
     scale,
     heads,
@@ -87,6 +87,7 @@ def mask_gradient_kernel(
     CONSTANTS: tl.constexpr,
     GRAD_WIDTHS: tl.constexpr,
     PADDED_WIDTHS: tl.constexpr,
+    DATA_COUNTS: tl.constexpr,
     GRADIENTS_KEY: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -131,7 +132,7 @@ def mask_gradient_kernel(
         if HAS_KEY_SCALE:
             key_scale_base = head_base(key_scale_ptr, batch, head, key_scale_strides)
         mask_base = head_base(mask_ptr, batch, head, mask_strides)
-        data = head_data(data_ptrs, data_strides, batch, head)
+        data = statistic_tensors(statistic_data, statistic_data_strides, DATA_COUNTS, batch, head)
         weight, bias, allowed = load_key_terms(
             key_bias_base,
             key_scale_base,
@@ -182,7 +183,15 @@ def mask_gradient_kernel(
             grad_output = cast_chunks(grad_output, 1, DOT_DTYPE)
             value_base = advance(head_base(value_ptr, batch, kv_head, value_strides), first_key, value_strides[2])
             value = load_chunks(
-                value_base, columns, value_limit, value_strides[2], value_strides[3], VALUE_DIM, VALUE_WIDTHS, True, WIDE
+                value_base,
+                columns,
+                value_limit,
+                value_strides[2],
+                value_strides[3],
+                VALUE_DIM,
+                VALUE_WIDTHS,
+                True,
+                WIDE,
             )  # a tuple of [keys, width]
             output_products = dot_chunks(grad_output, value, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
         row_base = advance(first_query, tl.cast(batch, tl.int64) * heads + head, queries)
@@ -238,7 +247,9 @@ def mask_gradient_kernel(
             scores = tl.where(gate == 0.0, 0.0, scores)
         total += scores
 
-    base = advance(head_base(mask_grad_ptr, mask_batch, mask_head, mask_grad_strides), first_query, mask_grad_strides[2])
+    base = advance(
+        head_base(mask_grad_ptr, mask_batch, mask_head, mask_grad_strides), first_query, mask_grad_strides[2]
+    )
     base = advance(base, first_key, mask_grad_strides[3])
     pointers = base + rows[:, None] * mask_grad_strides[2] + columns[None, :] * mask_grad_strides[3]
     inside = (rows < query_limit)[:, None] & (columns < key_limit)[None, :]  # [queries, keys]

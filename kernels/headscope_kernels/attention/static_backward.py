@@ -5,6 +5,7 @@
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,19 +14,17 @@ import torch
 import triton
 from torch import Tensor
 
-from headscope_kernels.attention.backward import kernel_arguments, shared_arguments
+from headscope_kernels.attention.backward_arguments import kernel_arguments, shared_arguments
 from headscope_kernels.attention.backward_configs import (
     BackwardConfiguration,
     BackwardConfigurations,
     backward_configurations,
 )
-from headscope_kernels.attention.backward_kernels import (
-    key_value_gradient_kernel,
-    query_gradient_kernel,
-    row_terms_kernel,
-)
 from headscope_kernels.attention.host import float32_precision, in_units, stride_unit
+from headscope_kernels.attention.key_value_gradient import key_value_gradient_kernel
 from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
+from headscope_kernels.attention.query_gradient import query_gradient_kernel
+from headscope_kernels.attention.row_terms import row_terms_kernel
 from headscope_kernels.attention.static_report import (
     DTYPES,
     TARGETS,
@@ -44,6 +43,8 @@ KERNELS = {
     "rows": row_terms_kernel,
 }
 GROUPS = 8
+# columns of an sm_100 multiprocessor
+TENSOR_MEMORY = 512
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class BackwardReport:
         spill_bytes: stack of one thread, or spilled registers times 4 on AMD.
         shared_bytes: of one program.
         loop: instructions of one iteration over a full tile by kind, one thread; empty on AMD.
+        opcodes: the same by opcode.
         scores: scores of that iteration, per thread.
     """
 
@@ -91,6 +93,7 @@ class BackwardReport:
     spill_bytes: int
     shared_bytes: int
     loop: dict[str, int] = field(default_factory=dict)
+    opcodes: dict[str, int] = field(default_factory=dict)
     scores: int = 0
 
     @property
@@ -102,7 +105,8 @@ class BackwardReport:
         statistics = ",".join(problem.statistics) or "-"
         line = (
             f"{self.target} {problem.kernel} {str(problem.dtype)[6:]} d{problem.dim} "
-            f"{tile.block_queries}x{tile.block_keys}w{tile.num_warps}s{tile.num_stages} {statistics} "
+            f"{tile.block_queries}x{tile.block_keys}w{tile.num_warps}s{tile.num_stages}{'d' * tile.descriptors} "
+            f"{statistics} "
             f"mask={problem.mask} causal={problem.causal} edits={problem.edits}: "
             f"{self.registers} registers, {self.spill_bytes} B spilled, {self.shared_bytes} B shared"
         )
@@ -135,7 +139,10 @@ def problem_arguments(
             statistics.append(BoundStatistic(STATISTICS[name](())))
             grads.append(empty(1, heads, queries))
     query = empty(1, heads, queries, dim, dtype=problem.dtype)
-    key, value = empty(1, kv_heads, keys, dim, dtype=problem.dtype), empty(1, kv_heads, keys, dim_v, dtype=problem.dtype)
+    key, value = (
+        empty(1, kv_heads, keys, dim, dtype=problem.dtype),
+        empty(1, kv_heads, keys, dim_v, dtype=problem.dtype),
+    )
     output, rows = empty(1, heads, queries, dim_v, dtype=problem.dtype), empty(1, heads, queries)
     edits = problem.edits
     shared = shared_arguments(
@@ -162,6 +169,8 @@ def problem_arguments(
     unit = stride_unit((query, key, value))
     mask_grad = empty(1, 1, queries, keys)
     own = {
+        "delta_ptr": rows,
+        "offset_ptr": rows,
         "key_grad_ptr": key,
         "value_grad_ptr": value,
         "query_grad_ptr": query,
@@ -209,7 +218,7 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
         problem.keys,
         target_key(gpu),
         exact=float32_precision() == "ieee",
-        masked=problem.mask != "none",
+        laden=problem.edits or problem.mask != "none" or "group_mass" in problem.statistics,
     )
     kernel, arguments, configuration = problem_arguments(problem, configurations)
     options: dict[str, Any] = {"num_warps": configuration.num_warps, "enable_fp_fusion": True}
@@ -217,6 +226,9 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
         options["num_stages"] = configuration.num_stages
     compiled = triton.compile(ast_source(kernel, arguments), target=gpu, options=options)
     shared = compiled.metadata.shared
+    if getattr(compiled.metadata, "tmem_size", None) and compiled.metadata.tmem_size > TENSOR_MEMORY:
+        # what was compiled is a trap
+        raise ValueError(f"{configuration} takes {compiled.metadata.tmem_size} columns of {TENSOR_MEMORY}")
     if gpu.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers = figure(r"\.vgpr_count:\s*(\d+)", text)
@@ -230,7 +242,15 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
     # ptxas may unroll: every score takes one power of two
     unrolled = max(1, sum("MUFU.EX2" in opcode for opcode in loop) // tile_scores) if tile_scores >= 16 else 1
     return BackwardReport(
-        target, problem, configuration, registers, stack, shared, dict(count_kinds(loop)), tile_scores * unrolled
+        target,
+        problem,
+        configuration,
+        registers,
+        stack,
+        shared,
+        dict(count_kinds(loop)),
+        dict(Counter(loop)),
+        tile_scores * unrolled,
     )
 
 

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,15 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headscope_kernels.attention.arguments import forward_arguments
-from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration
+from headscope_kernels.attention.configs import (
+    ForwardConfiguration,
+    chunk_widths,
+    forward_configuration,
+    key_mass_configuration,
+)
 from headscope_kernels.attention.forward import attention_forward_kernel
 from headscope_kernels.attention.host import float32_precision
+from headscope_kernels.attention.key_mass import attention_key_mass_kernel, key_mass_arguments
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -62,7 +68,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What is compiled: [1, heads, queries, dim] against [1, heads, keys, dim], contiguous."""
+    """What is compiled: [1, heads, queries, dim] against [1, heads, keys, dim], contiguous.
+
+    Attributes:
+        groups: how many the group statistics have.
+        saved: the rows and the output before the gate are written for a backward.
+        key_mass: the second pass, over queries, instead of the forward.
+        configuration: None: chosen for the problem.
+    """
 
     dtype: torch.dtype = torch.bfloat16
     dim: int = 64
@@ -76,6 +89,7 @@ class Problem:
     key_scale: bool = False
     output: bool = True
     saved: bool = False
+    key_mass: bool = False
     mask: str = "none"
     causal: bool = False
     queries: int = 4096
@@ -108,18 +122,51 @@ class StaticReport:
     def instructions_per_score(self) -> float:
         return sum(self.loop.values()) / self.scores
 
-    def __str__(self) -> str:
-        shape = f"{self.configuration.block_queries}x{self.configuration.block_keys}w{self.configuration.num_warps}"
-        statistics = ",".join(self.problem.statistics) or "-"
-        line = (
-            f"{self.target} {str(self.problem.dtype)[6:]} d{self.problem.dim} {shape}s{self.configuration.num_stages} "
-            f"{statistics} mask={self.problem.mask} causal={self.problem.causal} gate={self.problem.gate}: "
-            f"{self.registers} registers, {self.spill_bytes} B spilled, {self.shared_bytes} B shared"
+    @property
+    def tile(self) -> str:
+        """Queries x keys, warps, stages, and the head dimension's chunks where there are two."""
+        shape = self.configuration
+        widths = shape.dim_widths or chunk_widths(self.problem.dim)
+        chunks = f" {'+'.join(map(str, widths))}" if len(widths) > 1 else ""
+        descriptors = " descriptors" if shape.descriptors else ""
+        return f"{shape.block_queries}x{shape.block_keys}w{shape.num_warps}s{shape.num_stages}{chunks}{descriptors}"
+
+    @property
+    def name(self) -> str:
+        """What of the problem isn't a default."""
+        problem = self.problem
+        statistics = "key_mass" if problem.key_mass else ",".join(problem.statistics) or "-"
+        if any(name.startswith("group_") for name in problem.statistics):
+            statistics += f" ({problem.groups} groups)"
+        flags = ("gate", "fill", "temperature", "key_bias", "key_scale", "saved", "causal")
+        asked = [flag for flag in flags if getattr(problem, flag)]
+        if problem.mask != "none":
+            asked.append(f"{problem.mask} mask")
+        return " + ".join((statistics, *asked))
+
+    def row(self) -> str:
+        """A line of the Markdown table that TABLE_HEAD begins."""
+        kinds = ", ".join(
+            f"{kind} {count / self.scores:.2f}" for kind, count in sorted(self.loop.items(), key=lambda item: -item[1])
         )
-        if self.loop:
-            kinds = " ".join(f"{kind} {count}" for kind, count in sorted(self.loop.items(), key=lambda item: -item[1]))
-            line += f", {self.instructions_per_score:.2f} instructions per score ({kinds})"
-        return line
+        figures = (
+            self.target,
+            str(self.problem.dtype)[6:],
+            self.problem.dim,
+            self.name,
+            self.tile,
+            self.registers,
+            self.spill_bytes,
+            self.shared_bytes,
+            f"{self.instructions_per_score:.2f}" if self.loop else "",
+            kinds,
+        )
+        return f"| {' | '.join(map(str, figures))} |"
+
+
+TABLE_HEAD = """\
+| target | dtype | d | asked for | tile | registers | spilled, B | shared, B | per score | by kind |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def bound_statistic(name: str, groups: int) -> BoundStatistic:
@@ -131,6 +178,8 @@ def bound_statistic(name: str, groups: int) -> BoundStatistic:
 
 def problem_arguments(problem: Problem, configuration: ForwardConfiguration) -> dict[str, Any]:
     """The kernel's arguments for a problem, its tensors without data."""
+    if problem.key_mass:
+        return second_pass_arguments(problem, configuration)
     heads, queries, keys, dim = 8, problem.queries, problem.keys, problem.dim
     dim_v = problem.dim_v or dim
     statistics = [bound_statistic(name, problem.groups) for name in problem.statistics]
@@ -165,6 +214,26 @@ def problem_arguments(problem: Problem, configuration: ForwardConfiguration) -> 
         attention=empty(1, heads, queries, dim_v) if problem.saved else None,
         row_max=edit(problem.saved, 1, heads, queries),
         log2_sum=edit(problem.saved, 1, heads, queries),
+        configuration=configuration,
+    )
+
+
+def second_pass_arguments(problem: Problem, configuration: ForwardConfiguration) -> dict[str, Any]:
+    """The arguments of the kernel for key_mass."""
+    # the forward's are the same, and more
+    shared = problem_arguments(replace(problem, key_mass=False, saved=True, statistics=()), configuration)
+    query, key = shared["query_ptr"], shared["key_ptr"]
+    return key_mass_arguments(
+        query,
+        key,
+        attn_mask=shared["mask_ptr"] if problem.mask != "bool" else shared["mask_ptr"].view(torch.bool),
+        is_causal=problem.causal,
+        scale=problem.dim**-0.5,
+        temperature=shared["temperature_ptr"],
+        key_bias=shared["key_bias_ptr"],
+        row_max=shared["row_max_ptr"],
+        log2_sum=shared["log2_sum_ptr"],
+        output=torch.empty(*query.shape[:2], key.shape[2], device="meta"),
         configuration=configuration,
     )
 
@@ -210,20 +279,33 @@ def target_key(target: GPUTarget) -> tuple[str, int]:
     return target.backend, int(re.sub(r"\D", "", str(target.arch)))
 
 
-def report(problem: Problem, target: str = "sm_90") -> StaticReport:
-    """Compiles the forward kernel for one of TARGETS and reads the result."""
-    gpu = TARGETS[target]
-    configuration = problem.configuration or forward_configuration(
+def chosen_configuration(problem: Problem, gpu: GPUTarget) -> ForwardConfiguration:
+    """The problem's own configuration, or the one that a launch would choose."""
+    if problem.configuration is not None:
+        return problem.configuration
+    exact = float32_precision() == "ieee"
+    lengths, key = (problem.queries, problem.keys), target_key(gpu)
+    if problem.key_mass:
+        return key_mass_configuration(problem.dtype, problem.dim, *lengths, key, exact=exact)
+    carried = [bound_statistic(name, problem.groups).statistic.accumulators for name in problem.statistics]
+    return forward_configuration(
         problem.dtype,
         problem.dim,
         problem.dim_v or problem.dim,
-        problem.queries,
-        problem.keys,
-        target_key(gpu),
-        exact=float32_precision() == "ieee",
+        *lengths,
+        key,
+        exact=exact,
         masked=problem.mask != "none",
+        carried=sum(map(sum, carried)),
     )
-    source = ast_source(attention_forward_kernel, problem_arguments(problem, configuration))
+
+
+def report(problem: Problem, target: str = "sm_90") -> StaticReport:
+    """Compiles the kernel for one of TARGETS and reads the result."""
+    gpu = TARGETS[target]
+    configuration = chosen_configuration(problem, gpu)
+    kernel = attention_key_mass_kernel if problem.key_mass else attention_forward_kernel
+    source = ast_source(kernel, problem_arguments(problem, configuration))
     options = {
         "num_warps": configuration.num_warps,
         "num_stages": configuration.num_stages,
@@ -303,36 +385,59 @@ def count_kinds(opcodes: list[str]) -> Counter[str]:
 
 
 def default_problems() -> Iterator[Problem]:
-    """The kernels that matter most: half precision, head dimensions of image models, with and without entropy."""
-    for dim in (64, 128, 40):
-        for statistics in ((), ("entropy",), tuple(STATISTICS)):
+    """The kernels that matter most: head dimensions of image models, and what each statistic and edit adds."""
+    for dim in (40, 64, 80, 128, 160, 256, 512):
+        for statistics in ((), ("entropy",)):
             yield Problem(dim=dim, statistics=statistics)
+    for name in STATISTICS:
+        if name != "entropy":
+            yield Problem(statistics=(name,), groups=16)
+    yield Problem(statistics=("group_mass",), groups=77)
+    yield Problem(key_mass=True, gate=False)
+    for edit in ("fill", "temperature", "key_bias", "key_scale", "saved", "causal"):
+        yield Problem(**{edit: True})
+    for mask in ("bool", "additive"):
+        yield Problem(mask=mask)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", choices=sorted(TARGETS), default="sm_90")
+    parser.add_argument("--target", choices=sorted(TARGETS), nargs="+", default=["sm_90"])
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--dim", type=int, help="head dimension; default: a table of several")
     parser.add_argument("--statistics", nargs="*", choices=sorted(STATISTICS), default=["entropy"])
+    parser.add_argument("--groups", type=int, default=16)
+    parser.add_argument("--key-mass", action="store_true", help="the second pass instead of the forward")
     parser.add_argument("--mask", choices=("none", "bool", "additive"), default="none")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--tile", type=int, nargs=4, metavar=("QUERIES", "KEYS", "WARPS", "STAGES"))
+    parser.add_argument("--widths", type=int, nargs="+", help="the head dimension's chunks")
+    parser.add_argument("--descriptors", action="store_true", help="with --tile: tensor descriptors")
     options = parser.parse_args()
-    problems = list(default_problems())
+    problems = [replace(problem, dtype=DTYPES[options.dtype]) for problem in default_problems()]
     if options.dim:
+        widths = tuple(options.widths) if options.widths else None
+        tile = (
+            ForwardConfiguration(*options.tile, dim_widths=widths, value_widths=widths, descriptors=options.descriptors)
+            if options.tile
+            else None
+        )
         problems = [
             Problem(
                 dtype=DTYPES[options.dtype],
                 dim=options.dim,
                 statistics=tuple(options.statistics),
+                groups=options.groups,
+                key_mass=options.key_mass,
                 mask=options.mask,
                 causal=options.causal,
-                configuration=ForwardConfiguration(*options.tile) if options.tile else None,
+                configuration=tile,
             )
         ]
-    for problem in problems:
-        print(report(problem, options.target), flush=True)
+    print(f"Triton {triton.__version__}\n\n{TABLE_HEAD}")
+    for target in options.target:
+        for problem in problems:
+            print(report(problem, target).row(), flush=True)
 
 
 if __name__ == "__main__":

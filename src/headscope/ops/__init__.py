@@ -1,7 +1,8 @@
 """headscope.attention(): one call for the output, its statistics and head edits.
 
 Reading order: api (the call), edits and statistics (what it takes), validation, backends (who serves it), call (what
-they are told), schema (registration with torch), attend (the formula in plain torch), then one file per backend.
+they are told), schema (registration with torch), attend and gradients (the formula in plain torch), then one file per
+backend.
 """
 
 from headscope.ops.api import AttentionResult, attention, scaled_dot_product_attention

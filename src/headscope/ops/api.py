@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headscope.ops.attend import for_every_head
 from headscope.ops.backends import Problem, select
 from headscope.ops.call import DIFFERENTIABLE, Call
 from headscope.ops.edits import HeadEdit
@@ -106,7 +107,7 @@ def attention(
     operator = select(backend, problem)
     call = call._replace(training=needs_gradient)
     if edit.fill == "identity":
-        call = call._replace(fill=_for_every_head(value, query.shape[1]))
+        call = call._replace(fill=for_every_head(value, call))
     elif edit.fill == "uniform":
         call = call._replace(fill=_uniform_fill(operator, call))
     output, values, _ = operator(*call)
@@ -128,18 +129,12 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return tensors
 
 
-def _for_every_head(value: Tensor, heads: int) -> Tensor:
-    """value [batch, kv_heads, ...] as [batch, heads, ...]; a copy only where key heads are shared."""
-    groups = heads // max(1, value.shape[1])
-    return value if groups == 1 else value.repeat_interleave(groups, 1)
-
-
 def _uniform_fill(operator, call: Call) -> Tensor:
     """Attention's output with q . k set to zero and all else kept, broadcastable to [batch, heads, queries, dim_v]."""
     if call.attn_mask is None and not call.is_causal and call.key_bias is None and call.key_scale is None:
         keys = max(1, call.value.shape[2])
         mean = call.value.sum(2, keepdim=True, dtype=call.statistic_dtype) / keys
-        return _for_every_head(mean, call.query.shape[1])
+        return for_every_head(mean, call)
     assert call.gate is not None
     # heads that are kept whole need no fill, and a gate of 0 lets the backend skip them
     removed = (call.gate.detach() != 1).to(call.gate.dtype)

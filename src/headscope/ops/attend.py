@@ -14,12 +14,18 @@ def attend(call: Call, first_query: int = 0) -> tuple[Tensor, list[Tensor]]:
         call: whose tensors share one dtype (int32 and bool aside).
         first_query: where the piece's queries begin in the whole call, for causal masks and statistics.
     """
-    query, key, value = call.query, call.key, call.value
-    groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scale = call.scale if call.temperature is None else call.scale / call.temperature[..., None, None]
-    logits = (query * scale) @ key.transpose(-1, -2)
+    logits, probabilities, rows = scores(call, first_query)
+    output = blend(weights_of(call, probabilities) @ for_every_head(call.value, call), call.gate, call.fill)
+    values = []
+    for statistic in call.restored_statistics():
+        result = statistic.formula(logits, probabilities, rows, statistic.tensors)
+        values.append(result if statistic.differentiable else result.detach())
+    return output, values
+
+
+def scores(call: Call, first_query: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits and probabilities [batch, heads, queries, keys], and the queries' indices [queries] in the whole call."""
+    logits = (call.query * scale_of(call)) @ for_every_head(call.key, call).transpose(-1, -2)
     rows = torch.arange(first_query, first_query + logits.shape[-2], device=logits.device)
     if call.key_bias is not None:
         logits = logits + call.key_bias[..., None, :]
@@ -30,12 +36,26 @@ def attend(call: Call, first_query: int = 0) -> tuple[Tensor, list[Tensor]]:
         logits = logits.masked_fill(~call.attn_mask, -torch.inf)
     elif call.attn_mask is not None:
         logits = logits + call.attn_mask.to(logits.dtype)
+    if call.attn_mask is None and call.key_bias is None and not call.is_causal:
+        # every key is valid
+        return logits, logits.softmax(-1), rows
     dead = (logits == -torch.inf).all(-1, keepdim=True)
     probabilities = torch.where(dead, 0, torch.where(dead, 0, logits).softmax(-1))
-    weights = probabilities if call.key_scale is None else probabilities * call.key_scale[..., None, :]
-    output = blend(weights @ value, call.gate, call.fill)
-    values = []
-    for statistic in call.restored_statistics():
-        result = statistic.formula(logits, probabilities, rows, statistic.tensors)
-        values.append(result if statistic.differentiable else result.detach())
-    return output, values
+    return logits, probabilities, rows
+
+
+def scale_of(call: Call) -> Tensor | float:
+    """What multiplies query . key."""
+    return call.scale if call.temperature is None else call.scale / call.temperature[..., None, None]
+
+
+def weights_of(call: Call, probabilities: Tensor) -> Tensor:
+    """What multiplies the values."""
+    return probabilities if call.key_scale is None else probabilities * call.key_scale[..., None, :]
+
+
+def for_every_head(tensor: Tensor, call: Call) -> Tensor:
+    """key or value [batch, kv_heads, ...] as [batch, heads, ...]; a copy only where key heads are shared."""
+    heads, kv_heads = call.query.shape[1], tensor.shape[1]
+    groups = heads // kv_heads if kv_heads else 1
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, 1)

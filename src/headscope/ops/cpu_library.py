@@ -170,15 +170,19 @@ def build_info() -> dict[str, str | int]:
     }
 
 
+def _fits(got: Sequence[int], sizes: Sequence[int | None]) -> bool:
+    return len(got) == len(sizes) and all(size is None or size == g for g, size in zip(got, sizes, strict=True))
+
+
 def _check(name: str, tensor: Tensor, sizes: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
     """Sizes are exact; None stands for any. The kernel follows pointers, so nothing may slip past here."""
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    if not tensor.is_cpu or tensor.layout is not torch.strided:
         raise ValueError(f"{name}: got a {tensor.layout} tensor on {tensor.device}, expected a strided one on the CPU")
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{name}: got dtype {tensor.dtype}, expected {expected}")
-    fits = tensor.ndim == len(sizes) and all(size in (None, got) for got, size in zip(tensor.shape, sizes, strict=True))
-    if not fits:
+    got = tensor.shape
+    if got != sizes and not _fits(got, sizes):
         expected = ", ".join("any" if size is None else str(size) for size in sizes)
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [{expected}]")
 
@@ -186,10 +190,10 @@ def _check(name: str, tensor: Tensor, sizes: Sequence[int | None], dtypes: Seque
 def _broadcast(name: str, tensor: Tensor, sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> Tensor:
     """The tensor, each of its sizes 1 or full, with strides of 0 where it repeats."""
     got = tensor.shape
-    fits = tensor.ndim == len(sizes) and all(g in (1, size) for g, size in zip(got, sizes, strict=True))
-    if not fits:
-        raise ValueError(f"{name}: got shape {list(got)}, expected 1 or the whole size in each of {list(sizes)}")
-    tensor = tensor.expand(sizes)
+    if got != sizes:
+        if len(got) != len(sizes) or any(g not in (1, size) for g, size in zip(got, sizes, strict=True)):
+            raise ValueError(f"{name}: got shape {list(got)}, expected 1 or the whole size in each of {list(sizes)}")
+        tensor = tensor.expand(sizes)
     _check(name, tensor, sizes, dtypes)
     return tensor
 
@@ -211,7 +215,9 @@ def _integers(name: str, constants: Sequence[int | float], least: Sequence[int])
         int(value) != value or value < low for value, low in zip(constants, least, strict=False)
     )
     if wrong:
-        raise ValueError(f"statistics: got constants {tuple(constants)} for {name}, expected integers >= {tuple(least)}")
+        raise ValueError(
+            f"statistics: got constants {tuple(constants)} for {name}, expected integers >= {tuple(least)}"
+        )
     return (*(int(value) for value in constants), *(0,) * (4 - len(constants)))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headscope.ops.attend import attend
 from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents
+from headscope.ops.gradients import gradients
 
 # attend() holds about four score-sized tensors at once: 4 x 8 MiB
 CHUNK_BYTES = 8 * 2**20
@@ -41,26 +42,14 @@ def backward(call: Call, cotangents: Cotangents) -> dict[str, Tensor]:
     dtype = call.statistic_dtype
     wanted = [name for name, need in zip(DIFFERENTIABLE, cotangents.needed, strict=True) if need]
     totals = {name: torch.zeros_like(getattr(call, name), dtype=dtype) for name in wanted}
-    flows = [grad is not None for grad in (cotangents.output, *cotangents.statistics)]
     for samples, rows in _chunks(call):
-        piece = _piece(call, samples, rows)
-        leaves = {name: getattr(piece, name).detach().requires_grad_() for name in wanted}
-        with torch.enable_grad():
-            chunk_output, chunk_values = attend(piece._replace(**leaves), rows.start)
-            grads = [
-                grad[samples, :, rows].to(dtype)
-                for grad in (cotangents.output, *cotangents.statistics)
-                if grad is not None
-            ]
-            flowing = [value for value, flow in zip((chunk_output, *chunk_values), flows, strict=True) if flow]
-            # a removed head without statistics leads to nothing that requires a gradient
-            pairs = [(value, grad) for value, grad in zip(flowing, grads, strict=True) if value.requires_grad]
-            chunk_grads = torch.autograd.grad(
-                [value for value, _ in pairs], list(leaves.values()), [grad for _, grad in pairs], allow_unused=True
-            )
-        for name, chunk_grad in zip(wanted, chunk_grads, strict=True):
-            if chunk_grad is not None:
-                _part(totals[name], samples, rows if name in _ROWS else None).add_(chunk_grad)
+        grads = [
+            None if grad is None else grad[samples, :, rows].to(dtype)
+            for grad in (cotangents.output, *cotangents.statistics)
+        ]
+        found = gradients(_piece(call, samples, rows), rows.start, grads[0], grads[1:], wanted)
+        for name, gradient in found.items():
+            _part(totals[name], samples, rows if name in _ROWS else None).add_(gradient)
     return {name: total.to(getattr(call, name).dtype) for name, total in totals.items()}
 
 

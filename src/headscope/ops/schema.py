@@ -7,6 +7,7 @@ registering costs nothing and Triton is only touched by whoever uses it.
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,9 +64,14 @@ def _split(arguments: Sequence[Any]) -> tuple[Cotangents, Call]:
     return Cotangents(*arguments[:count]), Call(*arguments[count:])
 
 
+@cache
+def _module(backend: str) -> Any:
+    return importlib.import_module(f"headscope.ops.{backend}")
+
+
 def _forward_of(backend: str) -> Callable[..., Any]:
     def forward(*arguments: Any) -> Any:
-        return importlib.import_module(f"headscope.ops.{backend}").forward(Call(*arguments))
+        return _module(backend).forward(Call(*arguments))
 
     return forward
 
@@ -73,7 +79,7 @@ def _forward_of(backend: str) -> Callable[..., Any]:
 def _backward_of(backend: str) -> Callable[..., Any]:
     def backward(*arguments: Any) -> Any:
         cotangents, call = _split(arguments)
-        found = importlib.import_module(f"headscope.ops.{backend}").backward(call, cotangents)
+        found = _module(backend).backward(call, cotangents)
         return [found[name] for name, need in zip(DIFFERENTIABLE, cotangents.needed, strict=True) if need]
 
     return backward

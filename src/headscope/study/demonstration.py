@@ -94,13 +94,18 @@ class StudyConfig:
 
 
 def run_study(
-    config: StudyConfig, out: str | Path, *, batch: int = 64, progress: bool = True, console: Console | None = None
+    config: StudyConfig,
+    out: str | Path,
+    *,
+    batch: int | None = None,
+    progress: bool = True,
+    console: Console | None = None,
 ) -> Path:
     """Run the study, or what is left of it, and write its page.
 
     Args:
         out: the study's directory; a study of the same configuration there is gone on with.
-        batch: rows that pass through the denoiser at once.
+        batch: rows that pass through the denoiser at once; None measures how many fit.
         progress: show progress.
 
     Returns:

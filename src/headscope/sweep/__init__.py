@@ -1,11 +1,13 @@
-"""Sweeps: items x timesteps observed, and heads ablated in turn, resumable, in Parquet.
+"""Sweeps: items x timesteps observed, and heads edited in turn or in sets, resumable, in Parquet.
 
-Reading order: config (what is asked), items (images, prompts and the model), plan (the units of work), unit (how one
-is computed), store (where it is kept), runner (the loop).
+Reading order: config (what is asked), items and sources (images, prompts and the model), plan (the units of work), unit
+(how one is computed) with sharing (what edited forwards take over from clean ones), store and claims (the run
+directory), worker (one process's share), executors (where the processes run), runner (the whole), run (reading it).
 """
 
-from headscope.sweep.config import SweepConfig
-from headscope.sweep.runner import run_sweep
-from headscope.sweep.store import Run
+from headscope.sweep.config import HeadSet, SweepConfig
+from headscope.sweep.run import Run
+from headscope.sweep.runner import SweepFailed, Workers, run_sweep
+from headscope.sweep.worker import DiskFull, Execution
 
-__all__ = ["Run", "SweepConfig", "run_sweep"]
+__all__ = ["DiskFull", "Execution", "HeadSet", "Run", "SweepConfig", "SweepFailed", "Workers", "run_sweep"]

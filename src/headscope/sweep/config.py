@@ -1,14 +1,49 @@
-"""What a sweep is asked to do."""
+"""What a sweep is asked to do, from Python or a TOML file."""
 
+import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from headscope._extras import require
 from headscope.zoo import GROUPS
 
 FILLS = ("mean", "zero", "uniform")
-SCORES = ("loss", "generate")
+# those of the teacher-forced forward, then those of whole generations
+FORWARD_SCORES = ("loss", "distance", "x0")
+SCORES = (*FORWARD_SCORES, "generate")
+IMAGE_SCORES = ("mse", "psnr", "ssim")
 SPLITS = ("discover", "confirm")
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class HeadSet:
+    """Heads that are edited together.
+
+    Attributes:
+        name: what its rows are called.
+        sites: patterns of site names (as in a shell: * and ?), all of whose heads belong to the set.
+        heads: (site, head) pairs that belong to it besides.
+        keep: how much of the heads is kept, the gate: 0 removes them, 0.5 halves them, 2 doubles them.
+    """
+
+    name: str
+    sites: tuple[str, ...] = ()
+    heads: tuple[tuple[str, int], ...] = ()
+    keep: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("sets.name: got an empty name, expected some text")
+        if not self.sites and not self.heads:
+            raise ValueError(f"sets: {self.name!r} has neither sites nor heads, expected some")
+        if len(set(self.heads)) != len(self.heads):
+            raise ValueError(f"sets: {self.name!r} names a head twice, expected each once")
+
+
+# the command line and TOML files turn a misspelt name into an error
+HeadSet.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -17,7 +52,8 @@ class SweepConfig:
 
     Attributes:
         model: "builtin", or a directory with a diffusers pipeline (model_index.json).
-        groups: names of zoo groups, or NAME=DIR for a folder of images.
+        groups: names of zoo groups, or NAME=PATH for a folder of images, a Hugging Face dataset on disk, or WebDataset
+            tars (a file or a pattern with * or {000..009}).
         prompts: a text file with a prompt per line; they form the group "prompts", whose images are the model's own.
         splits: which splits of each group; "discover" is for selecting, "confirm" for testing.
         items: how many items of each group and split.
@@ -26,10 +62,19 @@ class SweepConfig:
         observe: record each head's entropy at every item and timestep.
         fills: what takes an ablated head's place: "mean" (its mean output over reference items of the same group),
             "zero", "uniform"; none for no ablation.
-        scores: "loss" (the paired denoising loss) and/or "generate" (distance of the edited image to the clean one).
-        heads: (site, head) pairs to ablate; None for all.
+        scores: "loss" (the paired denoising loss), "distance" (of the edited prediction to the clean one), "x0" (error
+            of the clean image that a prediction implies), "generate" (distance of the edited image to the clean one).
+        heads: (site, head) pairs to ablate, each in turn; None for all.
+        sites: patterns of site names (* and ?) to which the heads to ablate are limited.
+        sets: heads that are edited together, a row each beside the single heads'.
         reference_items: how many items, disjoint from the swept ones, the mean fill is taken over.
-        generate_steps: sampling steps of "generate"; edits act in all of them.
+        generate_steps: sampling steps of "generate".
+        generate_window: first step and the one after the last in which edits act; None for all steps.
+        image_scores: of "generate" beside the distance: "mse", "psnr", "ssim" of the edited image against the clean
+            one, or "module:function", which takes two uint8 arrays [images, height, width, 3], clean and edited,
+            and returns a number for each image.
+        attribute: every head's importance g and c at every item and timestep, from a few backwards, for each fill.
+        cotangents: random vectors that c is estimated from.
         seed: the noise replicate.
         device: where the model runs.
         dtype: the denoiser's dtype.
@@ -46,8 +91,14 @@ class SweepConfig:
     fills: tuple[str, ...] = ("mean", "zero")
     scores: tuple[str, ...] = ("loss",)
     heads: tuple[tuple[str, int], ...] | None = None
+    sites: tuple[str, ...] = ()
+    sets: tuple[HeadSet, ...] = ()
     reference_items: int = 16
     generate_steps: int = 10
+    generate_window: tuple[int, int] | None = None
+    image_scores: tuple[str, ...] = ()
+    attribute: bool = False
+    cotangents: int = 4
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
@@ -63,14 +114,16 @@ class SweepConfig:
         _subset("scores", self.scores, SCORES, empty=True)
         _subset("splits", self.splits, SPLITS)
         _subset("dtype", (self.dtype,), DTYPES)
-        for name in ("items", "reference_items", "generate_steps", "bands"):
+        for name in ("items", "reference_items", "generate_steps", "bands", "cotangents"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.heads is not None and (not self.heads or len(set(self.heads)) != len(self.heads)):
+        if self.heads is not None and ((not self.heads and not self.sets) or len(set(self.heads)) != len(self.heads)):
             raise ValueError(f"heads: got {list(self.heads)}, expected (site, head) pairs, each once, or None for all")
         if self.seed < 0:
             raise ValueError(f"seed: got {self.seed}, expected 0 or more")
-        if not self.observe and not (self.fills and self.scores):
+        if self.attribute and not self.fills:
+            raise ValueError("fills: got none to attribute to, expected some")
+        if not self.observe and not (self.fills and (self.scores or self.attribute)):
             raise ValueError(
                 "fills: got nothing to observe and nothing to ablate, expected observe, or fills and scores"
             )
@@ -84,8 +137,88 @@ class SweepConfig:
                 " (model_index.json)"
             )
 
+        self._check_generation()
+        names = [chosen.name for chosen in self.sets]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sets: got the names {', '.join(names)}, expected each once")
+
+    def _check_generation(self) -> None:
+        for name in self.image_scores:
+            if name not in IMAGE_SCORES and ":" not in name:
+                raise ValueError(
+                    f"image_scores: got {name!r}, expected module:function or one of {', '.join(IMAGE_SCORES)}"
+                )
+        if self.image_scores and "generate" not in self.scores:
+            raise ValueError("image_scores: got some without the score generate, whose images they are of")
+        if self.generate_window is not None:
+            first, end = self.generate_window
+            if not 0 <= first < end <= self.generate_steps:
+                raise ValueError(
+                    f"generate_window: got {first}, {end}, expected 0 <= first < end <= {self.generate_steps} steps"
+                )
+
     def as_dict(self) -> dict:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "configuration") -> "SweepConfig":
+        """A configuration from JSON or TOML types.
+
+        Raises:
+            ValueError: an unknown name, or a value that can't be; says which.
+        """
+        pydantic = require("pydantic", "sweep")
+        try:
+            return pydantic.TypeAdapter(cls).validate_python(values)
+        except pydantic.ValidationError as error:
+            raise ValueError("; ".join(_complaint(entry, where) for entry in error.errors())) from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> "SweepConfig":
+        """A configuration from a file whose keys are this class's attributes; `sets` are tables, as in
+
+            groups = ["faces", "mine=photographs/"]
+            scores = ["loss", "distance"]
+            timesteps = [100, 500]
+            [[sets]]
+            name = "middle"
+            sites = ["mid_block.*"]
+
+        Paths in it are relative to the working directory.
+
+        Raises:
+            ValueError: not TOML, an unknown key, or a value that can't be; says where.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"plan: got {str(path)!r}, expected a TOML file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"plan: {str(path)!r} isn't TOML ({error})") from None
+        return cls.from_dict(values, str(path))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "SweepConfig":
+        """A configuration that `as_dict` gave, after JSON; as in a manifest."""
+        values = {name: _tuples(value) for name, value in values.items()}
+        sets = tuple(HeadSet(**{name: _tuples(part) for name, part in chosen.items()}) for chosen in values["sets"])
+        return cls(**{**values, "sets": sets})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
+
+
+SweepConfig.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+
+
+def _complaint(entry: dict[str, Any], where: str) -> str:
+    """One of pydantic's errors in a line: where, the key, what came, what was expected."""
+    key = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "unexpected_keyword_argument":
+        return f"{where}: unknown key {key!r}"
+    text = entry["msg"].removeprefix("Value error, ")
+    return f"{where}: {key}: got {entry['input']!r}; {text}" if key and entry["type"] != "value_error" else text
 
 
 def _subset(name: str, values: tuple[str, ...], allowed: tuple[str, ...], *, empty: bool = False) -> None:

@@ -1,8 +1,10 @@
 """The model and the items of a sweep, read and checked before any work starts."""
 
+from __future__ import annotations
+
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,38 @@ import torch
 from headscope._extras import require
 from headscope.models import PixelTask, Task
 from headscope.sweep.config import SPLITS, SweepConfig
-from headscope.zoo import ImageGroup, Item, load_pipeline, open_group
+from headscope.sweep.sources import open_source
+from headscope.zoo import ImageGroup, load_pipeline, open_group
 
 PROMPTS = "prompts"
+# images of a group are kept in memory up to so many bytes; those of a larger group are read again when needed
+KEPT_BYTES = 256 * 2**20
+
+
+class SweptItem:
+    """An item as the sweep uses it: its labels, and its image at the model's size, read when it is asked for.
+
+    Attributes:
+        group, index, source_id, split, caption, key: as the group's item has them.
+        content: a hash of its caption and image.
+    """
+
+    def __init__(self, source: ImageGroup, index: int, size: int, keep: bool) -> None:
+        self._source = source
+        self._size = size
+        item = source.item(index)
+        self.group, self.index, self.source_id = item.group, item.index, item.source_id
+        self.split, self.caption, self.key = item.split, item.caption, item.key
+        image = _fitted(item.image, size)
+        self.content = hashlib.sha256(item.caption.encode() + image.tobytes()).hexdigest()[:16]
+        self._image = image if keep else None
+
+    @property
+    def image(self) -> np.ndarray:
+        """uint8 [size, size, 3]."""
+        if self._image is not None:
+            return self._image
+        return _fitted(self._source.item(self.index).image, self._size)
 
 
 @dataclass(frozen=True)
@@ -31,8 +62,8 @@ class GroupItems:
 
     name: str
     description: str
-    swept: tuple[Item, ...]
-    reference: tuple[Item, ...]
+    swept: tuple[SweptItem | PromptItem, ...]
+    reference: tuple[SweptItem | PromptItem, ...]
 
     @property
     def source_count(self) -> int:
@@ -114,18 +145,19 @@ def open_items(config: SweepConfig, task: Task) -> list[GroupItems]:
 
 
 def _open_group(text: str, config: SweepConfig, size: int) -> GroupItems:
-    name, equals, folder = text.partition("=")
-    group = open_group(name, folder, size=size) if equals else open_group(name)
+    name, equals, path = text.partition("=")
+    group = open_source(name, path, size=size) if equals else open_group(name)
     swept = [index for split in config.splits for index in _spread(group.indices(split), config.items)]
     if not swept:
         raise ValueError(f"groups: {name!r} has no items in the splits {', '.join(config.splits)}")
     reference = _reference_indices(group, swept, config) if "mean" in config.fills else []
     kept = [index for index in swept if index not in reference]
+    keep = (len(kept) + len(reference)) * size * size * 3 <= KEPT_BYTES
     return GroupItems(
         name,
         group.description,
-        tuple(_fitted(group.item(index), size) for index in kept),
-        tuple(_fitted(group.item(index), size) for index in reference),
+        tuple(SweptItem(group, index, size, keep) for index in kept),
+        tuple(SweptItem(group, index, size, keep) for index in reference),
     )
 
 
@@ -151,13 +183,12 @@ def _reference_indices(group: ImageGroup, swept: list[int], config: SweepConfig)
     return _spread(swept, max(1, min(len(swept) // 4, config.reference_items)))
 
 
-def _fitted(item: Item, size: int) -> Item:
-    """The item with its image at the model's size (bicubic)."""
-    if item.image is None or item.image.shape[:2] == (size, size):
-        return item
+def _fitted(image: np.ndarray, size: int) -> np.ndarray:
+    """The image at the model's size (bicubic)."""
+    if image.shape[:2] == (size, size):
+        return image
     image_module = require("PIL.Image", "study")
-    resized = image_module.fromarray(item.image).resize((size, size), image_module.Resampling.BICUBIC)
-    return replace(item, image=np.asarray(resized), part_mask=None)
+    return np.asarray(image_module.fromarray(image).resize((size, size), image_module.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True)
@@ -177,6 +208,10 @@ class PromptItem:
     @property
     def source_id(self) -> str:
         """Names the prompt by its text, so that reordering the file changes no noise."""
+        return self.content
+
+    @property
+    def content(self) -> str:
         return hashlib.sha256(self.caption.encode()).hexdigest()[:16]
 
 
@@ -203,7 +238,7 @@ def _open_prompts(path: Path, config: SweepConfig) -> GroupItems:
         reference = (others or _spread_items(swept, max(1, len(swept) // 4)))[: config.reference_items]
     kept = tuple(item for item in swept if item not in reference)
     description = f"prompts of {path.name}; their images are the model's own"
-    return GroupItems(PROMPTS, description, kept, tuple(reference))  # type: ignore[arg-type]
+    return GroupItems(PROMPTS, description, kept, tuple(reference))
 
 
 def _spread_items(items: list[Any], count: int) -> list[Any]:

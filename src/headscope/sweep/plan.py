@@ -2,21 +2,49 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import headscope
 from headscope.models import Site, Task
 from headscope.sweep.config import SweepConfig
-from headscope.sweep.items import GroupItems, choose_timesteps, model_fingerprint
+from headscope.sweep.items import GroupItems, PromptItem, choose_timesteps, model_fingerprint
 
 # items of a unit: some seconds of work on a laptop, so that little is lost when a run is killed
 ITEMS_PER_UNIT = 4
 # observing takes one forward an item and timestep, not one a head
 ITEMS_PER_OBSERVATION = 20
+# where a group would make more units of a kind, they hold more items each: tens of thousands of files are slow to list
+UNITS_PER_GROUP = 2000
 
 # kinds of unit, in the order they run: what a later kind needs, an earlier one has written
 IMAGES, REFERENCE, OBSERVE, ABLATE, GENERATE = "images", "reference", "observations", "ablations", "generations"
+ABLATE_SETS, GENERATE_SETS = "set_ablations", "set_generations"
+ATTRIBUTE = "attributions"
+KINDS = (IMAGES, REFERENCE, OBSERVE, ATTRIBUTE, ABLATE, ABLATE_SETS, GENERATE, GENERATE_SETS)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Heads that are edited together.
+
+    Attributes:
+        name: of the set; of a single head, its site.
+        heads: (site, head) pairs.
+        keep: the gate of these heads.
+    """
+
+    name: str
+    heads: tuple[tuple[str, int], ...]
+    keep: float = 0.0
+
+    @property
+    def sites(self) -> frozenset[str]:
+        return frozenset(site for site, _ in self.heads)
 
 
 @dataclass(frozen=True)
@@ -24,8 +52,8 @@ class Unit:
     """One piece of work and the one file that it writes.
 
     Attributes:
-        kind: "images" (prompts drawn by the model), "reference" (mean head outputs), "observations", "ablations" or
-            "generations".
+        kind: "images" (prompts drawn by the model), "reference" (mean head outputs), "observations", "attributions", or
+            of single heads "ablations" and "generations", of sets of them "set_ablations" and "set_generations".
         group: the group's name.
         items: positions of the items among the group's swept (or reference) ones.
         timestep: the one it works at, None for all or none.
@@ -50,14 +78,40 @@ class Plan:
     Attributes:
         identity: what decides the numbers, as JSON types; a run directory belongs to one identity.
         timesteps: those of the sweep.
-        heads: the (site, head) pairs to ablate.
+        heads: the (site, head) pairs to ablate, each in turn.
+        sets: the sets of heads to edit.
         units: in the order they run.
     """
 
     identity: dict[str, Any]
     timesteps: tuple[int, ...]
     heads: tuple[tuple[str, int], ...]
+    sets: tuple[Edit, ...]
     units: tuple[Unit, ...]
+
+    def edits(self, kind: str) -> tuple[Edit, ...]:
+        """What a unit of that kind edits."""
+        if kind in (ABLATE_SETS, GENERATE_SETS):
+            return self.sets
+        return tuple(Edit(site, ((site, head),)) for site, head in self.heads)
+
+    def needs(self, unit: Unit) -> list[Unit]:
+        """The units whose files this one reads."""
+        if unit.kind == IMAGES:
+            return []
+        kinds = {IMAGES}
+        if unit.kind in (ATTRIBUTE, ABLATE, ABLATE_SETS, GENERATE, GENERATE_SETS):
+            kinds.add(REFERENCE)
+        score = "generate" if unit.kind in (GENERATE, GENERATE_SETS) else "loss"
+        return [
+            other
+            for other in self._read_by_others
+            if other.group == unit.group and other.kind in kinds and other.score in (None, score)
+        ]
+
+    @cached_property
+    def _read_by_others(self) -> list[Unit]:
+        return [unit for unit in self.units if unit.kind in (IMAGES, REFERENCE)]
 
 
 def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: tuple[Site, ...]) -> Plan:
@@ -68,6 +122,7 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
     """
     timesteps = choose_timesteps(config, task)
     heads = _heads(config, sites)
+    sets = _sets(config, sites)
     swept = {group.name: _item_keys(group.swept) for group in groups}
     reference_keys = {group.name: _item_keys(group.reference) for group in groups}
     identity = _identity(config, task, timesteps, swept, reference_keys)
@@ -80,51 +135,92 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
             Unit(kind, group.name, tuple(items), timestep, score, forwards, _sha({**identity, "unit": content}))
         )
 
+    teacher_forced = any(score != "generate" for score in config.scores)
+    generated = "generate" in config.scores
+    edited = ((ABLATE, GENERATE, len(heads)), (ABLATE_SETS, GENERATE_SETS, len(sets)))
     for group in groups:
+        count = len(group.swept)
         reference = range(len(group.reference))
         sampling = 2 * config.generate_steps
         if _needs_images(group):
-            everything = range(len(group.swept))
-            add(IMAGES, group, everything, (len(group.swept) + len(group.reference)) * sampling)
-        if "mean" in config.fills and heads:
-            if "loss" in config.scores:
+            add(IMAGES, group, range(count), (count + len(group.reference)) * sampling)
+        if "mean" in config.fills and (heads or sets or config.attribute):
+            if teacher_forced or config.attribute:
                 add(REFERENCE, group, reference, len(reference) * len(timesteps), score="loss")
-            if "generate" in config.scores:
+            if generated:
                 add(REFERENCE, group, reference, len(reference) * sampling, score="generate")
         if config.observe:
-            for chunk in _chunks(len(group.swept), ITEMS_PER_OBSERVATION):
+            for chunk in _chunks(count, ITEMS_PER_OBSERVATION):
                 add(OBSERVE, group, chunk, len(chunk) * len(timesteps))
-        for chunk in _chunks(len(group.swept), ITEMS_PER_UNIT):
-            edits = len(chunk) * len(heads) * len(config.fills)
-            if edits and "loss" in config.scores:
-                for timestep in timesteps:
-                    add(ABLATE, group, chunk, len(chunk) + edits, timestep=timestep)
-            if edits and "generate" in config.scores:
-                add(GENERATE, group, chunk, (len(chunk) + edits) * sampling, score="generate")
-    order = (IMAGES, REFERENCE, OBSERVE, ABLATE, GENERATE)
-    units.sort(key=lambda unit: order.index(unit.kind))
-    return Plan(identity, timesteps, heads, tuple(units))
+        if config.attribute:
+            # a forward, and of each backward twice its work
+            each = len(timesteps) * len(config.fills) * (3 + 2 * config.cotangents)
+            for chunk in _chunks(count, ITEMS_PER_OBSERVATION):
+                add(ATTRIBUTE, group, chunk, len(chunk) * each)
+        for ablate, generate, edits in edited:
+            rows = edits * len(config.fills)
+            if rows and teacher_forced:
+                for chunk in _chunks(count, ITEMS_PER_UNIT, len(timesteps)):
+                    for timestep in timesteps:
+                        add(ablate, group, chunk, len(chunk) * (1 + rows), timestep=timestep)
+            if rows and generated:
+                for chunk in _chunks(count, ITEMS_PER_UNIT):
+                    add(generate, group, chunk, len(chunk) * (1 + rows) * sampling, score="generate")
+    units.sort(key=lambda unit: KINDS.index(unit.kind))
+    return Plan(identity, timesteps, heads, sets, tuple(units))
 
 
-def _chunks(count: int, size: int) -> list[range]:
+def _chunks(count: int, size: int, of_each: int = 1) -> list[range]:
+    """Items in chunks of `size`, or larger, where `of_each` units of every chunk would be too many."""
+    size = max(size, math.ceil(count * of_each / UNITS_PER_GROUP))
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _needs_images(group: GroupItems) -> bool:
-    return any(item.image is None for item in (*group.swept, *group.reference))
+    return any(isinstance(item, PromptItem) for item in (*group.swept, *group.reference))
 
 
 def _heads(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[tuple[str, int], ...]:
-    if not config.fills:
+    """The single heads to ablate, in the order of the model's sites."""
+    if not config.fills or not config.scores or config.heads == ():
         return ()
-    every = tuple((site.name, head) for site in sites for head in range(site.heads))
+    every = _matching(sites, config.sites or ("*",), "sites")
     if config.heads is None:
         return every
-    for site, head in config.heads:
+    _known(config.heads, sites, "heads")
+    return tuple(pair for pair in every if pair in set(config.heads))
+
+
+def _sets(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[Edit, ...]:
+    if not config.fills or not config.scores:
+        return ()
+    found = []
+    for chosen in config.sets:
+        _known(chosen.heads, sites, f"sets: {chosen.name!r}: heads")
+        matching = _matching(sites, chosen.sites, f"sets: {chosen.name!r}: sites") if chosen.sites else ()
+        found.append(Edit(chosen.name, tuple(dict.fromkeys((*matching, *chosen.heads))), chosen.keep))
+    return tuple(found)
+
+
+def _matching(sites: tuple[Site, ...], patterns: Iterable[str], field: str) -> tuple[tuple[str, int], ...]:
+    """All heads of the sites that match one of the patterns."""
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(site.name, pattern) for site in sites):
+            raise ValueError(f"{field}: got {pattern!r}, expected a pattern of {_described(sites)}")
+    matching = [site for site in sites if any(fnmatchcase(site.name, pattern) for pattern in patterns)]
+    return tuple((site.name, head) for site in matching for head in range(site.heads))
+
+
+def _known(heads: Iterable[tuple[str, int]], sites: tuple[Site, ...], field: str) -> None:
+    every = set(_matching(sites, ("*",), field))
+    for site, head in heads:
         if (site, head) not in every:
-            known = ", ".join(f"{s.name} ({s.heads} heads)" for s in sites)
-            raise ValueError(f"heads: got ({site!r}, {head}), expected heads of {known}")
-    return tuple((site, head) for site, head in config.heads)
+            raise ValueError(f"{field}: got ({site!r}, {head}), expected heads of {_described(sites)}")
+
+
+def _described(sites: tuple[Site, ...]) -> str:
+    return ", ".join(f"{site.name} ({site.heads} heads)" for site in sites)
 
 
 def _identity(
@@ -153,9 +249,7 @@ def _identity(
 
 def _item_keys(items: tuple[Any, ...]) -> list[list[str]]:
     """What identifies each item: its key, and a hash of its caption and image."""
-    contents = (item.caption.encode() + (b"" if item.image is None else item.image.tobytes()) for item in items)
-    hashes = (hashlib.sha256(content).hexdigest()[:16] for content in contents)
-    return [[item.key, found] for item, found in zip(items, hashes, strict=True)]
+    return [[item.key, item.content] for item in items]
 
 
 def _sha(content: Any) -> str:

@@ -1,32 +1,66 @@
-"""Running a sweep in this process, with progress, and picking it up where it stopped."""
+"""Running a sweep: opened, planned, handed to whoever works on it, and picked up where it stopped."""
 
-import datetime
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import gc
+import shutil
+import uuid
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from headscope._machine import device_name, versions
-from headscope.models import Scope
 from headscope.sweep.config import SweepConfig
-from headscope.sweep.items import GroupItems, load_task, open_items
-from headscope.sweep.plan import Plan, make_plan
-from headscope.sweep.store import Run, RunStore
-from headscope.sweep.unit import UnitRunner
+from headscope.sweep.executors import EXECUTORS
+from headscope.sweep.executors.member import Watch
+from headscope.sweep.executors.processes import run_processes
+from headscope.sweep.executors.ray import run_ray
+from headscope.sweep.executors.slurm import run_slurm
+from headscope.sweep.plan import Unit
+from headscope.sweep.progress import Progress
+from headscope.sweep.run import Run
+from headscope.sweep.store import CLAIMS, RunStore
+from headscope.sweep.worker import Execution, Opened, WorkOrder, work
 
-# seconds between two progress lines where the output isn't a terminal
-QUIET_INTERVAL = 15.0
+
+class SweepFailed(RuntimeError):
+    """Some units failed too often; all others are finished."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who works on a sweep.
+
+    Attributes:
+        executor: "local" (this process), "processes" (of this machine), "ray" or "slurm".
+        count: how many processes.
+        address: of a Ray cluster; None for this machine.
+        cluster: of submitit, "slurm" or "local".
+        parameters: of submitit's executor, such as timeout_min or slurm_partition.
+    """
+
+    executor: str = "local"
+    count: int = 1
+    address: str | None = None
+    cluster: str = "slurm"
+    parameters: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise ValueError(f"executor: got {self.executor!r}, expected one of {', '.join(EXECUTORS)}")
+        if self.count < 1:
+            raise ValueError(f"workers: got {self.count}, expected at least 1")
+        if self.executor == "local" and self.count != 1:
+            raise ValueError(f"workers: got {self.count} in this process, expected 1, or another executor")
 
 
 def run_sweep(
     config: SweepConfig,
     out: str | Path,
     *,
-    batch: int = 64,
+    batch: int | None = None,
+    execution: Execution | None = None,
+    workers: Workers | None = None,
     progress: bool = True,
     console: Console | None = None,
     title: str = "sweep",
@@ -34,106 +68,90 @@ def run_sweep(
     """Run a sweep, or what is left of it.
 
     Every unit is committed as it finishes. A run that was killed goes on from there when the same configuration is
-    run into the same directory, and gives the same table.
+    run into the same directory, and gives the same table. Several processes may work on one directory at once.
 
     Args:
         config: what to do.
         out: the run directory; new, or one of the same configuration.
-        batch: rows that pass through the denoiser at once.
-        progress: show progress: a bar on a terminal, a line every 15 seconds elsewhere.
+        batch: rows that pass through the denoiser at once; None measures how many fit.
+        execution: further settings that change the speed alone.
+        workers: who works on it; None for this process.
+        progress: show progress: a bar on a terminal, a line of JSON every 15 seconds elsewhere.
 
     Raises:
         ValueError: the configuration can't be run, or the directory holds another one; before any work starts.
+        SweepFailed: some units failed three times; what they said is in the directory's failures/.
+        DiskFull: results can't be written.
     """
-    if batch < 1:
-        raise ValueError(f"batch: got {batch}, expected at least 1")
-    task = load_task(config)
-    groups = open_items(config, task)
-    scope = Scope(task.denoiser)
-    plan = make_plan(config, task, groups, scope.sites)
-    store = RunStore(Path(out), plan.identity, describe(config, plan, groups, scope))
-    runner = UnitRunner(config, task, groups, plan, store, batch)
-    left = [unit for unit in plan.units if not runner.done(unit)]
-    total = sum(unit.forwards for unit in plan.units)
-    remaining = sum(unit.forwards for unit in left)
-    with _progress(title, total, total - remaining, progress, console) as advance:
-        for unit in left:
-            runner.run(unit, advance)
+    execution = execution or Execution()
+    execution = replace(execution, rows=batch if batch is not None else execution.rows)
+    workers = workers or Workers()
+    opened = Opened(config, execution)
+    path = Path(out)
+    store = opened.store(path)
+    units = opened.plan.units
+    session = uuid.uuid4().hex
+    listed = store.listed()
+    with Progress(title, units, enabled=progress, console=console) as shown:
+        for unit in units:
+            if (unit.kind, unit.id) in listed and store.has(unit.kind, unit.id):
+                shown.already(unit)
+        if workers.executor == "local":
+            work(opened.runner(store), session, shown)
+        else:
+            order = WorkOrder(_absolute(config), str(path.resolve()), execution, session)
+            if execution.rows is None:
+                # measured here, where nobody else takes memory
+                opened.rows(store)
+            # the workers have a model each, this process needs none
+            del opened
+            _free()
+            _hand_over(order, workers, store, units, shown)
+    _conclude(store, units)
     return Run.open(out)
 
 
-def describe(config: SweepConfig, plan: Plan, groups: list[GroupItems], scope: Scope) -> dict:
-    """What the manifest says of a run beside its identity."""
-    return {
-        "config": config.as_dict(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "device": device_name(config.device),
-        "threads": torch.get_num_threads(),
-        "timesteps": list(plan.timesteps),
-        "sites": [{"name": s.name, "kind": s.kind, "heads": s.heads, "head_dim": s.head_dim} for s in scope.sites],
-        "groups": [
-            {
-                "name": group.name,
-                "description": group.description,
-                "items": len(group.swept),
-                "sources": group.source_count,
-                "reference_items": len(group.reference),
-            }
-            for group in groups
-        ],
-        "units": len(plan.units),
-        "forwards": sum(unit.forwards for unit in plan.units),
-    }
+def _hand_over(order: WorkOrder, workers: Workers, store: RunStore, units: tuple[Unit, ...], shown: Progress) -> None:
+    if workers.executor == "processes":
+        run_processes(order, workers.count, units, shown)
+        return
+    watch = Watch(store, units, shown)
+    if workers.executor == "ray":
+        run_ray(order, workers.count, watch, workers.address)
+    else:
+        run_slurm(order, workers.count, watch, cluster=workers.cluster, parameters=workers.parameters)
 
 
-@contextmanager
-def _progress(
-    title: str, total: int, done: int, enabled: bool, console: Console | None
-) -> Iterator[Callable[[int], None]]:
-    """A function that counts forwards and shows how far the sweep is."""
-    console = console or Console(stderr=True)
-    if not enabled or total == done:
-        yield lambda forwards: None
+def _conclude(store: RunStore, units: tuple[Unit, ...]) -> None:
+    """Raises SweepFailed where units are left."""
+    left = [unit for unit in units if not store.has(unit.kind, unit.id)]
+    if not left:
+        shutil.rmtree(store.path / CLAIMS, ignore_errors=True)
         return
-    if not console.is_terminal:
-        yield _progress_lines(title, total, done, console)
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("forwards"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+    failures = store.failures()
+    failed = [unit for unit in left if unit.id in failures]
+    if not failed:
+        raise RuntimeError(f"workers: {len(left)} units are left and nobody works on them; run the same command again")
+    last = failures[failed[0].id][-1]["error"].strip().splitlines()[-1]
+    waiting = f", {len(left) - len(failed)} that need them wait" if len(left) > len(failed) else ""
+    raise SweepFailed(
+        f"{len(failed)} of {len(units)} units failed{waiting}; the first: {last}."
+        f" See {store.path / 'failures'}, and try again with: headscope sweep retry {store.path}"
     )
-    with Progress(*columns, console=console) as bar:
-        shown = bar.add_task(title, total=total, completed=done, rate="")
-        started, counted = time.perf_counter(), 0
-
-        def advance(forwards: int) -> None:
-            nonlocal counted
-            counted += forwards
-            rate = counted / max(1e-9, time.perf_counter() - started)
-            bar.update(shown, advance=forwards, rate=f"{rate:.0f}/s")
-
-        yield advance
 
 
-def _progress_lines(title: str, total: int, done: int, console: Console) -> Callable[[int], None]:
-    started = last = time.perf_counter()
-    counted = 0
+def _absolute(config: SweepConfig) -> SweepConfig:
+    """Paths that other working directories understand."""
+    groups = []
+    for text in config.groups:
+        name, equals, path = text.partition("=")
+        groups.append(f"{name}={Path(path).absolute()}" if equals else text)
+    model = config.model if config.model == "builtin" else str(Path(config.model).absolute())
+    prompts = config.prompts and str(Path(config.prompts).absolute())
+    return replace(config, model=model, groups=tuple(groups), prompts=prompts)
 
-    def advance(forwards: int) -> None:
-        nonlocal counted, last
-        counted += forwards
-        now = time.perf_counter()
-        if now - last < QUIET_INTERVAL:
-            return
-        last = now
-        rate = counted / (now - started)
-        left = (total - done - counted) / rate
-        console.print(f"{title}: {done + counted}/{total} forwards, {rate:.0f}/s, {left:.0f} s left", highlight=False)
 
-    return advance
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,10 +1,11 @@
 """How one unit of work is computed."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor
 
 from headscope.models import Recording, Scope, Task
-from headscope.models.recording import HEAD_OUTPUT
 from headscope.ops import HeadEdit
 from headscope.sweep import plan as kinds
 from headscope.sweep.config import SweepConfig
-from headscope.sweep.items import GroupItems
-from headscope.sweep.plan import Plan, Unit
+from headscope.sweep.fitting import Rows
+from headscope.sweep.items import GroupItems, PromptItem
+from headscope.sweep.plan import Edit, Plan, Unit
+from headscope.sweep.rows import Grid, coded, labels, prepend
+from headscope.sweep.scores import checked_score, image_distance, image_scores, squared_error, x0_factor
+from headscope.sweep.sharing import Diverged, Prefix
+from headscope.sweep.steps import EarlierSteps
 from headscope.sweep.store import RunStore
 
 Advance = Callable[[int], None]
@@ -27,21 +32,32 @@ class UnitRunner:
     """Computes units and writes their files.
 
     Args:
-        batch: how many rows pass through the denoiser at once; it changes speed and memory, not the numbers
+        rows: how many rows pass through the denoiser at once; it changes speed and memory, not the numbers
             (beyond rounding).
+        share: let edited forwards take over what the clean one computed before the edited site.
     """
 
     def __init__(
-        self, config: SweepConfig, task: Task, groups: Sequence[GroupItems], plan: Plan, store: RunStore, batch: int
+        self,
+        config: SweepConfig,
+        task: Task,
+        groups: Sequence[GroupItems],
+        plan: Plan,
+        store: RunStore,
+        rows: Rows,
+        share: bool = True,
     ) -> None:
         self.config = config
         self.task = task
         self.plan = plan
         self.store = store
-        self.batch = batch
+        self.rows = rows
+        self.share = share
         self.groups = {group.name: group for group in groups}
         self._references: dict[tuple[str, str], Recording] = {}
         self._drawn: dict[str, dict[str, Tensor]] = {}
+        self._prefix: Prefix | None = None
+        self._image_scores = image_scores(config.image_scores)
 
     @cached_property
     def _loss_scope(self) -> Scope:
@@ -53,9 +69,7 @@ class UnitRunner:
         return Scope(self.task.pipeline if hasattr(self.task.pipeline, "text_encoder") else self.task.denoiser)
 
     def done(self, unit: Unit) -> bool:
-        if unit.kind in (kinds.IMAGES, kinds.REFERENCE):
-            return self.store.has_tensors(unit.kind, unit.id)
-        return self.store.has_table(unit.kind, unit.id)
+        return self.store.has(unit.kind, unit.id)
 
     def run(self, unit: Unit, advance: Advance) -> None:
         """Compute the unit and commit its file; `advance` hears of every batch of forwards."""
@@ -63,18 +77,28 @@ class UnitRunner:
             kinds.IMAGES: self._draw_images,
             kinds.REFERENCE: self._reference,
             kinds.OBSERVE: self._observe,
+            kinds.ATTRIBUTE: self._attribute,
             kinds.ABLATE: self._ablate,
+            kinds.ABLATE_SETS: self._ablate,
             kinds.GENERATE: self._generate,
+            kinds.GENERATE_SETS: self._generate,
         }
-        with torch.inference_mode():
-            steps[unit.kind](unit, advance)
+        # attribution goes backward
+        with torch.inference_mode(unit.kind != kinds.ATTRIBUTE):
+            try:
+                steps[unit.kind](unit, advance)
+            except Diverged as error:
+                # the model runs differently on these inputs: from here on, whole forwards
+                assert self._prefix is not None
+                self._prefix.reason = str(error)
+                steps[unit.kind](unit, advance)
 
     def items(self, unit: Unit) -> list:
         """The unit's items, prompts with the images the model drew for them."""
         group = self.groups[unit.group]
         members = group.reference if unit.kind == kinds.REFERENCE else group.swept
         chosen = [members[index] for index in unit.items]
-        if all(item.image is not None for item in chosen):
+        if not any(isinstance(item, PromptItem) for item in chosen):
             return chosen
         drawn = self._drawn_images(unit.group)
         return [replace(item, image=drawn[item.key].numpy()) for item in chosen]
@@ -87,26 +111,32 @@ class UnitRunner:
 
     def _draw_images(self, unit: Unit, advance: Advance) -> None:
         group = self.groups[unit.group]
+        members = [*group.swept, *group.reference]
         drawn = {}
-        for chunk in _chunks([*group.swept, *group.reference], self.batch):
+
+        def draw(piece: range) -> None:
+            chunk = [members[index] for index in piece]
             images = self.task.generate(chunk, steps=self.config.generate_steps, seed=self.config.seed)
             drawn.update({item.key: torch.from_numpy(image) for item, image in zip(chunk, images, strict=True)})
             advance(2 * self.config.generate_steps * len(chunk))
+
+        self.rows.run(len(members), draw)
         self.store.write_tensors(unit.kind, unit.id, drawn)
 
     def _reference(self, unit: Unit, advance: Advance) -> None:
         items = self.items(unit)
         scope = self._loss_scope if unit.score == "loss" else self._pipeline_scope
         total: Recording | None = None
-        for chunk in _chunks(items, self.batch):
+        # not halved when memory runs out: a recording can't forget half a batch
+        for chunk in _chunks(items, self.rows.most):
             if unit.score == "loss":
                 prepared = self.task.prepare(chunk)
-                with scope.record(HEAD_OUTPUT, into=total) as total:
+                with scope.record("head_output", into=total) as total:
                     for timestep in self.plan.timesteps:
                         self.task.predict(self.task.noisy_inputs(prepared, timestep, self.config.seed))
                         advance(len(chunk))
             else:
-                with scope.record(HEAD_OUTPUT, into=total) as total:
+                with scope.record("head_output", into=total) as total:
                     self.task.generate(chunk, steps=self.config.generate_steps, seed=self.config.seed)
                 advance(2 * self.config.generate_steps * len(chunk))
         assert total is not None
@@ -117,138 +147,224 @@ class UnitRunner:
             unit = next(
                 u for u in self.plan.units if u.kind == kinds.REFERENCE and u.group == group and u.score == score
             )
-            self._references[group, score] = Recording.from_tensors(self.store.read_tensors(unit.kind, unit.id))
+            # ordinary tensors, which attribution may save for its backwards
+            with torch.inference_mode(False):
+                self._references[group, score] = Recording.from_tensors(self.store.read_tensors(unit.kind, unit.id))
         return self._references[group, score]
 
     def _observe(self, unit: Unit, advance: Advance) -> None:
         items = self.items(unit)
-        tables = []
-        for chunk in _chunks(items, self.batch):
+        tables: dict[int, pa.Table] = {}
+
+        def observe(piece: range) -> None:
+            chunk = [items[index] for index in piece]
             prepared = self.task.prepare(chunk)
             with self._loss_scope.record("entropy") as recording:
                 for timestep in self.plan.timesteps:
                     self.task.predict(self.task.noisy_inputs(prepared, timestep, self.config.seed))
                     advance(len(chunk))
             table = recording.to_arrow()
-            labels = _labels(chunk, table["sample"].to_numpy(), self.config.seed)
+            described = labels(chunk, table["sample"].to_numpy(), self.config.seed)
             for name in ("step", "sample"):
                 table = table.drop_columns(name)
             timestep = table["timestep"].cast(pa.int32())
             table = table.set_column(table.schema.get_field_index("timestep"), "timestep", timestep)
-            tables.append(_prepend(labels, table))
-        self.store.write_table(unit.kind, unit.id, pa.concat_tables(tables).unify_dictionaries())
+            tables[piece.start] = prepend(described, table)
 
-    def _ablate(self, unit: Unit, advance: Advance) -> None:
-        """Every head in turn; the edits of one site share a batch, a row each."""
+        self.rows.run(len(items), observe)
+        table = pa.concat_tables(tables[start] for start in sorted(tables)).unify_dictionaries()
+        self.store.write_table(unit.kind, unit.id, table)
+
+    def _attribute(self, unit: Unit, advance: Advance) -> None:
+        """Every head's g and c, all at once, from a few backwards."""
         items = self.items(unit)
-        assert unit.timestep is not None
-        inputs = self.task.noisy_inputs(self.task.prepare(items), unit.timestep, self.config.seed)
-        clean = np.concatenate(
-            [self.task.loss(inputs.rows(rows)).cpu().numpy() for rows in torch.arange(len(items)).split(self.batch)]
-        )
-        advance(len(items))
-        columns = _Columns()
-        for site, fill, pairs, edit in self._edits(self._loss_scope, unit.group, "loss", len(items)):
-            rows = torch.tensor([item for item, _ in pairs], device=self.task.device)
-            with edit:
-                edited = self.task.loss(inputs.rows(rows)).cpu().numpy()
-            advance(len(pairs))
-            for (item, head), loss in zip(pairs, edited, strict=True):
-                columns.add(item=item, site=site, head=head, fill=fill, clean=clean[item], edited=loss)
-        self.store.write_table(unit.kind, unit.id, columns.table(items, self.config.seed, unit.timestep))
+        named = {site for site, _ in self.plan.heads}
+        sites = [site.name for site in self._loss_scope.sites if not named or site.name in named]
+        each = unit.forwards // (len(items) * len(self.config.fills))
+        tables: dict[tuple[int, int], pa.Table] = {}
+        for number, fill in enumerate(self.config.fills):
 
-    def _generate(self, unit: Unit, advance: Advance) -> None:
-        """Every head in turn, removed in all sampling steps; the images are kept beside the table."""
-        items = self.items(unit)
-        steps, seed = self.config.generate_steps, self.config.seed
-        clean = np.concatenate([self.task.generate(c, steps=steps, seed=seed) for c in _chunks(items, self.batch)])
-        advance(2 * steps * len(items))
-        columns = _Columns()
-        images = []
-        for site, fill, pairs, edit in self._edits(self._pipeline_scope, unit.group, "generate", len(items)):
-            with edit:
-                edited = self.task.generate([items[item] for item, _ in pairs], steps=steps, seed=seed)
-            advance(2 * steps * len(pairs))
-            images.append(edited)
-            for (item, head), image in zip(pairs, edited, strict=True):
-                difference = (image.astype(np.float64) - clean[item]) / 255.0
-                distance = float(np.square(difference).mean())
-                columns.add(item=item, site=site, head=head, fill=fill, steps=steps, distance=distance)
-        kept = {"clean": torch.from_numpy(clean), "edited": torch.from_numpy(np.concatenate(images))}
-        self.store.write_tensors(unit.kind, unit.id, kept)
-        # the table comes last: it is what makes the unit done
-        self.store.write_table(unit.kind, unit.id, columns.table(items, seed, None))
+            def attribute(piece: range, number=number, fill=fill) -> None:
+                chunk = [items[index] for index in piece]
+                found = self._loss_scope.attribute(
+                    self.task,
+                    chunk,
+                    self.plan.timesteps,
+                    sites=sites,
+                    cotangents=self.config.cotangents,
+                    fill=self._fill(unit, fill),
+                    replicate=self.config.seed,
+                    batch=len(chunk),
+                )
+                table = found.to_arrow()
+                described = labels(chunk, np.arange(len(table)) // (len(table) // len(chunk)), self.config.seed)
+                described["fill"] = coded([fill], np.zeros(len(table), np.int32))
+                tables[number, piece.start] = prepend(described, table.drop_columns("item"))
+                advance(each * len(chunk))
 
-    def _edits(
-        self, scope: Scope, group: str, score: str, items: int
-    ) -> Iterator[tuple[str, str, list[tuple[int, int]], AbstractContextManager[None]]]:
-        """Every head in turn, as batches: site, fill, (item, head) pairs with a row each, and the edit to enter."""
-        for site, heads in self._heads_by_site():
-            count = scope.site(site).heads
-            for fill in self.config.fills:
-                for pairs in _chunks([(item, head) for head in heads for item in range(items)], self.batch):
-                    gates = _gates([head for _, head in pairs], count)
-                    yield site, fill, pairs, scope.edit({site: HeadEdit(gates)}, fill=self._fill(group, score, fill))
+            self.rows.run(len(items), attribute)
+        table = pa.concat_tables(tables[key] for key in sorted(tables)).unify_dictionaries()
+        self.store.write_table(unit.kind, unit.id, table)
 
-    def _fill(self, group: str, score: str, fill: str):
-        """What `scope.edit` takes for one of the configuration's fills."""
+    def _fill(self, unit: Unit, fill: str) -> Recording | str | None:
+        """What a scope takes for one of the configuration's fills."""
         if fill == "mean":
-            return self._mean(group, score)
+            generated = unit.kind in (kinds.GENERATE, kinds.GENERATE_SETS)
+            return self._mean(unit.group, "generate" if generated else "loss")
         return "uniform" if fill == "uniform" else None
 
-    def _heads_by_site(self) -> Iterator[tuple[str, list[int]]]:
-        for site, pairs in groupby(sorted(self.plan.heads, key=self._order), key=lambda pair: pair[0]):
-            yield site, [head for _, head in pairs]
+    def _ablate(self, unit: Unit, advance: Advance) -> None:
+        """Every edit in turn; edits of one site share a batch, and take over what ran before that site."""
+        items = self.items(unit)
+        assert unit.timestep is not None
+        timestep: int = unit.timestep
+        inputs = self.task.noisy_inputs(self.task.prepare(items), timestep, self.config.seed)
+        edits = self.plan.edits(unit.kind)
+        grid = Grid(edits, self.config.fills, len(items))
+        x0 = x0_factor(self.task, timestep) if "x0" in self.config.scores else None
+        prefix = self._learned(inputs)
 
-    def _order(self, pair: tuple[str, int]) -> tuple[int, int]:
-        names = [site.name for site in self._loss_scope.sites]
-        return names.index(pair[0]), pair[1]
+        def ablate(piece: range) -> None:
+            some = inputs.rows(torch.arange(piece.start, piece.stop, device=self.task.device))
+            with prefix.clean({edit.sites for edit in edits}) if prefix else nullcontext():
+                clean = self.task.predict(some)
+            clean_loss = squared_error(clean, some.target)
+            advance(len(piece))
+            for fill, pairs, edit in self._edited(self._loss_scope, unit, edits, len(piece)):
+
+                def apply(batch: range, fill=fill, pairs=pairs, edit=edit) -> None:
+                    chosen = pairs[batch.start : batch.stop]
+                    rows = torch.tensor([item for _, item in chosen], device=self.task.device)
+                    which = [index for index, _ in chosen]
+                    sites = edits[which[0]].sites
+                    with edit(which), prefix.replay(sites, rows) if prefix else nullcontext():
+                        edited = self.task.predict(some.rows(rows))
+                    places = which, fill, [piece.start + item for _, item in chosen]
+                    loss = squared_error(edited, some.target[rows])
+                    before = clean_loss[[item for _, item in chosen]]
+                    grid.put("clean", *places, before)
+                    grid.put("edited", *places, loss)
+                    if "distance" in self.config.scores:
+                        grid.put("distance", *places, squared_error(edited, clean[rows]))
+                    if x0 is not None:
+                        grid.put("x0_clean", *places, before * x0)
+                        grid.put("x0_edited", *places, loss * x0)
+                    advance(len(chosen))
+
+                self.rows.run(len(pairs), apply)
+
+        try:
+            with prefix.attached() if prefix else nullcontext(), _open(self._loss_scope):
+                self.rows.run(len(items), ablate)
+        finally:
+            if prefix:
+                prefix.forget()
+        constants = {"timestep": pa.scalar(timestep, pa.int32())}
+        table = grid.table(items, self.config.seed, unit.kind == kinds.ABLATE, **constants)
+        self.store.write_table(unit.kind, unit.id, table)
+
+    def _learned(self, inputs) -> Prefix | None:
+        """What edited forwards can take over from clean ones; None if nothing."""
+        if not self.share:
+            return None
+        if self._prefix is None:
+            example = inputs.rows(torch.tensor([0, len(inputs.sample) - 1], device=self.task.device))
+
+            def forward(rows: list[int]) -> Tensor:
+                return self.task.predict(example.rows(torch.tensor(rows, device=self.task.device)))
+
+            sites = [site.name for site in self._loss_scope.sites]
+            self._prefix = Prefix.learn(self.task.denoiser, sites, forward)
+        return self._prefix if self._prefix.shares else None
+
+    def _generate(self, unit: Unit, advance: Advance) -> None:
+        """Every edit in turn, in a window of the sampling steps; the images are kept beside the table."""
+        items = self.items(unit)
+        steps, seed = self.config.generate_steps, self.config.seed
+        first, end = self.config.generate_window or (0, steps)
+        edits = self.plan.edits(unit.kind)
+        grid = Grid(edits, self.config.fills, len(items))
+        kept_clean = np.zeros(0)
+        kept = np.zeros(0)
+
+        def generate(piece: range) -> None:
+            nonlocal kept_clean, kept
+            some = [items[index] for index in piece]
+            earlier = EarlierSteps(self.task.denoiser, first, len(some))
+            with earlier.kept():
+                clean = self.task.generate(some, steps=steps, seed=seed)
+            if not kept_clean.size:
+                kept_clean = np.zeros((len(items), *clean.shape[1:]), np.uint8)
+                kept = np.zeros((*grid.shape, *clean.shape[1:]), np.uint8)
+            kept_clean[piece.start : piece.stop] = clean
+            advance(2 * steps * len(some))
+            for fill, pairs, edit in self._edited(self._pipeline_scope, unit, edits, len(some)):
+
+                def apply(batch: range, fill=fill, pairs=pairs, edit=edit) -> None:
+                    chosen = pairs[batch.start : batch.stop]
+                    which, members = [index for index, _ in chosen], [item for _, item in chosen]
+                    with edit(which), earlier.repeated(members):
+                        edited = self.task.generate([some[item] for item in members], steps=steps, seed=seed)
+                    places = which, fill, [piece.start + item for item in members]
+                    kept[places] = edited
+                    before = clean[members]
+                    grid.put("distance", *places, image_distance(edited, before))
+                    for name, score in self._image_scores.items():
+                        grid.put(name, *places, checked_score(name, score(before, edited), len(edited)))
+                    advance(2 * steps * len(chosen))
+
+                self.rows.run(len(pairs), apply)
+
+        with _open(self._pipeline_scope):
+            self.rows.run(len(items), generate)
+        # [edits, fills, items, height, width, 3] as a row for each row of the table
+        images = kept.reshape(-1, *kept.shape[3:])
+        self.store.write_tensors(
+            unit.kind, unit.id, {"clean": torch.from_numpy(kept_clean), "edited": torch.from_numpy(images)}
+        )
+        constants = {"steps": pa.scalar(steps, pa.int64())}
+        constants |= {"first_step": pa.scalar(first, pa.int32()), "end_step": pa.scalar(end, pa.int32())}
+        table = grid.table(items, seed, unit.kind == kinds.GENERATE, **constants)
+        # the table comes last: it is what makes the unit done
+        self.store.write_table(unit.kind, unit.id, table)
+
+    def _edited(
+        self, scope: Scope, unit: Unit, edits: Sequence[Edit], items: int
+    ) -> Iterator[tuple[int, list[tuple[int, int]], Callable[[list[int]], AbstractContextManager[None]]]]:
+        """Every (edit, item) pair, those of the same sites together: the fill's number, the pairs, and what enters the
+        edit of some of them, a row each."""
+        order = sorted(range(len(edits)), key=lambda index: sorted(edits[index].sites))
+        for _, same in groupby(order, key=lambda index: edits[index].sites):
+            indices = list(same)
+            pairs = [(index, item) for index in indices for item in range(items)]
+            for number, fill in enumerate(self.config.fills):
+                yield number, pairs, self._entering(scope, unit, edits, fill)
+
+    def _entering(
+        self, scope: Scope, unit: Unit, edits: Sequence[Edit], fill: str
+    ) -> Callable[[list[int]], AbstractContextManager[None]]:
+        generated = unit.kind in (kinds.GENERATE, kinds.GENERATE_SETS)
+        taken = self._fill(unit, fill)
+        window = self.config.generate_window if generated else None
+        steps = None if window is None else range(*window)
+
+        @contextmanager
+        def enter(which: list[int]) -> Iterator[None]:
+            sites = edits[which[0]].sites
+            gates = {name: torch.ones(len(which), scope.site(name).heads) for name in sites}
+            for row, index in enumerate(which):
+                for name, head in edits[index].heads:
+                    gates[name][row, head] = edits[index].keep
+            # a single fill tensor would be shared by all sites, a recording knows each
+            with scope.edit({name: HeadEdit(gate) for name, gate in gates.items()}, fill=taken, steps=steps):
+                yield
+
+        return enter
 
 
-class _Columns:
-    """Rows under construction, as columns."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list] = {}
-
-    def add(self, **row) -> None:
-        for name, value in row.items():
-            self._values.setdefault(name, []).append(value)
-
-    def table(self, items: list, replicate: int, timestep: int | None) -> pa.Table:
-        values = dict(self._values)
-        positions = np.array(values.pop("item"))
-        labels = _labels(items, positions, replicate)
-        if timestep is not None:
-            labels["timestep"] = pa.array(np.full(len(positions), timestep, np.int32))
-        columns = {
-            "site": pa.array(values["site"]).dictionary_encode(),
-            "head": pa.array(values["head"], pa.int16()),
-            "fill": pa.array(values["fill"]).dictionary_encode(),
-        }
-        columns |= {name: pa.array(column) for name, column in values.items() if name not in columns}
-        return pa.table({**labels, **columns})
-
-
-def _labels(items: list, positions: np.ndarray, replicate: int) -> dict[str, pa.Array]:
-    """The columns that say which item a row is about."""
-    texts = {
-        name: pa.array([getattr(items[position], name) for position in positions]).dictionary_encode()
-        for name in ("group", "source_id", "split")
-    }
-    numbers = np.array([items[position].index for position in positions], np.int32)
-    return {"item": pa.array(numbers), **texts, "replicate": pa.array(np.full(len(positions), replicate, np.int32))}
-
-
-def _prepend(labels: dict[str, pa.Array], table: pa.Table) -> pa.Table:
-    return pa.table({**labels, **{name: table[name] for name in table.column_names}})
-
-
-def _gates(heads: list[int], count: int) -> Tensor:
-    """A row per edit that removes its head: [rows, heads]."""
-    gate = torch.ones(len(heads), count)
-    gate[torch.arange(len(heads)), torch.tensor(heads)] = 0.0
-    return gate
+def _open(scope: Scope) -> AbstractContextManager[Any]:
+    """Records no site, and keeps the scope's hooks in place for the edits inside, which then are quick to enter."""
+    return scope.record("entropy", sites=())
 
 
 def _chunks(values: list, size: int) -> list[list]:

@@ -56,7 +56,7 @@ def one_hot_product(left, selection, TERMS: tl.constexpr):
         if TERMS == 2:
             term = rest.to(tl.bfloat16).to(tl.float32)
         else:
-            # the upper half of a float32 is a bfloat16, for a single instruction; truncated, but three terms can spare it
+            # the upper half of a float32 is a bfloat16, for one instruction; three terms can spare the rounding
             term = (rest.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
         product = tl.dot(term.to(tl.bfloat16), one_hot, product)
         rest = rest - term

@@ -128,6 +128,8 @@ class Statistic:
 
 def restore(spec: str, tensors: Sequence[Tensor]) -> Statistic:
     """The statistic that `spec` names, on these tensors; the inverse of `statistic.spec`."""
+    if spec in STATISTICS:
+        return STATISTICS[spec]
     key, _, constants = spec.partition("(")
     statistic = object.__new__(CLASSES[key])
     Statistic.__init__(statistic, literal_eval(f"({constants}") if constants else (), tuple(tensors))

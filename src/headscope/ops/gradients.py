@@ -1,0 +1,117 @@
+"""The formula's gradients, written out: what portable's backward does with one piece of the queries.
+
+With P = probabilities, dP the gradient with respect to them and dS the one with respect to the logits,
+
+    dP = key_scale * (gate * dO . V^T) + what the statistics add        dS = P * (dP - rowsum(P * dP))
+    dQ = scale dS . K        dK = scale dS^T . Q        dV = (P * key_scale)^T . (gate * dO)
+
+and everything else is a sum of these. Only the statistics' formulas are differentiated by torch, so that users' own
+need nothing more.
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from headscope.ops.attend import for_every_head, scale_of, scores, weights_of
+from headscope.ops.call import Call
+
+
+def gradients(
+    call: Call,
+    first_query: int,
+    grad_output: Tensor | None,
+    grad_statistics: Sequence[Tensor | None],
+    wanted: Collection[str],
+) -> dict[str, Tensor]:
+    """The gradients of those of DIFFERENTIABLE that are wanted, each in its tensor's shape.
+
+    Args:
+        call: a piece of a call, whose tensors share one dtype (int32 and bool aside).
+        first_query: where its queries begin in the whole call.
+        grad_output: [batch, heads, queries, dim_v], or None for 0.
+        grad_statistics: for each statistic its cotangent in its shape, or None for 0.
+    """
+    logits, probabilities, rows = scores(call, first_query)
+    found: dict[str, Tensor] = {}
+    grad_probabilities, grad_logits = _of_statistics(call, logits, probabilities, rows, grad_statistics)
+    if grad_output is not None:
+        attention_grad = _of_blend(call, probabilities, grad_output, wanted, found)
+        if "value" in wanted:
+            shared = weights_of(call, probabilities).transpose(-1, -2) @ attention_grad
+            found["value"] = _over_group(shared, call)
+        products = attention_grad @ for_every_head(call.value, call).transpose(-1, -2)
+        if call.gate is not None:
+            # a removed head's values may be NaN
+            products.masked_fill_(call.gate[..., None, None] == 0, 0)
+        if call.key_scale is not None:
+            if "key_scale" in wanted:
+                found["key_scale"] = (probabilities * products).sum(-2).sum_to_size(call.key_scale.shape)
+            products *= call.key_scale[..., None, :]
+        grad_probabilities = products if grad_probabilities is None else products.add_(grad_probabilities)
+    if grad_probabilities is not None:
+        constant = torch.linalg.vecdot(probabilities, grad_probabilities).unsqueeze(-1)
+        softmax_grad = grad_probabilities.sub_(constant).mul_(probabilities)
+        grad_logits = softmax_grad if grad_logits is None else softmax_grad.add_(grad_logits)
+    if grad_logits is not None:
+        _of_logits(call, grad_logits, wanted, found)
+    return found
+
+
+def _of_statistics(
+    call: Call, logits: Tensor, probabilities: Tensor, rows: Tensor, grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the statistics add to dP and to dS, [batch, heads, queries, keys], or None."""
+    pairs = [
+        (statistic, grad)
+        for statistic, grad in zip(call.restored_statistics(), grads, strict=True)
+        if grad is not None and statistic.differentiable
+    ]
+    if not pairs:
+        return None, None
+    with torch.enable_grad():
+        leaves = (probabilities.detach().requires_grad_(), logits.detach().requires_grad_())
+        values = [statistic.formula(leaves[1], leaves[0], rows, statistic.tensors) for statistic, _ in pairs]
+    by_probabilities, by_logits = torch.autograd.grad(values, leaves, [grad for _, grad in pairs], allow_unused=True)
+    return by_probabilities, by_logits
+
+
+def _of_blend(
+    call: Call, probabilities: Tensor, grad_output: Tensor, wanted: Collection[str], found: dict[str, Tensor]
+) -> Tensor:
+    """The gradient of the attention before gate and fill; those of gate and fill on the way."""
+    if call.gate is None:
+        return grad_output
+    gate = call.gate[..., None, None]
+    if "gate" in wanted:
+        attention = weights_of(call, probabilities) @ for_every_head(call.value, call)
+        difference = attention if call.fill is None else attention - call.fill
+        found["gate"] = (difference * grad_output).sum((-1, -2)).sum_to_size(call.gate.shape)
+    if "fill" in wanted and call.fill is not None:
+        found["fill"] = torch.where(gate == 1, 0, (1 - gate) * grad_output).sum_to_size(call.fill.shape)
+    return torch.where(gate == 0, 0, gate * grad_output)
+
+
+def _of_logits(call: Call, grad_logits: Tensor, wanted: Collection[str], found: dict[str, Tensor]) -> None:
+    """Everything that the logits are made of."""
+    scale = scale_of(call)
+    if "query" in wanted or "temperature" in wanted:
+        query_grad = (grad_logits @ for_every_head(call.key, call)) * scale
+        if "query" in wanted:
+            found["query"] = query_grad
+        if "temperature" in wanted and call.temperature is not None:
+            by_head = -(query_grad * call.query).sum((-1, -2)) / call.temperature
+            found["temperature"] = by_head.sum_to_size(call.temperature.shape)
+    if "key" in wanted:
+        found["key"] = _over_group(grad_logits.transpose(-1, -2) @ (call.query * scale), call)
+    if "key_bias" in wanted and call.key_bias is not None:
+        found["key_bias"] = grad_logits.sum(-2).sum_to_size(call.key_bias.shape)
+    if "attn_mask" in wanted and call.attn_mask is not None:
+        found["attn_mask"] = grad_logits.sum_to_size(call.attn_mask.shape)
+
+
+def _over_group(tensor: Tensor, call: Call) -> Tensor:
+    """[batch, heads, ...] summed over the heads that share a key head: [batch, kv_heads, ...]."""
+    kv_heads = call.key.shape[1]
+    return tensor if kv_heads == tensor.shape[1] else tensor.unflatten(1, (kv_heads, -1)).sum(2)

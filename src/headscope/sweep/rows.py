@@ -1,0 +1,64 @@
+"""A unit's numbers as the rows of a table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from headscope.sweep.plan import Edit
+
+
+class Grid:
+    """Numbers of every (edit, fill, item), which arrive in any order and leave as a table in this one."""
+
+    def __init__(self, edits: Sequence[Edit], fills: Sequence[str], items: int) -> None:
+        self._edits = tuple(edits)
+        self._fills = tuple(fills)
+        self._items = items
+        self._values: dict[str, np.ndarray] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self._edits), len(self._fills), self._items
+
+    def put(self, name: str, edits: Any, fill: int, items: Any, values: np.ndarray) -> None:
+        """The values of these (edit, item) pairs with one fill."""
+        if name not in self._values:
+            self._values[name] = np.full(self.shape, np.nan)
+        self._values[name][edits, fill, items] = values
+
+    def table(self, items: Sequence[Any], replicate: int, single: bool, **constants: pa.Scalar) -> pa.Table:
+        """Columns: the items' labels, the constants, (site, head) or the edit's name, fill, and the numbers.
+
+        Args:
+            single: every edit is of a single head.
+        """
+        edit, fill, item = (index.ravel() for index in np.indices(self.shape))
+        columns = labels(items, item, replicate)
+        columns |= {name: pa.repeat(value, len(item)) for name, value in constants.items()}
+        columns["site" if single else "edit"] = coded([chosen.name for chosen in self._edits], edit)
+        if single:
+            columns["head"] = pa.array(np.array([chosen.heads[0][1] for chosen in self._edits], np.int16)[edit])
+        columns["fill"] = coded(self._fills, fill)
+        return pa.table({**columns, **{name: pa.array(values.ravel()) for name, values in self._values.items()}})
+
+
+def labels(items: Sequence[Any], positions: np.ndarray, replicate: int) -> dict[str, pa.Array]:
+    """The columns that say which item a row is about."""
+    numbers = np.array([item.index for item in items], np.int32)[positions]
+    texts = {
+        name: coded([getattr(item, name) for item in items], positions) for name in ("group", "source_id", "split")
+    }
+    return {"item": pa.array(numbers), **texts, "replicate": pa.array(np.full(len(positions), replicate, np.int32))}
+
+
+def coded(values: Sequence[str], positions: np.ndarray) -> pa.DictionaryArray:
+    """values[positions], as a dictionary of the different ones."""
+    different = list(dict.fromkeys(values))
+    codes = np.array([different.index(value) for value in values], np.int32)
+    return pa.DictionaryArray.from_arrays(pa.array(codes[positions]), pa.array(different, pa.string()))
+
+
+def prepend(first: dict[str, pa.Array], table: pa.Table) -> pa.Table:
+    return pa.table({**first, **{name: table[name] for name in table.column_names}})

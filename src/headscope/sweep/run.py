@@ -1,0 +1,234 @@
+"""Reading a run: its tables, how far it is, and whether its files are whole."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow.parquet as pq
+from safetensors import safe_open
+
+from headscope._extras import require
+from headscope.sweep.claims import Claims
+from headscope.sweep.store import (
+    FAILURES,
+    MANIFEST,
+    TABLES,
+    TENSORS,
+    UNITS,
+    read_manifest,
+    table_problem,
+    tensor_problem,
+)
+
+# those that a report knows
+REPORTED = ("observations", "ablations", "generations")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is.
+
+    Attributes:
+        units: kind: (finished, all).
+        forwards: (finished, all).
+        failed: unit: the last error, of the units that went wrong and aren't finished.
+        running: unit: who works on it.
+    """
+
+    units: dict[str, tuple[int, int]]
+    forwards: tuple[int, int]
+    failed: dict[str, str]
+    running: dict[str, str]
+
+    @property
+    def complete(self) -> bool:
+        return self.forwards[0] == self.forwards[1] and all(done == every for done, every in self.units.values())
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What reading every file of a run found.
+
+    Attributes:
+        rows: kind: rows of its finished units.
+        missing: units without a file, as kind/unit.
+        torn: files that aren't whole: the next run into the directory writes them again.
+        foreign: files that aren't this run's.
+        leftovers: temporary files of processes that were killed.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    torn: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    leftovers: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Every unit is there, whole, and nothing else is."""
+        return not (self.missing or self.torn or self.foreign)
+
+
+class Run:
+    """A finished or unfinished run, for reading.
+
+    Attributes:
+        path: its directory.
+        manifest: what it was asked to do, with what, when.
+        units: what it is made of: dictionaries with id, kind, group, items, timestep, forwards.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], units: list[dict[str, Any]]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.units = units
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Open a run directory.
+
+        Raises:
+            ValueError: it isn't one.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        try:
+            units = json.loads((path / UNITS).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"run: {str(path / UNITS)!r} can't be read ({error})") from None
+        return cls(path, manifest, units)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Those tables that a report is made of and that have rows: some of observations, ablations, generations."""
+        return tuple(kind for kind in self.tables if kind in REPORTED)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """All tables that have rows: `kinds`, and attributions, set_ablations, set_generations."""
+        return tuple(kind for kind in TABLES if any((self.path / kind).glob("*.parquet")))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every unit of the run is finished."""
+        return all(self._problem(unit) is None for unit in self.units)
+
+    def table(self, kind: str) -> pl.LazyFrame:
+        """The rows of every finished unit of a kind, as a lazy polars table.
+
+        Files are read in the order of their names, so that two runs of one configuration give equal tables.
+
+        Raises:
+            ValueError: no unit of that kind is finished, or a file is torn or isn't this run's.
+        """
+        return pl.scan_parquet(self._files(kind))
+
+    def duckdb(self) -> Any:
+        """A DuckDB connection in which each table of the run is a view.
+
+        Raises:
+            ImportError: duckdb isn't installed.
+            ValueError: a file is torn or isn't this run's.
+        """
+        connection = require("duckdb", "sweep").connect()
+        for kind in self.tables:
+            connection.read_parquet([str(file) for file in self._files(kind)]).create_view(kind)
+        return connection
+
+    def status(self) -> Status:
+        """How far the run is, from its files' names and footers."""
+        units: dict[str, tuple[int, int]] = {}
+        forwards = [0, 0]
+        unfinished = []
+        for unit in self.units:
+            finished = self._problem(unit) is None
+            done, every = units.get(unit["kind"], (0, 0))
+            units[unit["kind"]] = (done + finished, every + 1)
+            forwards[0] += unit["forwards"] * finished
+            forwards[1] += unit["forwards"]
+            if not finished:
+                unfinished.append(unit["id"])
+        failed = {}
+        for unit in unfinished:
+            record = self.path / FAILURES / f"{unit}.json"
+            if record.is_file():
+                failed[unit] = json.loads(record.read_text(encoding="utf-8"))[-1]["error"]
+        running = {unit: owner for unit, owner in Claims(self.path).owners().items() if unit in set(unfinished)}
+        return Status(units, (forwards[0], forwards[1]), failed, running)
+
+    def mend(self) -> None:
+        """Let units that failed too often be tried again, and drop torn files, so that they are written anew."""
+        for record in (self.path / FAILURES).glob("*.json"):
+            record.unlink()
+        for name in self.verify().torn:
+            (self.path / name).unlink()
+
+    def verify(self) -> Verification:
+        """Read every file to its end."""
+        found = Verification()
+        expected = {self._file(unit): unit for unit in self.units}
+        for path, unit in expected.items():
+            kind = unit["kind"]
+            problem = self._problem(unit) or _unreadable(path)
+            if problem == "missing":
+                found.missing.append(f"{kind}/{unit['id']}")
+            elif problem:
+                getattr(found, problem).append(_relative(path, self.path))
+            elif kind in TABLES:
+                found.rows[kind] = found.rows.get(kind, 0) + pq.read_metadata(path).num_rows
+        # beside a table of images lie the images
+        known = {*expected, *(path.with_suffix(".safetensors") for path in expected)}
+        for path in sorted(file for kind in (*TABLES, *TENSORS) for file in (self.path / kind).glob("*")):
+            if path.name.startswith(".") and path.name.endswith(".tmp"):
+                found.leftovers.append(_relative(path, self.path))
+            elif path not in known:
+                found.foreign.append(_relative(path, self.path))
+        return found
+
+    def _file(self, unit: dict[str, Any]) -> Path:
+        suffix = ".safetensors" if unit["kind"] in TENSORS else ".parquet"
+        return self.path / unit["kind"] / (unit["id"] + suffix)
+
+    def _problem(self, unit: dict[str, Any]) -> str | None:
+        check = tensor_problem if unit["kind"] in TENSORS else table_problem
+        return check(self._file(unit), unit["id"])
+
+    def _files(self, kind: str) -> list[Path]:
+        if kind not in self.tables:
+            raise ValueError(
+                f"kind: got {kind!r}, expected one of {', '.join(self.tables) or 'none: nothing is finished'}"
+            )
+        units = {unit["id"] for unit in self.units if unit["kind"] == kind}
+        files = sorted((self.path / kind).glob("*.parquet"))
+        for file in files:
+            problem = table_problem(file, file.stem) if file.stem in units else "foreign"
+            if problem:
+                what = "is torn; run the sweep again to mend it" if problem == "torn" else "isn't this run's"
+                raise ValueError(f"run: {str(file)!r} {what}")
+        return files
+
+
+def _unreadable(path: Path) -> str | None:
+    """ "torn" where a file with a sound end has a hole in its middle."""
+    try:
+        if path.suffix == ".parquet":
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            for _ in file.iter_batches():
+                pass
+        else:
+            with safe_open(path, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    tensors.get_tensor(name)
+    except Exception:
+        # whatever a reader finds wrong with it
+        return "torn"
+    return None
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+__all__ = ["MANIFEST", "Run", "Status", "Verification"]

@@ -1,0 +1,89 @@
+"""What is measured of an edited prediction or image."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headscope._extras import require
+from headscope.models import Task
+
+ImageScore = Callable[[np.ndarray, np.ndarray], Any]
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> np.ndarray:
+    """The mean squared difference over a row's elements, float64 [rows]."""
+    return (prediction.double() - target.double()).square().flatten(1).mean(1).cpu().numpy()
+
+
+def x0_factor(task: Task, timestep: int) -> float:
+    """What the squared error of a prediction is multiplied by to give that of the clean image it implies.
+
+    With x_t = a x_0 + s n: from a predicted n, x_0 = (x_t - s n) / a, so (s / a)^2; from v = a n - s x_0, x_0 = a x_t
+    - s v, so s^2; 1 where x_0 itself is predicted.
+
+    Raises:
+        ValueError: the scheduler predicts something else.
+    """
+    kind = task.scheduler.config.get("prediction_type")
+    snr = float(np.exp(task.log_snr(timestep)))
+    factors = {"epsilon": 1.0 / snr, "v_prediction": 1.0 / (1.0 + snr), "sample": 1.0}
+    if kind not in factors:
+        raise ValueError(f"scores: got x0 with the prediction type {kind!r}, expected one of {', '.join(factors)}")
+    return factors[kind]
+
+
+def image_distance(edited: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """Mean squared difference of uint8 images, on a scale from 0 to 1, float64 [images]."""
+    difference = (edited.astype(np.float64) - clean) / 255.0
+    return np.square(difference).reshape(len(edited), -1).mean(1)
+
+
+def image_scores(names: Sequence[str]) -> dict[str, ImageScore]:
+    """Functions of (clean, edited), uint8 [images, height, width, 3], that give a number for each image.
+
+    Raises:
+        ValueError: no such module or function.
+        ImportError: torchmetrics isn't there.
+    """
+    return {name.rpartition(":")[2]: _named(name) for name in names}
+
+
+def _named(name: str) -> ImageScore:
+    if ":" not in name:
+        require("torchmetrics", "sweep")
+        return lambda clean, edited: _torchmetrics(name, clean, edited)
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"image_scores: got {name!r}, expected an importable module:function ({error})") from None
+
+
+def _torchmetrics(name: str, clean: np.ndarray, edited: np.ndarray) -> np.ndarray:
+    image = require("torchmetrics.functional.image", "sweep")
+    regression = require("torchmetrics.functional.regression", "sweep")
+    # both on a scale from 0 to 1
+    one, two = (torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255.0 for images in (clean, edited))
+    if name == "mse":
+        values = [regression.mean_squared_error(*pair) for pair in zip(two.contiguous(), one.contiguous(), strict=True)]
+        return torch.stack(values).numpy()
+    if name == "psnr":
+        return image.peak_signal_noise_ratio(two, one, data_range=1.0, reduction="none", dim=(1, 2, 3)).numpy()
+    values = image.structural_similarity_index_measure(two, one, data_range=1.0, reduction="none")
+    return values.reshape(len(clean)).numpy()
+
+
+def checked_score(name: str, values: Any, count: int) -> np.ndarray:
+    """A score's numbers, one for each of `count` images.
+
+    Raises:
+        ValueError: it gave another number of them.
+    """
+    found = np.asarray(values.cpu() if isinstance(values, Tensor) else values, np.float64)
+    if found.shape != (count,):
+        raise ValueError(f"image_scores: {name} gave an array {list(found.shape)}, expected [{count}]")
+    return found

@@ -1,0 +1,231 @@
+"""One process's share of a sweep: it opens the run, and works on whatever unit is ready and nobody else's."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import time
+import traceback
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from headscope._machine import device_name, versions
+from headscope.models import Scope, Task
+from headscope.sweep.claims import Claims
+from headscope.sweep.config import SweepConfig
+from headscope.sweep.fitting import Rows, fitting_rows, prefers_channels_last
+from headscope.sweep.items import GroupItems, PromptItem, load_task, open_items
+from headscope.sweep.plan import Plan, Unit, make_plan
+from headscope.sweep.revision import git_revision
+from headscope.sweep.store import RunStore
+from headscope.sweep.unit import UnitRunner
+
+# a unit that went wrong so often is left
+TRIES = 3
+# how long to wait before looking again where every unit left is somebody else's
+PATIENCE = 0.2
+
+
+class DiskFull(OSError):
+    """There is no room for results: nothing is lost, but going on is of no use."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a sweep is run, which changes its speed and not its numbers (beyond rounding).
+
+    Attributes:
+        rows: how many pass through the denoiser at once; None measures what fits.
+        share: let edited forwards take over what the clean one computed before the edited site.
+        channels_last: how images lie in memory; None chooses by the model.
+        threads: of torch in each process, on a CPU; None leaves it.
+    """
+
+    rows: int | None = None
+    share: bool = True
+    channels_last: bool | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for field, value in (("batch", self.rows), ("threads", self.threads)):
+            if value is not None and value < 1:
+                raise ValueError(f"{field}: got {value}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class WorkOrder:
+    """What another process needs to take part in a sweep; it can be pickled."""
+
+    config: SweepConfig
+    out: str
+    execution: Execution
+    session: str
+
+
+class Report(Protocol):
+    """Who hears how the work goes."""
+
+    def advance(self, forwards: int) -> None: ...
+    def finished(self, unit: Unit) -> None: ...
+    def failed(self, unit: Unit, error: str, last: bool) -> None: ...
+
+
+class Opened:
+    """A sweep with its model, items and plan, ready to be worked on.
+
+    Raises:
+        ValueError: the configuration can't be run.
+    """
+
+    def __init__(self, config: SweepConfig, execution: Execution) -> None:
+        if execution.threads is not None:
+            torch.set_num_threads(execution.threads)
+        self.config = config
+        self.execution = execution
+        self.task: Task = load_task(config)
+        self.groups: list[GroupItems] = open_items(config, self.task)
+        self.scope = Scope(self.task.denoiser)
+        self.plan: Plan = make_plan(config, self.task, self.groups, self.scope.sites)
+        if execution.channels_last or (execution.channels_last is None and prefers_channels_last(self.task.denoiser)):
+            self.task.denoiser.to(memory_format=torch.channels_last)
+
+    def store(self, out: Path) -> RunStore:
+        """The run directory, made if it is new.
+
+        Raises:
+            ValueError: it holds something else.
+        """
+        units = [{**asdict(unit), "items": len(unit.items)} for unit in self.plan.units]
+        return RunStore(out, self.plan.identity, self.describe(), units)
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest says of a run beside its identity."""
+        return {
+            "config": self.config.as_dict(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "git_revision": git_revision(),
+            "device": device_name(self.config.device),
+            "threads": torch.get_num_threads(),
+            "timesteps": list(self.plan.timesteps),
+            "sites": [
+                {"name": s.name, "kind": s.kind, "heads": s.heads, "head_dim": s.head_dim} for s in self.scope.sites
+            ],
+            "groups": [
+                {
+                    "name": group.name,
+                    "description": group.description,
+                    "items": len(group.swept),
+                    "sources": group.source_count,
+                    "reference_items": len(group.reference),
+                }
+                for group in self.groups
+            ],
+            "units": len(self.plan.units),
+            "forwards": sum(unit.forwards for unit in self.plan.units),
+        }
+
+    def forward(self, rows: int) -> torch.Tensor:
+        """An unedited forward of so many rows of the first item, for measuring."""
+        item: Any = self.groups[0].swept[0]
+        if isinstance(item, PromptItem):
+            edge = self.task.image_size
+            item = replace(item, image=np.full((edge, edge, 3), 127, np.uint8))
+        inputs = self.task.noisy_inputs(self.task.prepare([item]), self.plan.timesteps[0], self.config.seed)
+        return self.task.predict(inputs.rows(torch.zeros(rows, dtype=torch.long, device=self.task.device)))
+
+    def rows(self, store: RunStore) -> int:
+        """How many rows go through at once in this run."""
+        if self.execution.rows is not None:
+            return self.execution.rows
+        return store.rows_at_once() or store.rows_at_once(self.fitting_rows()) or 1
+
+    def fitting_rows(self) -> int:
+        with torch.inference_mode():
+            return fitting_rows(self.task.device, self.forward)
+
+    def runner(self, store: RunStore) -> UnitRunner:
+        rows = Rows(self.rows(store))
+        return UnitRunner(self.config, self.task, self.groups, self.plan, store, rows, self.execution.share)
+
+
+def work(runner: UnitRunner, session: str, report: Report) -> None:
+    """Work until every unit of the run is finished or has failed too often, here or elsewhere.
+
+    Raises:
+        DiskFull: no results can be written.
+    """
+    claims = Claims(runner.store.path, session)
+    try:
+        _work(runner, claims, session, report)
+    finally:
+        claims.close()
+
+
+def _work(runner: UnitRunner, claims: Claims, session: str, report: Report) -> None:
+    plan, store = runner.plan, runner.store
+    left = list(plan.units)
+    finished: set[str] = set()
+    lost: set[str] = set()
+    while left:
+        listed = store.listed()
+        failures = store.failures()
+        before = len(left)
+        for unit in left:
+            if (unit.kind, unit.id) in listed and runner.done(unit):
+                finished.add(unit.id)
+                report.finished(unit)
+                continue
+            needed = plan.needs(unit)
+            if given_up(failures.get(unit.id, []), session) or any(other.id in lost for other in needed):
+                lost.add(unit.id)
+                continue
+            if not all(other.id in finished for other in needed):
+                continue
+            owner = claims.take(unit.id)
+            if not owner:
+                continue
+            try:
+                if isinstance(owner, dict) and owner["session"] == session:
+                    # a process of ours died of this unit, or beside it
+                    store.add_failure(unit.id, "the process working on it died", session, death=True)
+                    if given_up(store.failures()[unit.id], session):
+                        report.failed(unit, "the process working on it died", True)
+                        lost.add(unit.id)
+                        continue
+                if runner.done(unit) or _tried(runner, unit, session, report):
+                    finished.add(unit.id)
+                    report.finished(unit)
+            finally:
+                claims.release(unit.id)
+        left = [unit for unit in left if unit.id not in finished and unit.id not in lost]
+        if len(left) == before:
+            time.sleep(PATIENCE)
+
+
+def _tried(runner: UnitRunner, unit: Unit, session: str, report: Report) -> bool:
+    """Work on a unit; False, and a record of it, where that went wrong."""
+    try:
+        runner.run(unit, report.advance)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFull(
+                error.errno,
+                f"out: no room to write results ({error.strerror}); make some and run the same command again",
+            ) from error
+        runner.store.add_failure(unit.id, traceback.format_exc(), session)
+        last = given_up(runner.store.failures()[unit.id], session)
+        report.failed(unit, f"{type(error).__name__}: {error}", last)
+        return False
+    runner.store.clear_failure(unit.id)
+    return True
+
+
+def given_up(tries: list[dict[str, Any]], session: str) -> bool:
+    """Whether a unit has failed too often: errors count for ever, a process's death for its own session only, so that
+    killing a run again and again loses nothing."""
+    return sum(not entry["death"] or entry["session"] == session for entry in tries) >= TRIES

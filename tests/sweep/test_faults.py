@@ -1,0 +1,255 @@
+"""Whatever happens to a run, it ends with the undisturbed run's table."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from headscope.sweep import DiskFull, Run, SweepConfig, SweepFailed, run_sweep
+from headscope.sweep.store import CLAIMS, FAILURES
+from headscope.sweep.unit import UnitRunner
+from sweep.faults import assert_same, script
+
+
+def config(model: str, **fields) -> SweepConfig:
+    return SweepConfig(
+        **{"model": model, "groups": ("faces",), "items": 5, "timesteps": (60, 500), "fills": ("zero",), **fields}
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(ddpm_directory, tmp_path_factory):
+    """The undisturbed run of the script, in this process."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    asked = config(ddpm_directory, groups=("faces", "lfw"), items=6, fills=("mean", "zero"))
+    run_sweep(asked, path, progress=False)
+    torch.set_num_threads(threads)
+    return path
+
+
+def kill_after(command: list[str], delay: float) -> None:
+    """Start a command, which prints "ready" when its work begins, and kill it so many seconds later."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def killed_until_finished(
+    folder: Path, model: str, whole: Path, delays: list[float], executor: str, count: int
+) -> None:
+    command = [*script(folder), model, str(folder / "run"), executor, str(count)]
+    for delay in delays:
+        kill_after(command, delay)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert_same(folder / "run", whole)
+
+
+def test_a_kill_changes_nothing(ddpm_directory, whole, tmp_path):
+    killed_until_finished(tmp_path, ddpm_directory, whole, [1.0], "local", 1)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(5))
+def test_fifty_kills_change_nothing(ddpm_directory, whole, tmp_path, seed):
+    random = np.random.default_rng(seed)
+    killed_until_finished(tmp_path, ddpm_directory, whole, random.uniform(0.0, 8.0, 8).tolist(), "local", 1)
+    # processes of a killed one end, too
+    (tmp_path / "several").mkdir()
+    delays = random.uniform(3.0, 15.0, 2).tolist()
+    killed_until_finished(tmp_path / "several", ddpm_directory, whole, delays, "processes", 2)
+
+
+@pytest.mark.full
+def test_two_processes_share_a_run(ddpm_directory, whole, tmp_path):
+    command = [*script(tmp_path), ddpm_directory, str(tmp_path / "run"), "local", "1"]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(200) for process in both] == [0, 0]
+    assert_same(tmp_path / "run", whole)
+
+
+def test_torn_and_foreign_files_are_reported_and_mended(ddpm_directory, tmp_path):
+    asked = config(ddpm_directory)
+    run_sweep(asked, tmp_path / "whole", progress=False)
+    run = run_sweep(asked, tmp_path / "run", progress=False)
+    cut, flipped, *_ = sorted((run.path / "ablations").glob("*.parquet"))
+    cut.write_bytes(cut.read_bytes()[:-20])
+    content = bytearray(flipped.read_bytes())
+    content[40] ^= 0xFF
+    flipped.write_bytes(content)
+    (run.path / "ablations" / "stranger.parquet").write_bytes(
+        (tmp_path / "whole" / "ablations" / cut.name).read_bytes()
+    )
+    found = run.verify()
+    assert not found.sound
+    assert sorted(found.torn) == [f"ablations/{cut.name}", f"ablations/{flipped.name}"]
+    assert found.foreign == ["ablations/stranger.parquet"]
+    assert not run.complete
+    with pytest.raises(ValueError, match=r"is torn; run the sweep again|isn't this run's"):
+        run.table("ablations")
+    (run.path / "ablations" / "stranger.parquet").unlink()
+    run.mend()
+    assert len(run.verify().missing) == 2
+    run_sweep(asked, tmp_path / "run", progress=False)
+    assert_same_tables(tmp_path)
+
+
+def assert_same_tables(folder: Path) -> None:
+    assert_same(folder / "run", folder / "whole")
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(ddpm_directory, tmp_path):
+    """No file may grow past a limit, as on a disk without room."""
+    asked = config(ddpm_directory)
+    run_sweep(asked, tmp_path / "whole", progress=False)
+    sizes = sorted(file.stat().st_size for file in (tmp_path / "whole").rglob("*.parquet"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the manifest and the small tables fit, the largest doesn't
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] - 1, before[1]))
+    try:
+        with pytest.raises(DiskFull, match="no room to write results"):
+            run_sweep(asked, tmp_path / "run", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run = Run.open(tmp_path / "run")
+    assert not run.complete
+    assert run.verify().torn == []
+    assert list((tmp_path / "run" / CLAIMS).iterdir()) == []
+    run_sweep(asked, tmp_path / "run", progress=False)
+    assert_same_tables(tmp_path)
+
+
+@pytest.mark.full
+def test_a_small_disk(ddpm_directory, whole, tmp_path):
+    """A real file system of 96 KiB, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no permission to mount")
+    command = [*script(tmp_path), ddpm_directory, str(disk / "run"), "local", "1"]
+    try:
+        failed = subprocess.run(command, capture_output=True, text=True)
+        assert failed.returncode
+        assert "no room to write results" in failed.stderr
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        assert_same(disk / "run", whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def failing(monkeypatch, times: int) -> list[str]:
+    """The second ablation goes wrong so often; returns the units that were tried, as they are."""
+    run_unit = UnitRunner.run
+    tried: list[str] = []
+
+    def run(self, unit, advance):
+        tried.append(unit.id)
+        victim = [other.id for other in self.plan.units if other.kind == "ablations"][1]
+        if unit.id == victim and tried.count(victim) <= times:
+            raise RuntimeError("a cosmic ray")
+        run_unit(self, unit, advance)
+
+    monkeypatch.setattr(UnitRunner, "run", run)
+    return tried
+
+
+def test_a_unit_that_fails_twice_is_done_the_third_time(ddpm_directory, tmp_path, monkeypatch):
+    asked = config(ddpm_directory)
+    run_sweep(asked, tmp_path / "whole", progress=False)
+    failing(monkeypatch, 2)
+    run = run_sweep(asked, tmp_path / "run", progress=False)
+    assert_same_tables(tmp_path)
+    assert list((run.path / FAILURES).iterdir()) == []
+
+
+def test_a_unit_that_fails_three_times_is_recorded_and_the_rest_goes_on(ddpm_directory, tmp_path, monkeypatch):
+    asked = config(ddpm_directory)
+    run_sweep(asked, tmp_path / "whole", progress=False)
+    tried = failing(monkeypatch, 10)
+    with pytest.raises(SweepFailed, match=r"1 of \d+ units failed; the first: RuntimeError: a cosmic ray"):
+        run_sweep(asked, tmp_path / "run", progress=False)
+    run = Run.open(tmp_path / "run")
+    status = run.status()
+    assert status.units["ablations"][0] == status.units["ablations"][1] - 1
+    (failed,) = status.failed
+    assert tried.count(failed) == 3
+    assert len(json.loads((run.path / FAILURES / f"{failed}.json").read_text())) == 3
+    # the same command doesn't try again, and says so
+    with pytest.raises(SweepFailed):
+        run_sweep(asked, tmp_path / "run", progress=False)
+    assert tried.count(failed) == 3
+    monkeypatch.undo()
+    run.mend()
+    run_sweep(SweepConfig.from_json(run.manifest["config"]), tmp_path / "run", progress=False)
+    assert_same_tables(tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_any_number_of_processes_gives_one_table(ddpm_directory, whole, tmp_path, count):
+    command = [*script(tmp_path), ddpm_directory, str(tmp_path / "run"), "processes", str(count)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert_same(tmp_path / "run", whole)
+
+
+def children(process: int) -> list[int]:
+    listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(child) for child in listed if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.full
+def test_a_dead_process_is_replaced(ddpm_directory, whole, tmp_path):
+    command = [*script(tmp_path), ddpm_directory, str(tmp_path / "run"), "processes", "2"]
+    claims = tmp_path / "run" / CLAIMS
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        victim = None
+        until = time.monotonic() + 120
+        while victim is None and time.monotonic() < until:
+            time.sleep(0.02)
+            for file in claims.glob("[!.]*") if claims.exists() else ():
+                try:
+                    victim = json.loads(file.read_text())["process"]
+                except (OSError, ValueError):
+                    continue
+        assert victim in children(process.pid)
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(200) == 0
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("executor", "count"), [("local", 1), ("processes", 2)])
+def test_ctrl_c_stops_cleanly(ddpm_directory, whole, tmp_path, executor, count):
+    """The terminal sends it to every process of the group."""
+    command = [*script(tmp_path), ddpm_directory, str(tmp_path / "run"), executor, str(count)]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        until = time.monotonic() + 120
+        while not any((tmp_path / "run").glob("ablations/*.parquet")) and time.monotonic() < until:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) != 0
+        assert process.stderr is not None
+        assert b"KeyboardInterrupt" in process.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not any((tmp_path / "run" / CLAIMS).glob("[!.]*"))
+    assert Run.open(tmp_path / "run").verify().torn == []
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert_same(tmp_path / "run", whole)

@@ -1,0 +1,333 @@
+"""What is asked, from Python or TOML, and the units it becomes."""
+
+import json
+import tarfile
+from io import BytesIO
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from headscope.models import Scope
+from headscope.sweep import Execution, HeadSet, SweepConfig, run_sweep
+from headscope.sweep.estimate import estimate_sweep
+from headscope.sweep.items import load_task, open_items
+from headscope.sweep.plan import UNITS_PER_GROUP, _chunks
+from headscope.sweep.sheet import write_contact_sheets
+from headscope.sweep.sources import expanded, open_source
+
+PLAN = """
+model = {model!r}
+groups = ["faces"]
+items = 2
+timesteps = [60, 500]
+fills = ["zero"]
+scores = ["loss", "distance", "x0"]
+sites = ["mid_block.*"]
+
+[[sets]]
+name = "middle"
+sites = ["mid_block.*"]
+keep = 0.5
+"""
+
+
+def test_a_toml_file_is_a_configuration(ddpm_directory, tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN.format(model=ddpm_directory))
+    config = SweepConfig.from_toml(tmp_path / "plan.toml")
+    assert config == SweepConfig(
+        model=ddpm_directory,
+        groups=("faces",),
+        items=2,
+        timesteps=(60, 500),
+        fills=("zero",),
+        scores=("loss", "distance", "x0"),
+        sites=("mid_block.*",),
+        sets=(HeadSet("middle", sites=("mid_block.*",), keep=0.5),),
+    )
+    assert SweepConfig.from_json(json.loads(json.dumps(config.as_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("groups = ['faces']\nitemz = 3", r"plan\.toml: unknown key 'itemz'"),
+        ("groups = ['faces']\n[[sets]]\nname = 'a'\nsites = ['*']\nkeeps = 1", r"unknown key 'sets\.0\.keeps'"),
+        ("groups = ['faces']\nitems = 'many'", r"plan\.toml: items: got 'many'; .*integer"),
+        ("groups = ['faces']\nitems = 0", "items: got 0, expected at least 1"),
+        ("groups = ['faces']\ntimesteps = [5, 'six']", r"timesteps\.1: got 'six'"),
+        ("groups = ['cats']", "groups: got 'cats'"),
+        ("groups = ", "isn't TOML"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(text, message, tmp_path):
+    (tmp_path / "plan.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        SweepConfig.from_toml(tmp_path / "plan.toml")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sites": ("nowhere.*",)}, r"sites: got 'nowhere\.\*', expected a pattern of"),
+        ({"sets": (HeadSet("a", sites=("nowhere",)),)}, "sets: 'a': sites: got 'nowhere'"),
+        ({"sets": (HeadSet("a", heads=(("mid_block.attentions.0", 99),)),)}, "sets: 'a': heads: got"),
+        ({"scores": ("generate",), "image_scores": ("nomodule:f",)}, "image_scores: got 'nomodule:f'"),
+    ],
+)
+def test_what_the_model_lacks_is_named(fields, message, ddpm_directory, tmp_path):
+    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, fills=("zero",), **fields)
+    with pytest.raises(ValueError, match=message):
+        run_sweep(config, tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"generate_window": (3, 3)}, "generate_window: got 3, 3"),
+        ({"generate_window": (0, 99)}, "generate_window: got 0, 99"),
+        ({"image_scores": ("psnr",)}, "without the score generate"),
+        ({"image_scores": ("fid",), "scores": ("generate",)}, "image_scores: got 'fid'"),
+        ({"sets": (HeadSet("a", sites=("*",)),) * 2}, "sets: got the names a, a"),
+    ],
+)
+def test_impossible_values_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SweepConfig(groups=("faces",), **fields)
+
+
+def test_a_set_needs_a_name_and_heads():
+    with pytest.raises(ValueError, match=r"sets\.name: got an empty name"):
+        HeadSet("", sites=("*",))
+    with pytest.raises(ValueError, match="'a' has neither sites nor heads"):
+        HeadSet("a")
+
+
+def test_large_groups_have_larger_units():
+    assert [len(chunk) for chunk in _chunks(10, 4)] == [4, 4, 2]
+    chunks = _chunks(1000, 4, of_each=50)
+    assert len(chunks) * 50 <= UNITS_PER_GROUP
+    assert [index for chunk in chunks for index in chunk] == list(range(1000))
+
+
+def test_sets_and_scores_equal_scope_by_hand(ddpm_directory, tmp_path):
+    """A set of two sites, halved; and the distance and x0 error of every score."""
+    sites = ("down_blocks.1.attentions.0", "mid_block.attentions.0")
+    chosen = HeadSet("both", sites=sites, keep=0.5)
+    config = SweepConfig(
+        model=ddpm_directory,
+        groups=("lfw",),
+        splits=("confirm",),
+        items=2,
+        timesteps=(300,),
+        fills=("zero",),
+        scores=("loss", "distance", "x0"),
+        heads=(),
+        sets=(chosen,),
+        observe=False,
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    assert run.tables == ("set_ablations",)
+    table = run.table("set_ablations").with_columns(pl.col("edit").cast(pl.String)).sort("item").collect()
+    assert table["edit"].to_list() == ["both", "both"]
+    task = load_task(config)
+    (group,) = open_items(config, task)
+    items = sorted(group.swept, key=lambda item: item.index)
+    inputs = task.noisy_inputs(task.prepare(items), 300)
+    handles = [
+        task.denoiser.get_submodule(site).to_out[0].register_forward_pre_hook(lambda _, args: (args[0] * 0.5,))
+        for site in sites
+    ]
+    with torch.inference_mode():
+        edited = task.predict(inputs)
+        for handle in handles:
+            handle.remove()
+        clean = task.predict(inputs)
+    loss = (edited - inputs.target).square().flatten(1).mean(1)
+    distance = (edited - clean).square().flatten(1).mean(1)
+    np.testing.assert_allclose(table["edited"], loss, rtol=1e-5)
+    np.testing.assert_allclose(table["distance"], distance, rtol=1e-4)
+    alpha = float(1 / (1 + np.exp(-task.log_snr(300))))
+    noise = inputs.sample - alpha**0.5 * task.prepare(items).clean
+    implied = (inputs.sample - (1 - alpha) ** 0.5 * edited) / alpha**0.5
+    actual = (inputs.sample - noise) / alpha**0.5
+    np.testing.assert_allclose(table["x0_edited"], (implied - actual).square().flatten(1).mean(1), rtol=1e-4)
+
+
+def brightness(clean, edited):
+    """A score of the user's own."""
+    return edited.astype(np.float64).mean((1, 2, 3)) - clean.astype(np.float64).mean((1, 2, 3))
+
+
+def test_generations_in_a_window(ddpm_directory, tmp_path):
+    """Steps before the window are taken over from the clean run; images and scores are those of the plain loop."""
+    head = ("mid_block.attentions.0", 1)
+    config = SweepConfig(
+        model=ddpm_directory,
+        groups=("faces",),
+        splits=("confirm",),
+        items=3,
+        timesteps=(300,),
+        fills=("zero",),
+        scores=("generate",),
+        heads=(head,),
+        sets=(HeadSet("middle", sites=("mid_block.*",)),),
+        observe=False,
+        generate_steps=4,
+        generate_window=(2, 4),
+        image_scores=("mse", "psnr", "ssim", f"{__name__}:brightness"),
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    assert run.tables == ("generations", "set_generations")
+    task = load_task(config)
+    (group,) = open_items(config, task)
+    scope = Scope(task.denoiser)
+    clean = task.generate(group.swept, steps=4)
+    for kind, heads in (("generations", [1]), ("set_generations", list(range(4)))):
+        with scope.edit({head[0]: heads}, steps=range(2, 4)):
+            edited = task.generate(group.swept, steps=4)
+        table = run.table(kind).collect()
+        expected = np.square((edited.astype(float) - clean) / 255).mean((1, 2, 3))
+        # a rounding of the denoiser's may turn a level of a pixel
+        np.testing.assert_allclose(table["distance"], expected, rtol=1e-2, atol=1e-7)
+        np.testing.assert_allclose(table["mse"], table["distance"], rtol=1e-9)
+        np.testing.assert_allclose(table["psnr"], -10 * np.log10(table["mse"]), rtol=1e-6)
+        assert table["ssim"].is_between(-1, 1).all()
+        np.testing.assert_allclose(table["brightness"], brightness(clean, edited), atol=0.1)
+        assert table["first_step"].to_list() == [2] * 3
+    assert scope.site(head[0]).heads == 4
+
+
+def png(level: int) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (40, 30), (level, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def test_webdataset_tars(tmp_path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"part-{shard:03d}.tar", "w") as archive:
+            for sample in range(3):
+                for suffix, content in (
+                    ("png", png(10 * shard + sample)),
+                    ("txt", f"sample {sample} of {shard}".encode()),
+                ):
+                    member = tarfile.TarInfo(f"{sample:05d}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, BytesIO(content))
+    assert len(expanded(str(tmp_path / "part-{000..001}.tar"))) == 2
+    for pattern in ("part-{000..001}.tar", "part-*.tar"):
+        group = open_source("mine", str(tmp_path / pattern), 16)
+        assert len(group) == 6
+        item = group.item(4)
+        assert item.caption == "sample 1 of 1"
+        assert item.image.shape == (16, 16, 3)
+        assert item.image[0, 0].tolist() == [11, 0, 0]
+    assert {item.split for item in map(group.item, range(6))} == {"discover", "confirm"}
+    with pytest.raises(FileNotFoundError, match="expected existing tar files"):
+        open_source("mine", str(tmp_path / "nothing-*.tar"), 16)
+
+
+def test_hugging_face_datasets_on_disk(tmp_path):
+    """The files that `Dataset.save_to_disk` writes: an Arrow stream and state.json."""
+    images = pa.array(
+        [{"bytes": png(level), "path": None} for level in (5, 6, 7)],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
+    table = pa.table({"image": images, "caption": ["a", "b", "c"]})
+    with (
+        pa.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    group = open_source("mine", str(tmp_path), 8)
+    assert len(group) == 3
+    assert group.item(2).caption == "c"
+    assert group.item(2).image[0, 0].tolist() == [7, 0, 0]
+
+
+def test_dry_runs_write_nothing_and_count_what_a_run_does(ddpm_directory, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=2, timesteps=(60,), fills=("zero",))
+    estimate = estimate_sweep(config, Execution(rows=8))
+    assert list(tmp_path.iterdir()) == []
+    assert estimate.seconds > 0
+    assert estimate.rows == 8
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    assert estimate.forwards == run.manifest["forwards"]
+    assert sum(units for units, _ in estimate.units.values()) == run.manifest["units"]
+
+
+def test_duckdb_reads_what_polars_reads(ddpm_directory, tmp_path):
+    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=2, timesteps=(60,), fills=("zero",))
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    sums = run.duckdb().sql("select count(*), sum(edited) from ablations").fetchall()[0]
+    table = run.table("ablations").select(pl.len(), pl.col("edited").sum()).collect()
+    assert sums[0] == table.row(0)[0]
+    assert sums[1] == pytest.approx(table.row(0)[1])
+
+
+def test_attributions_are_those_of_the_scope(ddpm_directory, tmp_path):
+    """Beside exact ablations, with both fills."""
+    config = SweepConfig(
+        model=ddpm_directory,
+        groups=("lfw",),
+        splits=("confirm",),
+        items=3,
+        timesteps=(60, 500),
+        fills=("mean", "zero"),
+        scores=("loss",),
+        observe=False,
+        attribute=True,
+        cotangents=2,
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    assert run.tables == ("ablations", "attributions")
+    text = pl.col(pl.Categorical).cast(pl.String)
+    table = run.table("attributions").with_columns(text).collect()
+    ablations = run.table("ablations").with_columns(text).collect()
+    key = ["item", "timestep", "site", "head", "fill"]
+    both = table.join(ablations, on=key)
+    assert len(both) == len(table) == len(ablations)
+    # the clean loss of the two is one number
+    np.testing.assert_allclose(both["loss"], both["clean"], rtol=1e-5)
+    task = load_task(config)
+    (group,) = open_items(config, task)
+    found = Scope(task.denoiser).attribute(task, list(group.swept), (60, 500), cotangents=2)
+    expected = found.to_polars().with_columns(text)
+    zero = table.filter(pl.col("fill") == "zero").with_columns(key=pl.format("lfw/{}", "item"))
+    joined = zero.join(expected, left_on=["key", "timestep", "site", "head"], right_on=["item", *key[1:4]])
+    assert len(joined) == len(expected)
+    for name in ("g", "c"):
+        scale = float(expected[name].abs().max())
+        np.testing.assert_allclose(joined[name], joined[f"{name}_right"], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_contact_sheets_show_the_images_that_were_kept(ddpm_directory, tmp_path):
+    config = SweepConfig(
+        model=ddpm_directory,
+        groups=("faces",),
+        splits=("confirm",),
+        items=5,
+        timesteps=(300,),
+        fills=("zero",),
+        scores=("generate",),
+        sites=("mid_block.*",),
+        observe=False,
+        generate_steps=1,
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    (path,) = write_contact_sheets(run, edits=2, items=3)
+    sheet = np.asarray(Image.open(path))
+    task = load_task(config)
+    (group,) = open_items(config, task)
+    clean = task.generate([group.swept[2]], steps=1)[0]
+    # rows of 64 pixels and a label, columns of 64 and a margin; images twice as large as they are
+    left, top = 4 + 2 * 68, 4 + 14
+    shown = sheet[top : top + 64 : 2, left : left + 64 : 2]
+    assert np.abs(shown.astype(int) - clean).max() <= 1
+    assert sheet.shape[0] == 3 * 82 + 4
