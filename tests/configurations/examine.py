@@ -155,11 +155,14 @@ def watched(
     def spy(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         site = next((name for name in reversed(running) if name in names), None)
-        calls.append(Call(running[-1], site, query, key, options))
+        # without a dimension of heads there is one
+        heads = (query, key) if query.ndim > 3 else (query.unsqueeze(1), key.unsqueeze(1))
+        calls.append(Call(running[-1], site, *heads, options))
         output = stock(query, key, value, dropout_p=dropout_p, **options)
         if site in wanted:
             output = output.clone()
-            output[..., wanted[site], :, :] = 0
+            by_head = output if output.ndim > 3 else output.unsqueeze(1)
+            by_head[..., wanted[site], :, :] = 0
         return output
 
     for name, module in model.named_modules():

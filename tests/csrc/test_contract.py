@@ -89,7 +89,8 @@ def _late_nan(query, key, value):
 
 # The bound on outputs is torch's own worst error in the same call, so a case needs enough rows to show it.
 CASES = [
-    *(case for case in CASES if case.fill != "uniform"),
+    # fills given by name are resolved above the backends
+    *(case for case in CASES if not isinstance(case.fill, str)),
     *(Case(f"tokens_{n}", (1, 2, 2, n, n, 16, 16)) for n in (1, 63, 64, 65, 77, 111)),
     *(Case(f"keys_{n}", (1, 2, 2, 70, n, 16, 16)) for n in (8, 15, 17, 31, 33, 511, 512, 513, 1025)),
     *(Case(f"dim_{n}", (1, 2, 2, 11, 77, n, n)) for n in (1, 8, 12, 17, 33, 40, 48, 64, 65, 80, 96, 128, 160, 200)),

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 
 import tiny
 from headscope import Scope
@@ -130,3 +132,55 @@ def test_low_precision(dtype):
     error = float((stock.float() - exact).abs().max())
     assert float((recorded.float() - exact).abs().max()) <= 2 * error
     assert recording.to_polars()["entropy_mean"].is_finite().all()
+
+
+def with_image_prompt(unet):
+    """Cross-attention that attends to the text, then to an image prompt of 4 tokens."""
+    torch.manual_seed(0)
+    processors = {}
+    for name in unet.attn_processors:
+        module = unet.get_submodule(name.removesuffix(".processor"))
+        processors[name] = AttnProcessor2_0()
+        if module.is_cross_attention:
+            processors[name] = IPAdapterAttnProcessor2_0(module.inner_dim, 32, num_tokens=(4,), scale=1.0)
+    unet.set_attn_processor(processors)
+    return unet
+
+
+def test_calls_of_one_module_are_told_apart():
+    unet = with_image_prompt(tiny.stable_diffusion().unet)
+    sample, text, image = torch.randn(2, 4, 8, 8), torch.randn(2, 7, 32), torch.randn(2, 1, 4, 32)
+    scope = Scope(unet)
+    site = next(site.name for site in scope.sites if site.kind == "cross")
+
+    def run():
+        with torch.inference_mode():
+            return unet(sample, 5, (text, [image]), return_dict=False)[0]
+
+    stock = run()
+    with scope.record("entropy", "k", reduce=None) as recording:
+        assert float((run() - stock).abs().max()) <= 1e-5
+    table = recording.to_polars().filter(recording.to_polars()["site"].cast(str) == site)
+    assert sorted(table.select("call", "keys").unique().iter_rows()) == [(0, 7), (1, 4)]
+    to_k = unet.get_submodule(site).to_k(text).unflatten(-1, (4, -1)).transpose(1, 2)
+    assert torch.allclose(recording.samples("k", site, 0, 5), to_k, atol=1e-6)
+    # the second call alone
+    with scope.edit({site: lambda where: range(4) if where.call == 1 else None}):
+        without_image = run()
+    unet.get_submodule(site).processor.scale = [0.0]
+    assert float((without_image - run()).abs().max()) <= 1e-5
+    assert float((without_image - stock).abs().max()) > 1e-5
+
+
+def test_a_model_under_group_offload():
+    unet = tiny.ddpm().unet
+    sample = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        stock = unet(sample, 7, return_dict=False)[0]
+    cpu = torch.device("cpu")
+    apply_group_offloading(unet, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    scope = Scope(unet)
+    with torch.inference_mode(), scope.record("entropy") as recording:
+        recorded = unet(sample, 7, return_dict=False)[0]
+    assert float((recorded - stock).abs().max()) <= 1e-5
+    assert len(recording) == len(scope.sites)

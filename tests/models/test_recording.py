@@ -153,7 +153,7 @@ def test_xarray(unet, sample, monkeypatch):
     table = recording.to_polars()
     for row in table.sample(5, seed=0).iter_rows(named=True):
         place = {name: row[name] for name in ("forward", "site", "call", "sample", "head", "query_group")}
-        assert float(data["entropy_mean"].sel(place)) == row["entropy_mean"]
+        assert float(data["entropy_mean"].sel(place).squeeze()) == row["entropy_mean"]
 
 
 def test_steps_are_the_pipelines_in_every_call(diffusion):

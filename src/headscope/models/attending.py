@@ -51,6 +51,13 @@ class SiteFrame:
         forward = scope.running
         if forward is None or not scope.asked(name):
             return stock(query, key, value, **options)
+        if query.ndim == 3 and site.heads == 1:
+            # one head without a dimension of its own
+            mask = options["attn_mask"]
+            one = {**options, "attn_mask": mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask}
+            return self.attend(*(tensor.unsqueeze(1) for tensor in (query, key, value)), own_text, stock, one).squeeze(
+                1
+            )
         repeated = forward.totals is not None
         recordings = [] if repeated else [own for own, sites in scope.recordings if name in sites]
         edits = [edit for edit in scope.edits if name in edit.sites and edit.acts_in(forward)]

@@ -85,21 +85,27 @@ class Geometry:
             raise ValueError(f"{type(denoiser).__name__} was called without a tensor, expected its input among them")
         config = getattr(denoiser, "config", None) or {}
         text = arguments.get("encoder_hidden_states")
+        # with an image prompt (IP-Adapter) the text comes first
+        text = text[0] if isinstance(text, tuple) and text else text
         text_tokens = int(text.shape[1]) if isinstance(text, Tensor) and text.ndim == 3 else 0
         patch, patch_frames = _patch(config)
+        frames = arguments.get("num_frames")
+        frames = frames if isinstance(frames, int) and frames > 1 else None
         if sample.ndim == 4:
             size = (int(sample.shape[2]), int(sample.shape[3]))
+            # a video whose frames are pictures of the batch
+            if frames is not None and sample.shape[0] % frames == 0:
+                return cls(sample.shape[0] // frames, size, frames, None, text_tokens, patch)
             return cls(sample.shape[0], size, None, None, text_tokens, patch)
         if sample.ndim == 5:
             channels_second = sample.shape[1] == config.get("in_channels", sample.shape[1])
-            frames = int(sample.shape[2] if channels_second else sample.shape[1])
+            count = int(sample.shape[2] if channels_second else sample.shape[1])
             size = (int(sample.shape[3]), int(sample.shape[4]))
-            return cls(sample.shape[0], size, frames, None, text_tokens, patch, patch_frames)
+            return cls(sample.shape[0], size, count, None, text_tokens, patch, patch_frames)
         tokens = int(sample.shape[1]) if sample.ndim == 3 else None
         ids = arguments.get("img_ids")
-        numbers = [arguments.get(name) for name in ("height", "width", "num_frames")]
-        size = (numbers[0], numbers[1]) if all(isinstance(number, int) for number in numbers[:2]) else None
-        frames = numbers[2] if isinstance(numbers[2], int) and numbers[2] > 1 else None
+        height, width = arguments.get("height"), arguments.get("width")
+        size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
         # a packed sequence is patched already
         return cls(sample.shape[0], size, frames, tokens, text_tokens, 1, 1, ids if isinstance(ids, Tensor) else None)
 

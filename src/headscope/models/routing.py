@@ -137,7 +137,9 @@ def uninstall() -> None:
 
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     text = kwargs.get("encoder_hidden_states")
-    own_text = text.shape[1] if text is not None and text.ndim == 3 else 0
+    # with an image prompt (IP-Adapter) the text comes first
+    text = text[0] if isinstance(text, tuple) else text
+    own_text = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
     _running.modules.append([module.__dict__[HANDLE], own_text, 0])
 
 
@@ -200,8 +202,8 @@ def _routed(
 
 def _empty_output(query: Tensor, value: Tensor) -> Tensor:
     """An empty [batch, heads, queries, dim_v] in query's dtype and stride order."""
-    order = sorted(range(4), key=lambda dimension: query.stride(dimension), reverse=True)
-    shape = (*query.shape[:3], value.shape[3])
+    order = sorted(range(query.ndim), key=lambda dimension: query.stride(dimension), reverse=True)
+    shape = (*query.shape[:-1], value.shape[-1])
     return torch.empty_permuted(shape, order, dtype=query.dtype, device=query.device)
 
 

@@ -82,8 +82,8 @@ def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
             unseen.append(Unseen(name, reason))
             continue
         text_first = _text_first(denoiser, name)
-        heads = _heads(module)
         parent = denoiser.get_submodule(name.rpartition(".")[0])
+        heads = _heads(module, parent)
         sites.append(Site(name, _kind(module, parent, text_first), heads, _inner_dim(module) // heads, text_first))
     return sites, unseen
 
@@ -142,11 +142,12 @@ def _kind(module: nn.Module, parent: nn.Module, text_first: bool | None) -> Kind
     return "joint"
 
 
-def _heads(module: nn.Module) -> int:
-    """The module's own word, else 1: code without heads attends with a single one."""
-    for attribute in _HEAD_COUNTS:
-        if isinstance(heads := getattr(module, attribute, None), int) and heads > 0:
-            return heads
+def _heads(module: nn.Module, parent: nn.Module) -> int:
+    """The module's own word, or that of the one that holds it; else 1: code without heads attends with a single one."""
+    for holder in (module, parent):
+        for attribute in _HEAD_COUNTS:
+            if isinstance(heads := getattr(holder, attribute, None), int) and heads > 0:
+                return heads
     return 1
 
 
