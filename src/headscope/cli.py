@@ -1,4 +1,4 @@
-"""The command line: study, sweep, report, train, doctor."""
+"""The command line: study, sweep, report, train, bench, doctor."""
 
 import os
 import sys
@@ -377,6 +377,34 @@ def train(
 
             export_model(out, export)
             console.print(f"model   {_escaped(str(export))}", highlight=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        list[str] | None, typer.Option(help="bundled, sd15, sdxl or flux; may be repeated. Default: all.")
+    ] = None,
+    full: Annotated[
+        bool | None, typer.Option("--full/--small", help="Real configurations, or stand-ins. Default: full on a GPU.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Every way of running runs once in each.")] = 11,
+    out: Annotated[Path, typer.Option(help="Where the numbers and the plot go.")] = Path("headscope-bench"),
+    device: Device = "cpu",
+    dtype: DType = "float32",
+) -> None:
+    """Speed, memory and operations of denoisers: stock, recorded, edited, and with a hook that stores attention."""
+    with _clear_errors():
+        from headscope._extras import require
+
+        for module in ("diffusers", "pyarrow", "plotly"):
+            require(module, "study")
+        from headscope.bench import DENOISERS, Settings, run_bench
+
+        settings = Settings(tuple(model or DENOISERS), device, dtype, full, rounds)
+        path = run_bench(settings, out, console)
+        console.print(
+            f"numbers {_escaped(str(path))}\nplot    {_escaped(str(path.with_suffix('.html')))}", highlight=False
+        )
 
 
 @app.command()
