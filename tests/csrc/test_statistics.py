@@ -13,6 +13,8 @@ from contract import assert_close
 from headscope.ops import cpu_library
 
 POISON = 777.0
+# a value that no statistic has
+FAINT = -12345.0
 
 
 @dataclass
@@ -98,7 +100,9 @@ def expected_statistic(
     if name == "group_mass":
         return mass[..., 0].movedim(0, -1)
     shares = torch.where(mass == 0, 0.0, grouped / torch.where(mass == 0, 1.0, mass))
-    return torch.special.entr(shares).sum(-1).movedim(0, -1)
+    # where some keys of a group fall below what float32 holds and others don't, rounding decides: not compared
+    faint = (mass > 0) & (mass < largest * 2.0**-100)
+    return torch.where(faint[..., 0], FAINT, torch.special.entr(shares).sum(-1)).movedim(0, -1)
 
 
 def truth(call: Call) -> tuple[Tensor, dict[str, Tensor], float]:
@@ -145,7 +149,8 @@ def check(call: Call, threads: int | None = None) -> None:
             unit = 1.0 + max(queries // constants[1] + keys // constants[3], constants[1] + constants[3])
         if name == "key_mass":
             unit = 1.0 + float(expected_statistics[label].nan_to_num().amax()) if keys else 1.0
-        assert_close(label, statistics[label], expected_statistics[label], unit * tolerance)
+        got = torch.where(expected_statistics[label] == FAINT, FAINT, statistics[label])
+        assert_close(label, got, expected_statistics[label], unit * tolerance)
     low = call.query.dtype != torch.float32
     # the weights are rounded to bfloat16 where they meet bfloat16 values: half a unit in the last place of each
     unit = 2 * torch.finfo(call.query.dtype).eps if low else 2e-6 + 2 * tolerance
