@@ -1,4 +1,4 @@
-"""The command line: study, sweep, report, train, doctor."""
+"""The command line: study, sweep, report, train, bench, doctor."""
 
 import os
 import sys
@@ -34,6 +34,10 @@ Executor = Annotated[
     str | None, typer.Option(help="local, processes, ray or slurm. Default: local, or processes for several workers.")
 ]
 Address = Annotated[str | None, typer.Option(help="Of a running Ray cluster; default: Ray on this machine.")]
+Job = Annotated[
+    list[str] | None,
+    typer.Option(help="Of Slurm jobs, as submitit names it: timeout_min=600, slurm_partition=gpu; may be repeated."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 
@@ -131,6 +135,7 @@ def sweep(
     workers: Workers = 1,
     executor: Executor = None,
     address: Address = None,
+    job: Job = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would take, from a short calibration.")
     ] = False,
@@ -149,7 +154,7 @@ def sweep(
             asked = [name for name in PLANNED if _given(context, name)]
             if asked:
                 raise ValueError(f"plan: got {asked[0]} beside it, expected it in the file")
-            _run(SweepConfig.from_toml(plan), out, batch, workers, executor, address, quiet, dry_run)
+            _run(SweepConfig.from_toml(plan), out, batch, workers, executor, address, job, quiet, dry_run)
             return
         groups = tuple(group) if group else (() if prompts else ("faces", "faces_grey", "lfw", "photographs"))
         config = SweepConfig(
@@ -166,7 +171,7 @@ def sweep(
             device=device,
             dtype=dtype,
         )
-        _run(config, out, batch, workers, executor, address, quiet, dry_run)
+        _run(config, out, batch, workers, executor, address, job, quiet, dry_run)
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -174,7 +179,7 @@ def _given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _run(config, out: Path, batch, workers: int, executor, address, quiet: bool, dry_run: bool = False) -> None:
+def _run(config, out: Path, batch, workers: int, executor, address, job, quiet: bool, dry_run: bool = False) -> None:
     """Run a sweep, or say what it would take, and print the result."""
     from headscope._extras import require
 
@@ -192,7 +197,7 @@ def _run(config, out: Path, batch, workers: int, executor, address, quiet: bool,
         config,
         out,
         batch=batch,
-        workers=Workers(chosen, workers, address=address),
+        workers=Workers(chosen, workers, address=address, parameters=_job_parameters(job or [])),
         progress=not quiet,
         console=console,
     )
@@ -200,6 +205,16 @@ def _run(config, out: Path, batch, workers: int, executor, address, quiet: bool,
         rows = run.table(kind).select("item").collect().height
         console.print(f"{kind:<15} {rows:>9,} rows  {_escaped(str(out / kind))}", highlight=False)
     console.print(f"to read it: headscope report {_escaped(str(out))}", highlight=False)
+
+
+def _job_parameters(texts: list[str]) -> dict[str, int | str]:
+    parameters: dict[str, int | str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ValueError(f"job: got {text!r}, expected NAME=VALUE")
+        parameters[name] = int(value) if value.isdecimal() else value
+    return parameters
 
 
 def _print_estimate(estimate, workers: int) -> None:
@@ -287,6 +302,7 @@ def retry(
     workers: Workers = 1,
     executor: Executor = None,
     address: Address = None,
+    job: Job = None,
     quiet: Quiet = False,
 ) -> None:
     """Forget a sweep's failures and torn files, and run what is left of it."""
@@ -296,7 +312,7 @@ def retry(
         run = Run.open(directory)
         run.mend()
         config = SweepConfig.from_json(run.manifest["config"])
-        _run(config, directory, batch, workers, executor, address, quiet)
+        _run(config, directory, batch, workers, executor, address, job, quiet)
 
 
 # what a plan's file says in place of these options
@@ -377,6 +393,34 @@ def train(
 
             export_model(out, export)
             console.print(f"model   {_escaped(str(export))}", highlight=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        list[str] | None, typer.Option(help="bundled, sd15, sdxl or flux; may be repeated. Default: all.")
+    ] = None,
+    full: Annotated[
+        bool | None, typer.Option("--full/--small", help="Real configurations, or stand-ins. Default: full on a GPU.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Every way of running runs once in each.")] = 11,
+    out: Annotated[Path, typer.Option(help="Where the numbers and the plot go.")] = Path("headscope-bench"),
+    device: Device = "cpu",
+    dtype: DType = "float32",
+) -> None:
+    """Speed, memory and operations of denoisers: stock, recorded, edited, and with a hook that stores attention."""
+    with _clear_errors():
+        from headscope._extras import require
+
+        for module in ("diffusers", "pyarrow", "plotly"):
+            require(module, "study")
+        from headscope.bench import DENOISERS, Settings, run_bench
+
+        settings = Settings(tuple(model or DENOISERS), device, dtype, full, rounds)
+        path = run_bench(settings, out, console)
+        console.print(
+            f"numbers {_escaped(str(path))}\nplot    {_escaped(str(path.with_suffix('.html')))}", highlight=False
+        )
 
 
 @app.command()

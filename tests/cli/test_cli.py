@@ -103,6 +103,7 @@ def test_a_sweep_from_a_plan_and_its_commands(ddpm_directory, tmp_path, monkeypa
         (("sweep", "status", "nowhere"), "expected a directory with a headscope run"),
         (("sweep", "--plan", "nowhere.toml"), "plan: got 'nowhere.toml', expected a TOML file"),
         (("sweep", "--workers", "0"), "workers: got 0, expected at least 1"),
+        (("sweep", "--executor", "slurm", "--job", "fast"), "job: got 'fast', expected NAME=VALUE"),
         (("sweep", "--executor", "cloud"), "executor: got 'cloud', expected one of local"),
         (("train", "--steps", "0"), "steps: got 0, expected at least 1"),
     ],

@@ -117,6 +117,8 @@ CASES = [
 ]
 
 
+# float32 has no dot products of its own
+@pytest.mark.parametrize("instruction_set", ["baseline", "avx2", "avx512"], indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float32(case, instruction_set, attend):
     check(case, torch.float32, attend)

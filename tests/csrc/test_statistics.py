@@ -13,6 +13,8 @@ from contract import assert_close
 from headscope.ops import cpu_library
 
 POISON = 777.0
+# a value that no statistic has
+FAINT = -12345.0
 
 
 @dataclass
@@ -33,7 +35,8 @@ class Call:
     statistics: dict[str, tuple] = field(default_factory=dict)
 
     def sizes(self) -> tuple[int, int, int, int]:
-        return (*self.query.shape[:3], self.key.shape[2])
+        batch, heads, queries = self.query.shape[:3]
+        return batch, heads, queries, self.key.shape[2]
 
 
 def run(call: Call, threads: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,7 +67,9 @@ def positions(count: int, width: int) -> Tensor:
     return torch.stack([torch.arange(count) // width, torch.arange(count) % width], -1).double()
 
 
-def expected_statistic(name: str, constants: tuple, tensors: tuple, logits: Tensor, weights: Tensor) -> Tensor:
+def expected_statistic(
+    name: str, constants: tuple[int, ...], tensors: tuple[Tensor, ...], logits: Tensor, weights: Tensor
+) -> Tensor:
     """[batch, heads, queries], with groups behind, or [batch, heads, keys]; weights are the probabilities."""
     queries, keys = logits.shape[2:]
     if name == "entropy":
@@ -83,7 +88,9 @@ def expected_statistic(name: str, constants: tuple, tensors: tuple, logits: Tens
         return (weights * apart).sum(-1)
     if name == "key_mass":
         return weights.sum(2)
-    first, count = (constants[1], min(128, constants[0] - constants[1])) if len(constants) > 1 else (0, constants[0])
+    first, count = 0, constants[0]
+    if len(constants) == 2:
+        first, count = constants[1], min(128, count - constants[1])
     members = tensors[0].unsqueeze(2) == torch.arange(first, first + count)[:, None, None, None, None]
     grouped = torch.where(members, weights, 0.0)
     # what float32 can't hold beside the row's largest weight counts as nothing
@@ -93,7 +100,9 @@ def expected_statistic(name: str, constants: tuple, tensors: tuple, logits: Tens
     if name == "group_mass":
         return mass[..., 0].movedim(0, -1)
     shares = torch.where(mass == 0, 0.0, grouped / torch.where(mass == 0, 1.0, mass))
-    return torch.special.entr(shares).sum(-1).movedim(0, -1)
+    # where some keys of a group fall below what float32 holds and others don't, rounding decides: not compared
+    faint = (mass > 0) & (mass < largest * 2.0**-100)
+    return torch.where(faint[..., 0], FAINT, torch.special.entr(shares).sum(-1)).movedim(0, -1)
 
 
 def truth(call: Call) -> tuple[Tensor, dict[str, Tensor], float]:
@@ -140,7 +149,8 @@ def check(call: Call, threads: int | None = None) -> None:
             unit = 1.0 + max(queries // constants[1] + keys // constants[3], constants[1] + constants[3])
         if name == "key_mass":
             unit = 1.0 + float(expected_statistics[label].nan_to_num().amax()) if keys else 1.0
-        assert_close(label, statistics[label], expected_statistics[label], unit * tolerance)
+        got = torch.where(expected_statistics[label] == FAINT, FAINT, statistics[label])
+        assert_close(label, got, expected_statistics[label], unit * tolerance)
     low = call.query.dtype != torch.float32
     # the weights are rounded to bfloat16 where they meet bfloat16 values: half a unit in the last place of each
     unit = 2 * torch.finfo(call.query.dtype).eps if low else 2e-6 + 2 * tolerance
@@ -274,13 +284,13 @@ def test_nan_reaches_every_statistic_of_its_row(instruction_set, library):
 @pytest.mark.parametrize("name", ["key_bias", "key_scale"])
 def test_what_is_muted_does_not_reach_a_row(name, instruction_set, library):
     """NaN and infinity in a muted key, its value or its scale."""
-    call = make(1, 2, 2, 20, 60, key_bias=torch.zeros(1, 1, 60))
-    assert call.key_bias is not None
-    call.key_bias[..., 30] = -math.inf
+    bias, scale = torch.zeros(1, 1, 60), torch.ones(1, 1, 60)
+    bias[..., 30] = -math.inf
+    call = make(1, 2, 2, 20, 60, key_bias=bias)
     expected = truth(call)
     if name == "key_scale":
-        call.key_scale = torch.ones(1, 1, 60)
-        call.key_scale[..., 30] = math.inf
+        scale[..., 30] = math.inf
+        call.key_scale = scale
     else:
         call.key[..., 30, 2], call.value[..., 30, 3] = math.nan, math.inf
     call.statistics = {"entropy": ("entropy", (), ())}
@@ -375,8 +385,8 @@ def calls(draw) -> Call:
     elif kind == "bool":
         call.attn_mask = torch.rand(shape) > 0.4
     elif kind == "additive":
-        call.attn_mask = torch.where(torch.rand(shape) > 0.7, -math.inf, torch.randn(shape))
-        call.attn_mask = call.attn_mask.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])))
+        added = torch.where(torch.rand(shape) > 0.7, -math.inf, torch.randn(shape))
+        call.attn_mask = added.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64])))
     over = [draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads])), keys]
     if draw(st.booleans()):
         call.key_bias = torch.where(torch.rand(over) > 0.8, -math.inf, torch.randn(over))

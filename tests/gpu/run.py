@@ -36,7 +36,7 @@ def run_tests(file: Path, marker: str) -> dict:
     """One file of tests: how many passed and failed, and which."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", marker, f"--junitxml={report}", str(file)]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", marker, f"--junitxml={report}", str(file)]
         started = time.perf_counter()
         run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - started

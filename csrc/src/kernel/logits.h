@@ -77,12 +77,10 @@ inline void compute_logits(const Unit* queries, int64_t tiles, const Unit* keys,
     const int64_t padded = round_up(count, LANES);
     for (int64_t key = 0; key < padded;) {
         const Panel panel = first_key_panel(padded - key);
-        with_panel(panel, [&](auto vectors, auto) {
-            // keys have no half panels; without the bound the compiler would make code for them
-            constexpr int VECTORS = decltype(vectors)::value > 0 ? decltype(vectors)::value : 1;
+        with_vectors(panel.vectors, [&](auto vectors) {
             for (int64_t tile = 0; tile < tiles; ++tile) {
-                logits_tile<VECTORS>(queries + tile * TILE_ROWS * units, keys, units, scale,
-                                     logits + tile * TILE_ROWS * LOGIT_STRIDE + key);
+                logits_tile<decltype(vectors)::value>(queries + tile * TILE_ROWS * units, keys, units, scale,
+                                                      logits + tile * TILE_ROWS * LOGIT_STRIDE + key);
             }
         });
         keys += panel.width() * units;

@@ -131,17 +131,25 @@ struct Constant {
     static constexpr int value = COUNT;
 };
 
+// Calls function(vectors) with a number of whole vectors as a compile-time constant.
+template <typename Function>
+HEADSCOPE_INLINE void with_vectors(int vectors, const Function& function) {
+    if (vectors == 1) return function(Constant<1>{});
+    if constexpr (MAX_VECTORS == 3) {
+        if (vectors == 3) return function(Constant<3>{});
+    }
+    function(Constant<2>{});
+}
+
 // Calls function(vectors, half) with the panel's shape as compile-time constants.
 template <typename Function>
 HEADSCOPE_INLINE void with_panel(Panel panel, const Function& function) {
-    if (HALF_LANES && panel.half) {
-        if (panel.vectors == 0) return function(Constant<0>{}, Constant<1>{});
-        if (panel.vectors == 1) return function(Constant<1>{}, Constant<1>{});
-        return function(Constant<2>{}, Constant<1>{});
+    if constexpr (HALF_LANES > 0) {
+        if (panel.half && panel.vectors == 0) return function(Constant<0>{}, Constant<1>{});
+        if (panel.half && panel.vectors == 1) return function(Constant<1>{}, Constant<1>{});
+        if (panel.half) return function(Constant<2>{}, Constant<1>{});
     }
-    if (panel.vectors == 1) return function(Constant<1>{}, Constant<0>{});
-    if (panel.vectors == 2) return function(Constant<2>{}, Constant<0>{});
-    if (MAX_VECTORS == 3) function(Constant<3>{}, Constant<0>{});
+    with_vectors(panel.vectors, [&](auto vectors) { function(vectors, Constant<0>{}); });
 }
 
 }  // namespace HEADSCOPE_TARGET

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headscope.models import Recording, Scope, Task
+from headscope.models.tasks import NoisyInputs
 from headscope.ops import HeadEdit
 from headscope.sweep import plan as kinds
 from headscope.sweep.config import SweepConfig
@@ -263,12 +264,12 @@ class UnitRunner:
         table = grid.table(items, self.config.seed, unit.kind == kinds.ABLATE, **constants)
         self.store.write_table(unit.kind, unit.id, table)
 
-    def _learned(self, inputs) -> Prefix | None:
+    def _learned(self, inputs: NoisyInputs) -> Prefix | None:
         """What edited forwards can take over from clean ones; None if nothing."""
         if not self.share:
             return None
         if self._prefix is None:
-            example = inputs.rows(torch.tensor([0, len(inputs.sample) - 1], device=self.task.device))
+            example = _two_rows(inputs)
 
             def forward(rows: list[int]) -> Tensor:
                 return self.task.predict(example.rows(torch.tensor(rows, device=self.task.device)))
@@ -365,6 +366,21 @@ class UnitRunner:
 def _open(scope: Scope) -> AbstractContextManager[Any]:
     """Records no site, and keeps the scope's hooks in place for the edits inside, which then are quick to enter."""
     return scope.record("entropy", sites=())
+
+
+def _two_rows(inputs: NoisyInputs) -> NoisyInputs:
+    """The first and the last item; of a single one, itself and itself mirrored, so that rows can be told apart."""
+    last = len(inputs.sample) - 1
+    pair = inputs.rows(torch.tensor([0, last], device=inputs.sample.device))
+    if last:
+        return pair
+
+    def mirrored(tensor: Tensor) -> Tensor:
+        floating = tensor.is_floating_point() and tensor.ndim > 1
+        return torch.cat([tensor[:1], tensor[1:].flip(-1)]) if floating else tensor
+
+    conditioning = {name: mirrored(tensor) for name, tensor in pair.conditioning.items()}
+    return replace(pair, sample=mirrored(pair.sample), conditioning=conditioning)
 
 
 def _chunks(values: list, size: int) -> list[list]:

@@ -162,8 +162,19 @@ def work(runner: UnitRunner, session: str, report: Report) -> None:
     claims = Claims(runner.store.path, session)
     try:
         _work(runner, claims, session, report)
+    except OSError as error:
+        if not _is_full(error):
+            raise
+        raise DiskFull(
+            error.errno,
+            f"out: no room to write results ({error.strerror}); make some and run the same command again",
+        ) from error
     finally:
         claims.close()
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _work(runner: UnitRunner, claims: Claims, session: str, report: Report) -> None:
@@ -212,11 +223,8 @@ def _tried(runner: UnitRunner, unit: Unit, session: str, report: Report) -> bool
     try:
         runner.run(unit, report.advance)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFull(
-                error.errno,
-                f"out: no room to write results ({error.strerror}); make some and run the same command again",
-            ) from error
+        if _is_full(error):
+            raise
         runner.store.add_failure(unit.id, traceback.format_exc(), session)
         last = given_up(runner.store.failures()[unit.id], session)
         report.failed(unit, f"{type(error).__name__}: {error}", last)

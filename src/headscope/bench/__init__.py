@@ -1,0 +1,10 @@
+"""How fast denoisers run with headscope watching them, beside what else one could do.
+
+Reading order: denoisers (what runs), ways (stock, headscope, its peers), measure (seconds, bytes, operations), results
+(table, plot, file).
+"""
+
+from headscope.bench.denoisers import DENOISERS
+from headscope.bench.results import Settings, run_bench
+
+__all__ = ["DENOISERS", "Settings", "run_bench"]
