@@ -169,8 +169,8 @@ def test_edits_compose_inner_after_outer(unet, sample):
     scope = Scope(unet)
     site = scope.sites[0]
     fill = torch.randn(1, site.heads, 64, site.head_dim, generator=torch.Generator().manual_seed(2))
-    first = HeadEdit(torch.tensor([[0.0, 0.5, 1.0, 1.0]]), fill)
-    second = HeadEdit(torch.tensor([[1.0, 0.25, 0.0, 1.0]]), "uniform")
+    gates = torch.tensor([[0.0, 0.5, 1.0, 1.0]]), torch.tensor([[1.0, 0.25, 0.0, 1.0]])
+    first, second = HeadEdit(gates[0], fill), HeadEdit(gates[1], "uniform")
     hot = HeadEdit(temperature=torch.tensor([[1.0, 1.0, 1.0, 3.0]]))
     with (
         scope.edit({site.name: [first, hot]}),
@@ -181,7 +181,7 @@ def test_edits_compose_inner_after_outer(unet, sample):
     query, key, value, output = (recording.samples(x, site.name, 0, 7) for x in ("q", "k", "v", "head_output"))
     own = attention(query, key, value, edit=HeadEdit(temperature=torch.tensor([[1.0, 1.0, 1.0, 9.0]]))).output
     uniform = value.mean(2, keepdim=True)
-    one, two = first.gate[..., None, None], second.gate[..., None, None]
+    one, two = (gate[..., None, None] for gate in gates)
     expected = two * (one * own + (1 - one) * fill) + (1 - two) * uniform
     assert largest(output, expected) <= 1e-5
 

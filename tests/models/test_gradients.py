@@ -166,8 +166,8 @@ def test_attribution_ranks_heads_as_exact_ablation_does():
                 with scope.edit({site: [head]}):
                     exact[:, column, index] = task.loss(inputs).numpy() - found.loss[:, column]
     mean = exact.mean((0, 1))
-    both = spearmanr((found.g + found.c).mean((0, 1)), mean)[0]
-    first = spearmanr(found.g.mean((0, 1)), mean)[0]
+    both = float(spearmanr((found.g + found.c).mean((0, 1)), mean).statistic)
+    first = float(spearmanr(found.g.mean((0, 1)), mean).statistic)
     print(f"Spearman with exact zero ablation: g + c {both:.3f}, g alone {first:.3f}")
     assert both >= 0.9
     assert first < both

@@ -93,7 +93,9 @@ class ActiveEdit:
         self._steps = steps
         self._branches = branches
         self._sites = {name: scope.site(name) for name in values}
-        self._by_device: dict[tuple[int, torch.device], Tensor] = {}
+        # an edit is moved to a device once, not at every call
+        self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._gates: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.first_forward = 0
         self.sites = frozenset(values)
 
@@ -150,12 +152,12 @@ class ActiveEdit:
         """One value for the whole batch."""
         if isinstance(value, HeadEdit):
             edit = value if value.fill is not None or value.gate is None else replace(value, fill=self._fill)
-            return [self._resolve(edit, name, call, rows)]
+            return [self._resolve(edit, name, call, rows, keep=True)]
         if isinstance(value, Patch):
             return [self._patch(value, name, call, rows)]
         if not callable(value):
-            gate = _gate(value, self._sites[name].heads)
-            return [self._resolve(HeadEdit(gate, self._fill), name, call, rows)]
+            gate = self._gates.setdefault((name, value), _gate(value, self._sites[name].heads))
+            return [self._resolve(HeadEdit(gate, self._fill), name, call, rows, keep=True)]
         site, forward = self._sites[name], rows.forward
         by_row = []
         for row in range(forward.batch):
@@ -189,18 +191,28 @@ class ActiveEdit:
         gates = [self._resolve(HeadEdit(gate, fill), name, call, rows) for gate, fill in heads.values()]
         return [*gates, *others]
 
-    def _resolve(self, edit: HeadEdit, name: str, call: int, rows: "_RowMap") -> Change:
+    def _resolve(self, edit: HeadEdit, name: str, call: int, rows: "_RowMap", keep: bool = False) -> Change:
+        """keep: the edit's tensors will be asked for again."""
         given = {field.name: getattr(edit, field.name) for field in fields(edit)}
         fill = given.pop("fill")
         spread = {
-            field: rows.spread(tensor.to(rows.device)) for field, tensor in given.items() if isinstance(tensor, Tensor)
+            field: rows.spread(self._on(rows.device, tensor, keep))
+            for field, tensor in given.items()
+            if isinstance(tensor, Tensor)
         }
         if isinstance(fill, (Recording, Resampled)):
             fill = rows.source(fill, HEAD_OUTPUT, name, call)
         elif isinstance(fill, Tensor):
-            fill = fill.to(rows.device)[(None,) * (4 - fill.ndim)]
-            fill = rows.spread(fill)
+            fill = rows.spread(self._on(rows.device, fill, keep)[(None,) * (4 - fill.ndim)])
         return Change(HeadEdit(**spread, fill=fill))
+
+    def _on(self, device: torch.device, tensor: Tensor, keep: bool) -> Tensor:
+        if tensor.device == device or not keep:
+            return tensor.to(device)
+        if (id(tensor), device) not in self._moved:
+            # with the tensor itself, so that its id stays its own
+            self._moved[id(tensor), device] = (tensor, tensor.to(device))
+        return self._moved[id(tensor), device][1]
 
     def _patch(self, patch: Patch, name: str, call: int, rows: "_RowMap") -> Change:
         heads = torch.zeros(1, self._sites[name].heads, dtype=torch.bool)
