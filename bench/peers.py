@@ -94,7 +94,7 @@ def materialised(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 def two_calls(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """H = logsumexp - scale * q . (P K) takes a second attention, over the keys; public SDPA returns no logsumexp, so
-    this is only the time of it, without its first term."""
+    this is the work of it without its first term."""
     output = functional.scaled_dot_product_attention(query, key, value)
     expected_key = functional.scaled_dot_product_attention(query, key, key)
     return output, -(query * expected_key).sum(-1) * query.shape[-1] ** -0.5

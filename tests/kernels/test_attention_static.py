@@ -84,7 +84,7 @@ FREE = ["logsumexp", "max_logit", "max_prob"]
 EVERYTHING = ["entropy", *FREE, "collision_entropy", "distance"]
 EVERY_EDIT = {"fill": True, "temperature": True, "key_bias": True, "key_scale": True, "saved": True}
 # configs.py says why these spill on sm_90 all the same: dtype and dim, bytes
-KNOWN_SPILLS = {("bfloat16", 512): 64, ("float32", 128): 256}
+KNOWN_SPILLS = {("bfloat16", 512): 64, ("float32", 128): 256, ("float32", 16): 8}
 
 PADDED = {"block_queries": 128, "block_keys": 128, "num_warps": 8, "dim_widths": [64], "value_widths": [64]}
 # compiled together, as starting a process takes as long as several kernels

@@ -117,7 +117,8 @@ def key_mass_configuration(
 def _exact(width: int, backend: str) -> ForwardConfiguration:
     # exact products run on the FMA units, which hold whole rows of their operands in registers: small tiles, many
     # warps, or the loop spills; one stage where shared memory is 64 KiB. At 128 it does spill on sm_90, by 3 % of the
-    # loop's instructions (232 bytes); the smaller tiles that don't issue 24 % more
+    # loop's instructions (232 bytes); the smaller tiles that don't issue 24 % more. At 16 it spills 8 bytes outside the
+    # loop
     if width <= 128:
         return ForwardConfiguration(32, 32, num_warps=8, num_stages=1 if backend == "hip" else 2)
     return ForwardConfiguration(16, 16, num_warps=8, num_stages=1)
