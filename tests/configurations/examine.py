@@ -213,7 +213,7 @@ def examine(name: str, case: Case) -> Examination:
     try:
         table = recording.to_polars()
         units = _units(inside, case.samples)
-        found.recorded = _same_calls(units, table)
+        found.recorded = _same_calls(units, table) or _refused(model, case, scope, found)
         found.entropy = _same_entropies(units, table, case.samples)
     except Exception as error:
         found.entropy = _short(error)
@@ -242,6 +242,18 @@ def _same_calls(units: Mapping[tuple[str, int], Tensor], table) -> str:
         {(str(site), call) for site, call in table.select("site", "call").unique().iter_rows()} if len(table) else set()
     )
     return "" if expected == got else f"{len(got)} of {len(expected)} calls recorded, {len(expected - got)} missing"
+
+
+def _refused(model: nn.Module, case: Case, scope: Scope, found: Examination) -> str:
+    """What is to be said of calls outside of every site: a recording of all sites must raise."""
+    if not found.outside:
+        return ""
+    try:
+        with scope.record("entropy"):
+            run(model, case)
+    except (RuntimeError, ValueError):
+        return "a recording of all sites is refused"
+    return "a recording of all sites is silently less than all calls"
 
 
 def _units(calls: Sequence[Call], samples: int) -> dict[tuple[str, int], Tensor]:

@@ -14,6 +14,51 @@ from headscope import HeadEdit, Scope
 from headscope.models import routing
 
 
+class SelfAttention(torch.nn.Module):
+    """Attention without weights over [rows, tokens, 8]."""
+
+    heads = 2
+
+    def forward(self, tokens):
+        query = tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return functional.scaled_dot_product_attention(query, query, query).transpose(1, 2).flatten(2)
+
+
+class Packed(torch.nn.Module):
+    """Two sequences without a dimension of samples, token after token; one after the other through one attention."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+        self.embed = torch.nn.Embedding(16, 8)
+        self.attend = SelfAttention()
+
+    def forward(self, input_ids, other_ids):
+        first, second = (self.embed(ids).unflatten(0, (self.rows, -1)) for ids in (input_ids, other_ids))
+        return torch.cat([self.attend(first).flatten(), self.attend(second).flatten()])
+
+
+# found by its key, as libraries beside diffusers find it
+BY_NAME = {"sdpa": lambda tokens: functional.scaled_dot_product_attention(tokens, tokens, tokens)}
+
+
+class Elsewhere(torch.nn.Module):
+    def forward(self, tokens):
+        return BY_NAME["sdpa"](tokens)
+
+
+class Halfway(torch.nn.Module):
+    """One attention that is a site, and one whose code does not say that it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Elsewhere()
+        self.decoder = SelfAttention()
+
+    def forward(self, tokens):
+        return self.decoder(self.encoder(tokens))
+
+
 @pytest.fixture(scope="module")
 def unet():
     return tiny.ddpm().unet
@@ -375,6 +420,48 @@ def test_what_cannot_be_seen_is_said(sample):
     with scope.record("entropy", sites=["down_blocks.1.attentions.0"]) as recording:
         run(model, sample)
     assert len(recording) == 1
+
+
+def test_a_packed_sequence_is_one_sample():
+    torch.manual_seed(0)
+    model = Packed(rows=1)
+    ids = torch.tensor([1, 2]), torch.tensor([3, 4, 5, 6])
+    with torch.inference_mode(), Scope(model).record("entropy", "q", reduce=None) as recording:
+        model(*ids)
+    table = recording.to_polars()
+    assert list(table.select("call", "sample", "head", "queries").iter_rows()) == [
+        (call, 0, head, queries) for call, queries in enumerate((2, 4)) for head in range(2)
+    ]
+    for call, own in enumerate(ids):
+        query = model.embed(own).detach().unflatten(-1, (2, -1)).transpose(0, 1).double()
+        entropy = torch.special.entr((query @ query.mT / query.shape[-1] ** 0.5).softmax(-1)).sum(-1)
+        recorded = table.filter(table["call"] == call)["entropy_mean"].to_numpy()
+        assert np.allclose(recorded, entropy.mean(-1).numpy(), atol=1e-5)
+
+
+def test_samples_that_cannot_be_told_apart_are_refused():
+    model, ids = Packed(rows=2), torch.arange(4)
+    message = "site 'attend' calls attention on 2 rows, expected 1: .* no dimension"
+    with Scope(model).record("entropy"), pytest.raises(ValueError, match=message):
+        model(ids, ids)
+
+
+def test_attention_outside_of_every_site_is_left_out_by_naming_sites():
+    model = Halfway()
+    scope = Scope(model)
+    tokens = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    stock = model(tokens)
+    assert [site.name for site in scope.sites] == ["decoder"]
+    message = r"Halfway calls attention outside of scope.sites, in 'encoder' \(Elsewhere\).*name the sites"
+    with scope.record("entropy"), pytest.raises(RuntimeError, match=message):
+        model(tokens)
+    for sites in ("*", ["decoder"]):
+        with scope.record("entropy", sites=sites) as recording:
+            assert torch.allclose(model(tokens), stock, atol=1e-6)
+        assert len(recording) == 1
+    # the recording of all sites is refused also where another one names its sites
+    with scope.record("entropy", sites="*"), scope.record("entropy"), pytest.raises(RuntimeError, match=message):
+        model(tokens)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class SiteFrame:
                 1
             )
         repeated = forward.totals is not None
-        recordings = [] if repeated else [own for own, sites in scope.recordings if name in sites]
+        recordings = [] if repeated else [entry.recording for entry in scope.recordings if name in entry.sites]
         edits = [edit for edit in scope.edits if name in edit.sites and edit.acts_in(forward)]
         calls = forward.calls.get(name, 0)
         forward.calls[name] = calls + 1
@@ -67,7 +67,7 @@ class SiteFrame:
             calls %= max(1, forward.totals.get(name, 1))
         mapped = [entry for entry in scope.token_maps if name in entry.sites and entry.acts_in(forward)]
         # a repetition takes the operator that ran the first time, so that it saves the same tensors
-        observed = recordings or edits or mapped or any(name in sites for _, sites in scope.recordings)
+        observed = recordings or edits or mapped or any(name in entry.sites for entry in scope.recordings)
         if not observed:
             return stock(query, key, value, **options)
         self._check(query, options["dropout_p"], forward)
@@ -102,6 +102,11 @@ class SiteFrame:
             raise ValueError(f"site {name!r} calls attention with {query.ndim} dimensions, expected 4")
         if query.shape[1] != self._site.heads:
             raise ValueError(f"site {name!r} calls attention with {query.shape[1]} heads, expected {self._site.heads}")
+        if forward.geometry.packed and query.shape[0] != 1:
+            raise ValueError(
+                f"site {name!r} calls attention on {query.shape[0]} rows, expected 1: the model's first tensor has no"
+                " dimension of samples, so its samples can't be told apart"
+            )
         if query.shape[0] % forward.batch and forward.batch % query.shape[0]:
             raise ValueError(
                 f"site {name!r} calls attention on {query.shape[0]} rows, expected a multiple or a part of the batch"

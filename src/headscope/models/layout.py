@@ -64,6 +64,7 @@ class Geometry:
         patch: the edge of a patch; None where the model downsamples step by step.
         patch_frames: frames per patch.
         ids: places of image tokens [tokens, 3] (frame, row, column), where the model is given them.
+        packed: its input has no dimension of samples: a packed sequence, which is one sample.
     """
 
     batch: int
@@ -74,6 +75,7 @@ class Geometry:
     patch: int | None = None
     patch_frames: int = 1
     ids: Tensor | None = field(default=None, compare=False)
+    packed: bool = False
 
     @classmethod
     def of(cls, denoiser: nn.Module, arguments: Mapping[str, Any]) -> "Geometry":
@@ -83,6 +85,8 @@ class Geometry:
             return cls(len(sample))
         if sample is None:
             raise ValueError(f"{type(denoiser).__name__} was called without a tensor, expected its input among them")
+        if sample.ndim < 2:
+            return cls(1, packed=True)
         config = getattr(denoiser, "config", None) or {}
         text = arguments.get("encoder_hidden_states")
         # with an image prompt (IP-Adapter) the text comes first

@@ -1,11 +1,12 @@
 """headscope.Scope: see and edit the attention heads of a diffusion model while it runs."""
 
 import inspect
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,6 +26,18 @@ from headscope.ops.statistics import requested_statistics
 
 # denoisers that a Scope is recording or editing right now
 _observed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+class RecordRequest(NamedTuple):
+    """An active recording, and the sites that it records.
+
+    Attributes:
+        all_sites: all that there are, because none were named: attention outside of them is an error then.
+    """
+
+    recording: Recording
+    sites: frozenset[str]
+    all_sites: bool
 
 
 class Scope:
@@ -56,7 +69,7 @@ class Scope:
         # torch.compile(model) is a module around the model
         self.denoiser: nn.Module = getattr(self._called, "_orig_mod", self._called)
         self._signature = inspect.signature(type(self.denoiser).forward)
-        self.recordings: list[tuple[Recording, frozenset[str]]] = []
+        self.recordings: list[RecordRequest] = []
         self.token_maps: list[TokenRequest] = []
         self.edits: list[ActiveEdit] = []
         self._wrap: ForwardWrap | None = None
@@ -129,14 +142,15 @@ class Scope:
                 query group (image, text, frame) to their mean, standard deviation, minimum and maximum per sample and
                 head; and "head_output", "q", "k", "v", the attention output, queries, keys and values of each head,
                 averaged over samples per (site, call, timestep, branch, position).
-            sites: names or patterns of the sites to record; all by default.
+            sites: names or patterns of the sites to record; all by default, and then attention that the model calls
+                outside of them is an error.
             reduce: "mean" as said above; None keeps every query's statistic and every sample's tensors.
             into: an earlier recording of the same statistics to go on with.
 
         Raises:
             ValueError: an unknown statistic or reduction, nothing to record, or unseen sites when all are asked for.
             KeyError: an unknown site.
-            RuntimeError: another Scope is active on the model.
+            RuntimeError: another Scope is active on the model; from a forward, attention outside of all sites.
         """
         self._look_again()
         if not statistics:
@@ -150,7 +164,7 @@ class Scope:
             if not into.same_request(recording):
                 raise ValueError(f"into: got {into!r}, expected a recording of {', '.join(map(str, statistics))}")
             recording = into
-        entry = (recording, self._chosen(sites))
+        entry = RecordRequest(recording, self._chosen(sites), sites is None)
         with self._context(self.recordings, entry):
             yield recording
 
@@ -290,7 +304,7 @@ class Scope:
             self._attach()
         self._contexts += 1
         entries.append(entry)
-        (entry[0] if isinstance(entry, tuple) else entry).first_forward = self._forwards
+        (entry.recording if isinstance(entry, RecordRequest) else entry).first_forward = self._forwards
         try:
             yield
         finally:
@@ -339,13 +353,13 @@ class Scope:
     def end(self, completed: bool) -> None:
         routing.unwatch(self)
         forward = self._forward
-        for recording, _ in self.recordings:
+        for entry in self.recordings:
             if forward is None:
                 continue
             if completed:
-                recording.end_forward(forward)
+                entry.recording.end_forward(forward)
             else:
-                recording.drop(forward)
+                entry.recording.drop(forward)
         if forward is not None:
             # what runs again in a backward belongs to this forward still
             forward.totals = dict(forward.calls)
@@ -375,14 +389,24 @@ class Scope:
 
     def attention_outside(self) -> None:
         """Attention inside the denoiser, outside of every site: none may be missing where all are recorded."""
-        every = frozenset(site.name for site in self.sites)
-        if any(sites == every for _, sites in self.recordings):
+        if any(entry.all_sites for entry in self.recordings):
             raise RuntimeError(
-                f"{type(self.denoiser).__name__} calls attention outside of the modules in scope.sites, and a recording"
-                " of all sites would miss it; name the sites to record"
+                f"{type(self.denoiser).__name__} calls attention outside of scope.sites{self._calling_module()}, and a"
+                ' recording of all would miss it; name the sites to record (sites="*" for all that can be seen)'
             )
+
+    def _calling_module(self) -> str:
+        """Where in the denoiser this thread is, to be said in an error; "" where no module's method is running."""
+        names = {id(module): name for name, module in self.denoiser.named_modules()}
+        frame = sys._getframe(1)
+        while frame is not None:
+            module = frame.f_locals.get("self")
+            if names.get(id(module)):
+                return f", in {names[id(module)]!r} ({type(module).__name__})"
+            frame = frame.f_back
+        return ""
 
     def asked(self, name: str) -> bool:
         """Whether anything is recorded or edited at the site."""
-        recorded = any(name in sites for _, sites in self.recordings)
+        recorded = any(name in entry.sites for entry in self.recordings)
         return recorded or any(name in entry.sites for entry in (*self.edits, *self.token_maps))
