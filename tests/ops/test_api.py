@@ -308,3 +308,48 @@ def test_peak_memory_at_4096_tokens(backend):
         pytest.skip(headscope.backend_status()[backend] or "")
     run = subprocess.run([sys.executable, "-c", MEMORY, backend], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 64 * 2**20
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_queries_of_grouped_heads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        key = torch.randn(2, 8, 5, 64)
+        output = scaled_dot_product_attention(torch.randn(2, 32, 0, 64), key, key, enable_gqa=True)
+    finally:
+        torch.set_num_threads(before)
+    assert output.shape == (2, 32, 0, 64)
+
+
+def test_what_the_cpu_kernel_has_no_room_for_is_served_all_the_same():
+    """Without a choice of backend the fastest one that serves all of it."""
+    from headscope.ops.statistics import Entropy, KeyMass
+
+    def entropies(count):
+        return [Entropy(name=f"entropy_{index}") for index in range(count)]
+
+    assert len(attention(QUERY, KEY, VALUE, statistics=entropies(33)).statistics) == 33
+    masses = attention(QUERY, KEY, VALUE, statistics=["key_mass", KeyMass(name="again")]).statistics
+    assert torch.equal(masses["key_mass"], masses["again"])
+    with pytest.raises(RuntimeError, match="33 statistics are asked for, it takes 32"):
+        attention(QUERY, KEY, VALUE, statistics=entropies(33), backend="cpu")
+
+
+def test_group_ids_that_no_int32_holds_are_in_no_group():
+    groups = torch.full((5,), 2**32)
+    assert not attention(QUERY, KEY, VALUE, statistics=GroupMass(groups, 2)).statistics["group_mass"].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "cpu", "triton"])
+def test_rows_of_the_lowest_float64_are_uniform(backend):
+    require_backend(backend)
+    mask = torch.full((5, 5), torch.finfo(torch.float64).min, dtype=torch.float64)
+    entropy = attention(QUERY, KEY, VALUE, attn_mask=mask, statistics="entropy", backend=backend).statistics["entropy"]
+    torch.testing.assert_close(entropy, torch.full((2, 3, 5), 5.0).log())
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_a_scale_of_nan_is_nan_everywhere(backend):
+    require_backend(backend)
+    assert attention(QUERY, KEY, VALUE, scale=float("nan"), backend=backend).output.isnan().all()

@@ -138,3 +138,135 @@ def test_bfloat16_training(backend):
     (grad,) = torch.autograd.grad(result.output.float().sum() + result.statistics["entropy"].sum(), query)
     assert grad.dtype == torch.bfloat16
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "cpu", "triton"])
+def test_gate_gradient_with_a_uniform_fill(backend):
+    """attention - fill wherever the gate stands, with a mask that hides nothing and with none at all."""
+    require_backend(backend)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    weights = torch.randn(1, 2, 5, 8)
+    attended = attention(query, key, value, backend="reference").output
+    expected = ((attended - value.mean(2, keepdim=True)) * weights).sum((2, 3))
+    for mask in (None, torch.ones(5, 7, dtype=torch.bool)):
+        for stands in (1.0, 0.0, 0.3):
+            gate = torch.full((1, 2), stands, requires_grad=True)
+            edit = HeadEdit(gate, "uniform")
+            output = attention(query, key, value, attn_mask=mask, edit=edit, backend=backend).output
+            (grad,) = torch.autograd.grad((output * weights).sum(), gate)
+            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_nan_in_a_removed_head_stays_out_of_the_gradients(backend):
+    require_backend(backend)
+    query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 7, 8), torch.randn(1, 1, 7, 8)
+    query[:, 0] = torch.nan
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    edit = HeadEdit(torch.tensor([[0.0, 1.0]]))
+    output = attention(*leaves, enable_gqa=True, edit=edit, backend=backend).output
+    grads = torch.autograd.grad(output.sum(), leaves)
+    assert torch.equal(grads[0][:, 0], torch.zeros(1, 5, 8))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_a_key_that_no_query_sees_gets_nothing(backend):
+    """Also where it is NaN, and where the last tile of queries isn't full."""
+    require_backend(backend)
+    query, key, value = (torch.randn(1, 1, tokens, 8) for tokens in (5, 7, 7))
+    key[..., 6, :] = torch.nan
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    result = attention(*leaves, is_causal=True, statistics=["key_mass"], backend=backend)
+    assert result.statistics["key_mass"][..., 5:].tolist() == [[[0.0, 0.0]]]
+    _, key_grad, value_grad = torch.autograd.grad(result.output.sum(), leaves)
+    assert torch.equal(key_grad[..., 5:, :], torch.zeros(1, 1, 2, 8))
+    assert torch.equal(value_grad[..., 5:, :], torch.zeros(1, 1, 2, 8))
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_any_layout_of_cotangents(backend):
+    require_backend(backend)
+    query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    weights = torch.randn(1, 5, 2)
+    found = []
+    for name in ("reference", backend):
+        entropy = attention(query, key, value, statistics=["entropy"], backend=name).statistics["entropy"]
+        found.append(torch.autograd.grad((entropy.transpose(1, 2) * weights).sum(), (query, key)))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_gradients_have_the_strides_that_compiled_code_expects(backend):
+    """Every gradient is laid out as `empty_like` of its tensor, whatever that is laid out like."""
+    require_backend(backend)
+    query, key, value = (torch.randn(2, 7, 2, 8).transpose(1, 2) for _ in range(3))
+    mask = torch.randn(2, 2, 7, 7).transpose(2, 3)
+    gate, temperature = torch.rand(2, 2).t(), torch.rand(2, 2).t() + 0.5
+    fill = torch.randn(2, 2, 8, 7).transpose(2, 3)
+    key_bias = torch.randn(2, 7, 1).transpose(1, 2)
+    leaves = [t.requires_grad_() for t in (query, key, value, mask, gate, fill, temperature, key_bias)]
+    edit = HeadEdit(gate, fill, temperature, key_bias)
+    output = attention(query, key, value, attn_mask=mask, edit=edit, backend=backend).output
+    for leaf, grad in zip(leaves, torch.autograd.grad(output.sum(), leaves), strict=True):
+        assert grad.stride() == torch.empty_like(leaf).stride()
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_autocast_leaves_the_inside_alone(backend):
+    """Statistics of bfloat16 inputs under autocast are those of the inputs, and so are gradients."""
+    require_backend(backend)
+    query, key, value = (torch.randn(1, 2, 33, 16) for _ in range(3))
+    rounded = [tensor.bfloat16() for tensor in (query, key, value)]
+    exact = attention(*rounded, statistics=["logsumexp"], backend="reference").statistics["logsumexp"]
+    leaf = rounded[0].clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attention(query, key, value, statistics=["logsumexp"], backend=backend).statistics["logsumexp"]
+        inside = attention(leaf, *rounded[1:], statistics=["logsumexp"], backend=backend).statistics["logsumexp"]
+        (grad,) = torch.autograd.grad(inside.sum(), leaf)
+    torch.testing.assert_close(got, exact, rtol=0, atol=1e-5)
+    outside = attention(leaf, *rounded[1:], statistics=["logsumexp"], backend=backend).statistics["logsumexp"]
+    assert torch.equal(grad, torch.autograd.grad(outside.sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_derivatives_that_only_plain_torch_has_raise(backend):
+    require_backend(backend)
+    query, key, value = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    for transform in (
+        lambda run: torch.func.jvp(run, (query,), (query,)),
+        lambda run: torch.func.grad(lambda query: run(query).sum())(query),
+    ):
+        with pytest.raises(RuntimeError, match='backend="reference" has'):
+            transform(lambda query: attention(query, key, value, backend=backend).output)
+    total = torch.func.grad(lambda query: attention(query, key, value, backend="reference").output.sum())
+    assert total(query).abs().sum() > 0
+
+
+def test_a_statistic_of_ones_own_that_returns_its_input():
+    """The caller's cotangent stays as it was."""
+    import headscope
+
+    class Probabilities(headscope.Statistic):
+        key = "probabilities_themselves"
+        differentiable = True
+
+        def shape(self, batch, heads, queries, keys):
+            return (batch, heads, queries, keys)
+
+        def formula(self, logits, probabilities, rows, tensors):
+            return probabilities
+
+    query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    cotangent = torch.randn(1, 2, 5, 5)
+    before = cotangent.clone()
+    found = []
+    for backend in ("reference", "portable"):
+        result = attention(query, key, value, statistics=[Probabilities()], backend=backend)
+        values = result.statistics["probabilities_themselves"]
+        found.append(torch.autograd.grad(values, (query, key), cotangent))
+    assert torch.equal(cotangent, before)
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -83,7 +83,7 @@ inline Plan plan(const headscope_attention& call) {
     const int64_t affordable = larger(TILE_ROWS, ROW_BYTES / row_bytes / TILE_ROWS * TILE_ROWS);
     const int64_t head_rows = round_up(call.queries, TILE_ROWS);
     plan.heads_per_item = 1;
-    if (call.queries <= FEW_ROWS) {
+    if (call.queries > 0 && call.queries <= FEW_ROWS) {
         // heads that share keys, as many as leave enough items
         for (int64_t n = shared; n > 1; --n) {
             if (shared % n || n * head_rows > affordable || heads / n < wanted_items) continue;

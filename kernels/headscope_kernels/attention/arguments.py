@@ -90,7 +90,8 @@ def logit_arguments(
     kv_heads, keys = key.shape[1:3]
     masking = mask_arguments(attn_mask, (batch, heads, queries, keys), is_causal)
     key_bias_strides = optional_strides("key_bias", key_bias, (batch, heads, keys))
-    sign = (scale > 0) - (scale < 0)
+    # a scale of NaN keeps its sign, and makes everything NaN
+    sign = 0 if scale == 0 else -1 if scale < 0 else 1
     # a scale of 0 rides on the sign
     size = abs(scale) if sign else 1.0
     block_queries, block_keys = configuration.block_queries, configuration.block_keys

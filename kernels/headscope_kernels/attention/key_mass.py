@@ -156,7 +156,8 @@ def attention_key_mass_kernel(
         else:
             offset = tl.fma(row_max, LOG2_E, log2_sum)  # [queries]
             exponents = tl.fma(logits, exponent_scale, -offset[:, None])
-        total += tl.exp2(exponents)
+        # a row past the last one has products of 0, and 0 * inf or NaN where a key isn't finite
+        total += tl.exp2(tl.where(inside[:, None], exponents, float("-inf")))
 
     tl.store(
         advance(output_ptr, batch_head, keys) + first_key + columns, tl.sum(total, 0), mask=columns < keys - first_key

@@ -22,6 +22,7 @@ from headscope_kernels.attention.backward_tiles import (
     logit_gradients,
 )
 from headscope_kernels.attention.tiles import (
+    LOWEST_EXPONENT,
     advance,
     cast_chunks,
     chunk_start,
@@ -320,6 +321,9 @@ def key_value_gradient_kernel(
                     CAUSAL and BORDER,
                     True,
                 )  # [keys, queries]
+                if BORDER:
+                    # a row past the last one has products of 0, and NaN where a key isn't finite
+                    exponents = tl.where((rows < queries - first_query)[None, :], exponents, LOWEST_EXPONENT)
                 probabilities = tl.exp2(exponents)  # [keys, queries]
                 if NEED_VALUE:
                     weights = probabilities

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from headscope.ops.attend import for_every_head
 from headscope.ops.backends import Problem, select
@@ -76,7 +77,7 @@ def attention(
     requested = requested_statistics(statistics)
     query, key, value = _autocast(query, key, value)
     check_inputs(query, key, value, enable_gqa)
-    mask = check_mask(attn_mask, is_causal, query, key)
+    mask = _finite_mask(check_mask(attn_mask, is_causal, query, key), query)
     check_edit(edit, query, key, value)
     for statistic in requested:
         statistic.check(query, key)
@@ -106,6 +107,8 @@ def attention(
     problem = Problem(query.device, query.dtype, query.shape[-1], value.shape[-1], needs_gradient, requested)
     operator = select(backend, problem)
     call = call._replace(training=needs_gradient)
+    if operator is not torch.ops.headscope.reference_attention.default:
+        _refuse_transforms(call)
     if edit.fill == "identity":
         call = call._replace(fill=for_every_head(value, call))
     elif edit.fill == "uniform":
@@ -115,8 +118,36 @@ def attention(
     return AttentionResult(output, dict(zip(names, values, strict=True)))
 
 
+def _finite_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A float64 mask's finite values, for inputs of less precision, as finite ones of float32."""
+    if mask is None or mask.dtype != torch.float64 or query.dtype == torch.float64:
+        return mask
+    limits = torch.finfo(torch.float32)
+    return torch.where(mask.isinf(), mask, mask.clamp(limits.min, limits.max)).float()
+
+
 def _in(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
+
+
+def _refuse_transforms(call: Call) -> None:
+    """Derivatives that only plain torch has raise, where they would come out as 0.
+
+    Raises:
+        RuntimeError: inside torch.func's transforms (vmap raises on its own), or on a tensor with a forward gradient.
+    """
+    if torch.compiler.is_compiling():
+        return
+    transform = torch._C._functorch.peek_interpreter_stack()
+    forward = forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in (getattr(call, name) for name in DIFFERENTIABLE)
+    )
+    if forward or (transform is not None and transform.key() != torch._C._functorch.TransformType.Vmap):
+        raise RuntimeError(
+            "headscope.attention: this backend has gradients by torch.autograd only, no forward-mode ones and no"
+            ' torch.func transforms; backend="reference" has'
+        )
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,9 +167,14 @@ def _uniform_fill(operator, call: Call) -> Tensor:
         mean = call.value.sum(2, keepdim=True, dtype=call.statistic_dtype) / keys
         return for_every_head(mean, call)
     assert call.gate is not None
-    # heads that are kept whole need no fill, and a gate of 0 lets the backend skip them
-    removed = (call.gate.detach() != 1).to(call.gate.dtype)
-    plain = call._replace(scale=0.0, gate=removed, temperature=None, statistics=[], statistic_tensors=[])
+    # heads that are kept whole need no fill, and a gate of 0 lets the backend skip them; but a gate's gradient is
+    # (attention - fill) wherever it stands
+    removed = None if call.training and call.gate.requires_grad else (call.gate.detach() != 1).to(call.gate.dtype)
+    # zeros, not a scale of 0: infinite queries and keys stay out of it
+    query, key = (tensor.new_zeros(()).expand_as(tensor) for tensor in (call.query, call.key))
+    plain = call._replace(
+        query=query, key=key, scale=1.0, gate=removed, temperature=None, statistics=[], statistic_tensors=[]
+    )
     return operator(*plain)[0]
 
 

@@ -56,11 +56,15 @@ def _triton_unavailable() -> str | None:
 def _triton_rejects(problem: Problem) -> str | None:
     if problem.device.type != "cuda" and not (problem.device.type == "cpu" and _interpreted()):
         return f"the tensors are on {problem.device}, it needs a GPU"
+    if min(problem.dim, problem.dim_v) == 0:
+        return "a head dim is 0, it takes at least 1"
     if max(problem.dim, problem.dim_v) > 512:
         return f"head dims reach {max(problem.dim, problem.dim_v)}, it takes at most 512"
     for statistic in problem.statistics:
+        if statistic.key == KeyMass.key:
+            continue
         kernel = statistic.kernel()
-        if kernel is None and not statistic.sums_over_queries:
+        if kernel is None or statistic.sums_over_queries:
             return f"{statistic.key!r} has no Triton functions; it gives {_those_with_kernels()}"
         if problem.needs_gradient and statistic.differentiable and not _has_gradient(statistic, kernel):
             return f"an input requires grad, and {statistic.key!r} has no Triton function for its gradient"
@@ -87,9 +91,14 @@ def _cpu_rejects(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device}, it needs CPU tensors"
     if max(problem.dim, problem.dim_v) > cpu_library.MAX_DIM:
         return f"head dims reach {max(problem.dim, problem.dim_v)}, it takes at most {cpu_library.MAX_DIM}"
+    keys = [statistic.key for statistic in problem.statistics]
+    if len(keys) > cpu_library.MAX_STATISTICS or keys.count(KeyMass.key) > 1:
+        return f"{len(keys)} statistics are asked for, it takes {cpu_library.MAX_STATISTICS}, key_mass once"
     for statistic in problem.statistics:
         if statistic.key not in cpu_library.STATISTICS:
             return f"{statistic.key!r} isn't built into it; it gives {', '.join(cpu_library.STATISTICS)}"
+        if statistic.tensor_count and statistic.constants[0] > cpu_library.MAX_GROUPS:
+            return f"{statistic.name!r} has {statistic.constants[0]} groups, it takes {cpu_library.MAX_GROUPS}"
     return _single_precision(problem)
 
 

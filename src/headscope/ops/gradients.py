@@ -36,27 +36,34 @@ def gradients(
     logits, probabilities, rows = scores(call, first_query)
     found: dict[str, Tensor] = {}
     grad_probabilities, grad_logits = _of_statistics(call, logits, probabilities, rows, grad_statistics)
+    # what a removed head holds may be NaN; its statistics still look at it
+    removed = None if call.gate is None else (call.gate == 0)[..., None, None]
+    silent = removed if grad_probabilities is None and grad_logits is None else None
     if grad_output is not None:
         attention_grad = _of_blend(call, probabilities, grad_output, wanted, found)
         if "value" in wanted:
-            shared = weights_of(call, probabilities).transpose(-1, -2) @ attention_grad
-            found["value"] = _over_group(shared, call)
+            weights = _without(removed, weights_of(call, probabilities))
+            found["value"] = _over_group(weights.transpose(-1, -2) @ attention_grad, call)
         products = attention_grad @ for_every_head(call.value, call).transpose(-1, -2)
-        if call.gate is not None:
-            # a removed head's values may be NaN
-            products.masked_fill_(call.gate[..., None, None] == 0, 0)
+        products = _without(removed, products)
         if call.key_scale is not None:
             if "key_scale" in wanted:
-                found["key_scale"] = (probabilities * products).sum(-2).sum_to_size(call.key_scale.shape)
+                by_head = _without(removed, probabilities * products).sum(-2)
+                found["key_scale"] = by_head.sum_to_size(call.key_scale.shape)
             products *= call.key_scale[..., None, :]
         grad_probabilities = products if grad_probabilities is None else products.add_(grad_probabilities)
     if grad_probabilities is not None:
         constant = torch.linalg.vecdot(probabilities, grad_probabilities).unsqueeze(-1)
-        softmax_grad = grad_probabilities.sub_(constant).mul_(probabilities)
+        softmax_grad = _without(silent, (grad_probabilities - constant).mul_(probabilities))
         grad_logits = softmax_grad if grad_logits is None else softmax_grad.add_(grad_logits)
     if grad_logits is not None:
-        _of_logits(call, grad_logits, wanted, found)
+        _of_logits(call, grad_logits, silent, wanted, found)
     return found
+
+
+def _without(removed: Tensor | None, tensor: Tensor) -> Tensor:
+    """The tensor [batch, heads, ...] with 0 for removed heads [batch or 1, heads, 1, 1]."""
+    return tensor if removed is None else tensor.masked_fill(removed, 0)
 
 
 def _of_statistics(
@@ -93,18 +100,21 @@ def _of_blend(
     return torch.where(gate == 0, 0, gate * grad_output)
 
 
-def _of_logits(call: Call, grad_logits: Tensor, wanted: Collection[str], found: dict[str, Tensor]) -> None:
+def _of_logits(
+    call: Call, grad_logits: Tensor, removed: Tensor | None, wanted: Collection[str], found: dict[str, Tensor]
+) -> None:
     """Everything that the logits are made of."""
     scale = scale_of(call)
     if "query" in wanted or "temperature" in wanted:
-        query_grad = (grad_logits @ for_every_head(call.key, call)) * scale
+        query_grad = _without(removed, (grad_logits @ for_every_head(call.key, call)) * scale)
         if "query" in wanted:
             found["query"] = query_grad
         if "temperature" in wanted and call.temperature is not None:
-            by_head = -(query_grad * call.query).sum((-1, -2)) / call.temperature
+            by_head = -_without(removed, query_grad * call.query).sum((-1, -2)) / call.temperature
             found["temperature"] = by_head.sum_to_size(call.temperature.shape)
     if "key" in wanted:
-        found["key"] = _over_group(grad_logits.transpose(-1, -2) @ (call.query * scale), call)
+        scaled = _without(removed, call.query * scale)
+        found["key"] = _over_group(grad_logits.transpose(-1, -2) @ scaled, call)
     if "key_bias" in wanted and call.key_bias is not None:
         found["key_bias"] = grad_logits.sum(-2).sum_to_size(call.key_bias.shape)
     if "attn_mask" in wanted and call.attn_mask is not None:

@@ -42,10 +42,11 @@ def backward(call: Call, cotangents: Cotangents) -> dict[str, Tensor]:
     dtype = call.statistic_dtype
     wanted = [name for name, need in zip(DIFFERENTIABLE, cotangents.needed, strict=True) if need]
     totals = {name: torch.zeros_like(getattr(call, name), dtype=dtype) for name in wanted}
+    sums = [False, *(statistic.sums_over_queries for statistic in call.restored_statistics())]
     for samples, rows in _chunks(call):
         grads = [
-            None if grad is None else grad[samples, :, rows].to(dtype)
-            for grad in (cotangents.output, *cotangents.statistics)
+            None if grad is None else (grad[samples] if summed else grad[samples, :, rows]).to(dtype)
+            for grad, summed in zip((cotangents.output, *cotangents.statistics), sums, strict=True)
         ]
         found = gradients(_piece(call, samples, rows), rows.start, grads[0], grads[1:], wanted)
         for name, gradient in found.items():

@@ -7,6 +7,7 @@ registering costs nothing and Triton is only touched by whoever uses it.
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -69,9 +70,25 @@ def _module(backend: str) -> Any:
     return importlib.import_module(f"headscope.ops.{backend}")
 
 
+def _as_written(call: Call) -> AbstractContextManager:
+    """Inside, torch.autocast doesn't round the operands of matrix products: query, key and value had their turn."""
+    device = call.query.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _laid_out_like(tensor: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides that the fake promises."""
+    like = torch.empty_like(tensor, device="meta")
+    if gradient.stride() == like.stride():
+        return gradient
+    return torch.empty_like(tensor).copy_(gradient)
+
+
 def _forward_of(backend: str) -> Callable[..., Any]:
     def forward(*arguments: Any) -> Any:
-        return _module(backend).forward(Call(*arguments))
+        call = Call(*arguments)
+        with _as_written(call):
+            return _module(backend).forward(call)
 
     return forward
 
@@ -79,8 +96,10 @@ def _forward_of(backend: str) -> Callable[..., Any]:
 def _backward_of(backend: str) -> Callable[..., Any]:
     def backward(*arguments: Any) -> Any:
         cotangents, call = _split(arguments)
-        found = _module(backend).backward(call, cotangents)
-        return [found[name] for name, need in zip(DIFFERENTIABLE, cotangents.needed, strict=True) if need]
+        with _as_written(call):
+            found = _module(backend).backward(call, cotangents)
+        wanted = [name for name, need in zip(DIFFERENTIABLE, cotangents.needed, strict=True) if need]
+        return [_laid_out_like(getattr(call, name), found[name]) for name in wanted]
 
     return backward
 

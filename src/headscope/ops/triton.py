@@ -93,17 +93,14 @@ def backward(call: Call, cotangents: Cotangents) -> dict[str, Tensor]:
     for statistic, value, grad in entries:
         if grad is None or not statistic.differentiable:
             continue
-        constant = statistic.row_constant(grad, value)
+        constant = statistic.row_constant(grad.contiguous(), value).contiguous()
         constants = constant if constants is None else constants + constant
         for kernel, columns in statistic.kernel_pieces():
             if kernel.gradient is not None:
                 statistics.append(BoundStatistic(kernel, statistic.tensors))
                 grads.append(grad[..., columns].contiguous())
-    grad_output = cotangents.output
-    if grad_output is None:
-        grad_output = torch.zeros_like(cotangents.attention)
     return attention_backward(
-        grad_output,
+        cotangents.output,
         call.query,
         call.key,
         call.value,

@@ -62,7 +62,7 @@ def check_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Te
         return None
     _require_tensor("attn_mask", attn_mask)
     if is_causal:
-        raise ValueError("attn_mask: got a mask together with is_causal=True, expected one of them, as in torch's SDPA")
+        raise ValueError("attn_mask: got a mask together with is_causal=True, expected one of them")
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOATING:
         raise TypeError(f"attn_mask: got dtype {attn_mask.dtype}, expected bool or a floating dtype")
     if attn_mask.device != query.device:
@@ -140,8 +140,8 @@ def _check_part(
     """A floating tensor of the full shape, on query's device; dimensions in `repeating` may be 1 instead."""
     _require_tensor(name, tensor)
     assert isinstance(tensor, Tensor)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected a floating dtype")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
     sizes = list(tensor.shape)
     fits = len(sizes) == len(full) and all(
         size == whole or (size == 1 and index in repeating)

@@ -22,6 +22,8 @@ class _Groups(Statistic):
             raise ValueError(f"groups: got shape {list(groups.shape)}, expected [keys] or [batch or 1, keys]")
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"count: got {count!r}, expected the number of groups, at least 1")
+        # before the cast, which would wrap
+        groups = torch.where((groups < 0) | (groups >= count), -1, groups)
         by_sample = groups if groups.ndim == 2 else groups[None]
         super().__init__((count,), (by_sample[:, None].to(torch.int32).contiguous(),), name)
 
