@@ -231,6 +231,8 @@ def test_autocast_leaves_the_inside_alone(backend):
     assert torch.equal(grad, torch.autograd.grad(outside.sum(), leaf)[0])
 
 
+# torch's own forward mode uses it
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
 def test_derivatives_that_only_plain_torch_has_raise(backend):
     require_backend(backend)
