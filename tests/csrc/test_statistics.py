@@ -94,7 +94,7 @@ def expected_statistic(
     members = tensors[0].unsqueeze(2) == torch.arange(first, first + count)[:, None, None, None, None]
     grouped = torch.where(members, weights, 0.0)
     # what float32 can't hold beside the row's largest weight counts as nothing
-    largest = weights.amax(-1, keepdim=True) if keys else weights
+    largest = weights.amax(-1, keepdim=True) if keys else weights.new_zeros(*weights.shape[:-1], 1)
     grouped = torch.where(grouped < largest * 2.0**-126, 0.0, grouped)
     mass = grouped.sum(-1, keepdim=True)
     if name == "group_mass":
