@@ -431,7 +431,7 @@ def test_anything(library, call, instruction_set, threads):
 
 
 @pytest.mark.full
-@settings(max_examples=1500, **RELAXED)
+@settings(max_examples=200, **RELAXED)
 @ANYTHING
 def test_anything_at_length(library, call, instruction_set, threads):
     check_anything(library, call, instruction_set, threads)
