@@ -1,14 +1,12 @@
 """How far attention reaches over an image."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from headscope.ops.statistics.statistic import Statistic
+from headscope.ops.statistics.statistic import BuiltIn
 
 
-class Distance(Statistic):
+class Distance(BuiltIn):
     """sum_j p_ij * Euclidean distance(i, j), the expected attention distance; 0 where no key is valid. Tokens.
 
     Query i stands at (i // width, i % width) of its grid, key j likewise of its own. Grids of different sizes are laid
@@ -53,8 +51,3 @@ class Distance(Statistic):
         down = rows[:, None] // width - columns // key_width
         across = rows[:, None] % width - columns % key_width
         return (probabilities * torch.hypot(down.to(logits.dtype), across.to(logits.dtype))).sum(-1)
-
-    def kernel(self) -> Any:
-        from headscope_kernels.attention import STATISTICS
-
-        return STATISTICS[self.key](self.constants)

@@ -1,21 +1,12 @@
 """Statistics that the softmax's running maximum and sums say almost for free: one number per row."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from headscope.ops.statistics.statistic import Statistic, dead_rows
+from headscope.ops.statistics.statistic import BuiltIn, dead_rows
 
 
-class _Row(Statistic):
-    def kernel(self) -> Any:
-        from headscope_kernels.attention import STATISTICS
-
-        return STATISTICS[self.key](self.constants)
-
-
-class Entropy(_Row):
+class Entropy(BuiltIn):
     """-sum_j p ln p, with 0 ln 0 = 0 in the value and in the gradient. Nats."""
 
     key = "entropy"
@@ -32,7 +23,7 @@ class Entropy(_Row):
         return grad * value
 
 
-class LogSumExp(_Row):
+class LogSumExp(BuiltIn):
     """ln sum_j exp(logit), -inf (with a gradient of 0) where no key is valid. Nats."""
 
     key = "logsumexp"
@@ -50,7 +41,7 @@ class LogSumExp(_Row):
         return torch.where(value == -torch.inf, 0, -grad)
 
 
-class MaxLogit(_Row):
+class MaxLogit(BuiltIn):
     """max_j logit, -inf where no key is valid. Nats."""
 
     key = "max_logit"
@@ -63,7 +54,7 @@ class MaxLogit(_Row):
         return logits.amax(-1)
 
 
-class MaxProb(_Row):
+class MaxProb(BuiltIn):
     """max_j p, in 0..1, 0 where no key is valid."""
 
     key = "max_prob"
@@ -74,7 +65,7 @@ class MaxProb(_Row):
         return _largest(probabilities)
 
 
-class CollisionEntropy(_Row):
+class CollisionEntropy(BuiltIn):
     """-ln sum_j p^2, the Renyi entropy of order 2, at most the entropy; 0 where no key is valid. Nats."""
 
     key = "collision_entropy"

@@ -118,10 +118,6 @@ class Statistic:
                     f" [{expected[0]} or 1, {expected[1]} or 1, length]"
                 )
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> "Statistic":
-        """The same statistic on other tensors."""
-        return restore(self.spec, tensors)
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec})"
 
@@ -134,6 +130,15 @@ def restore(spec: str, tensors: Sequence[Tensor]) -> Statistic:
     statistic = object.__new__(CLASSES[key])
     Statistic.__init__(statistic, literal_eval(f"({constants}") if constants else (), tuple(tensors))
     return statistic
+
+
+class BuiltIn(Statistic):
+    """One whose Triton functions stand in headscope_kernels under its key."""
+
+    def kernel(self) -> Any:
+        from headscope_kernels.attention import STATISTICS
+
+        return STATISTICS[self.key](self.constants)
 
 
 def _is_built_in(cls: type) -> bool:
