@@ -1,0 +1,102 @@
+"""Calls that look like an earlier one go straight to the driver.
+
+Working out a kernel's arguments and asking Triton which binary they mean takes several times longer than starting it
+(bench/NOTES.md), and a small model's step waits for the CPU. Both depend on how the tensors lie in memory, never on
+where exactly or on what is in them: so they are worked out once for each layout.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# layouts to remember; a model has some tens of them, varying lengths may make more without end
+CAPACITY = 1024
+
+# what a kernel's parameter gets: a tensor, several, or nothing
+Pointers = Mapping[str, Tensor | None | Sequence[Tensor]]
+
+
+def layout(tensor: Tensor | None) -> Hashable:
+    """All that a launch depends on of a tensor: Triton and the tensor descriptors look at addresses modulo 16."""
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16)
+
+
+def layouts(pointers: Pointers) -> Hashable:
+    """The layouts of everything that pointers name."""
+    return tuple(
+        layout(value) if value is None or isinstance(value, Tensor) else tuple(map(layout, value))
+        for value in pointers.values()
+    )
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A launch without its tensors, which it must not keep alive.
+
+    Attributes:
+        compiled: the binary, loaded.
+        programs: how many start.
+        values: the kernel's arguments in order; None where a tensor goes.
+        pointers: (position, name) of the tensors.
+        described: (position, name, shape, strides, block shape) of the tensor descriptors.
+    """
+
+    compiled: Any
+    programs: int
+    values: list[Any]
+    pointers: list[tuple[int, str]]
+    described: list[tuple[int, str, list[int], list[int], list[int]]]
+
+
+class Launches:
+    """What calls of one kernel have come to.
+
+    Args:
+        kernel: the jit function.
+        described: parameter that takes a tensor descriptor: the one that takes the same tensor's pointer.
+    """
+
+    def __init__(self, kernel: Any, described: Mapping[str, str]) -> None:
+        self.kernel = kernel
+        self.described = described
+        self._known: dict[Hashable, _Launch] = {}
+
+    def repeat(self, key: Hashable, pointers: Pointers) -> bool:
+        """Launch as the call with this key did, on other tensors; False if there was none."""
+        launch = self._known.get(key)
+        if launch is None:
+            return False
+        values = launch.values.copy()
+        for position, name in launch.pointers:
+            values[position] = pointers[name]
+        for position, name, shape, strides, block in launch.described:
+            values[position] = TensorDescriptor(pointers[name], shape, strides, block)
+        launch.compiled[(launch.programs, 1, 1)](*values)
+        return True
+
+    def first(
+        self, key: Hashable, pointers: Pointers, programs: int, arguments: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """Launch with these arguments, and remember it."""
+        compiled = self.kernel[(programs,)](**arguments, **options)
+        if triton.knobs.runtime.interpret:
+            return
+        values: list[Any] = []
+        placed: list[tuple[int, str]] = []
+        described: list[tuple[int, str, list[int], list[int], list[int]]] = []
+        for position, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, arguments[parameter.name]
+            if isinstance(value, TensorDescriptor):
+                described.append((position, self.described[name], value.shape, value.strides, value.block_shape))
+                value = None
+            elif name in pointers and value is not None:
+                placed.append((position, name))
+                value = None
+            values.append(value)
+        if len(self._known) >= CAPACITY:
+            self._known.clear()
+        self._known[key] = _Launch(compiled, programs, values, placed, described)

@@ -1,0 +1,56 @@
+"""Launches on a GPU that isn't there: what the driver is given the second time, and that reports compile what runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, Any]:
+    """What tests/kernels/dry_launches.py prints, from a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "kernels"), environment.get("PYTHONPATH")]))
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("dry_launches.py"))],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout)
+
+
+@pytest.mark.parametrize("name", ["plain", "descriptors", "split", "everything"])
+def test_repeated(cases: dict[str, Any], name: str):
+    """The second call's own tensors, and everything else as Triton bound it for the first."""
+    first, again = cases[name]["first"], cases[name]["again"]
+    assert (first.pop("new"), again.pop("new")) == (1, 0)
+    assert again == first
+    assert cases[name]["alive"] == 0
+
+
+def test_what_is_told_apart(cases: dict[str, Any]):
+    plain = cases["plain"]["first"]
+    assert cases["unaligned"]["new"] == cases["longer"]["new"] == 1
+    assert cases["unaligned"]["binary"] != plain["binary"]
+    assert cases["longer"]["arguments"] != plain["arguments"]
+
+
+def test_aliased(cases: dict[str, Any]):
+    """A key that was also the value in one call isn't in the next."""
+    assert cases["aliased"]["new"] == cases["apart"]["new"] == 0
+    assert cases["aliased"]["arguments"][1] == cases["aliased"]["arguments"][2]
+    assert cases["apart"]["arguments"][1:3] == ["key", "value"]
+
+
+@pytest.mark.parametrize("name", ["static", "static, descriptors"])
+def test_reports_compile_what_runs(cases: dict[str, Any], name: str):
+    assert cases[name]["launched"] == cases[name]["static"]
