@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 import triton
-from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward
-from headscope_kernels.attention.configs import forward_configuration
-from headscope_kernels.attention.forward import _LAUNCHES
-from headscope_kernels.attention.static_report import TARGETS, Problem, ast_source, problem_arguments
 from torch import Tensor
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward
+from headscope_kernels.attention.configs import forward_configuration
+from headscope_kernels.attention.forward import _LAUNCHES
+from headscope_kernels.attention.static_report import TARGETS, Problem, ast_source, problem_arguments
 
 launched: list[tuple[CompiledKernel, int, list[Any]]] = []
 

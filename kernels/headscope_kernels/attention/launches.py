@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 CAPACITY = 1024
 
 # what a kernel's parameter gets: a tensor, several, or nothing
-Pointers = Mapping[str, Tensor | None | Sequence[Tensor]]
+Pointers = Mapping[str, Tensor | Sequence[Tensor] | None]
 
 
 def layout(tensor: Tensor | None) -> Hashable:
