@@ -58,7 +58,8 @@ def attention(
         query: [batch, heads, queries, dim], float32, bfloat16, float16 or float64.
         key: [batch, kv_heads, keys, dim].
         value: [batch, kv_heads, keys, dim_v].
-        attn_mask: bool (True: attend) or additive, broadcastable to [batch, heads, queries, keys].
+        attn_mask: bool (True: attend) or additive, broadcastable to [batch, heads, queries, keys]. Keys that it hides
+            must hold finite values: 0 times NaN is NaN to some backends, as to torch.
         is_causal: row i sees keys 0..i (top left), as in torch's SDPA.
         scale: 1 / sqrt(dim) if None.
         enable_gqa: kv_heads may be a divisor of heads.

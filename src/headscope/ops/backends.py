@@ -66,14 +66,10 @@ def _triton_rejects(problem: Problem) -> str | None:
         kernel = statistic.kernel()
         if kernel is None or statistic.sums_over_queries:
             return f"{statistic.key!r} has no Triton functions; it gives {_those_with_kernels()}"
-        if problem.needs_gradient and statistic.differentiable and not _has_gradient(statistic, kernel):
+        lacks_gradient = kernel.gradient is None and not statistic.constant_gradient
+        if problem.needs_gradient and statistic.differentiable and lacks_gradient:
             return f"an input requires grad, and {statistic.key!r} has no Triton function for its gradient"
     return _single_precision(problem)
-
-
-def _has_gradient(statistic: Statistic, kernel) -> bool:
-    # logsumexp adds a constant to each row and nothing else
-    return kernel.gradient is not None or statistic.key == "logsumexp"
 
 
 def _those_with_kernels() -> str:

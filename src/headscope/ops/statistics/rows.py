@@ -30,6 +30,7 @@ class LogSumExp(BuiltIn):
     unit = "nats"
     description = "ln sum_j exp(logit)"
     differentiable = True
+    constant_gradient = True
 
     def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         dead = dead_rows(logits)

@@ -26,6 +26,7 @@ class Statistic:
         unit: its unit, for tables and axes.
         description: its definition in a line.
         differentiable: whether gradients flow through it; the others are marked non-differentiable.
+        constant_gradient: `row_constant` says all of its gradient, so that the Triton backward needs no function of it.
         sums_over_queries: the result is the sum of the formula's results over pieces of the queries (so its shape
             has no queries in it), and comes from a second pass.
         tensor_count: how many tensors it works with.
@@ -42,6 +43,7 @@ class Statistic:
     unit: ClassVar[str] = ""
     description: ClassVar[str] = ""
     differentiable: ClassVar[bool] = False
+    constant_gradient: ClassVar[bool] = False
     sums_over_queries: ClassVar[bool] = False
     tensor_count: ClassVar[int] = 0
 
