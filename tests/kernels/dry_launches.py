@@ -17,9 +17,13 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward
+from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_backward, attention_forward
+from headscope_kernels.attention.backward import DIFFERENTIABLE
+from headscope_kernels.attention.backward_configs import backward_configurations
 from headscope_kernels.attention.configs import forward_configuration
 from headscope_kernels.attention.forward import _LAUNCHES
+from headscope_kernels.attention.static_backward import BackwardProblem
+from headscope_kernels.attention.static_backward import problem_arguments as backward_problem_arguments
 from headscope_kernels.attention.static_report import TARGETS, Problem, ast_source, problem_arguments
 
 launched: list[tuple[CompiledKernel, int, list[Any]]] = []
@@ -146,6 +150,38 @@ def twice(dim: int, dtype: torch.dtype, *asked: str) -> dict[str, Any]:
     return {"first": first, "again": again, "alive": sum(ref() is not None for ref in alive)}
 
 
+def backward(kernel: str, dim: int) -> dict[str, int]:
+    """The binaries of one backward kernel, as a launch compiles it and as its report does."""
+    problem = BackwardProblem(kernel=kernel, dim=dim)
+    configurations = backward_configurations(
+        problem.dtype, dim, dim, problem.queries, problem.keys, ("cuda", 90), exact=True, laden=False
+    )
+    query, key, value, attention = (torch.zeros(1, 8, 4096, dim, dtype=problem.dtype) for _ in range(4))
+    rows = torch.zeros(1, 8, 4096)
+    needed = ("key", "value") if kernel == "key_value" else ("query",)
+    attention_backward(
+        attention,
+        query,
+        key,
+        value,
+        scale=dim**-0.5,
+        gate=torch.ones(1, 8),
+        attention=attention,
+        row_max=rows,
+        log2_sum=rows.clone(),
+        row_constants=rows.clone(),
+        statistics=[BoundStatistic(STATISTICS["entropy"](()))],
+        statistic_grads=[rows.clone()],
+        needed={name: name in needed for name in DIFFERENTIABLE},
+        configurations=configurations,
+    )
+    jit_function, arguments, configuration = backward_problem_arguments(problem, configurations)
+    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+    source = ast_source(jit_function, arguments)
+    compiled = triton.compile(source, target=TARGETS["sm_90"], options={**options, "enable_fp_fusion": True})
+    return {"launched": hash(launched[-1][0]), "static": hash(compiled.asm["cubin"])}
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     half = torch.float16
@@ -170,6 +206,9 @@ def main() -> None:
         options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
         compiled = triton.compile(source, target=TARGETS["sm_90"], options={**options, "enable_fp_fusion": True})
         cases[name] = {"launched": hash(launched[-1][0]), "static": hash(compiled.asm["cubin"])}
+    cases["backward"] = {
+        f"{kernel}, {dim}": backward(kernel, dim) for kernel in ("key_value", "query") for dim in (64, 128)
+    }
     json.dump(cases, sys.stdout)
 
 

@@ -54,3 +54,10 @@ def test_aliased(cases: dict[str, Any]):
 @pytest.mark.parametrize("name", ["static", "static, descriptors"])
 def test_reports_compile_what_runs(cases: dict[str, Any], name: str):
     assert cases[name]["launched"] == cases[name]["static"]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kernel", ["key_value", "query"])
+def test_reports_compile_what_runs_backward(cases: dict[str, Any], kernel: str, dim: int):
+    binaries = cases["backward"][f"{kernel}, {dim}"]
+    assert binaries["launched"] == binaries["static"]
