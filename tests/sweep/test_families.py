@@ -1,4 +1,4 @@
-"""Sweeps of every family of pipelines against a plain loop of stock diffusers that knows nothing of headscope's tasks."""
+"""Sweeps of every family of pipelines against a plain loop of stock diffusers, which knows nothing of tasks."""
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from headscope.cli import app
 from headscope.counter import counter_normal
 from headscope.models import Scope
-from headscope.sweep import HeadSet, Run, SweepConfig, run_sweep
+from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.items import load_task, open_items
 from headscope.sweep.sharing import Prefix
 
@@ -80,7 +80,7 @@ class Loop:
         return torch.nn.functional.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (edge, edge)), 2)
 
     def draw(self, item, site=None, first: int = 0) -> np.ndarray:
-        """The pipeline's own image after 3 steps, uint8 [height, width, 3], without the site's head 0 from a step on."""
+        """The pipeline's image after 3 steps, uint8 [height, width, 3]; without the site's head 0 from `first` on."""
         pipeline, config = self.pipeline, self.pipeline.vae.config
         size = config.sample_size
         noise = counter_normal("generate", item.key, 0, shape=(config.latent_channels, size // 2, size // 2))

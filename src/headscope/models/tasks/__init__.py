@@ -1,7 +1,7 @@
 """What a denoiser is asked to do with an image: inputs, target and scores, for every family alike.
 
-Reading order: noising (what a model was taught, with the formulas of every score), task (what all families share), images,
-pixel, latent and a file for each family of it, families (which one a pipeline belongs to).
+Reading order: noising (what a model was taught, with the formulas of every score), task (what all families share),
+images, pixel, latent and a file for each family of it, families (which one a pipeline belongs to).
 """
 
 from headscope.models.tasks.flux import FluxTask
@@ -18,8 +18,8 @@ __all__ = [
     "FlowMatching",
     "FluxTask",
     "LatentTask",
-    "NoisyInputs",
     "Noising",
+    "NoisyInputs",
     "PixelTask",
     "Prepared",
     "StableDiffusion3Task",

@@ -50,9 +50,7 @@ class FluxTask(ShiftedLatentTask):
         return FlowMatching(scheduler)
 
     def _conditioning(self, prompts: list[str]) -> Mapping[str, Tensor]:
-        embeddings, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, device=self.device, num_images_per_prompt=1
-        )
+        embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, None, device=self.device, num_images_per_prompt=1)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
     def _answer(self, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

@@ -148,7 +148,7 @@ class Task(ABC):
         return self.noising.log_snr(timestep)
 
     def x0_factor(self, timestep: int) -> float:
-        """What the loss is multiplied by to give the mean squared error of the clean image that a prediction implies."""
+        """What the loss is multiplied by to give the squared error of the clean image that a prediction implies."""
         return self.noising.x0_factor(timestep)
 
     @abstractmethod
