@@ -1,5 +1,8 @@
 """Tiny diffusers pipelines with random weights: real code paths, no download, built in well under a second."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -30,6 +33,20 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An item of a task."""
+
+    key: str
+    image: np.ndarray | None
+    caption: str = ""
+
+
+def pictures(count: int, size: int = 16) -> list[Picture]:
+    rng = np.random.default_rng(0)
+    return [Picture(f"test/{i}", rng.integers(0, 256, (size, size, 3), np.uint8), f"picture {i}") for i in range(count)]
 
 
 def ddpm(size: int = 16) -> DDPMPipeline:

@@ -1,7 +1,6 @@
 """Tasks: the target a model was taught, noise that depends on the item alone, generation that starts alike."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import product
 from types import SimpleNamespace
 
@@ -31,18 +30,7 @@ from headscope.models import (
     Task,
 )
 from headscope.zoo import counter_normal
-
-
-@dataclass(frozen=True)
-class Picture:
-    key: str
-    image: np.ndarray | None
-    caption: str = ""
-
-
-def pictures(count: int, size: int = 16) -> list[Picture]:
-    rng = np.random.default_rng(0)
-    return [Picture(f"test/{i}", rng.integers(0, 256, (size, size, 3), np.uint8), f"picture {i}") for i in range(count)]
+from tiny import Picture, pictures
 
 
 @pytest.fixture(scope="module")
