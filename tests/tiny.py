@@ -1,5 +1,8 @@
 """Tiny diffusers pipelines with random weights: real code paths, no download, built in well under a second."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -16,6 +19,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -29,6 +33,20 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An item of a task."""
+
+    key: str
+    image: np.ndarray | None
+    caption: str = ""
+
+
+def pictures(count: int, size: int = 16) -> list[Picture]:
+    rng = np.random.default_rng(0)
+    return [Picture(f"test/{i}", rng.integers(0, 256, (size, size, 3), np.uint8), f"picture {i}") for i in range(count)]
 
 
 def ddpm(size: int = 16) -> DDPMPipeline:
@@ -118,6 +136,41 @@ def stable_diffusion() -> StableDiffusionPipeline:
     return pipeline
 
 
+def stable_diffusion_xl() -> StableDiffusionXLPipeline:
+    """Two text encoders, and time ids; attention in the down, middle and up blocks, 2 heads a site."""
+    words = tokenizer()
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=64,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    ).eval()
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+    )
+    return _quiet(
+        StableDiffusionXLPipeline(
+            unet=unet,
+            vae=autoencoder(),
+            text_encoder=text_encoder(words),
+            tokenizer=words,
+            text_encoder_2=text_encoder(words, CLIPTextModelWithProjection),
+            tokenizer_2=tokenizer(),
+            scheduler=scheduler,
+            add_watermarker=False,
+        )
+    )
+
+
 def sd3_transformer() -> SD3Transformer2DModel:
     """Joint attention of image and text tokens."""
     torch.manual_seed(0)
@@ -135,7 +188,7 @@ def sd3_transformer() -> SD3Transformer2DModel:
     ).eval()
 
 
-def flux_transformer(double: int = 1, single: int = 1) -> FluxTransformer2DModel:
+def flux_transformer(double: int = 1, single: int = 1, guidance: bool = False) -> FluxTransformer2DModel:
     """Joint attention of text and image tokens, in double-stream and single-stream blocks."""
     torch.manual_seed(0)
     return FluxTransformer2DModel(
@@ -148,6 +201,7 @@ def flux_transformer(double: int = 1, single: int = 1) -> FluxTransformer2DModel
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=[4, 4, 8],
+        guidance_embeds=guidance,
     ).eval()
 
 
@@ -177,7 +231,7 @@ def sd3_inputs(batch: int = 2, text: int = 5) -> dict[str, torch.Tensor]:
     }
 
 
-def stable_diffusion_3() -> StableDiffusion3Pipeline:
+def stable_diffusion_3(layers: int = 1) -> StableDiffusion3Pipeline:
     """Joint attention under classifier-free guidance; its third text encoder is left out."""
     words = tokenizer()
     torch.manual_seed(0)
@@ -186,7 +240,7 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
         patch_size=2,
         in_channels=4,
         out_channels=4,
-        num_layers=1,
+        num_layers=layers,
         attention_head_dim=8,
         num_attention_heads=4,
         caption_projection_dim=32,
@@ -208,7 +262,7 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
     )
 
 
-def flux() -> FluxPipeline:
+def flux(double: int = 1, single: int = 1, guidance: bool = False) -> FluxPipeline:
     """Joint attention, and true guidance in passes of their own."""
     words = tokenizer()
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
@@ -217,7 +271,7 @@ def flux() -> FluxPipeline:
     config = T5Config(vocab_size=len(letters), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
     return _quiet(
         FluxPipeline(
-            transformer=flux_transformer(),
+            transformer=flux_transformer(double, single, guidance),
             vae=autoencoder(),
             scheduler=FlowMatchEulerDiscreteScheduler(),
             text_encoder=text_encoder(words),

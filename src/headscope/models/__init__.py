@@ -11,17 +11,29 @@ from headscope.models.processor import AttnProcessor
 from headscope.models.recording import Recording
 from headscope.models.scope import Scope
 from headscope.models.sites import Site
-from headscope.models.tasks import LatentTask, PixelTask, Task
+from headscope.models.tasks import (
+    FluxTask,
+    LatentTask,
+    PixelTask,
+    StableDiffusion3Task,
+    StableDiffusionTask,
+    StableDiffusionXLTask,
+    Task,
+)
 
 __all__ = [
     "AttnProcessor",
     "Attribution",
+    "FluxTask",
     "LatentTask",
     "Patch",
     "PixelTask",
     "Recording",
     "Scope",
     "Site",
+    "StableDiffusion3Task",
+    "StableDiffusionTask",
+    "StableDiffusionXLTask",
     "Task",
     "Where",
 ]

@@ -9,6 +9,9 @@ gate per item and head (1: the head as it is, 0: its output replaced by the fill
 
 and the sum over outputs is the mean over random +-1 cotangents v of (d <v, prediction> / d gate)^2. At a trained
 optimum g averages to nothing, so heads are ranked by g + c.
+
+What c leaves out of the second order is the mean of the error times the prediction's own second derivative. It is small
+where the error has nothing to do with the model's curvature, as after training; with random weights it may undo c.
 """
 
 from collections.abc import Iterator, Sequence

@@ -87,7 +87,7 @@ def load_task(config: SweepConfig) -> Task:
     else:
         diffusers = require("diffusers", "diffusers")
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            config.model, dtype=dtype, local_files_only=True, use_safetensors=True
+            config.model, dtype=dtype, local_files_only=True, use_safetensors=True, **_left_out(Path(config.model))
         )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
@@ -96,6 +96,12 @@ def load_task(config: SweepConfig) -> Task:
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     return task
+
+
+def _left_out(model: Path) -> dict[str, None]:
+    """The parts that a pipeline was saved without: diffusers wants to hear of some, such as SD3's third encoder."""
+    parts = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+    return {name: None for name, kind in parts.items() if kind == [None, None]}
 
 
 def model_fingerprint(task: Task) -> str:
@@ -119,12 +125,12 @@ def choose_timesteps(config: SweepConfig, task: Task) -> tuple[int, ...]:
     """
     if config.timesteps is not None:
         for timestep in config.timesteps:
-            if not 0 <= timestep < task.train_timesteps:
-                raise ValueError(f"timesteps: got {timestep}, expected 0 to {task.train_timesteps - 1}")
+            if timestep not in task.timesteps:
+                raise ValueError(f"timesteps: got {timestep}, expected {task.timesteps[0]} to {task.timesteps[-1]}")
         return config.timesteps
-    log_snr = np.array([task.log_snr(timestep) for timestep in range(task.train_timesteps)])
+    log_snr = np.array([task.log_snr(timestep) for timestep in task.timesteps])
     wanted = np.linspace(3.0, -3.0, config.bands) if config.bands > 1 else np.zeros(1)
-    return tuple(dict.fromkeys(int(np.abs(log_snr - value).argmin()) for value in wanted))
+    return tuple(dict.fromkeys(task.timesteps[int(np.abs(log_snr - value).argmin())] for value in wanted))
 
 
 def open_items(config: SweepConfig, task: Task) -> list[GroupItems]:

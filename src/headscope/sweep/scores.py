@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from headscope._extras import require
-from headscope.models import Task
 
 ImageScore = Callable[[np.ndarray, np.ndarray], Any]
 
@@ -17,23 +16,6 @@ ImageScore = Callable[[np.ndarray, np.ndarray], Any]
 def squared_error(prediction: Tensor, target: Tensor) -> np.ndarray:
     """The mean squared difference over a row's elements, float64 [rows]."""
     return (prediction.double() - target.double()).square().flatten(1).mean(1).cpu().numpy()
-
-
-def x0_factor(task: Task, timestep: int) -> float:
-    """What the squared error of a prediction is multiplied by to give that of the clean image it implies.
-
-    With x_t = a x_0 + s n: from a predicted n, x_0 = (x_t - s n) / a, so (s / a)^2; from v = a n - s x_0, x_0 = a x_t
-    - s v, so s^2; 1 where x_0 itself is predicted.
-
-    Raises:
-        ValueError: the scheduler predicts something else.
-    """
-    kind = task.scheduler.config.get("prediction_type")
-    snr = float(np.exp(task.log_snr(timestep)))
-    factors = {"epsilon": 1.0 / snr, "v_prediction": 1.0 / (1.0 + snr), "sample": 1.0}
-    if kind not in factors:
-        raise ValueError(f"scores: got x0 with the prediction type {kind!r}, expected one of {', '.join(factors)}")
-    return factors[kind]
 
 
 def image_distance(edited: np.ndarray, clean: np.ndarray) -> np.ndarray:

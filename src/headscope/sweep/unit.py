@@ -21,7 +21,7 @@ from headscope.sweep.fitting import Rows
 from headscope.sweep.items import GroupItems, PromptItem
 from headscope.sweep.plan import Edit, Plan, Unit
 from headscope.sweep.rows import Grid, coded, labels, prepend
-from headscope.sweep.scores import checked_score, image_distance, image_scores, squared_error, x0_factor
+from headscope.sweep.scores import checked_score, image_distance, image_scores, squared_error
 from headscope.sweep.sharing import Diverged, Prefix
 from headscope.sweep.steps import EarlierSteps
 from headscope.sweep.store import RunStore
@@ -166,10 +166,10 @@ class UnitRunner:
                     advance(len(chunk))
             table = recording.to_arrow()
             described = labels(chunk, table["sample"].to_numpy(), self.config.seed)
-            for name in ("step", "sample"):
-                table = table.drop_columns(name)
-            timestep = table["timestep"].cast(pa.int32())
+            # the scheduler's own: some models are told sigma instead
+            timestep = pa.array(np.array(self.plan.timesteps, np.int32)[table["step"].to_numpy()])
             table = table.set_column(table.schema.get_field_index("timestep"), "timestep", timestep)
+            table = table.drop_columns(["step", "sample"])
             tables[piece.start] = prepend(described, table)
 
         self.rows.run(len(items), observe)
@@ -222,7 +222,7 @@ class UnitRunner:
         inputs = self.task.noisy_inputs(self.task.prepare(items), timestep, self.config.seed)
         edits = self.plan.edits(unit.kind)
         grid = Grid(edits, self.config.fills, len(items))
-        x0 = x0_factor(self.task, timestep) if "x0" in self.config.scores else None
+        x0 = self.task.x0_factor(timestep) if "x0" in self.config.scores else None
         prefix = self._learned(inputs)
 
         def ablate(piece: range) -> None:

@@ -1,0 +1,34 @@
+"""Images as the models hold them, and back."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headscope.models.tasks.task import TaskItem
+
+
+def to_signed(items: Sequence[TaskItem], size: int) -> Tensor:
+    """The items' images as float32 in [-1, 1], [items, 3, size, size].
+
+    Raises:
+        ValueError: an item has no image, or one of another shape or dtype.
+    """
+    for item in items:
+        image = item.image
+        if image is None:
+            raise ValueError(f"items: {item.key!r} has no image, which the teacher-forced loss needs")
+        if image.dtype != np.uint8 or image.shape != (size, size, 3):
+            raise ValueError(
+                f"items: {item.key!r} has an image {list(image.shape)} of {image.dtype},"
+                f" expected [{size}, {size}, 3] of uint8"
+            )
+    images = np.stack([item.image for item in items])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
+
+
+def to_images(sample: Tensor) -> np.ndarray:
+    """[items, 3, height, width] in [-1, 1] as uint8 [items, height, width, 3]."""
+    scaled = sample.float().clamp(-1, 1).add(1.0).mul(127.5).round()
+    return scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()

@@ -1,0 +1,155 @@
+"""How a model was taught: what noise does to a clean image at a timestep, and what the denoiser should answer.
+
+With noise n and clean image (or latents) x_0, both kinds of model see x_t = a x_0 + s n.
+
+| | diffusion (DDPM and its samplers) | flow matching (rectified flow) |
+|---|---|---|
+| timestep t | 0 to N - 1 | 1 to N, sigma = t / N, after any shift of the schedule |
+| a, s | sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) | 1 - sigma, sigma |
+| target | n; or v = a n - s x_0; or x_0 | dx_t / dsigma = n - x_0 |
+| x_0 that a prediction p implies | (x_t - s p) / a; a x_t - s p; p | x_t - sigma p |
+| log-SNR = ln(a^2 / s^2) | ln(alpha_bar / (1 - alpha_bar)) | 2 ln((1 - sigma) / sigma) |
+
+N is the scheduler's num_train_timesteps. The implied x_0 is linear in p, so its squared error is the prediction's times
+a constant, `x0_factor`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope._extras import require
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class Noising(ABC):
+    """The noise process of a scheduler.
+
+    Attributes:
+        timesteps: those a model was taught at.
+    """
+
+    timesteps: range
+
+    @abstractmethod
+    def add(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """x_t, shaped as `clean` and `noise`."""
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """What the denoiser should answer to x_t, shaped as `clean`."""
+
+    @abstractmethod
+    def log_snr(self, timestep: int) -> float:
+        """ln(a^2 / s^2), nats."""
+
+    @abstractmethod
+    def x0_factor(self, timestep: int) -> float:
+        """What the squared error of a prediction is multiplied by to give that of the x_0 it implies."""
+
+    @abstractmethod
+    def given(self, timestep: int, rows: int, device: torch.device) -> Tensor:
+        """The timestep of each row, as the pipeline holds it."""
+
+    @abstractmethod
+    def sampler(self) -> Any:
+        """A deterministic scheduler of this noise process: a difference between two runs is then the edit's alone."""
+
+
+class Diffusion(Noising):
+    """DDPM's noise process, whichever sampler the pipeline holds.
+
+    Raises:
+        TypeError, ValueError: the scheduler is of another kind.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise TypeError(
+                f"scheduler: got {type(scheduler).__name__}, expected one with alphas_cumprod (DDPM, DDIM, Euler, ...)"
+            )
+        self._kind = scheduler.config.prediction_type
+        if self._kind not in PREDICTIONS:
+            raise ValueError(f"prediction_type: got {self._kind!r}, expected one of {', '.join(PREDICTIONS)}")
+        self._config = scheduler.config
+        # add_noise means something else in every sampler; models are trained by this one's formula
+        self._stock = require("diffusers", "diffusers").DDPMScheduler.from_config(scheduler.config)
+        self.timesteps = range(int(scheduler.config.num_train_timesteps))
+
+    def add(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        return self._stock.add_noise(clean, noise, self.given(timestep, len(clean), clean.device))
+
+    def target(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        if self._kind == "epsilon":
+            return noise
+        if self._kind == "v_prediction":
+            return self._stock.get_velocity(clean, noise, self.given(timestep, len(clean), clean.device))
+        return clean
+
+    def log_snr(self, timestep: int) -> float:
+        alpha_bar = float(self._stock.alphas_cumprod[timestep].double())
+        # zero at the end of a schedule that was rescaled to it
+        return math.log(alpha_bar) - math.log1p(-alpha_bar) if alpha_bar > 0 else -math.inf
+
+    def x0_factor(self, timestep: int) -> float:
+        if self._kind == "sample":
+            return 1.0
+        alpha_bar = float(self._stock.alphas_cumprod[timestep].double())
+        if self._kind == "v_prediction":
+            return 1.0 - alpha_bar
+        return (1.0 - alpha_bar) / alpha_bar if alpha_bar > 0 else math.inf
+
+    def given(self, timestep: int, rows: int, device: torch.device) -> Tensor:
+        return torch.full((rows,), timestep, device=device)
+
+    def sampler(self) -> Any:
+        return require("diffusers", "diffusers").DDIMScheduler.from_config(self._config)
+
+
+class FlowMatching(Noising):
+    """Rectified flow, as SD3 and Flux are trained.
+
+    A shift belongs to how sigmas are spread over sampling steps or training batches; the model is told the sigma that
+    came out, and a timestep here is that sigma's.
+
+    Raises:
+        TypeError: the scheduler is of another kind.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        if not hasattr(scheduler, "scale_noise"):
+            raise TypeError(
+                f"scheduler: got {type(scheduler).__name__}, expected a flow-matching one"
+                " (FlowMatchEulerDiscreteScheduler, ...)"
+            )
+        self._config = scheduler.config
+        # nothing is taught at sigma 0, where nothing is left to predict
+        self.timesteps = range(1, int(scheduler.config.num_train_timesteps) + 1)
+
+    def sigma(self, timestep: int) -> float:
+        return timestep / self.timesteps[-1]
+
+    def add(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        sigma = self.sigma(timestep)
+        return (1.0 - sigma) * clean + sigma * noise
+
+    def target(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        return noise - clean
+
+    def log_snr(self, timestep: int) -> float:
+        sigma = self.sigma(timestep)
+        return 2.0 * (math.log1p(-sigma) - math.log(sigma)) if sigma < 1 else -math.inf
+
+    def x0_factor(self, timestep: int) -> float:
+        return self.sigma(timestep) ** 2
+
+    def given(self, timestep: int, rows: int, device: torch.device) -> Tensor:
+        return torch.full((rows,), float(timestep), device=device)
+
+    def sampler(self) -> Any:
+        euler = require("diffusers", "diffusers").FlowMatchEulerDiscreteScheduler
+        return euler.from_config(self._config, stochastic_sampling=False)

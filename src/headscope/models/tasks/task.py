@@ -1,0 +1,229 @@
+"""Teacher-forced denoising and generation: what all families share."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headscope.counter import counter_normal
+from headscope.models.sites import find_denoiser
+from headscope.models.tasks.noising import Diffusion, Noising
+
+
+@runtime_checkable
+class TaskItem(Protocol):
+    """What a task needs of an item: the zoo's items have it.
+
+    Attributes:
+        key: its name, the same on every machine; noise is drawn from it.
+        image: uint8 [height, width, 3], or None where only a prompt is given.
+        caption: the prompt, "" for none.
+    """
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def image(self) -> np.ndarray | None: ...
+    @property
+    def caption(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Items turned into what the denoiser works on.
+
+    Attributes:
+        keys: the items' keys, for their noise.
+        clean: the images or latents without noise, [items, channels, height, width].
+        conditioning: further inputs of the denoiser; their tensors are [items, ...].
+    """
+
+    keys: tuple[str, ...]
+    clean: Tensor
+    conditioning: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def rows(self, indices: Tensor) -> "Prepared":
+        """The items at these indices, repeats allowed."""
+        chosen = indices.tolist()
+        conditioning = {name: tensor[indices] for name, tensor in self.conditioning.items()}
+        return Prepared(tuple(self.keys[i] for i in chosen), self.clean[indices], conditioning)
+
+
+@dataclass(frozen=True)
+class NoisyInputs:
+    """A denoiser's inputs at one timestep, and what it should answer; all [items, channels, height, width]."""
+
+    sample: Tensor
+    timestep: int
+    conditioning: Mapping[str, Tensor]
+    target: Tensor
+
+    def rows(self, indices: Tensor) -> "NoisyInputs":
+        """The items at these indices, repeats allowed."""
+        conditioning = {name: tensor[indices] for name, tensor in self.conditioning.items()}
+        return NoisyInputs(self.sample[indices], self.timestep, conditioning, self.target[indices])
+
+
+class Task(ABC):
+    """Teacher-forced denoising and generation with one model.
+
+    Noise comes from a counter-based generator keyed by (item, timestep, replicate): the same for the clean and every
+    edited run, on every machine.
+
+    Three scores of a denoiser's prediction p of an item at timestep t, each a mean over its elements, float64:
+
+    - the loss, (p - target)^2, with the target the model was taught (`noising.Noising`);
+    - the error of the clean image that p implies, the loss times `x0_factor(t)`;
+    - of two predictions p and q of the same inputs, their distance (p - q)^2.
+
+    A subclass is a family of pipelines: how images become what the denoiser works on, what conditions it, and how it is
+    called.
+
+    Attributes:
+        pipeline: the diffusers pipeline.
+        denoiser: its unet or transformer.
+        scheduler: its scheduler.
+        noising: the noise process that the model was taught, from the scheduler.
+        expects: what pipelines of the family have, in a line.
+    """
+
+    expects: ClassVar[str]
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.denoiser: Any = find_denoiser(pipeline)
+        self.scheduler = pipeline.scheduler
+        self.noising = self._noise_process(self.scheduler)
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, pipeline: Any) -> bool:
+        """Whether a pipeline has what this family needs."""
+
+    @staticmethod
+    def of(pipeline: Any) -> "Task":
+        """The task that fits a pipeline, by what the pipeline has.
+
+        Raises:
+            TypeError: no family fits; names what each needs.
+            ValueError: one fits but for a detail, which is named.
+        """
+        from headscope.models.tasks.families import task_of
+
+        return task_of(pipeline)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def timesteps(self) -> range:
+        """Those that the model was taught at: 0 to N - 1, of a flow 1 to N (sigma = t / N)."""
+        return self.noising.timesteps
+
+    @property
+    def sample_size(self) -> int:
+        """The edge of the denoiser's input, in its own pixels."""
+        return square("model", self.denoiser.config.sample_size)
+
+    @property
+    def image_size(self) -> int:
+        """The edge of the images it takes and makes, in pixels."""
+        return self.sample_size
+
+    def log_snr(self, timestep: int) -> float:
+        """ln(a^2 / s^2) at a timestep, where the denoiser sees a x_0 + s noise; of a flow 2 ln((1 - sigma) / sigma)."""
+        return self.noising.log_snr(timestep)
+
+    def x0_factor(self, timestep: int) -> float:
+        """What the loss is multiplied by to give the squared error of the clean image that a prediction implies."""
+        return self.noising.x0_factor(timestep)
+
+    @abstractmethod
+    def prepare(self, items: Sequence[TaskItem]) -> Prepared:
+        """Encode items; guidance is off, and items without a caption get the empty prompt.
+
+        Raises:
+            ValueError: an item lacks what the model needs.
+        """
+
+    def noise(self, prepared: Prepared, timestep: int, replicate: int = 0) -> Tensor:
+        """Standard normal noise like `prepared.clean`, float32, keyed by (item, timestep, replicate)."""
+        shape = tuple(prepared.clean.shape[1:])
+        drawn = [counter_normal("noise", key, timestep, replicate, shape=shape) for key in prepared.keys]
+        return torch.from_numpy(np.stack(drawn).astype(np.float32)).to(self.device)
+
+    def noisy_inputs(self, prepared: Prepared, timestep: int, replicate: int = 0) -> NoisyInputs:
+        """The denoiser's inputs at a timestep, and the target that it was taught."""
+        if timestep not in self.timesteps:
+            raise ValueError(f"timestep: got {timestep}, expected {self.timesteps[0]} to {self.timesteps[-1]}")
+        noise = self.noise(prepared, timestep, replicate)
+        clean = prepared.clean.float()
+        sample = self.noising.add(clean, noise, timestep).to(self.dtype)
+        return NoisyInputs(sample, timestep, prepared.conditioning, self.noising.target(clean, noise, timestep))
+
+    def predict(self, inputs: NoisyInputs) -> Tensor:
+        """The denoiser's answer [items, channels, height, width]; a learned variance is left out."""
+        timesteps = self.noising.given(inputs.timestep, len(inputs.sample), self.device)
+        answer = self._answer(inputs.sample, timesteps, inputs.conditioning)
+        return answer[:, : inputs.target.shape[1]]
+
+    def loss(self, inputs: NoisyInputs) -> Tensor:
+        """The teacher-forced loss: mean squared error of the prediction over its elements, float64 [items]."""
+        error = self.predict(inputs).double() - inputs.target.double()
+        return error.square().flatten(1).mean(1)
+
+    @abstractmethod
+    def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> np.ndarray:
+        """Images from each item's prompt and its own initial noise, uint8 [items, height, width, 3].
+
+        The noise is keyed by (item, seed), so an edited run starts where the clean one did; the sampler is
+        deterministic. Wrap the call in `scope.edit(..., steps=range(a, b))` to edit a window of its steps.
+        """
+
+    def _noise_process(self, scheduler: Any) -> Noising:
+        return Diffusion(scheduler)
+
+    def _answer(self, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """What the denoiser returns, [items, channels, height, width].
+
+        Args:
+            sample: [items, channels, height, width].
+            timesteps: [items], as the pipeline holds them.
+            conditioning: as in `Prepared`.
+        """
+        return self.denoiser(sample, timesteps, **conditioning, return_dict=False)[0]
+
+    def _initial_noise(self, items: Sequence[TaskItem], channels: int, seed: int) -> Tensor:
+        shape = (channels, self.sample_size, self.sample_size)
+        drawn = [counter_normal("generate", item.key, seed, shape=shape) for item in items]
+        return torch.from_numpy(np.stack(drawn).astype(np.float32)).to(self.device, self.dtype)
+
+
+def square(argument: str, size: Any) -> int:
+    """The edge of a size that is a number or equal ones.
+
+    Raises:
+        ValueError: it isn't square.
+    """
+    edges = {int(edge) for edge in (size if isinstance(size, (list, tuple)) else [size])}
+    if len(edges) != 1:
+        raise ValueError(f"{argument}: got a sample size of {size}, expected a square one")
+    return edges.pop()
+
+
+def parameters(function: Callable[..., Any]) -> set[str]:
+    """The names of what a function takes."""
+    return set(inspect.signature(function).parameters)
