@@ -14,6 +14,8 @@ FORWARD_SCORES = ("loss", "distance", "x0")
 SCORES = (*FORWARD_SCORES, "generate")
 IMAGE_SCORES = ("mse", "psnr", "ssim")
 SPLITS = ("discover", "confirm")
+# the model of a run that was given a pipeline instead of a directory
+IN_MEMORY = "in memory"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -51,7 +53,8 @@ class SweepConfig:
     """Everything that decides a sweep's numbers. A run directory belongs to one configuration.
 
     Attributes:
-        model: "builtin", or a directory with a diffusers pipeline (model_index.json).
+        model: "builtin", or a directory with a diffusers pipeline (model_index.json); "in memory" where
+            headscope.sweep was given a pipeline.
         groups: names of zoo groups, or NAME=PATH for a folder of images, a Hugging Face dataset on disk, or WebDataset
             tars (a file or a pattern with * or {000..009}).
         prompts: a text file with a prompt per line; they form the group "prompts", whose images are the model's own.
@@ -131,7 +134,7 @@ class SweepConfig:
             raise ValueError(f"timesteps: got {list(self.timesteps)}, expected each once")
         if self.timesteps == ():
             raise ValueError("timesteps: got an empty list, expected at least one or None")
-        if self.model != "builtin" and not (Path(self.model) / "model_index.json").is_file():
+        if self.model not in ("builtin", IN_MEMORY) and not (Path(self.model) / "model_index.json").is_file():
             raise ValueError(
                 f'model: got {self.model!r}, expected "builtin" or a directory with a diffusers pipeline'
                 " (model_index.json)"

@@ -11,8 +11,9 @@ from typing import Any
 
 import headscope
 from headscope.models import Site, Task
-from headscope.sweep.config import SweepConfig
+from headscope.sweep.config import IN_MEMORY, SweepConfig
 from headscope.sweep.items import GroupItems, PromptItem, choose_timesteps, model_fingerprint
+from headscope.sweep.memory import structure
 
 # items of a unit: some seconds of work on a laptop, so that little is lost when a run is killed
 ITEMS_PER_UNIT = 4
@@ -244,6 +245,8 @@ def _identity(
         "timesteps": list(timesteps),
         "groups": [[name, _sha(swept[name]), _sha(reference[name])] for name in swept],
     }
+    if config.model == IN_MEMORY:
+        identity["structure"] = structure(task.pipeline)
     return json.loads(json.dumps(identity))
 
 

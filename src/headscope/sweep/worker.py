@@ -77,16 +77,19 @@ class Report(Protocol):
 class Opened:
     """A sweep with its model, items and plan, ready to be worked on.
 
+    Args:
+        pipeline: the model, where it is one in memory.
+
     Raises:
         ValueError: the configuration can't be run.
     """
 
-    def __init__(self, config: SweepConfig, execution: Execution) -> None:
+    def __init__(self, config: SweepConfig, execution: Execution, pipeline: Any = None) -> None:
         if execution.threads is not None:
             torch.set_num_threads(execution.threads)
         self.config = config
         self.execution = execution
-        self.task: Task = load_task(config)
+        self.task: Task = load_task(config, pipeline)
         self.groups: list[GroupItems] = open_items(config, self.task)
         self.scope = Scope(self.task.denoiser)
         self.plan: Plan = make_plan(config, self.task, self.groups, self.scope.sites)
