@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -37,11 +37,15 @@ class Edit:
         name: of the set; of a single head, its site.
         heads: (site, head) pairs.
         keep: the gate of these heads.
+        temperature, key_bias, key_scale: what else is done to them, as in `HeadSet`.
     """
 
     name: str
     heads: tuple[tuple[str, int], ...]
     keep: float = 0.0
+    temperature: float | None = None
+    key_bias: tuple[float, ...] = ()
+    key_scale: tuple[float, ...] = ()
 
     @property
     def sites(self) -> frozenset[str]:
@@ -81,6 +85,7 @@ class Plan:
         timesteps: those of the sweep.
         heads: the (site, head) pairs to ablate, each in turn.
         sets: the sets of heads to edit.
+        keys: how many keys the sites have that sets with a key_bias or key_scale edit; filled in when a run is opened.
         units: in the order they run.
     """
 
@@ -89,6 +94,7 @@ class Plan:
     heads: tuple[tuple[str, int], ...]
     sets: tuple[Edit, ...]
     units: tuple[Unit, ...]
+    keys: Mapping[str, int] = field(default_factory=dict)
 
     def edits(self, kind: str) -> tuple[Edit, ...]:
         """What a unit of that kind edits."""
@@ -124,6 +130,7 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
     timesteps = choose_timesteps(config, task)
     heads = _heads(config, sites)
     sets = _sets(config, sites)
+    _check_identity(config, heads, sets, sites)
     swept = {group.name: _item_keys(group.swept) for group in groups}
     reference_keys = {group.name: _item_keys(group.reference) for group in groups}
     identity = _identity(config, task, timesteps, swept, reference_keys)
@@ -199,8 +206,26 @@ def _sets(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[Edit, ...]:
     for chosen in config.sets:
         _known(chosen.heads, sites, f"sets: {chosen.name!r}: heads")
         matching = _matching(sites, chosen.sites, f"sets: {chosen.name!r}: sites") if chosen.sites else ()
-        found.append(Edit(chosen.name, tuple(dict.fromkeys((*matching, *chosen.heads))), chosen.keep))
+        heads = tuple(dict.fromkeys((*matching, *chosen.heads)))
+        found.append(Edit(chosen.name, heads, chosen.gate, chosen.temperature, chosen.key_bias, chosen.key_scale))
     return tuple(found)
+
+
+def _check_identity(
+    config: SweepConfig, heads: tuple[tuple[str, int], ...], sets: tuple[Edit, ...], sites: tuple[Site, ...]
+) -> None:
+    """Raises ValueError where a head would be filled with its own value and has none for each query."""
+    if "identity" not in config.fills:
+        return
+    edited = {name for name, _ in heads} | {name for chosen in sets for name in chosen.sites}
+    if config.attribute and not heads:
+        edited = {site.name for site in sites}
+    for site in sites:
+        if site.kind == "cross" and site.name in edited:
+            raise ValueError(
+                f"fills: got identity for {site.name!r}, whose keys come from elsewhere; expected sites of"
+                " self-attention alone"
+            )
 
 
 def _matching(sites: tuple[Site, ...], patterns: Iterable[str], field: str) -> tuple[tuple[str, int], ...]:
