@@ -18,6 +18,9 @@ if TYPE_CHECKING:
         backend_status,
         scaled_dot_product_attention,
     )
+    from headscope.sweep.api import SweepModule
+
+    sweep: SweepModule
 
 # public name -> the module it is loaded from when first used
 _LAZY = {
@@ -63,6 +66,9 @@ __all__ = [
 
 
 def __getattr__(name: str):
+    # a package that can be called; not in __all__, because it needs the extra "diffusers"
+    if name == "sweep":
+        return importlib.import_module("headscope.sweep")
     if name not in _LAZY:
         raise AttributeError(f"module 'headscope' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from headscope import HeadEdit
 from headscope.models import Scope
 from headscope.sweep import Execution, HeadSet, SweepConfig, run_sweep
 from headscope.sweep.estimate import estimate_sweep
@@ -32,6 +33,13 @@ sites = ["mid_block.*"]
 name = "middle"
 sites = ["mid_block.*"]
 keep = 0.5
+
+[[sets]]
+name = "flat"
+sites = ["mid_block.*"]
+temperature = 2
+key_bias = [-inf, 0.5]
+key_scale = [1, 0]
 """
 
 
@@ -46,8 +54,12 @@ def test_a_toml_file_is_a_configuration(ddpm_directory, tmp_path):
         fills=("zero",),
         scores=("loss", "distance", "x0"),
         sites=("mid_block.*",),
-        sets=(HeadSet("middle", sites=("mid_block.*",), keep=0.5),),
+        sets=(
+            HeadSet("middle", sites=("mid_block.*",), keep=0.5),
+            HeadSet("flat", sites=("mid_block.*",), temperature=2.0, key_bias=(-np.inf, 0.5), key_scale=(1.0, 0.0)),
+        ),
     )
+    assert [chosen.gate for chosen in config.sets] == [0.5, 1.0]
     assert SweepConfig.from_json(json.loads(json.dumps(config.as_dict()))) == config
 
 
@@ -59,6 +71,13 @@ def test_a_toml_file_is_a_configuration(ddpm_directory, tmp_path):
         ("groups = ['faces']\nitems = 'many'", r"plan\.toml: items: got 'many'; .*integer"),
         ("groups = ['faces']\nitems = 0", "items: got 0, expected at least 1"),
         ("groups = ['faces']\ntimesteps = [5, 'six']", r"timesteps\.1: got 'six'"),
+        ("groups = ['faces']\n[[sets]]\nname = 'a'\nsites = ['*']\ntemperature = 0", "'a': temperature: got 0.0"),
+        ("groups = ['faces']\n[[sets]]\nname = 'a'\nsites = ['*']\nkey_bias = [inf]", "'a': key_bias: got inf"),
+        (
+            "groups = ['faces']\n[[sets]]\nname = 'a'\nsites = ['*']\nkey_scale = ['x']",
+            r"sets\.0\.key_scale\.0: got 'x'",
+        ),
+        ("groups = ['faces']\n[[sets]]\nname = 'a'\nsites = ['*']\nkeep = nan", "'a': keep: got nan"),
         ("groups = ['cats']", "groups: got 'cats'"),
         ("groups = ", "isn't TOML"),
     ],
@@ -75,12 +94,21 @@ def test_mistakes_in_a_file_are_named(text, message, tmp_path):
         ({"sites": ("nowhere.*",)}, r"sites: got 'nowhere\.\*', expected a pattern of"),
         ({"sets": (HeadSet("a", sites=("nowhere",)),)}, "sets: 'a': sites: got 'nowhere'"),
         ({"sets": (HeadSet("a", heads=(("mid_block.attentions.0", 99),)),)}, "sets: 'a': heads: got"),
+        ({"sets": (HeadSet("a", sites=("mid_block.*",), key_bias=(0.0,) * 999),)}, "'a': key_bias: got 999 numbers"),
         ({"scores": ("generate",), "image_scores": ("nomodule:f",)}, "image_scores: got 'nomodule:f'"),
+        ({"scores": ("loss", "nomodule:f")}, "scores: got 'nomodule:f'"),
     ],
 )
 def test_what_the_model_lacks_is_named(fields, message, ddpm_directory, tmp_path):
     config = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, fills=("zero",), **fields)
     with pytest.raises(ValueError, match=message):
+        run_sweep(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cross_attention_has_no_value_of_its_own(diffusion_directory, tmp_path):
+    config = SweepConfig(model=diffusion_directory, groups=("faces",), items=1, fills=("identity",))
+    with pytest.raises(ValueError, match=r"fills: got identity for '.*attn2'"):
         run_sweep(config, tmp_path / "run", progress=False)
 
 
@@ -91,6 +119,9 @@ def test_what_the_model_lacks_is_named(fields, message, ddpm_directory, tmp_path
         ({"generate_window": (0, 99)}, "generate_window: got 0, 99"),
         ({"image_scores": ("psnr",)}, "without the score generate"),
         ({"image_scores": ("fid",), "scores": ("generate",)}, "image_scores: got 'fid'"),
+        ({"scores": ("loss", "some module:f")}, "scores: got 'some module:f', expected module:function"),
+        ({"scores": ("loss", "a:clean")}, "scores: got 'a:clean', expected a function whose name isn't taken"),
+        ({"scores": ("a:f", "b:f")}, "scores: got 'a:f', expected a function whose name isn't taken"),
         ({"sets": (HeadSet("a", sites=("*",)),) * 2}, "sets: got the names a, a"),
     ],
 )
@@ -155,6 +186,77 @@ def test_sets_and_scores_equal_scope_by_hand(ddpm_directory, tmp_path):
     implied = (inputs.sample - (1 - alpha) ** 0.5 * edited) / alpha**0.5
     actual = (inputs.sample - noise) / alpha**0.5
     np.testing.assert_allclose(table["x0_edited"], (implied - actual).square().flatten(1).mean(1), rtol=1e-4)
+
+
+def largest_error(edited, clean, target, inputs):
+    """A score of the user's own, of predictions."""
+    assert edited.shape == clean.shape == target.shape == inputs.sample.shape
+    return (edited - clean).abs().flatten(1).amax(1) + inputs.timestep
+
+
+def test_every_field_of_an_edit_equals_scope_by_hand(ddpm_directory, tmp_path):
+    """Sets of the same heads share a batch; with fills and a score of the user's own."""
+    site, heads = "mid_block.attentions.0", (1, 3)
+    chosen = tuple((site, head) for head in heads)
+    sets = (
+        HeadSet("removed", heads=chosen),
+        HeadSet("flat", heads=chosen, temperature=3.0),
+        HeadSet("biased", heads=chosen, key_bias=(-np.inf, 2.0)),
+        HeadSet("scaled", heads=chosen, key_scale=(0.0, 1.0, 4.0), keep=0.5),
+    )
+    config = SweepConfig(
+        model=ddpm_directory,
+        groups=("lfw",),
+        splits=("confirm",),
+        items=2,
+        timesteps=(300,),
+        fills=("zero", "identity"),
+        scores=(f"{__name__}:largest_error",),
+        heads=(),
+        sets=sets,
+        observe=False,
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    table = run.table("set_ablations").with_columns(pl.col(pl.Categorical).cast(pl.String)).collect()
+    assert len(table) == 4 * 2 * 2
+    task = load_task(config)
+    (group,) = open_items(config, task)
+    inputs = task.noisy_inputs(task.prepare(list(group.swept)), 300)
+    scope = Scope(task.denoiser)
+    with torch.inference_mode(), scope.record("entropy", sites=[site]) as recording:
+        clean = task.predict(inputs)
+    keys = recording.to_polars()["keys"][0]
+
+    def per_head(value, neutral=1.0):
+        whole = torch.full((1, 4), neutral)
+        whole[:, heads] = value
+        return whole
+
+    def per_key(values, neutral):
+        whole = torch.full((1, 4, keys), neutral)
+        whole[:, heads, : len(values)] = torch.tensor(values)
+        return whole
+
+    edits = {
+        "removed": HeadEdit(per_head(0.0)),
+        "flat": HeadEdit(temperature=per_head(3.0)),
+        "biased": HeadEdit(key_bias=per_key([-np.inf, 2.0], 0.0)),
+        "scaled": HeadEdit(per_head(0.5), key_scale=per_key([0.0, 1.0, 4.0], 1.0)),
+    }
+    seen = []
+    for name, edit in edits.items():
+        for fill in ("zero", "identity"):
+            with torch.inference_mode(), scope.edit({site: edit}, fill=None if fill == "zero" else fill):
+                edited = task.predict(inputs)
+            rows = table.filter(pl.col("edit") == name, pl.col("fill") == fill)
+            loss = (edited - inputs.target).square().flatten(1).mean(1)
+            np.testing.assert_allclose(rows["edited"], loss, rtol=1e-5)
+            np.testing.assert_allclose(
+                rows["largest_error"] - 300, (edited - clean).abs().flatten(1).amax(1), atol=1e-4
+            )
+            seen.append(tuple(rows["edited"]))
+    # of edits that keep all of a head, fills change nothing; all others differ
+    assert len(set(seen)) == len(seen) - 2
 
 
 def brightness(clean, edited):

@@ -1,5 +1,6 @@
 """What a sweep is asked to do, from Python or a TOML file."""
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,12 +9,19 @@ from typing import Any
 from headscope._extras import require
 from headscope.zoo import GROUPS
 
-FILLS = ("mean", "zero", "uniform")
+FILLS = ("mean", "zero", "uniform", "identity")
 # those of the teacher-forced forward, then those of whole generations
 FORWARD_SCORES = ("loss", "distance", "x0")
 SCORES = (*FORWARD_SCORES, "generate")
 IMAGE_SCORES = ("mse", "psnr", "ssim")
+# columns that a score of the user's own can't be called
+COLUMNS = (
+    *("item", "group", "source_id", "split", "replicate", "timestep", "site", "head", "edit", "fill"),
+    *("clean", "edited", "distance", "x0_clean", "x0_edited", "steps", "first_step", "end_step", *IMAGE_SCORES),
+)
 SPLITS = ("discover", "confirm")
+# the model of a run that was given a pipeline instead of a directory
+IN_MEMORY = "in memory"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,13 +33,21 @@ class HeadSet:
         name: what its rows are called.
         sites: patterns of site names (as in a shell: * and ?), all of whose heads belong to the set.
         heads: (site, head) pairs that belong to it besides.
-        keep: how much of the heads is kept, the gate: 0 removes them, 0.5 halves them, 2 doubles them.
+        keep: how much of the heads is kept, the gate: 0 removes them, 0.5 halves them, 2 doubles them. None is 0, or 1
+            where the set says something of the following; the fills then change nothing.
+        temperature: divides their logits: above 1 flattens their attention, below 1 sharpens it.
+        key_bias: numbers added to the logits of keys 0, 1, ...; -inf mutes a key. Later keys have 0.
+        key_scale: numbers that multiply the probabilities of keys 0, 1, ... after the softmax, not renormalised. Later
+            keys have 1.
     """
 
     name: str
     sites: tuple[str, ...] = ()
     heads: tuple[tuple[str, int], ...] = ()
-    keep: float = 0.0
+    keep: float | None = None
+    temperature: float | None = None
+    key_bias: tuple[float, ...] = ()
+    key_scale: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -40,6 +56,23 @@ class HeadSet:
             raise ValueError(f"sets: {self.name!r} has neither sites nor heads, expected some")
         if len(set(self.heads)) != len(self.heads):
             raise ValueError(f"sets: {self.name!r} names a head twice, expected each once")
+        if self.keep is not None and not math.isfinite(self.keep):
+            raise ValueError(f"sets: {self.name!r}: keep: got {self.keep}, expected a finite number")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise ValueError(f"sets: {self.name!r}: temperature: got {self.temperature}, expected a number above 0")
+        for number in self.key_bias:
+            if not number < math.inf:
+                raise ValueError(f"sets: {self.name!r}: key_bias: got {number}, expected finite numbers or -inf")
+        for number in self.key_scale:
+            if not math.isfinite(number):
+                raise ValueError(f"sets: {self.name!r}: key_scale: got {number}, expected finite numbers")
+
+    @property
+    def gate(self) -> float:
+        """`keep`, or what it is by default."""
+        if self.keep is not None:
+            return self.keep
+        return 1.0 if self.temperature is not None or self.key_bias or self.key_scale else 0.0
 
 
 # the command line and TOML files turn a misspelt name into an error
@@ -51,7 +84,8 @@ class SweepConfig:
     """Everything that decides a sweep's numbers. A run directory belongs to one configuration.
 
     Attributes:
-        model: "builtin", or a directory with a diffusers pipeline (model_index.json).
+        model: "builtin", or a directory with a diffusers pipeline (model_index.json); "in memory" where
+            headscope.sweep was given a pipeline.
         groups: names of zoo groups, or NAME=PATH for a folder of images, a Hugging Face dataset on disk, or WebDataset
             tars (a file or a pattern with * or {000..009}).
         prompts: a text file with a prompt per line; they form the group "prompts", whose images are the model's own.
@@ -61,9 +95,14 @@ class SweepConfig:
         bands: how many timesteps when none are given.
         observe: record each head's entropy at every item and timestep.
         fills: what takes an ablated head's place: "mean" (its mean output over reference items of the same group),
-            "zero", "uniform"; none for no ablation.
+            "zero", "uniform" (attention without its queries and keys), "identity" (its own value, self-attention only);
+            none for no ablation.
         scores: "loss" (the paired denoising loss), "distance" (of the edited prediction to the clean one), "x0" (error
-            of the clean image that a prediction implies), "generate" (distance of the edited image to the clean one).
+            of the clean image that a prediction implies), "generate" (distance of the edited image to the clean one);
+            or "module:function" for a score of your own of the teacher-forced forward. It takes the edited and the
+            clean prediction, the target (tensors [rows, ...] on the device) and the inputs (`headscope.models.tasks`'s
+            NoisyInputs: sample, timestep, conditioning, target), and returns a number for each row, which become a
+            column of the function's name.
         heads: (site, head) pairs to ablate, each in turn; None for all.
         sites: patterns of site names (* and ?) to which the heads to ablate are limited.
         sets: heads that are edited together, a row each beside the single heads'.
@@ -111,7 +150,9 @@ class SweepConfig:
             if "=" not in group and group not in GROUPS:
                 raise ValueError(f"groups: got {group!r}, expected NAME=DIR or one of {', '.join(GROUPS)}")
         _subset("fills", self.fills, FILLS, empty=True)
-        _subset("scores", self.scores, SCORES, empty=True)
+        _subset("scores", tuple(name for name in self.scores if ":" not in name), SCORES, empty=True)
+        _own("scores", self.scores)
+        _own("image_scores", self.image_scores)
         _subset("splits", self.splits, SPLITS)
         _subset("dtype", (self.dtype,), DTYPES)
         for name in ("items", "reference_items", "generate_steps", "bands", "cotangents"):
@@ -131,7 +172,7 @@ class SweepConfig:
             raise ValueError(f"timesteps: got {list(self.timesteps)}, expected each once")
         if self.timesteps == ():
             raise ValueError("timesteps: got an empty list, expected at least one or None")
-        if self.model != "builtin" and not (Path(self.model) / "model_index.json").is_file():
+        if self.model not in ("builtin", IN_MEMORY) and not (Path(self.model) / "model_index.json").is_file():
             raise ValueError(
                 f'model: got {self.model!r}, expected "builtin" or a directory with a diffusers pipeline'
                 " (model_index.json)"
@@ -219,6 +260,16 @@ def _complaint(entry: dict[str, Any], where: str) -> str:
         return f"{where}: unknown key {key!r}"
     text = entry["msg"].removeprefix("Value error, ")
     return f"{where}: {key}: got {entry['input']!r}; {text}" if key and entry["type"] != "value_error" else text
+
+
+def _own(field: str, names: tuple[str, ...]) -> None:
+    """Scores of the user's own, each of which becomes a column."""
+    columns = [name.rpartition(":")[2] for name in names if ":" in name]
+    for name, column in zip((name for name in names if ":" in name), columns, strict=True):
+        if name.count(":") != 1 or not all(part.isidentifier() for part in name.replace(":", ".").split(".")):
+            raise ValueError(f"{field}: got {name!r}, expected module:function")
+        if column in COLUMNS or columns.count(column) > 1:
+            raise ValueError(f"{field}: got {name!r}, expected a function whose name isn't taken by another column")
 
 
 def _subset(name: str, values: tuple[str, ...], allowed: tuple[str, ...], *, empty: bool = False) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from headscope._extras import require
 from headscope.models import PixelTask, Task
-from headscope.sweep.config import SPLITS, SweepConfig
+from headscope.sweep.config import IN_MEMORY, SPLITS, SweepConfig
+from headscope.sweep.memory import modules_of
 from headscope.sweep.sources import open_source
 from headscope.zoo import ImageGroup, load_pipeline, open_group
 
@@ -70,12 +71,19 @@ class GroupItems:
         return len({item.source_id for item in self.swept})
 
 
-def load_task(config: SweepConfig) -> Task:
+def load_task(config: SweepConfig, pipeline: Any = None) -> Task:
     """The model, on its device, in eval mode.
 
+    Args:
+        pipeline: one in memory, to be used instead.
+
     Raises:
-        ValueError: the device isn't there.
+        ValueError: the device isn't there, or the model was one in memory.
     """
+    if pipeline is not None:
+        return _settled(pipeline)
+    if config.model == IN_MEMORY:
+        raise ValueError("model: this run's was in memory; call headscope.sweep with that pipeline and the same fields")
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {config.device!r}, expected one that torch sees (it sees no CUDA device)")
@@ -89,12 +97,15 @@ def load_task(config: SweepConfig) -> Task:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             config.model, dtype=dtype, local_files_only=True, use_safetensors=True, **_left_out(Path(config.model))
         )
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
+    return _settled(pipeline)
+
+
+def _settled(pipeline: Any) -> Task:
+    pipeline.set_progress_bar_config(disable=True)
     task = Task.of(pipeline)
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.eval().requires_grad_(False)
+    for component in modules_of(pipeline).values():
+        component.eval().requires_grad_(False)
     return task
 
 
@@ -105,16 +116,26 @@ def _left_out(model: Path) -> dict[str, None]:
 
 
 def model_fingerprint(task: Task) -> str:
-    """sha256 over the parameters and buffers of every module of the pipeline, and its tokenizers' vocabularies."""
+    """sha256 over the class, settings, parameters and buffers of every module of the pipeline, and its tokenizers'
+    vocabularies."""
     digest = hashlib.sha256()
     for part, component in sorted(task.pipeline.components.items()):
         if isinstance(component, torch.nn.Module):
+            digest.update(json.dumps([part, type(component).__name__, _settings(component)], default=str).encode())
             for name, tensor in sorted(component.state_dict().items()):
                 digest.update(f"{part} {name} {tensor.dtype} {list(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         elif hasattr(component, "get_vocab"):
             digest.update(json.dumps([part, sorted(component.get_vocab().items())]).encode())
     return digest.hexdigest()
+
+
+def _settings(component: Any) -> list[Any]:
+    """A module's configuration, which its weights don't show: a number of heads, for one."""
+    config = getattr(component, "config", None) or {}
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    # where it was loaded from, and what wrote it
+    return sorted([key, value] for key, value in values.items() if key[0] != "_" and key != "transformers_version")
 
 
 def choose_timesteps(config: SweepConfig, task: Task) -> tuple[int, ...]:

@@ -3,16 +3,17 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 import headscope
 from headscope.models import Site, Task
-from headscope.sweep.config import SweepConfig
+from headscope.sweep.config import IN_MEMORY, SweepConfig
 from headscope.sweep.items import GroupItems, PromptItem, choose_timesteps, model_fingerprint
+from headscope.sweep.memory import structure
 
 # items of a unit: some seconds of work on a laptop, so that little is lost when a run is killed
 ITEMS_PER_UNIT = 4
@@ -36,11 +37,15 @@ class Edit:
         name: of the set; of a single head, its site.
         heads: (site, head) pairs.
         keep: the gate of these heads.
+        temperature, key_bias, key_scale: what else is done to them, as in `HeadSet`.
     """
 
     name: str
     heads: tuple[tuple[str, int], ...]
     keep: float = 0.0
+    temperature: float | None = None
+    key_bias: tuple[float, ...] = ()
+    key_scale: tuple[float, ...] = ()
 
     @property
     def sites(self) -> frozenset[str]:
@@ -80,6 +85,7 @@ class Plan:
         timesteps: those of the sweep.
         heads: the (site, head) pairs to ablate, each in turn.
         sets: the sets of heads to edit.
+        keys: how many keys the sites have that sets with a key_bias or key_scale edit; filled in when a run is opened.
         units: in the order they run.
     """
 
@@ -88,6 +94,7 @@ class Plan:
     heads: tuple[tuple[str, int], ...]
     sets: tuple[Edit, ...]
     units: tuple[Unit, ...]
+    keys: Mapping[str, int] = field(default_factory=dict)
 
     def edits(self, kind: str) -> tuple[Edit, ...]:
         """What a unit of that kind edits."""
@@ -123,6 +130,7 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
     timesteps = choose_timesteps(config, task)
     heads = _heads(config, sites)
     sets = _sets(config, sites)
+    _check_identity(config, heads, sets, sites)
     swept = {group.name: _item_keys(group.swept) for group in groups}
     reference_keys = {group.name: _item_keys(group.reference) for group in groups}
     identity = _identity(config, task, timesteps, swept, reference_keys)
@@ -198,8 +206,26 @@ def _sets(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[Edit, ...]:
     for chosen in config.sets:
         _known(chosen.heads, sites, f"sets: {chosen.name!r}: heads")
         matching = _matching(sites, chosen.sites, f"sets: {chosen.name!r}: sites") if chosen.sites else ()
-        found.append(Edit(chosen.name, tuple(dict.fromkeys((*matching, *chosen.heads))), chosen.keep))
+        heads = tuple(dict.fromkeys((*matching, *chosen.heads)))
+        found.append(Edit(chosen.name, heads, chosen.gate, chosen.temperature, chosen.key_bias, chosen.key_scale))
     return tuple(found)
+
+
+def _check_identity(
+    config: SweepConfig, heads: tuple[tuple[str, int], ...], sets: tuple[Edit, ...], sites: tuple[Site, ...]
+) -> None:
+    """Raises ValueError where a head would be filled with its own value and has none for each query."""
+    if "identity" not in config.fills:
+        return
+    edited = {name for name, _ in heads} | {name for chosen in sets for name in chosen.sites}
+    if config.attribute and not heads:
+        edited = {site.name for site in sites}
+    for site in sites:
+        if site.kind == "cross" and site.name in edited:
+            raise ValueError(
+                f"fills: got identity for {site.name!r}, whose keys come from elsewhere; expected sites of"
+                " self-attention alone"
+            )
 
 
 def _matching(sites: tuple[Site, ...], patterns: Iterable[str], field: str) -> tuple[tuple[str, int], ...]:
@@ -244,6 +270,8 @@ def _identity(
         "timesteps": list(timesteps),
         "groups": [[name, _sha(swept[name]), _sha(reference[name])] for name in swept],
     }
+    if config.model == IN_MEMORY:
+        identity["structure"] = structure(task.pipeline)
     return json.loads(json.dumps(identity))
 
 

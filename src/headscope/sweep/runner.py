@@ -3,7 +3,10 @@
 import gc
 import shutil
 import uuid
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from headscope.sweep.executors.member import Watch
 from headscope.sweep.executors.processes import run_processes
 from headscope.sweep.executors.ray import run_ray
 from headscope.sweep.executors.slurm import run_slurm
+from headscope.sweep.memory import borrowed
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
 from headscope.sweep.run import Run
@@ -64,6 +68,7 @@ def run_sweep(
     progress: bool = True,
     console: Console | None = None,
     title: str = "sweep",
+    pipeline: Any = None,
 ) -> Run:
     """Run a sweep, or what is left of it.
 
@@ -77,6 +82,7 @@ def run_sweep(
         execution: further settings that change the speed alone.
         workers: who works on it; None for this process.
         progress: show progress: a bar on a terminal, a line of JSON every 15 seconds elsewhere.
+        pipeline: the model where it is one in memory, for this process only.
 
     Raises:
         ValueError: the configuration can't be run, or the directory holds another one; before any work starts.
@@ -86,13 +92,28 @@ def run_sweep(
     execution = execution or Execution()
     execution = replace(execution, rows=batch if batch is not None else execution.rows)
     workers = workers or Workers()
-    opened = Opened(config, execution)
-    path = Path(out)
+    if pipeline is not None and workers.executor != "local":
+        raise ValueError(f"executor: got {workers.executor!r} with a model in memory, expected local, or a directory")
+    shown = partial(Progress, title, enabled=progress, console=console)
+    with borrowed(pipeline) if pipeline is not None else nullcontext():
+        _run(config, Path(out), execution, workers, shown, pipeline)
+    return Run.open(out)
+
+
+def _run(
+    config: SweepConfig,
+    path: Path,
+    execution: Execution,
+    workers: Workers,
+    progress: Callable[[tuple[Unit, ...]], Progress],
+    pipeline: Any,
+) -> None:
+    opened = Opened(config, execution, pipeline)
     store = opened.store(path)
     units = opened.plan.units
     session = uuid.uuid4().hex
     listed = store.listed()
-    with Progress(title, units, enabled=progress, console=console) as shown:
+    with progress(units) as shown:
         for unit in units:
             if (unit.kind, unit.id) in listed and store.has(unit.kind, unit.id):
                 shown.already(unit)
@@ -108,7 +129,6 @@ def run_sweep(
             _free()
             _hand_over(order, workers, store, units, shown)
     _conclude(store, units)
-    return Run.open(out)
 
 
 def _hand_over(order: WorkOrder, workers: Workers, store: RunStore, units: tuple[Unit, ...], shown: Progress) -> None:

@@ -38,11 +38,20 @@ def _named(name: str) -> ImageScore:
     if ":" not in name:
         require("torchmetrics", "sweep")
         return lambda clean, edited: _torchmetrics(name, clean, edited)
+    return imported("image_scores", name)
+
+
+def imported(field: str, name: str) -> Callable[..., Any]:
+    """The function that "module:function" names.
+
+    Raises:
+        ValueError: there is none.
+    """
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"image_scores: got {name!r}, expected an importable module:function ({error})") from None
+        raise ValueError(f"{field}: got {name!r}, expected an importable module:function ({error})") from None
 
 
 def _torchmetrics(name: str, clean: np.ndarray, edited: np.ndarray) -> np.ndarray:
@@ -59,13 +68,31 @@ def _torchmetrics(name: str, clean: np.ndarray, edited: np.ndarray) -> np.ndarra
     return values.reshape(len(clean)).numpy()
 
 
-def checked_score(name: str, values: Any, count: int) -> np.ndarray:
-    """A score's numbers, one for each of `count` images.
+def checked_score(name: str, values: Any, count: int, field: str = "image_scores") -> np.ndarray:
+    """A score's numbers, one for each of `count` rows or images.
 
     Raises:
         ValueError: it gave another number of them.
     """
     found = np.asarray(values.cpu() if isinstance(values, Tensor) else values, np.float64)
     if found.shape != (count,):
-        raise ValueError(f"image_scores: {name} gave an array {list(found.shape)}, expected [{count}]")
+        raise ValueError(f"{field}: {name} gave an array {list(found.shape)}, expected [{count}]")
     return found
+
+
+def own_scores(names: Sequence[str]) -> dict[str, Callable[[Tensor, Tensor, Any], np.ndarray]]:
+    """The user's scores of a teacher-forced forward, by the columns they fill: functions of the edited prediction, the
+    clean one and the inputs.
+
+    Raises:
+        ValueError: no such module or function; from one of them, that it gave no number for each row.
+    """
+
+    def checked(name: str, score: Callable[..., Any]) -> Callable[[Tensor, Tensor, Any], np.ndarray]:
+        def run(edited: Tensor, clean: Tensor, inputs: Any) -> np.ndarray:
+            return checked_score(name, score(edited, clean, inputs.target, inputs), len(edited), "scores")
+
+        return run
+
+    own = [name for name in names if ":" in name]
+    return {name.rpartition(":")[2]: checked(name, imported("scores", name)) for name in own}

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from headscope.models import Recording, Scope, Task
 from headscope.models.tasks import NoisyInputs
-from headscope.ops import HeadEdit
 from headscope.sweep import plan as kinds
 from headscope.sweep.config import SweepConfig
+from headscope.sweep.edits import head_edits
 from headscope.sweep.fitting import Rows
 from headscope.sweep.items import GroupItems, PromptItem
 from headscope.sweep.plan import Edit, Plan, Unit
 from headscope.sweep.rows import Grid, coded, labels, prepend
-from headscope.sweep.scores import checked_score, image_distance, image_scores, squared_error
+from headscope.sweep.scores import checked_score, image_distance, image_scores, own_scores, squared_error
 from headscope.sweep.sharing import Diverged, Prefix
 from headscope.sweep.steps import EarlierSteps
 from headscope.sweep.store import RunStore
@@ -59,6 +59,7 @@ class UnitRunner:
         self._drawn: dict[str, dict[str, Tensor]] = {}
         self._prefix: Prefix | None = None
         self._image_scores = image_scores(config.image_scores)
+        self._own_scores = own_scores(config.scores)
 
     @cached_property
     def _loss_scope(self) -> Scope:
@@ -212,7 +213,7 @@ class UnitRunner:
         if fill == "mean":
             generated = unit.kind in (kinds.GENERATE, kinds.GENERATE_SETS)
             return self._mean(unit.group, "generate" if generated else "loss")
-        return "uniform" if fill == "uniform" else None
+        return fill if fill in ("uniform", "identity") else None
 
     def _ablate(self, unit: Unit, advance: Advance) -> None:
         """Every edit in turn; edits of one site share a batch, and take over what ran before that site."""
@@ -242,6 +243,8 @@ class UnitRunner:
                         edited = self.task.predict(some.rows(rows))
                     places = which, fill, [piece.start + item for _, item in chosen]
                     loss = squared_error(edited, some.target[rows])
+                    for name, score in self._own_scores.items():
+                        grid.put(name, *places, score(edited, clean[rows], some.rows(rows)))
                     before = clean_loss[[item for _, item in chosen]]
                     grid.put("clean", *places, before)
                     grid.put("edited", *places, loss)
@@ -351,13 +354,9 @@ class UnitRunner:
 
         @contextmanager
         def enter(which: list[int]) -> Iterator[None]:
-            sites = edits[which[0]].sites
-            gates = {name: torch.ones(len(which), scope.site(name).heads) for name in sites}
-            for row, index in enumerate(which):
-                for name, head in edits[index].heads:
-                    gates[name][row, head] = edits[index].keep
+            made = head_edits([edits[index] for index in which], scope, self.plan.keys)
             # a single fill tensor would be shared by all sites, a recording knows each
-            with scope.edit({name: HeadEdit(gate) for name, gate in gates.items()}, fill=taken, steps=steps):
+            with scope.edit(made, fill=taken, steps=steps):
                 yield
 
         return enter

@@ -17,10 +17,12 @@ from headscope._machine import device_name, versions
 from headscope.models import Scope, Task
 from headscope.sweep.claims import Claims
 from headscope.sweep.config import SweepConfig
+from headscope.sweep.edits import check_keys
 from headscope.sweep.fitting import Rows, fitting_rows, prefers_channels_last
 from headscope.sweep.items import GroupItems, PromptItem, load_task, open_items
 from headscope.sweep.plan import Plan, Unit, make_plan
 from headscope.sweep.revision import git_revision
+from headscope.sweep.scores import image_scores, own_scores
 from headscope.sweep.store import RunStore
 from headscope.sweep.unit import UnitRunner
 
@@ -77,21 +79,38 @@ class Report(Protocol):
 class Opened:
     """A sweep with its model, items and plan, ready to be worked on.
 
+    Args:
+        pipeline: the model, where it is one in memory.
+
     Raises:
         ValueError: the configuration can't be run.
     """
 
-    def __init__(self, config: SweepConfig, execution: Execution) -> None:
+    def __init__(self, config: SweepConfig, execution: Execution, pipeline: Any = None) -> None:
         if execution.threads is not None:
             torch.set_num_threads(execution.threads)
         self.config = config
         self.execution = execution
-        self.task: Task = load_task(config)
+        # functions of the user's own are there, before anything is written
+        own_scores(config.scores)
+        image_scores(config.image_scores)
+        self.task: Task = load_task(config, pipeline)
         self.groups: list[GroupItems] = open_items(config, self.task)
         self.scope = Scope(self.task.denoiser)
         self.plan: Plan = make_plan(config, self.task, self.groups, self.scope.sites)
+        by_key = [edit for edit in self.plan.sets if edit.key_bias or edit.key_scale]
+        if by_key:
+            self.plan = replace(self.plan, keys=self._keys(frozenset().union(*(edit.sites for edit in by_key))))
+            check_keys(by_key, self.plan.keys)
         if execution.channels_last or (execution.channels_last is None and prefers_channels_last(self.task.denoiser)):
             self.task.denoiser.to(memory_format=torch.channels_last)
+
+    def _keys(self, sites: frozenset[str]) -> dict[str, int]:
+        """How many keys sites have, from a forward."""
+        with torch.inference_mode(), self.scope.record("entropy", sites=sorted(sites)) as recording:
+            self.forward(1)
+        table = recording.to_arrow()
+        return dict(zip(table["site"].to_pylist(), table["keys"].to_pylist(), strict=True))
 
     def store(self, out: Path) -> RunStore:
         """The run directory, made if it is new.

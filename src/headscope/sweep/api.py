@@ -1,0 +1,109 @@
+"""headscope.sweep(...): a sweep from Python in one call.
+
+The package `headscope.sweep` is itself what is called. A function of that name beside it would be replaced by the
+package as soon as anything imported it, so the module's class is one whose instances can be called, as Python's data
+model provides for modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypedDict, Unpack
+
+from rich.console import Console
+
+from headscope.models.sites import find_denoiser
+from headscope.sweep.config import IN_MEMORY, HeadSet, SweepConfig
+from headscope.sweep.memory import check_pipeline
+from headscope.sweep.run import Run
+from headscope.sweep.runner import Workers, run_sweep
+
+
+class Fields(TypedDict, total=False):
+    """SweepConfig's attributes but for the model, lists welcome."""
+
+    groups: Sequence[str]
+    prompts: str | None
+    splits: Sequence[str]
+    items: int
+    timesteps: Sequence[int] | None
+    bands: int
+    observe: bool
+    fills: Sequence[str]
+    scores: Sequence[str]
+    heads: Sequence[tuple[str, int]] | None
+    sites: Sequence[str]
+    sets: Sequence[HeadSet | Mapping[str, Any]]
+    reference_items: int
+    generate_steps: int
+    generate_window: tuple[int, int] | None
+    image_scores: Sequence[str]
+    attribute: bool
+    cotangents: int
+    seed: int
+    device: str
+    dtype: str
+
+
+def sweep(
+    out: str | Path,
+    *,
+    model: Any = "builtin",
+    executor: str | None = None,
+    workers: int = 1,
+    address: str | None = None,
+    job: Mapping[str, Any] | None = None,
+    batch: int | None = None,
+    progress: bool = True,
+    console: Console | None = None,
+    **fields: Unpack[Fields],
+) -> Run:
+    """Run a sweep, or what is left of it, and open its tables.
+
+        run = headscope.sweep("my-run", groups=["faces"], items=4, fills=["zero"])
+        run.table("ablations").group_by("site", "head").agg(...)
+
+    Args:
+        out: the run directory; new, or one of the same configuration, which is then gone on with.
+        model: "builtin", a directory with a diffusers pipeline, or a pipeline in memory. That one stays on its device
+            and in its dtype, is told from others by its weights, classes and settings, and is given back as it was.
+        executor: "local" (this process), "processes" (of this machine), "ray" or "slurm"; None is local for one worker
+            and processes for several.
+        workers: how many processes.
+        address: of a Ray cluster; None for this machine.
+        job: parameters of Slurm jobs, as submitit names them.
+        batch: rows that pass through the denoiser at once; None measures how many fit.
+        progress: show it: a bar on a terminal, a line of JSON every 15 seconds elsewhere.
+        console: where to show it; standard error by default.
+        fields: what the sweep does: the attributes of `SweepConfig`.
+
+    Raises:
+        ValueError: an unknown field, a value that can't be, or a directory of another run; before any work starts.
+        SweepFailed, DiskFull: as `run_sweep` says.
+    """
+    chosen = Workers(
+        executor or ("local" if workers == 1 else "processes"),
+        workers,
+        address=address,
+        parameters=dict(job) if job else None,
+    )
+    values: dict[str, Any] = dict(fields)
+    pipeline = None
+    if not isinstance(model, (str, Path)):
+        check_pipeline(model)
+        for name in ("device", "dtype"):
+            if name in values:
+                raise ValueError(f"{name}: got {values[name]!r} with a model in memory, which stays as it is")
+        pipeline, model = model, IN_MEMORY
+        parameter = next(find_denoiser(pipeline).parameters())
+        values |= {"device": str(parameter.device), "dtype": str(parameter.dtype).removeprefix("torch.")}
+    config = SweepConfig.from_dict({"model": str(model), **values}, "sweep")
+    return run_sweep(config, out, batch=batch, workers=chosen, progress=progress, console=console, pipeline=pipeline)
+
+
+class SweepModule(ModuleType):
+    """The class of the module `headscope.sweep`, which is called like the function `sweep`."""
+
+    __call__ = staticmethod(sweep)

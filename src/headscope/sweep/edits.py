@@ -1,0 +1,61 @@
+"""From the edits of a plan to those of a scope: one row of the batch for each."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from headscope.models import Scope
+from headscope.ops import HeadEdit
+from headscope.sweep.plan import Edit
+
+
+def head_edits(edits: Sequence[Edit], scope: Scope, keys: Mapping[str, int]) -> dict[str, HeadEdit]:
+    """What to do at each site, with a row for each edit; all of them edit the same sites.
+
+    Args:
+        keys: how many keys the sites of edits with a key_bias or key_scale have.
+    """
+    return {name: _at(name, edits, scope.site(name).heads, keys) for name in edits[0].sites}
+
+
+def _at(name: str, edits: Sequence[Edit], heads: int, keys: Mapping[str, int]) -> HeadEdit:
+    chosen = [[head for site, head in edit.heads if site == name] for edit in edits]
+    gate = torch.ones(len(edits), heads)  # [rows, heads]
+    for row, (edit, own) in enumerate(zip(edits, chosen, strict=True)):
+        gate[row, own] = edit.keep
+    temperature = None
+    if any(edit.temperature is not None for edit in edits):
+        temperature = torch.ones(len(edits), heads)
+        for row, (edit, own) in enumerate(zip(edits, chosen, strict=True)):
+            if edit.temperature is not None:
+                temperature[row, own] = edit.temperature
+
+    def by_key(numbers: Sequence[Sequence[float]], neutral: float) -> Tensor | None:
+        """[rows, heads, keys], or None where no edit says anything."""
+        if not any(numbers):
+            return None
+        factors = torch.full((len(edits), heads, keys[name]), neutral)
+        for row, (values, own) in enumerate(zip(numbers, chosen, strict=True)):
+            factors[row, own, : len(values)] = torch.tensor(values, dtype=torch.float32)
+        return factors
+
+    return HeadEdit(
+        gate,
+        temperature=temperature,
+        key_bias=by_key([edit.key_bias for edit in edits], 0.0),
+        key_scale=by_key([edit.key_scale for edit in edits], 1.0),
+    )
+
+
+def check_keys(edits: Sequence[Edit], keys: Mapping[str, int]) -> None:
+    """Raises ValueError where an edit says something of keys that a site doesn't have."""
+    for edit in edits:
+        for field in ("key_bias", "key_scale"):
+            for site in sorted(edit.sites):
+                count = len(getattr(edit, field))
+                if count > keys.get(site, count):
+                    raise ValueError(
+                        f"sets: {edit.name!r}: {field}: got {count} numbers, expected at most {keys[site]}, the keys of"
+                        f" {site!r}"
+                    )
