@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 
 import tiny
@@ -170,17 +169,3 @@ def test_calls_of_one_module_are_told_apart():
     unet.get_submodule(site).processor.scale = [0.0]
     assert float((without_image - run()).abs().max()) <= 1e-5
     assert float((without_image - stock).abs().max()) > 1e-5
-
-
-def test_a_model_under_group_offload():
-    unet = tiny.ddpm().unet
-    sample = torch.randn(2, 3, 16, 16)
-    with torch.inference_mode():
-        stock = unet(sample, 7, return_dict=False)[0]
-    cpu = torch.device("cpu")
-    apply_group_offloading(unet, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
-    scope = Scope(unet)
-    with torch.inference_mode(), scope.record("entropy") as recording:
-        recorded = unet(sample, 7, return_dict=False)[0]
-    assert float((recorded - stock).abs().max()) <= 1e-5
-    assert len(recording) == len(scope.sites)

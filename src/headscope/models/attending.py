@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from headscope.models.editing import Combined, combine
+from headscope.models.editing import ActiveEdit, Combined, combine
 from headscope.models.forwards import Forward
-from headscope.models.layout import layout_of
-from headscope.models.recording import HEAD_OUTPUT
+from headscope.models.layout import Geometry, Layout, layout_of
+from headscope.models.maps import TokenRequest
+from headscope.models.recording import ENTROPY, HEAD_OUTPUT, Recording
 from headscope.models.sites import Site
 from headscope.ops import HeadEdit, Statistic, attention
 from headscope.ops.edits import blend
@@ -22,20 +23,63 @@ if TYPE_CHECKING:
 FORBIDDEN_LOGIT = -5000.0
 
 
+class _Interest(NamedTuple):
+    """What the active contexts want of a site.
+
+    Attributes:
+        contexts: which set of contexts this was told from: `Scope.contexts_seen`.
+        requested: the statistics of all recordings, each once.
+    """
+
+    contexts: int
+    recordings: tuple[Recording, ...]
+    edits: tuple[ActiveEdit, ...]
+    token_maps: tuple[TokenRequest, ...]
+    requested: tuple[Statistic, ...]
+
+    @classmethod
+    def of(cls, scope: "Scope", name: str) -> "_Interest":
+        recordings = tuple(entry.recording for entry in scope.recordings if name in entry.sites)
+        return cls(
+            scope.contexts_seen,
+            recordings,
+            tuple(edit for edit in scope.edits if name in edit.sites),
+            tuple(entry for entry in scope.token_maps if name in entry.sites),
+            _by_name([statistic for recording in recordings for statistic in recording.requested]),
+        )
+
+    @property
+    def any(self) -> bool:
+        return bool(self.recordings or self.edits or self.token_maps)
+
+
 class SiteFrame:
-    """A site's attention module while it runs."""
+    """A site's attention module while it runs.
+
+    What is the same in every forward is worked out once: small models make a hundred calls in the time that
+    one matrix product of a large one takes.
+    """
 
     def __init__(self, scope: "Scope", site: Site) -> None:
         self._scope = scope
         self._site = site
+        self._last_interest = _Interest.of(scope, site.name)
+        # of calls that were checked, by what they look like, while forwards have this geometry
+        self._geometry: Geometry | None = None
+        self._layouts: dict[tuple, tuple[Layout, int]] = {}
+
+    def _interest(self) -> _Interest:
+        interest = self._last_interest
+        if interest.contexts != self._scope.contexts_seen:
+            interest = self._last_interest = _Interest.of(self._scope, self._site.name)
+        return interest
 
     def silent(self) -> None:
         """Raises RuntimeError where the module ran and its attention did not come by."""
-        name = self._site.name
-        if self._scope.asked(name):
+        if self._interest().any:
             raise RuntimeError(
-                f"site {name!r} ran without torch's scaled_dot_product_attention, so nothing of it was recorded or"
-                " edited; was its processor or diffusers' attention backend changed?"
+                f"site {self._site.name!r} ran without torch's scaled_dot_product_attention, so nothing of it was"
+                " recorded or edited; was its processor or diffusers' attention backend changed?"
             )
 
     def attend(
@@ -45,50 +89,59 @@ class SiteFrame:
         value: Tensor,
         own_text: int,
         stock: Callable[..., Tensor],
-        options: dict[str, Any],
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
     ) -> Tensor:
-        scope, site, name = self._scope, self._site, self._site.name
-        forward = scope.running
-        if forward is None or not scope.asked(name):
-            return stock(query, key, value, **options)
-        if query.ndim == 3 and site.heads == 1:
+        """What scaled_dot_product_attention returns, seen and edited.
+
+        Args:
+            own_text: how many text tokens the module was given.
+            stock: torch's own function.
+        """
+        forward, interest = self._scope.running, self._interest()
+        if forward is None or not interest.any:
+            return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if query.ndim == 3 and self._site.heads == 1:
             # one head without a dimension of its own
-            mask = options["attn_mask"]
-            one = {**options, "attn_mask": mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask}
-            return self.attend(*(tensor.unsqueeze(1) for tensor in (query, key, value)), own_text, stock, one).squeeze(
-                1
-            )
+            mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
+            heads = (tensor.unsqueeze(1) for tensor in (query, key, value))
+            return self.attend(*heads, own_text, stock, mask, dropout_p, is_causal, scale, enable_gqa).squeeze(1)
+        name = self._site.name
         repeated = forward.totals is not None
-        recordings = [] if repeated else [entry.recording for entry in scope.recordings if name in entry.sites]
-        edits = [edit for edit in scope.edits if name in edit.sites and edit.acts_in(forward)]
         calls = forward.calls.get(name, 0)
         forward.calls[name] = calls + 1
         if forward.totals is not None:
             calls %= max(1, forward.totals.get(name, 1))
-        mapped = [entry for entry in scope.token_maps if name in entry.sites and entry.acts_in(forward)]
+        edits = [edit for edit in interest.edits if edit.acts_in(forward)]
+        mapped = [entry for entry in interest.token_maps if entry.acts_in(forward)]
         # a repetition takes the operator that ran the first time, so that it saves the same tensors
-        observed = recordings or edits or mapped or any(name in entry.sites for entry in scope.recordings)
-        if not observed:
-            return stock(query, key, value, **options)
-        self._check(query, options["dropout_p"], forward)
-        layout = layout_of(site, forward.geometry, query.shape[0], query.shape[2], key.shape[2], int(own_text), calls)
-        call = calls // max(1, forward.batch // layout.samples)
-        options = {option: given for option, given in options.items() if option != "dropout_p"}
+        if not (interest.recordings or edits or mapped):
+            return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if dropout_p:
+            raise ValueError(f"site {name!r} uses attention dropout; put the model in eval mode to record or edit it")
+        layout, call = self._layout(query, key, forward, own_text, calls)
+        recordings = () if repeated else interest.recordings
         for recording in recordings:
-            for quantity, tensor in (("q", query), ("k", key), ("v", value)):
-                if quantity in recording.quantities:
-                    recording.tensors.add(forward, quantity, name, call, layout, tensor)
-        changes = [change for edit in edits for change in edit.changes(name, call, forward, layout, query)]
-        combined = combine(changes, query, key, value)
-        tokens = [] if repeated else mapped
+            recording.tensors.add_inputs(recording.quantities, forward, name, call, layout, query, key, value)
+        combined = Combined(query, key, value, None, ())
+        if edits:
+            changes = [change for edit in edits for change in edit.changes(name, call, forward, layout, query)]
+            combined = combine(changes, query, key, value)
+        requested = () if repeated else interest.requested
+        tokens = () if repeated else mapped
         masses = [entry.maps.statistic(forward, layout, key.shape[2], query.device) for entry in tokens]
-        requested = [statistic for recording in recordings for statistic in recording.requested]
-        requested += [mass for mass in masses if mass is not None]
-        output, values = _compute(combined, _by_name(requested), options)
+        if masses:
+            requested = (*requested, *(mass for mass in masses if mass is not None))
+        output, values = _compute(
+            combined, requested, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
         for entry, mass in zip(tokens, masses, strict=True):
             if mass is not None:
                 entry.maps.add(forward, name, layout, values[mass.name])
-        valid_keys = count_valid_keys(options["attn_mask"], options["is_causal"], query, key) if requested else 0
+        valid_keys = count_valid_keys(attn_mask, is_causal, query, key) if ENTROPY in values else 0
         for recording in recordings:
             recording.count_call()
             recording.add_statistics(forward, name, call, layout, values, valid_keys, key.shape[2])
@@ -96,7 +149,25 @@ class SiteFrame:
                 recording.tensors.add(forward, HEAD_OUTPUT, name, call, layout, output)
         return output
 
-    def _check(self, query: Tensor, dropout_p: float, forward: Forward) -> None:
+    def _layout(self, query: Tensor, key: Tensor, forward: Forward, own_text: int, calls: int) -> tuple[Layout, int]:
+        """How the call reads, and its number in the forward.
+
+        Raises:
+            ValueError: a call that doesn't fit what is known of the site and the forward.
+        """
+        if forward.geometry is not self._geometry:
+            self._geometry = forward.geometry
+            self._layouts.clear()
+        looks = (query.shape, key.shape[2], int(own_text), calls)
+        found = self._layouts.get(looks)
+        if found is None:
+            self._check(query, forward)
+            rows, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+            layout = layout_of(self._site, forward.geometry, rows, queries, keys, int(own_text), calls)
+            found = self._layouts[looks] = (layout, calls // max(1, forward.batch // layout.samples))
+        return found
+
+    def _check(self, query: Tensor, forward: Forward) -> None:
         name = self._site.name
         if query.ndim != 4:
             raise ValueError(f"site {name!r} calls attention with {query.ndim} dimensions, expected 4")
@@ -112,11 +183,9 @@ class SiteFrame:
                 f"site {name!r} calls attention on {query.shape[0]} rows, expected a multiple or a part of the batch"
                 f" of {forward.batch}"
             )
-        if dropout_p:
-            raise ValueError(f"site {name!r} uses attention dropout; put the model in eval mode to record or edit it")
 
 
-def _by_name(requested: list[Statistic]) -> list[Statistic]:
+def _by_name(requested: list[Statistic]) -> tuple[Statistic, ...]:
     """Each statistic once, where several recordings ask for it.
 
     Raises:
@@ -131,12 +200,10 @@ def _by_name(requested: list[Statistic]) -> list[Statistic]:
                 f"statistics: {statistic.name!r} means different things in two active recordings, expected name=..."
                 " to tell them apart"
             )
-    return list(found.values())
+    return tuple(found.values())
 
 
-def _compute(
-    combined: Combined, statistics: list[Statistic], options: dict[str, Any]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _compute(combined: Combined, statistics: tuple[Statistic, ...], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The edited output, and the statistics by name."""
     result = attention(
         combined.query, combined.key, combined.value, edit=combined.edit, statistics=statistics, **options

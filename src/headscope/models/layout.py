@@ -113,6 +113,10 @@ class Geometry:
         # a packed sequence is patched already
         return cls(sample.shape[0], size, frames, tokens, text_tokens, 1, 1, ids if isinstance(ids, Tensor) else None)
 
+    def same_as(self, other: "Geometry") -> bool:
+        """Whether both say the same, places of tokens included, which are not compared but told by their tensor."""
+        return self.ids is other.ids and self == other
+
     def grid(self, tokens: int) -> tuple[int, int] | None:
         """(height, width) of a picture of that many tokens, or None. May read `ids` back from the device, once."""
         known = self._grid_of_size(tokens)

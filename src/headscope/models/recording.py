@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -26,8 +26,7 @@ TABLE_FILE, TENSOR_FILE = "statistics.parquet", "tensors.safetensors"
 ENTROPY, NORMALISED = "entropy", "entropy_normalised"
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
+class Part(NamedTuple):
     """The rows of one attention call that belong to one query group (and video frame)."""
 
     forward: Forward
@@ -42,8 +41,7 @@ class Part:
     keys: int
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
+class _Rows(NamedTuple):
     """A statistic of one part, not reduced yet: [samples, heads, queries, ...]."""
 
     part: Part
@@ -133,7 +131,9 @@ class Recording:
         """
         step = forward.step_since(self.first_forward)
         for statistic in self.requested:
-            name, tensor = statistic.name, values[statistic.name].detach()
+            name, tensor = statistic.name, values[statistic.name]
+            if tensor.requires_grad:
+                tensor = tensor.detach()
             heads = tensor.shape[1]
             if statistic.sums_over_queries:
                 # one number per key, of all queries together

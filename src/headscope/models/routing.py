@@ -36,7 +36,11 @@ class Frame(Protocol):
         value: Tensor,
         own_text: int,
         stock: Callable[..., Tensor],
-        options: dict[str, Any],
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
     ) -> Tensor: ...
 
     def silent(self) -> None: ...
@@ -62,7 +66,9 @@ class _Running(threading.local):
 
 
 _running = _Running()
+# by the number that a module's handle holds; and by the handle itself, which needs no reading while modules hold it
 _frames: dict[int, Frame] = {}
+_frames_by_handle: dict[int, Frame] = {}
 _numbers = itertools.count(1)
 _lock = threading.Lock()
 _users = 0
@@ -73,9 +79,10 @@ _stock: Callable[..., Tensor] = functional.scaled_dot_product_attention
 def observe(module: nn.Module, frame: Frame) -> None:
     """Send the module's attention to the frame until `forget`."""
     number = next(_numbers)
-    _frames[number] = frame
+    handle = torch.tensor(number)
+    _frames[number] = _frames_by_handle[id(handle)] = frame
     # past nn.Module's own __setattr__: neither a buffer nor part of the state
-    module.__dict__[HANDLE] = torch.tensor(number)
+    module.__dict__[HANDLE] = handle
     # as register_forward_pre_hook(with_kwargs=True) and register_forward_hook(always_call=True) do, but under one id in
     # every module: ids are constants in compiled code, and one per layer would compile every layer anew
     module._forward_pre_hooks[_HOOK_ID] = _enter
@@ -95,6 +102,7 @@ def forget(module: nn.Module) -> None:
         hooks.pop(_HOOK_ID, None)
     handle = module.__dict__.pop(HANDLE)
     _frames.pop(int(handle), None)
+    _frames_by_handle.pop(id(handle), None)
     _running.modules = [entry for entry in _running.modules if entry[0] is not handle]
 
 
@@ -157,7 +165,7 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> None:
 def _silent(handle: Tensor) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError("an attention module ran without torch's scaled_dot_product_attention inside a Scope")
-    _frames[int(handle)].silent()
+    _frames_by_handle[id(handle)].silent()
 
 
 def _routed(
@@ -190,14 +198,8 @@ def _routed(
         return torch.ops.headscope.observed_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, entry[0], entry[1]
         )
-    options = {
-        "attn_mask": attn_mask,
-        "dropout_p": dropout_p,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
-    }
-    return _frames[int(entry[0])].attend(query, key, value, entry[1], _stock, options)
+    frame = _frames_by_handle[id(entry[0])]
+    return frame.attend(query, key, value, entry[1], _stock, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def _empty_output(query: Tensor, value: Tensor) -> Tensor:
@@ -213,14 +215,8 @@ def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
             "headscope can't record or edit inside a CUDA graph, whose replays run no Python; compile the model"
             ' without mode="reduce-overhead" or "max-autotune"'
         )
-    options = {
-        "attn_mask": attn_mask,
-        "dropout_p": dropout_p,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
-    }
-    output = _frames[int(handle)].attend(query, key, value, own_text, _stock, options)
+    frame = _frames[int(handle)]
+    output = frame.attend(query, key, value, own_text, _stock, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     # compiled code relies on the strides it was promised
     promised = _empty_output(query, value)
     return output if output.stride() == promised.stride() else promised.copy_(output)

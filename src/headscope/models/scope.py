@@ -76,7 +76,10 @@ class Scope:
         self._modules: list[nn.Module] = []
         self._contexts = 0
         self._forwards = 0
-        self._forward: Forward | None = None
+        # the forward that runs, or ran last
+        self.running: Forward | None = None
+        # counts up whenever a context is entered or left: what sites know of them then is out of date
+        self.contexts_seen = 0
         self.sites: tuple[Site, ...]
         self.unseen: tuple[Unseen, ...]
         self.refresh()
@@ -304,12 +307,14 @@ class Scope:
             self._attach()
         self._contexts += 1
         entries.append(entry)
+        self.contexts_seen += 1
         (entry.recording if isinstance(entry, RecordRequest) else entry).first_forward = self._forwards
         try:
             yield
         finally:
             # the newest of several equal entries
             del entries[max(index for index, other in enumerate(entries) if other is entry)]
+            self.contexts_seen += 1
             self._contexts -= 1
             if self._contexts == 0:
                 self._detach()
@@ -340,19 +345,23 @@ class Scope:
         if self._wrap is not None:
             self._wrap.remove()
             self._wrap = None
-        self._forward = None
+        self.running = None
 
     def begin(self, args: tuple, kwargs: dict, cache_context: str | None) -> None:
         arguments = dict(self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments)
         arguments.pop("self", None)
         arguments |= arguments.pop("kwargs", {})
-        self._forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context)
+        forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context)
+        # one object for forwards that are alike, so that sites need not read each anew
+        if self.running is not None and self.running.geometry.same_as(forward.geometry):
+            forward.geometry = self.running.geometry
+        self.running = forward
         self._forwards += 1
         routing.watch(self)
 
     def end(self, completed: bool) -> None:
         routing.unwatch(self)
-        forward = self._forward
+        forward = self.running
         for entry in self.recordings:
             if forward is None:
                 continue
@@ -375,17 +384,12 @@ class Scope:
         if forward is None:
             yield
             return
-        before, counts = self._forward, forward.calls
-        self._forward, forward.calls = forward, dict(calls)
+        before, counts = self.running, forward.calls
+        self.running, forward.calls = forward, dict(calls)
         try:
             yield
         finally:
-            self._forward, forward.calls = before, counts
-
-    @property
-    def running(self) -> Forward | None:
-        """The forward that runs, or ran last."""
-        return self._forward
+            self.running, forward.calls = before, counts
 
     def attention_outside(self) -> None:
         """Attention inside the denoiser, outside of every site: none may be missing where all are recorded."""
@@ -405,8 +409,3 @@ class Scope:
                 return f", in {names[id(module)]!r} ({type(module).__name__})"
             frame = frame.f_back
         return ""
-
-    def asked(self, name: str) -> bool:
-        """Whether anything is recorded or edited at the site."""
-        recorded = any(name in entry.sites for entry in self.recordings)
-        return recorded or any(name in entry.sites for entry in (*self.edits, *self.token_maps))

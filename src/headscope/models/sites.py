@@ -58,15 +58,27 @@ def find_denoiser(pipeline_or_model: Any) -> nn.Module:
         TypeError: neither a module nor something with one.
     """
     if isinstance(pipeline_or_model, nn.Module):
-        return pipeline_or_model
+        return _unwrapped(pipeline_or_model)
     for attribute in ("unet", "transformer"):
         module = getattr(pipeline_or_model, attribute, None)
         if isinstance(module, nn.Module):
-            return module
+            return _unwrapped(module)
     raise TypeError(
         f"pipeline_or_model: got {type(pipeline_or_model).__name__}, expected a torch module or a pipeline with a"
         " unet or transformer"
     )
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The denoiser inside of what PEFT or data parallelism put around it, which passes its arguments on unnamed."""
+    while True:
+        base_of_peft = getattr(module, "get_base_model", None)
+        if callable(base_of_peft):
+            module = base_of_peft()
+        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        else:
+            return module
 
 
 def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:

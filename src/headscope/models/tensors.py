@@ -1,7 +1,7 @@
 """Head outputs, queries, keys and values that a recording keeps, by site, call, timestep and guidance branch."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -58,6 +58,22 @@ class HeadTensors:
     def __len__(self) -> int:
         self._settle()
         return len(self._kept)
+
+    def add_inputs(
+        self,
+        quantities: Collection[str],
+        forward: Forward,
+        site: str,
+        call: int,
+        layout: Layout,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> None:
+        """Keep those of one call's query, key and value that are among the quantities."""
+        for quantity, tensor in (("q", query), ("k", key), ("v", value)):
+            if quantity in quantities:
+                self.add(forward, quantity, site, call, layout, tensor)
 
     def add(self, forward: Forward, quantity: str, site: str, call: int, layout: Layout, tensor: Tensor) -> None:
         """Keep one call's tensor [rows, heads, tokens, dim]."""
