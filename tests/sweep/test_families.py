@@ -270,3 +270,17 @@ heads = [[{first!r}, 1], [{last!r}, 0]]
     np.testing.assert_allclose(ablated["x0_edited"], expected, rtol=1e-6)
     assert (ablated["distance"] > 0).any()
     assert (tables["set_generations"]["distance"] > 0).any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_float32_within_its_rounding(family, family_directory, tmp_path):
+    directory = family_directory(family)
+    chosen = {"groups": ("lfw",), "splits": ("confirm",), "items": 2, "timesteps": (500,), "fills": ("mean", "zero")}
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        config = SweepConfig(model=directory, dtype=dtype, reference_items=2, **chosen)
+        table = run_sweep(config, tmp_path / dtype, progress=False, batch=3).table("ablations")
+        named = table.with_columns(pl.col("site", "fill").cast(pl.String))
+        losses[dtype] = named.sort("item", "site", "head", "fill").select("clean", "edited").collect().to_numpy()
+    # a few dozen roundings of 2^-9 each, in a loss of about 1
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.03)
