@@ -43,14 +43,12 @@ class Execution:
 
     Attributes:
         rows: how many pass through the denoiser at once; None measures what fits.
-        share: let edited forwards take over what the clean one computed before the edited site.
-        channels_last: how images lie in memory; None chooses by the model.
+        share: let edited forwards take over what the clean one computed before the edited site; not of compiled models.
         threads: of torch in each process, on a CPU; None leaves it.
     """
 
     rows: int | None = None
     share: bool = True
-    channels_last: bool | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -103,8 +101,23 @@ class Opened:
         if by_key:
             self.plan = replace(self.plan, keys=self._keys(frozenset().union(*(edit.sites for edit in by_key))))
             check_keys(by_key, self.plan.keys)
-        if execution.channels_last or (execution.channels_last is None and prefers_channels_last(self.task.denoiser)):
-            self.task.denoiser.to(memory_format=torch.channels_last)
+        self._prepare_denoiser()
+
+    def _prepare_denoiser(self) -> None:
+        config, denoiser = self.config, self.task.denoiser
+        if config.channels_last or (config.channels_last is None and prefers_channels_last(denoiser)):
+            denoiser.to(memory_format=torch.channels_last)
+        if config.autocast is not None:
+            # of this module alone: encoders keep their dtype
+            autocast = torch.autocast(self.task.device.type, getattr(torch, config.autocast))
+            denoiser.forward = autocast(denoiser.forward)
+        if config.compile:
+            denoiser.compile()
+
+    @property
+    def share(self) -> bool:
+        """Whether edited forwards may take over work of clean ones."""
+        return self.execution.share and not self.config.compile
 
     def _keys(self, sites: frozenset[str]) -> dict[str, int]:
         """How many keys sites have, from a forward."""
@@ -170,7 +183,7 @@ class Opened:
 
     def runner(self, store: RunStore) -> UnitRunner:
         rows = Rows(self.rows(store))
-        return UnitRunner(self.config, self.task, self.groups, self.plan, store, rows, self.execution.share)
+        return UnitRunner(self.config, self.task, self.groups, self.plan, store, rows, self.share)
 
 
 def work(runner: UnitRunner, session: str, report: Report) -> None:
