@@ -23,6 +23,10 @@ from headscope.sweep import SweepConfig, run_sweep
         ({"timesteps": (5, 5)}, "timesteps: got"),
         ({"timesteps": ()}, "timesteps: got an empty list"),
         ({"observe": False, "fills": ()}, "nothing to observe"),
+        ({"autocast": "int8"}, "autocast: got int8"),
+        ({"autocast": "bfloat16", "dtype": "float16"}, "autocast: got bfloat16 with the dtype float16"),
+        ({"compile": True, "attribute": True}, "compile: got true with attribute"),
+        ({"compile": True, "scores": ("generate",), "generate_window": (1, 2)}, "compile: got true with a generate_wi"),
         ({"model": "nowhere"}, "model: got 'nowhere', expected \"builtin\" or a directory"),
     ],
 )

@@ -35,24 +35,25 @@ def needs(module: str):
 
 @needs("submitit")
 @pytest.mark.filterwarnings("ignore")
-def test_slurm_arrays_through_submitit(asked, whole, tmp_path):
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_slurm_arrays_through_submitit(asked, whole, tmp_path, count):
     """With submitit's local executor, which starts the jobs of an array as processes."""
-    workers = Workers("slurm", 2, cluster="local", parameters={"timeout_min": 10})
+    workers = Workers("slurm", count, cluster="local", parameters={"timeout_min": 10})
     run_sweep(asked, tmp_path / "run", progress=False, workers=workers)
     assert_same(tmp_path / "run", whole, exact=False)
 
 
 @needs("ray")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kill", [False, True])
-def test_ray_actors(asked, whole, tmp_path, kill):
+@pytest.mark.parametrize(("count", "kill"), [(1, False), (2, False), (4, False), (2, True)])
+def test_ray_actors(asked, whole, tmp_path, count, kill):
     """One of them killed while it works, too."""
     watcher = None
     if kill:
         watcher = subprocess.Popen(
             [sys.executable, "-c", KILLER, str(tmp_path / "run" / CLAIMS)], stdout=subprocess.PIPE
         )
-    run_sweep(asked, tmp_path / "run", progress=False, workers=Workers("ray", 2))
+    run_sweep(asked, tmp_path / "run", progress=False, workers=Workers("ray", count))
     if watcher:
         assert watcher.communicate(timeout=30)[0] == b"killed\n"
     assert_same(tmp_path / "run", whole, exact=False)

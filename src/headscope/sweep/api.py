@@ -45,6 +45,9 @@ class Fields(TypedDict, total=False):
     seed: int
     device: str
     dtype: str
+    autocast: str | None
+    channels_last: bool | None
+    compile: bool
 
 
 def sweep(

@@ -117,6 +117,11 @@ class SweepConfig:
         seed: the noise replicate.
         device: where the model runs.
         dtype: the denoiser's dtype.
+        autocast: "bfloat16" or "float16": the denoiser's forwards run under torch.autocast, its weights stay float32.
+        channels_last: how images lie in memory; None chooses by the model.
+        compile: run the denoiser through torch.compile. A compiled forward runs whole, so edited ones take nothing over
+            from clean ones; and each edited site is compiled anew, up to torch's limit of recompilations, past which
+            it runs uncompiled.
     """
 
     model: str = "builtin"
@@ -141,6 +146,9 @@ class SweepConfig:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    autocast: str | None = None
+    channels_last: bool | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""
@@ -179,6 +187,7 @@ class SweepConfig:
             )
 
         self._check_generation()
+        self._check_execution()
         names = [chosen.name for chosen in self.sets]
         if len(set(names)) != len(names):
             raise ValueError(f"sets: got the names {', '.join(names)}, expected each once")
@@ -197,6 +206,19 @@ class SweepConfig:
                 raise ValueError(
                     f"generate_window: got {first}, {end}, expected 0 <= first < end <= {self.generate_steps} steps"
                 )
+
+    def _check_execution(self) -> None:
+        if self.autocast is not None:
+            _subset("autocast", (self.autocast,), ("bfloat16", "float16"))
+            if self.dtype != "float32":
+                raise ValueError(f"autocast: got {self.autocast} with the dtype {self.dtype}, expected float32 weights")
+        if self.compile and self.attribute:
+            raise ValueError("compile: got true with attribute, whose gradients compiled models don't give")
+        if self.compile and self.generate_window is not None and self.generate_window[0] > 0:
+            raise ValueError(
+                "compile: got true with a generate_window that begins later than step 0, whose earlier steps are taken"
+                " over from the clean run, which compiled models can't"
+            )
 
     def as_dict(self) -> dict:
         return asdict(self)

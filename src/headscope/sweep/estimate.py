@@ -61,9 +61,9 @@ def estimate_sweep(config: SweepConfig, execution: Execution | None = None) -> E
         count, forwards = units.get(unit.kind, (0, 0))
         units[unit.kind] = (count + 1, forwards + unit.forwards)
     whole = _seconds(opened, lambda: opened.forward(rows)) / rows
-    edited, reason = whole, None
+    edited, reason = whole, "the model is compiled" if config.compile else None
     ablated = [edit for kind in (kinds.ABLATE, kinds.ABLATE_SETS) for edit in opened.plan.edits(kind)]
-    if ablated and opened.execution.share and any(kind in units for kind in (kinds.ABLATE, kinds.ABLATE_SETS)):
+    if ablated and opened.share and any(kind in units for kind in (kinds.ABLATE, kinds.ABLATE_SETS)):
         edited, reason = _edited_seconds(opened, rows, [edit.sites for edit in ablated], whole)
     seconds = 0.0
     for kind, (_, forwards) in units.items():

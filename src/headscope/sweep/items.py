@@ -29,6 +29,7 @@ class SweptItem:
     Attributes:
         group, index, source_id, split, caption, key: as the group's item has them.
         content: a hash of its caption and image.
+        kept: its image stays in memory.
     """
 
     def __init__(self, source: ImageGroup, index: int, size: int, keep: bool) -> None:
@@ -39,6 +40,7 @@ class SweptItem:
         self.split, self.caption, self.key = item.split, item.caption, item.key
         image = _fitted(item.image, size)
         self.content = hashlib.sha256(item.caption.encode() + image.tobytes()).hexdigest()[:16]
+        self.kept = keep
         self._image = image if keep else None
 
     @property
@@ -47,6 +49,14 @@ class SweptItem:
         if self._image is not None:
             return self._image
         return _fitted(self._source.item(self.index).image, self._size)
+
+    def fetch(self) -> None:
+        """Hold the image in memory until `drop`."""
+        self._image = self.image
+
+    def drop(self) -> None:
+        if not self.kept:
+            self._image = None
 
 
 @dataclass(frozen=True)

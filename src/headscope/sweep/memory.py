@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from headscope.models.sites import find_denoiser
+
 # what PEFT decides by at run time and keeps out of the weights
 _ADAPTER = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -76,9 +78,13 @@ def borrowed(pipeline: Any) -> Iterator[None]:
     parameters = [parameter for component in modules_of(pipeline).values() for parameter in component.parameters()]
     layouts = [(parameter, parameter.requires_grad, parameter.stride()) for parameter in parameters]
     bar = dict(getattr(pipeline, "_progress_bar_config", {}))
+    denoiser = find_denoiser(pipeline)
     try:
         yield
     finally:
+        # nothing of either kind was there: `check_pipeline`
+        denoiser.__dict__.pop("forward", None)
+        denoiser._compiled_call_impl = None
         for module, training in modes:
             module.training = training
         for parameter, needs_gradient, stride in layouts:

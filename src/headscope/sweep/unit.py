@@ -95,11 +95,15 @@ class UnitRunner:
                 self._prefix.reason = str(error)
                 steps[unit.kind](unit, advance)
 
-    def items(self, unit: Unit) -> list:
-        """The unit's items, prompts with the images the model drew for them."""
+    def members(self, unit: Unit) -> list:
+        """The unit's items as they were opened."""
         group = self.groups[unit.group]
         members = group.reference if unit.kind == kinds.REFERENCE else group.swept
-        chosen = [members[index] for index in unit.items]
+        return [members[index] for index in unit.items]
+
+    def items(self, unit: Unit) -> list:
+        """The unit's items, prompts with the images the model drew for them."""
+        chosen = self.members(unit)
         if not any(isinstance(item, PromptItem) for item in chosen):
             return chosen
         drawn = self._drawn_images(unit.group)

@@ -15,6 +15,7 @@ import torch
 
 from headscope._machine import device_name, versions
 from headscope.models import Scope, Task
+from headscope.sweep.behind import ReadAhead, WriteBehind
 from headscope.sweep.claims import Claims
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.edits import check_keys
@@ -42,14 +43,12 @@ class Execution:
 
     Attributes:
         rows: how many pass through the denoiser at once; None measures what fits.
-        share: let edited forwards take over what the clean one computed before the edited site.
-        channels_last: how images lie in memory; None chooses by the model.
+        share: let edited forwards take over what the clean one computed before the edited site; not of compiled models.
         threads: of torch in each process, on a CPU; None leaves it.
     """
 
     rows: int | None = None
     share: bool = True
-    channels_last: bool | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -102,8 +101,23 @@ class Opened:
         if by_key:
             self.plan = replace(self.plan, keys=self._keys(frozenset().union(*(edit.sites for edit in by_key))))
             check_keys(by_key, self.plan.keys)
-        if execution.channels_last or (execution.channels_last is None and prefers_channels_last(self.task.denoiser)):
-            self.task.denoiser.to(memory_format=torch.channels_last)
+        self._prepare_denoiser()
+
+    def _prepare_denoiser(self) -> None:
+        config, denoiser = self.config, self.task.denoiser
+        if config.channels_last or (config.channels_last is None and prefers_channels_last(denoiser)):
+            denoiser.to(memory_format=torch.channels_last)
+        if config.autocast is not None:
+            # of this module alone: encoders keep their dtype
+            autocast = torch.autocast(self.task.device.type, getattr(torch, config.autocast))
+            denoiser.forward = autocast(denoiser.forward)
+        if config.compile:
+            denoiser.compile()
+
+    @property
+    def share(self) -> bool:
+        """Whether edited forwards may take over work of clean ones."""
+        return self.execution.share and not self.config.compile
 
     def _keys(self, sites: frozenset[str]) -> dict[str, int]:
         """How many keys sites have, from a forward."""
@@ -169,18 +183,20 @@ class Opened:
 
     def runner(self, store: RunStore) -> UnitRunner:
         rows = Rows(self.rows(store))
-        return UnitRunner(self.config, self.task, self.groups, self.plan, store, rows, self.execution.share)
+        return UnitRunner(self.config, self.task, self.groups, self.plan, store, rows, self.share)
 
 
 def work(runner: UnitRunner, session: str, report: Report) -> None:
     """Work until every unit of the run is finished or has failed too often, here or elsewhere.
 
+    Whatever ends it, results that were computed are written first.
+
     Raises:
         DiskFull: no results can be written.
     """
-    claims = Claims(runner.store.path, session)
+    share = _Share(runner, session, report)
     try:
-        _work(runner, claims, session, report)
+        share.work()
     except OSError as error:
         if not _is_full(error):
             raise
@@ -189,67 +205,147 @@ def work(runner: UnitRunner, session: str, report: Report) -> None:
             f"out: no room to write results ({error.strerror}); make some and run the same command again",
         ) from error
     finally:
-        claims.close()
+        share.close()
 
 
-def _is_full(error: BaseException) -> bool:
+def _is_full(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _work(runner: UnitRunner, claims: Claims, session: str, report: Report) -> None:
-    plan, store = runner.plan, runner.store
-    left = list(plan.units)
-    finished: set[str] = set()
-    lost: set[str] = set()
-    while left:
-        listed = store.listed()
-        failures = store.failures()
-        before = len(left)
-        for unit in left:
-            if (unit.kind, unit.id) in listed and runner.done(unit):
-                finished.add(unit.id)
-                report.finished(unit)
-                continue
-            needed = plan.needs(unit)
-            if given_up(failures.get(unit.id, []), session) or any(other.id in lost for other in needed):
-                lost.add(unit.id)
-                continue
-            if not all(other.id in finished for other in needed):
-                continue
-            owner = claims.take(unit.id)
-            if not owner:
-                continue
-            try:
-                if isinstance(owner, dict) and owner["session"] == session:
-                    # a process of ours died of this unit, or beside it
-                    store.add_failure(unit.id, "the process working on it died", session, death=True)
-                    if given_up(store.failures()[unit.id], session):
-                        report.failed(unit, "the process working on it died", True)
-                        lost.add(unit.id)
-                        continue
-                if runner.done(unit) or _tried(runner, unit, session, report):
-                    finished.add(unit.id)
-                    report.finished(unit)
-            finally:
-                claims.release(unit.id)
-        left = [unit for unit in left if unit.id not in finished and unit.id not in lost]
-        if len(left) == before:
-            time.sleep(PATIENCE)
+class _Share:
+    """What one process does of a run.
 
+    Attributes:
+        finished, lost: units that are done, and those that are given up or wait for one that is.
+        cautious: a process of this session died. A unit that was computed and not yet written when that happened is
+            innocent, so from then on each is written before the next begins: none is counted twice for another's crash.
+    """
 
-def _tried(runner: UnitRunner, unit: Unit, session: str, report: Report) -> bool:
-    """Work on a unit; False, and a record of it, where that went wrong."""
-    try:
-        runner.run(unit, report.advance)
-    except Exception as error:
+    def __init__(self, runner: UnitRunner, session: str, report: Report) -> None:
+        self.runner = runner
+        self.session = session
+        self.report = report
+        self.finished: set[str] = set()
+        self.lost: set[str] = set()
+        self.cautious = False
+        self._store = runner.store
+        self._claims = Claims(runner.store.path, session)
+        self._behind = WriteBehind(runner.store, self._written)
+        self._ahead = ReadAhead(runner.members)
+        runner.store = self._behind
+
+    def work(self) -> None:
+        left = list(self.runner.plan.units)
+        while left:
+            listed = self._store.listed()
+            failures = self._store.failures()
+            before = len(left)
+            for position, unit in enumerate(left):
+                self._hear()
+                if self._is_ready(unit, listed, failures):
+                    self._take(unit, left[position + 1] if position + 1 < len(left) else None)
+            self._hear()
+            left = [unit for unit in left if unit.id not in self.finished and unit.id not in self.lost]
+            if len(left) == before:
+                if self._behind.pending:
+                    self._behind.settle()
+                else:
+                    time.sleep(PATIENCE)
+
+    def close(self) -> None:
+        """Write what was computed, and release what is claimed."""
+        try:
+            self._ahead.close()
+            self._behind.close()
+        finally:
+            self.runner.store = self._store
+            self._claims.close()
+
+    def _is_ready(self, unit: Unit, listed: set[tuple[str, str]], failures: dict[str, list[dict[str, Any]]]) -> bool:
+        """Whether the unit is to be done, and can be."""
+        if unit.id in self.finished or unit.id in self._behind.pending:
+            return False
+        if (unit.kind, unit.id) in listed and self.runner.done(unit):
+            self._finish(unit)
+            return False
+        needed = self.runner.plan.needs(unit)
+        if given_up(failures.get(unit.id, []), self.session) or any(other.id in self.lost for other in needed):
+            self.lost.add(unit.id)
+            return False
+        if any(other.id in self._behind.pending for other in needed):
+            self._behind.settle()
+            self._hear()
+        return all(other.id in self.finished for other in needed)
+
+    def _take(self, unit: Unit, following: Unit | None) -> None:
+        """Do a unit unless somebody else does."""
+        owner = self._claims.take(unit.id)
+        if not owner:
+            return
+        handed_over = False
+        try:
+            if isinstance(owner, dict) and owner["session"] == self.session:
+                # a process of ours died of this unit, or beside it
+                self.cautious = True
+                error = "the process working on it died"
+                self._store.add_failure(unit.id, error, self.session, death=True)
+                if given_up(self._store.failures()[unit.id], self.session):
+                    self.report.failed(unit, error, True)
+                    self.lost.add(unit.id)
+                    return
+            if self.runner.done(unit):
+                self._finish(unit)
+            elif self._computed(unit, following):
+                handed_over = True
+                self._behind.commit(unit)
+        finally:
+            # else its writer does, once the results are on disk
+            if not handed_over:
+                self._claims.release(unit.id)
+        if self.cautious:
+            self._behind.settle()
+            self._hear()
+
+    def _computed(self, unit: Unit, following: Unit | None) -> bool:
+        """Work on a unit; False, and a record of it, where that went wrong."""
+        try:
+            self._ahead.begin(unit, following)
+            self.runner.run(unit, self.report.advance)
+        except Exception as error:
+            if _is_full(error):
+                raise
+            self._behind.take_back(unit)
+            self._store.add_failure(unit.id, traceback.format_exc(), self.session)
+            self._fail(unit, error)
+            return False
+        return True
+
+    def _written(self, unit: Unit, error: Exception | None) -> None:
+        """In the writer's thread: a unit is on disk, or couldn't be written."""
         if _is_full(error):
-            raise
-        runner.store.add_failure(unit.id, traceback.format_exc(), session)
-        last = given_up(runner.store.failures()[unit.id], session)
-        report.failed(unit, f"{type(error).__name__}: {error}", last)
-        return False
-    runner.store.clear_failure(unit.id)
-    return True
+            assert error is not None
+            raise error
+        if error is None:
+            self._store.clear_failure(unit.id)
+        else:
+            self._store.add_failure(unit.id, "".join(traceback.format_exception(error)), self.session)
+        self._claims.release(unit.id)
+
+    def _hear(self) -> None:
+        """What the writer has done since; raises what stopped it."""
+        for unit, error in self._behind.ended():
+            if error is None:
+                self._finish(unit)
+            else:
+                self._fail(unit, error)
+
+    def _finish(self, unit: Unit) -> None:
+        self.finished.add(unit.id)
+        self.report.finished(unit)
+
+    def _fail(self, unit: Unit, error: Exception) -> None:
+        last = given_up(self._store.failures()[unit.id], self.session)
+        self.report.failed(unit, f"{type(error).__name__}: {error}", last)
 
 
 def given_up(tries: list[dict[str, Any]], session: str) -> bool:
