@@ -204,7 +204,7 @@ def _routed(
 
 def _empty_output(query: Tensor, value: Tensor) -> Tensor:
     """An empty [batch, heads, queries, dim_v] in query's dtype and stride order."""
-    order = sorted(range(query.ndim), key=lambda dimension: query.stride(dimension), reverse=True)
+    order = sorted(range(query.ndim), key=query.stride().__getitem__, reverse=True)
     shape = (*query.shape[:-1], value.shape[-1])
     return torch.empty_permuted(shape, order, dtype=query.dtype, device=query.device)
 

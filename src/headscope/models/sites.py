@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -74,7 +74,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     while True:
         base_of_peft = getattr(module, "get_base_model", None)
         if callable(base_of_peft):
-            module = base_of_peft()
+            module = cast(nn.Module, base_of_peft())
         elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             module = module.module
         else:
