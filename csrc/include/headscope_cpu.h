@@ -117,6 +117,8 @@ HEADSCOPE_EXPORT int headscope_abi_version(void);
 
 // With HEADSCOPE_AVX512_BF16, bfloat16 products count subnormal inputs as 0, as the instructions do.
 //
+// A thread works in less than 16 MiB: group statistics that would take more together come in several passes.
+//
 // Runs the call. Returns enum headscope_status; anything but HEADSCOPE_OK and
 // HEADSCOPE_NO_MEMORY has written nothing.
 HEADSCOPE_EXPORT int headscope_attention_forward(const headscope_attention* call);

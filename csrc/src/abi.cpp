@@ -1,5 +1,7 @@
 // The C ABI: checks a call, finds the kernel, allocates, and spreads the work items over threads.
+#include <stddef.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "headscope_cpu.h"
 #include "instruction_sets.h"
@@ -13,6 +15,8 @@ using headscope::spread;
 
 // bounds the sums of one row
 constexpr int64_t MAX_GROUPS = 65536;
+// what a thread may work in before the groups' sums are left to further passes; 16 MiB are promised
+constexpr size_t MANY_BYTES = size_t{12} << 20;
 // rows whose sums wait for the second pass at a time: 2 MiB
 constexpr int64_t SAVED_ROWS = 262144;
 
@@ -22,10 +26,14 @@ bool is_input_dtype(int64_t dtype) {
 
 bool is_floating(int64_t dtype) { return is_input_dtype(dtype) || dtype == HEADSCOPE_FLOAT64; }
 
+bool is_grouped(const headscope_statistic& statistic) {
+    return statistic.kind == HEADSCOPE_GROUP_MASS || statistic.kind == HEADSCOPE_GROUP_ENTROPY;
+}
+
 int check(const headscope_attention& call, const headscope_statistic& statistic) {
     const int64_t kind = statistic.kind;
     if (kind < HEADSCOPE_ENTROPY || kind > HEADSCOPE_KEY_MASS) return HEADSCOPE_BAD_STATISTIC;
-    const bool grouped = kind == HEADSCOPE_GROUP_MASS || kind == HEADSCOPE_GROUP_ENTROPY;
+    const bool grouped = is_grouped(statistic);
     const int64_t per_head = kind == HEADSCOPE_KEY_MASS ? call.keys : call.queries;
     const int64_t results = call.batch * call.heads * per_head * (grouped ? statistic.sizes[0] : 1);
     if (results > 0 && !statistic.output) return HEADSCOPE_NULL_POINTER;
@@ -131,6 +139,45 @@ bool run_with_key_mass(const Kernel& kernel, const headscope_attention& call, Pl
     return done;
 }
 
+// The whole call, in one pass over the keys (two for key_mass). False: out of memory.
+bool run(const Kernel& kernel, const headscope_attention& call, const Plan& plan) {
+    if (wants_key_mass(call)) return run_with_key_mass(kernel, call, plan);
+    return spread(0, plan.items, call.threads, plan.bytes_per_thread,
+                  [&](int64_t i, void* memory) { kernel.run(call, plan, i, memory); });
+}
+
+// The call with as many group statistics at a time as a thread has memory for; the output and all other statistics
+// come from the first pass. Rare: eight groups of a row take 64 bytes, 65,536 take half a megabyte.
+bool run_groups_in_turn(const Kernel& kernel, const headscope_attention& call) {
+    headscope_attention part;
+    // the caller's statistics end where their count says
+    memcpy(&part, &call, offsetof(headscope_attention, statistics));
+    part.statistic_count = 0;
+    for (int64_t i = 0; i < call.statistic_count; ++i) {
+        if (!is_grouped(call.statistics[i])) part.statistics[part.statistic_count++] = call.statistics[i];
+    }
+    int64_t next = 0;
+    do {
+        Plan plan = kernel.plan(part);
+        for (int64_t taken = 0; next < call.statistic_count; ++next) {
+            if (!is_grouped(call.statistics[next])) continue;
+            part.statistics[part.statistic_count++] = call.statistics[next];
+            const Plan with_it = kernel.plan(part);
+            if (taken > 0 && with_it.bytes_per_thread > MANY_BYTES) {
+                --part.statistic_count;
+                break;
+            }
+            ++taken;
+            plan = with_it;
+        }
+        if (!run(kernel, part, plan)) return false;
+        part.statistic_count = 0;
+        // the output is written
+        part.dim_v = 0;
+    } while (next < call.statistic_count);
+    return true;
+}
+
 }  // namespace
 
 int headscope_abi_version(void) { return HEADSCOPE_ABI_VERSION; }
@@ -143,14 +190,12 @@ int headscope_attention_forward(const headscope_attention* call) {
     if (!kernel) return HEADSCOPE_BAD_INSTRUCTION_SET;
     kernel = headscope::kernel_for(kernel, call->query.dtype);
     const Plan plan = kernel->plan(*call);
-    const bool key_mass = wants_key_mass(*call);
     if (plan.items == 0) {
-        if (key_mass) clear_key_mass(*call);
+        clear_key_mass(*call);
         return HEADSCOPE_OK;
     }
-    const bool done = key_mass ? run_with_key_mass(*kernel, *call, plan)
-                               : spread(0, plan.items, call->threads, plan.bytes_per_thread,
-                                        [&](int64_t i, void* memory) { kernel->run(*call, plan, i, memory); });
+    const bool done =
+        plan.bytes_per_thread > MANY_BYTES ? run_groups_in_turn(*kernel, *call) : run(*kernel, *call, plan);
     return done ? HEADSCOPE_OK : HEADSCOPE_NO_MEMORY;
 }
 

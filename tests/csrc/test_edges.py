@@ -1,10 +1,12 @@
 """What the contract's cases leave out: what NaN and infinity reach, strides, threads, processes, and refusals."""
 
+import contextlib
 import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +109,32 @@ def test_a_gate_of_one_or_zero_keeps_nan_out(instruction_set, attend):
     assert values["entropy"][0, 0].isnan().all()
 
 
+def test_subnormal_bfloat16(instruction_set, attend):
+    """They count, except that bfloat16 dot products take them for 0."""
+    torch.manual_seed(0)
+    tiny = torch.randint(1, 128, (3, 1, 2, 21, 16), dtype=torch.int16).view(torch.bfloat16)
+    signs = torch.randint(0, 2, tiny.shape).mul(2).sub(1).bfloat16()
+    small, _, value = (tiny * signs).unbind()
+    assert ((small.float().abs() < 2.0**-126) & (small != 0)).all()
+    # 2^-133..2^-126 times 2^126: logits that differ from 0
+    key = torch.randn(1, 2, 21, 16).mul(2.0**126).bfloat16()
+    dots = instruction_set == "avx512_bf16"
+    options = {"attn_mask": None, "is_causal": False, "scale": 1.0}
+    for query, keys in ((small, key), (key, small)):
+        output, values = attend(Inputs(query, keys, key.sign(), options, None, None), FULL)
+        counted = Inputs(0 * query, keys, key.sign(), options, None, None) if dots else None
+        expected = truth(counted or Inputs(query, keys, key.sign(), options, None, None))
+        largest = float(expected.statistics["max_logit"].abs().max())
+        assert dots or largest > 0.5
+        assert_close("output", output, expected.output, 2.0**-7)
+        for name in FULL:
+            assert_close(name, values[name], expected.statistics[name], 1e-5 + 4 * 2.0**-24 * 2 * largest)
+    plain = Inputs(key.sign(), key.sign(), value, options, None, None)
+    output, _ = attend(plain, ())
+    expected = truth(plain).output
+    assert_close("output", output.double(), 0 * expected if dots else expected, 2.0**-133)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_fills_of_any_floating_type(dtype, attend):
     fill = torch.randn(1, 1, 21, 16).to(dtype)
@@ -145,16 +173,62 @@ def test_threads_do_not_change_a_bit(options, instruction_set, attend):
         assert all(torch.equal(one_statistics[name], many_statistics[name]) for name in FULL)
 
 
+def forget_peak():
+    """Earlier tests' largest memory no longer counts, where the system can do that."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def test_memory_is_bounded(library, attend):
     """One thread works in less than 16 MiB, at any length and head dimension."""
     resource = pytest.importorskip("resource")
     for queries, keys, dim in ((4000, 9000, 40), (600, 600, 2000), (70, 70, cpu_library.MAX_DIM)):
         inputs = make(queries=queries, keys=keys, heads=1, dim=dim)
         output = torch.zeros_like(inputs.query)
+        forget_peak()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         attend(inputs, (), 1, output)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         assert grown < 16 * 1024, (queries, keys, dim)
+
+
+def test_the_memory_of_groups_is_bounded(library):
+    """Many statistics of many groups come in several passes, and are what each gives alone."""
+    resource = pytest.importorskip("resource")
+    torch.manual_seed(0)
+    count, rows, keys = cpu_library.MAX_GROUPS, 3, 40
+    query, key, value = torch.randn(1, 1, rows, 8), torch.randn(1, 1, keys, 8), torch.randn(1, 1, keys, 8)
+    ids = torch.randint(-1, count, (12, 1, 1, keys), dtype=torch.int32)
+    specs = [("group_entropy" if i % 2 else "group_mass", (count,), (ids[i],)) for i in range(12)]
+    specs[3:3] = ["entropy", "key_mass"]
+
+    def call(statistics, threads=1):
+        output = torch.full_like(query, math.nan)
+        shapes = {"entropy": (1, 1, rows), "key_mass": (1, 1, keys)}
+        values = [torch.full(shapes.get(str(spec), (1, 1, rows, count)), math.nan) for spec in statistics]
+        forget_peak()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        cpu_library.attention_forward(
+            query,
+            key,
+            value,
+            attn_mask=None,
+            is_causal=False,
+            scale=1.0,
+            statistics=statistics,
+            output=output,
+            statistic_outputs=values,
+            threads=threads,
+        )
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < threads * 16 * 1024
+        return [output, *values]
+
+    together = call(specs)
+    assert all(torch.equal(a, b) for a, b in zip(together, call(specs, threads=2), strict=True))
+    for i, spec in enumerate(specs):
+        output, alone = call([spec])
+        assert torch.equal(output, together[0])
+        assert torch.equal(alone, together[1 + i])
 
 
 FORK = """

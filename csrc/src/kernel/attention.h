@@ -1,11 +1,11 @@
 // One work item: some rows of one head, or of the heads that share its keys, against all keys.
 //
 //     for each block of keys:               packed once per item
-//         for each block of rows:           packed when first met
+//         for each block of rows:           packed when first met, or read where it is
 //             logits                        logits.h, mask.h
 //             running maximum, 2^x, sums    softmax.h, statistics.h
 //             outputs                       values.h
-//             after its last keys: store    output.h
+//             after its last keys: store    output.h, or values.h
 //
 // A row meets the same blocks of keys in the same order however rows are dealt to items, so the number of threads
 // doesn't change a bit of the result.
@@ -111,6 +111,14 @@ inline Plan plan(const headscope_attention& call) {
     return plan;
 }
 
+// Whether the keys are scaled instead of the queries, which can then be read where they are: worth it where queries
+// meet all keys at once. Threads and statistics have no say in it, so that they don't change a bit of the result. Heads
+// that share keys have to share their scale.
+inline bool scales_keys(const headscope_attention& call, const Plan& plan) {
+    return TERMS == 1 && call.query.dtype == HEADSCOPE_FLOAT32 && call.query.strides[3] == 1 && call.dim > 0 &&
+           call.keys <= plan.key_block && (call.heads == call.kv_heads || !call.temperature.data);
+}
+
 class Item {
 public:
     Item(const headscope_attention& call, const Plan& plan, int64_t item, void* memory)
@@ -124,6 +132,9 @@ public:
         find_statistics(call, &statistics_);
         lay_out(call, plan.key_block, plan.heads_per_item * plan.rows_per_item, static_cast<char*>(memory), &space_,
                 &statistics_);
+        reads_queries_ = scales_keys(call, plan);
+        writes_output_ =
+            call.output.dtype == HEADSCOPE_FLOAT32 && call.output.strides[3] == 1 && output_stride_ == call.dim_v;
     }
 
     void run() {
@@ -143,7 +154,7 @@ public:
         const int64_t keys = visible_keys(end_row_);
         for (int64_t key = 0; key == 0 || key < keys; key += plan_.key_block) {
             const int64_t count = smaller(plan_.key_block, keys - key);
-            pack_keys(call_, sample_, kv_head_, key, count, space_.keys);
+            pack_keys(call_, sample_, kv_head_, key, count, reads_queries_ ? scale(first_head_) : 1.0f, space_.keys);
             values_packed_ = false;
             for (int64_t head = first_head_; head < first_head_ + plan_.heads_per_item; ++head) {
                 if (!skipped(head)) head_step(head, key, count);
@@ -153,6 +164,11 @@ public:
 
 private:
     float gate(int64_t head) const { return head_edit(call_.gate, sample_, head); }
+
+    // in double: the temperature costs no rounding of its own
+    float scale(int64_t head) const {
+        return static_cast<float>(call_.scale / static_cast<double>(head_edit(call_.temperature, sample_, head)));
+    }
 
     // A removed head of which nothing is asked.
     bool skipped(int64_t head) const { return gate(head) == 0.0f && !statistics_.any; }
@@ -166,8 +182,7 @@ private:
     void head_step(int64_t head, int64_t key, int64_t count) {
         head_ = head;
         gate_ = gate(head);
-        // in double: the temperature costs no rounding of its own
-        scale_ = static_cast<float>(call_.scale / static_cast<double>(head_edit(call_.temperature, sample_, head)));
+        scale_ = scale(head);
         first_local_ = (head - first_head_) * plan_.rows_per_item;
         if (gate_ != 0.0f && !values_packed_) {
             values_finite_ = pack_values(call_, sample_, kv_head_, key, count, space_.values);
@@ -190,12 +205,17 @@ private:
     }
 
     int64_t local(int64_t row) const { return first_local_ + row - first_row_; }
+    // Whole tiles only: a read or a write of one must not go past the last row.
+    bool reads_queries(int64_t row) const { return reads_queries_ && block_rows(row) % TILE_ROWS == 0; }
     float* outputs_of(int64_t row) { return space_.outputs + local(row) * output_stride_; }
     RowState* state_of(int64_t row) { return space_.rows + local(row); }
 
     void start_rows(int64_t row) {
         const int64_t rows = round_up(block_rows(row), TILE_ROWS);
-        pack_queries(call_, sample_, head_, row, block_rows(row), scale_, space_.queries + local(row) * units_);
+        if (!reads_queries(row)) {
+            pack_queries(call_, sample_, head_, row, block_rows(row), reads_queries_ ? 1.0f : scale_,
+                         space_.queries + local(row) * units_);
+        }
         for (int64_t r = 0; r < rows; ++r) start_row(state_of(row) + r);
         if (!statistics_.general) return;
         for (int64_t r = 0; r < block_rows(row); ++r) start_row_statistics(&statistics_, local(row) + r);
@@ -208,7 +228,11 @@ private:
         const int64_t padded = round_up(count, LANES);
         const float* bias = call_.key_bias.data ? space_.bias : nullptr;
         const float* key_scale = call_.key_scale.data ? space_.key_scale : nullptr;
-        compute_logits(space_.queries + local(row) * units_, tiles, space_.keys, count, units_, scale_, space_.logits);
+        const bool in_place = reads_queries(row);
+        const Unit* queries = in_place ? reinterpret_cast<const Unit*>(at<float>(call_.query, sample_, head_, row))
+                                       : space_.queries + local(row) * units_;
+        compute_logits(queries, in_place ? call_.query.strides[2] : units_, tiles, space_.keys, count, units_, scale_,
+                       space_.logits);
         const bool last = key + count >= visible_keys(smaller(row + BLOCK_ROWS, end_row_));
         for (int64_t r = 0; r < rows; ++r) {
             float* logits = space_.logits + r * LOGIT_STRIDE;
@@ -216,17 +240,24 @@ private:
             if (last && gate_ != 0.0f) prefetch_output(row + r);
             apply_mask(call_, sample_, head_, row + r, key, count, bias, logits);
             for (int64_t j = count; j < padded; ++j) logits[j] = -INFINITE;
-            // as many rows as are ready, or all that are left
-            const int64_t ready = r % SIDE_BY_SIDE + 1;
-            if (ready < SIDE_BY_SIDE && r + 1 < rows) continue;
+            const int64_t ready = r % GROUP_ROWS + 1;
+            if (ready < GROUP_ROWS && r + 1 < rows) continue;
             softmax(logits - (ready - 1) * LOGIT_STRIDE, ready, padded, row + r + 1 - ready, key_scale);
         }
+        stored_ = false;
         if (gate_ == 0.0f) return;
         const Unit* powers = reinterpret_cast<const Unit*>(space_.logits);
         const bool hides = call_.is_causal || call_.mask.data || call_.key_bias.data;
         if ((values_finite_ && scales_finite_) || !hides) {
-            add_values(powers, tiles, space_.values, units_of(count), state_of(row), outputs_of(row), output_stride_,
-                       key == 0);
+            Target target = {outputs_of(row), output_stride_, nullptr, 0, nullptr};
+            float shares[BLOCK_ROWS];
+            stored_ = last && writes_output_ && gate_ == 1.0f && rows % TILE_ROWS == 0;
+            if (stored_) {
+                for (int64_t r = 0; r < rows; ++r) shares[r] = normaliser(state_of(row)[r]);
+                target = {outputs_of(row), output_stride_, at<float>(call_.output, sample_, head_, row),
+                          call_.output.strides[2], shares};
+            }
+            add_values(powers, tiles, space_.values, units_of(count), state_of(row), target, output_stride_, key == 0);
             return;
         }
         for (int64_t r = 0; r < rows; ++r) {
@@ -244,11 +275,9 @@ private:
                                         local(row) + r, row + r);
             }
         } else if (statistics_.entropy) {
-            if (rows == SIDE_BY_SIDE) return softmax_rows<true, SIDE_BY_SIDE>(logits, padded, states);
-            softmax_rows<true, 1>(logits, padded, states);
+            softmax_rows<true>(logits, rows, padded, states);
         } else {
-            if (rows == SIDE_BY_SIDE) return softmax_rows<false, SIDE_BY_SIDE>(logits, padded, states);
-            softmax_rows<false, 1>(logits, padded, states);
+            softmax_rows<false>(logits, rows, padded, states);
         }
     }
 
@@ -296,7 +325,7 @@ private:
                 plan_.row_max[first + r - plan_.first_saved_row] = state.running_max;
                 plan_.row_share[first + r - plan_.first_saved_row] = share;
             }
-            write_output(call_, sample_, head_, row + r, outputs_of(row + r), share, gate_);
+            if (!stored_) write_output(call_, sample_, head_, row + r, outputs_of(row + r), share, gate_);
         }
     }
 
@@ -308,6 +337,10 @@ private:
     int64_t head_ = 0, first_local_ = 0;
     float gate_ = 1.0f, scale_ = 1.0f;
     bool values_packed_ = false, values_finite_ = true, scales_finite_ = true;
+    // queries are read where they are
+    bool reads_queries_;
+    // rows may be written by values.h, and those of the last step were
+    bool writes_output_, stored_ = false;
     Workspace space_;
     Statistics statistics_;
 };

@@ -25,14 +25,16 @@ inline void run_key_mass(const headscope_attention& call, const Plan& plan, int6
     Workspace space;
     lay_out(call, plan.key_block, BLOCK_ROWS, static_cast<char*>(memory), &space, &statistics);
     double sums[MAX_KEY_BLOCK] = {};
-    pack_keys(call, sample, head / (call.heads / call.kv_heads), first, count, space.keys);
-    if (call.key_bias.data) copy_edit(call.key_bias, sample, head, first, count, space.bias);
     const float scale = static_cast<float>(call.scale / static_cast<double>(head_edit(call.temperature, sample, head)));
+    // the logits of the first pass
+    const bool in_keys = scales_keys(call, plan);
+    pack_keys(call, sample, head / (call.heads / call.kv_heads), first, count, in_keys ? scale : 1.0f, space.keys);
+    if (call.key_bias.data) copy_edit(call.key_bias, sample, head, first, count, space.bias);
     const int64_t start = call.is_causal ? larger(first_row, first / BLOCK_ROWS * BLOCK_ROWS) : first_row;
     for (int64_t row = start; row < end_row; row += BLOCK_ROWS) {
         const int64_t rows = smaller(BLOCK_ROWS, end_row - row);
-        pack_queries(call, sample, head, row, rows, scale, space.queries);
-        compute_logits(space.queries, (rows + TILE_ROWS - 1) / TILE_ROWS, space.keys, count, units, scale,
+        pack_queries(call, sample, head, row, rows, in_keys ? 1.0f : scale, space.queries);
+        compute_logits(space.queries, units, (rows + TILE_ROWS - 1) / TILE_ROWS, space.keys, count, units, scale,
                        space.logits);
         float* block = space.key_scale;
         for (int64_t j = 0; j < padded; ++j) block[j] = 0.0f;

@@ -16,10 +16,10 @@ constexpr int64_t LOGIT_STRIDE = MAX_KEY_BLOCK + 16;
 // last place of a large logit; the contract allows four.
 constexpr int64_t MAX_PIECE = 24;
 
-// queries [TILE_ROWS][length units], stride `units` . keys [length][VECTORS * LANES] -> logits [TILE_ROWS][VECTORS *
-// LANES], or added to them, and at last scaled where the queries aren't
+// queries [TILE_ROWS][length units], `stride` units apart . keys [length][VECTORS * LANES] -> logits
+// [TILE_ROWS][VECTORS * LANES], or added to them, and at last scaled where the queries aren't
 template <int VECTORS, bool ADD>
-HEADSCOPE_INLINE void logits_piece(const Unit* queries, int64_t units, const Unit* keys, int64_t length, bool last,
+HEADSCOPE_INLINE void logits_piece(const Unit* queries, int64_t stride, const Unit* keys, int64_t length, bool last,
                                    float scale, float* logits) {
     Floats sums[TILE_ROWS][VECTORS];
     HEADSCOPE_UNROLL
@@ -29,7 +29,7 @@ HEADSCOPE_INLINE void logits_piece(const Unit* queries, int64_t units, const Uni
     }
     const Unit* rows[TILE_ROWS];
     HEADSCOPE_UNROLL
-    for (int row = 0; row < TILE_ROWS; ++row) rows[row] = queries + row * units;
+    for (int row = 0; row < TILE_ROWS; ++row) rows[row] = queries + row * stride;
     for (int64_t d = 0; d < length; ++d) {
         Units key[VECTORS];
         HEADSCOPE_UNROLL
@@ -55,31 +55,33 @@ HEADSCOPE_INLINE void logits_piece(const Unit* queries, int64_t units, const Uni
 }
 
 template <int VECTORS>
-HEADSCOPE_INLINE void logits_tile(const Unit* queries, const Unit* keys, int64_t units, float scale, float* logits) {
+HEADSCOPE_INLINE void logits_tile(const Unit* queries, int64_t stride, const Unit* keys, int64_t units, float scale,
+                                  float* logits) {
     constexpr int64_t MAX_UNITS = MAX_PIECE / TERMS;
     if (units <= MAX_UNITS) {
-        logits_piece<VECTORS, false>(queries, units, keys, units, true, scale, logits);
+        logits_piece<VECTORS, false>(queries, stride, keys, units, true, scale, logits);
         return;
     }
     const int64_t pieces = (units + MAX_UNITS - 1) / MAX_UNITS;
     const int64_t length = (units + pieces - 1) / pieces;
-    logits_piece<VECTORS, false>(queries, units, keys, length, false, scale, logits);
+    logits_piece<VECTORS, false>(queries, stride, keys, length, false, scale, logits);
     for (int64_t d = length; d < units; d += length) {
-        logits_piece<VECTORS, true>(queries + d, units, keys + d * VECTORS * LANES, smaller(length, units - d),
+        logits_piece<VECTORS, true>(queries + d, stride, keys + d * VECTORS * LANES, smaller(length, units - d),
                                     d + length >= units, scale, logits);
     }
 }
 
-// queries [tiles * TILE_ROWS][units] . keys [panels][units][panel's width] -> logits [tiles * TILE_ROWS][count], stride
-// LOGIT_STRIDE. A panel of keys stays in the first cache while all tiles pass over it.
-inline void compute_logits(const Unit* queries, int64_t tiles, const Unit* keys, int64_t count, int64_t units,
-                           float scale, float* logits) {
+// queries [tiles * TILE_ROWS][units], rows `stride` apart . keys [panels][units][panel's width] -> logits
+// [tiles * TILE_ROWS][count], stride LOGIT_STRIDE. A panel of keys stays in the first cache while all tiles pass over
+// it.
+inline void compute_logits(const Unit* queries, int64_t stride, int64_t tiles, const Unit* keys, int64_t count,
+                           int64_t units, float scale, float* logits) {
     const int64_t padded = round_up(count, LANES);
     for (int64_t key = 0; key < padded;) {
         const Panel panel = first_key_panel(padded - key);
         with_vectors(panel.vectors, [&](auto vectors) {
             for (int64_t tile = 0; tile < tiles; ++tile) {
-                logits_tile<decltype(vectors)::value>(queries + tile * TILE_ROWS * units, keys, units, scale,
+                logits_tile<decltype(vectors)::value>(queries + tile * TILE_ROWS * stride, stride, keys, units, scale,
                                                       logits + tile * TILE_ROWS * LOGIT_STRIDE + key);
             }
         });

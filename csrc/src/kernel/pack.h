@@ -85,8 +85,9 @@ HEADSCOPE_INLINE void prefetch_row(const void* row, int64_t bytes) {
 }
 
 // Keys first..first + count - 1 of a key head -> [panels][units of dim][panel's width]; keys past the last are 0.
+// Scaled here where units are float32.
 inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
-                      Unit* packed) {
+                      float scale, Unit* packed) {
     if (call.dim == 0 || count <= 0) return;
     const int64_t units = units_of(call.dim);
     with_input_element(call.key.dtype, [&](auto element) {
@@ -111,6 +112,7 @@ inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t k
                     for (int i = 0; i < LANES; ++i) {
                         block[i] = key + i < count ? gather_units(from + (key + i) * strides[2], strides[3], terms)
                                                    : broadcast(0.0f);
+                        if (TERMS == 1) block[i] = multiply(block[i], broadcast(scale));
                     }
                     transpose(block);
                     const int64_t rows = smaller(LANES, units - d);

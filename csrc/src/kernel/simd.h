@@ -46,6 +46,7 @@ HEADSCOPE_INLINE To bit_cast(From from) {
 //   scale_from(x, low, y, n)  y * 2^n for integral n in -126..127 where x >= low or x is NaN, else 0; any n there
 //   round_to_integer(x)     to the nearest integer, |x| < 2^22
 //   sum_of_lanes(x), max_of_lanes(x)   of numbers without NaN, the maximum
+//   sum_of_each(x, sums), max_of_each(x, maxima)   the same of several vectors: a number for each, the same bits
 //   mute(x, bias)           -inf where bias is -inf, whatever x, else x + bias
 //   mask_of(bits)           lane i is on where bit i of `bits` is
 //   add_where(mask, a, b)   a + b where the mask is on, else a
@@ -81,8 +82,35 @@ HEADSCOPE_INLINE Floats scale_from(Floats x, Floats low, Floats y, Floats n) {
 HEADSCOPE_INLINE Floats round_to_integer(Floats x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-HEADSCOPE_INLINE float sum_of_lanes(Floats x) { return _mm512_reduce_add_ps(x); }
+// in the order of sum_of_each, so that both give the same bits
+HEADSCOPE_INLINE float sum_of_lanes(Floats x) {
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0x4e));
+    x = _mm512_add_ps(x, _mm512_permute_ps(x, 0xb1));
+    x = _mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+    return _mm512_cvtss_f32(_mm512_add_ps(x, _mm512_shuffle_f32x4(x, x, 0x4e)));
+}
 HEADSCOPE_INLINE float max_of_lanes(Floats x) { return _mm512_reduce_max_ps(x); }
+// Combines the lanes of four vectors in pairs, twice: [a, b, c, d] in each quarter is what is left of each of them.
+template <typename Combine>
+HEADSCOPE_INLINE Floats quarters_of_four(const Floats* x, const Combine& combine) {
+    const Floats a = combine(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const Floats b = combine(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    return combine(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+// Combines the quarters of two vectors in pairs: two of the first, then two of the second.
+template <typename Combine>
+HEADSCOPE_INLINE Floats halves_of_two(Floats a, Floats b, const Combine& combine) {
+    return combine(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+HEADSCOPE_INLINE void sum_of_each(const Floats x[16], float sums[16]) {
+    const Floats a = halves_of_two(quarters_of_four(x, add), quarters_of_four(x + 4, add), add);
+    const Floats b = halves_of_two(quarters_of_four(x + 8, add), quarters_of_four(x + 12, add), add);
+    store(sums, halves_of_two(a, b, add));
+}
+HEADSCOPE_INLINE void max_of_each(const Floats x[8], float maxima[8]) {
+    const Floats a = halves_of_two(quarters_of_four(x, max_of), quarters_of_four(x + 4, max_of), max_of);
+    _mm256_storeu_ps(maxima, _mm512_castps512_ps256(halves_of_two(a, a, max_of)));
+}
 HEADSCOPE_INLINE Floats mute(Floats x, Floats bias) {
     const Floats lowest = _mm512_set1_ps(-INFINITY);
     return _mm512_mask_add_ps(lowest, _mm512_cmp_ps_mask(bias, lowest, _CMP_NEQ_UQ), x, bias);
@@ -309,6 +337,16 @@ HEADSCOPE_INLINE float max_of_lanes(Floats x) {
     float greatest = lanes[0];
     for (int i = 1; i < LANES; ++i) greatest = lanes[i] > greatest ? lanes[i] : greatest;
     return greatest;
+}
+
+template <int COUNT>
+HEADSCOPE_INLINE void sum_of_each(const Floats (&x)[COUNT], float sums[COUNT]) {
+    for (int i = 0; i < COUNT; ++i) sums[i] = sum_of_lanes(x[i]);
+}
+
+template <int COUNT>
+HEADSCOPE_INLINE void max_of_each(const Floats (&x)[COUNT], float maxima[COUNT]) {
+    for (int i = 0; i < COUNT; ++i) maxima[i] = max_of_lanes(x[i]);
 }
 #endif
 

@@ -50,6 +50,7 @@ HEADSCOPE_INLINE HalfFloats half_zero() { return _mm256_setzero_ps(); }
 HEADSCOPE_INLINE HalfFloats half_load(const float* from) { return _mm256_loadu_ps(from); }
 HEADSCOPE_INLINE void half_store(float* to, HalfFloats x) { _mm256_storeu_ps(to, x); }
 HEADSCOPE_INLINE HalfFloats half_add(HalfFloats a, HalfFloats b) { return _mm256_add_ps(a, b); }
+HEADSCOPE_INLINE HalfFloats half_multiply(float a, HalfFloats b) { return _mm256_mul_ps(_mm256_set1_ps(a), b); }
 HEADSCOPE_INLINE HalfFloats half_multiply_add(float a, HalfFloats b, HalfFloats c) {
     return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c);
 }
@@ -79,6 +80,7 @@ HEADSCOPE_INLINE HalfFloats half_zero() { return broadcast(0.0f); }
 HEADSCOPE_INLINE HalfFloats half_load(const float* from) { return load(from); }
 HEADSCOPE_INLINE void half_store(float* to, HalfFloats x) { store(to, x); }
 HEADSCOPE_INLINE HalfFloats half_add(HalfFloats a, HalfFloats b) { return add(a, b); }
+HEADSCOPE_INLINE HalfFloats half_multiply(float a, HalfFloats b) { return multiply(broadcast(a), b); }
 HEADSCOPE_INLINE HalfFloats half_multiply_add(float a, HalfFloats b, HalfFloats c) {
     return multiply_add(broadcast(a), b, c);
 }

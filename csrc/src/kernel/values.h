@@ -14,11 +14,27 @@ constexpr int64_t MAX_TERMS = 128;
 // What becomes of the outputs that are there: nothing yet, times the row's factor, or kept.
 enum class Before { NOTHING, RESCALED, KEPT };
 
-// powers [TILE_ROWS][count units], stride LOGIT_STRIDE . values [count][width] -> outputs [TILE_ROWS][width], stride
-// output_stride; width is VECTORS vectors and HALF of one
+// Where the outputs of a block of rows go.
+struct Target {
+    float* sums;  // [rows][stride], what was summed so far and will be
+    int64_t stride;
+    // The rows themselves, which the last sums go to, times a factor for each; null while keys are to come, or where
+    // output.h has to see the sums first.
+    float* rows;
+    int64_t row_stride;
+    const float* factors;
+
+    HEADSCOPE_INLINE Target at(int64_t row, int64_t channel) const {
+        if (!rows) return {sums + row * stride + channel, stride, nullptr, 0, nullptr};
+        return {sums + row * stride + channel, stride, rows + row * row_stride + channel, row_stride, factors + row};
+    }
+};
+
+// powers [TILE_ROWS][count units], stride LOGIT_STRIDE . values [count][width], added to the target [TILE_ROWS][width];
+// width is VECTORS vectors and HALF of one. `last`: the sums are complete.
 template <int VECTORS, int HALF, Before BEFORE>
 HEADSCOPE_INLINE void values_piece(const Unit* powers, const Unit* values, int64_t count, const RowState* rows,
-                                   float* outputs, int64_t output_stride) {
+                                   const Target& target, bool last) {
     constexpr int64_t WIDTH = VECTORS * LANES + HALF * HALF_LANES;
     Floats sums[TILE_ROWS][VECTORS + 1];
     HalfFloats halves[TILE_ROWS];
@@ -43,56 +59,58 @@ HEADSCOPE_INLINE void values_piece(const Unit* powers, const Unit* values, int64
             if (HALF) halves[row] = half_dot(power, half, halves[row]);
         }
     }
+    const bool stored = last && target.rows;
     HEADSCOPE_UNROLL
     for (int row = 0; row < TILE_ROWS; ++row) {
         const float rescale = rows[row].rescale;
-        float* to = outputs + row * output_stride;
+        const float factor = stored ? target.factors[row] : 1.0f;
+        const float* from = target.sums + row * target.stride;
+        float* to = stored ? target.rows + row * target.row_stride : target.sums + row * target.stride;
         HEADSCOPE_UNROLL
-        for (int v = 0; v < VECTORS; ++v, to += LANES) {
+        for (int v = 0; v < VECTORS; ++v, from += LANES, to += LANES) {
             Floats sum = sums[row][v];
-            if (BEFORE == Before::RESCALED) sum = multiply_add(broadcast(rescale), load(to), sum);
-            if (BEFORE == Before::KEPT) sum = add(load(to), sum);
-            store(to, sum);
+            if (BEFORE == Before::RESCALED) sum = multiply_add(broadcast(rescale), load(from), sum);
+            if (BEFORE == Before::KEPT) sum = add(load(from), sum);
+            store(to, multiply(sum, broadcast(factor)));
         }
         if (HALF) {
             HalfFloats sum = halves[row];
-            if (BEFORE == Before::RESCALED) sum = half_multiply_add(rescale, half_load(to), sum);
-            if (BEFORE == Before::KEPT) sum = half_add(half_load(to), sum);
-            half_store(to, sum);
+            if (BEFORE == Before::RESCALED) sum = half_multiply_add(rescale, half_load(from), sum);
+            if (BEFORE == Before::KEPT) sum = half_add(half_load(from), sum);
+            half_store(to, half_multiply(factor, sum));
         }
     }
 }
 
 template <int VECTORS, int HALF>
 HEADSCOPE_INLINE void values_tile(const Unit* powers, const Unit* values, int64_t count, const RowState* rows,
-                                  float* outputs, int64_t output_stride, bool first) {
+                                  const Target& target, bool first) {
     constexpr int64_t WIDTH = VECTORS * LANES + HALF * HALF_LANES;
     constexpr int64_t MAX_UNITS = MAX_TERMS / TERMS;
     const int64_t length = smaller(MAX_UNITS, count);
     if (first) {
-        values_piece<VECTORS, HALF, Before::NOTHING>(powers, values, length, rows, outputs, output_stride);
+        values_piece<VECTORS, HALF, Before::NOTHING>(powers, values, length, rows, target, length == count);
     } else {
-        values_piece<VECTORS, HALF, Before::RESCALED>(powers, values, length, rows, outputs, output_stride);
+        values_piece<VECTORS, HALF, Before::RESCALED>(powers, values, length, rows, target, length == count);
     }
     for (int64_t key = MAX_UNITS; key < count; key += MAX_UNITS) {
         values_piece<VECTORS, HALF, Before::KEPT>(powers + key, values + key * WIDTH, smaller(MAX_UNITS, count - key),
-                                                  rows, outputs, output_stride);
+                                                  rows, target, key + MAX_UNITS >= count);
     }
 }
 
-// powers [tiles * TILE_ROWS][count] . values [panels][count][panel's width], added to outputs [tiles * TILE_ROWS]
-// [output_stride], output_stride = padded_channels(). Keys are counted in units. The first step writes the outputs, the
-// others rescale them. A panel of values stays in cache while all tiles pass over it.
+// powers [tiles * TILE_ROWS][count] . values [panels][count][panel's width], added to the target [tiles * TILE_ROWS]
+// [width], width = padded_channels(). Keys are counted in units. The first step writes the sums, the others rescale
+// them. A panel of values stays in cache while all tiles pass over it.
 inline void add_values(const Unit* powers, int64_t tiles, const Unit* values, int64_t count, const RowState* rows,
-                       float* outputs, int64_t output_stride, bool first) {
-    for (int64_t channel = 0; channel < output_stride;) {
-        const Panel panel = first_panel(output_stride - channel);
+                       const Target& target, int64_t width, bool first) {
+    for (int64_t channel = 0; channel < width;) {
+        const Panel panel = first_panel(width - channel);
         with_panel(panel, [&](auto vectors, auto half) {
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 const int64_t row = tile * TILE_ROWS;
                 values_tile<decltype(vectors)::value, decltype(half)::value>(
-                    powers + row * LOGIT_STRIDE, values, count, rows + row, outputs + row * output_stride + channel,
-                    output_stride, first);
+                    powers + row * LOGIT_STRIDE, values, count, rows + row, target.at(row, channel), first);
             }
         });
         values += panel.width() * count;

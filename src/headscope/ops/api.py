@@ -107,7 +107,8 @@ def attention(
     )
     problem = Problem(query.device, query.dtype, query.shape[-1], value.shape[-1], needs_gradient, requested)
     operator = select(backend, problem)
-    call = call._replace(training=needs_gradient)
+    if needs_gradient:
+        call = call._replace(training=True)
     if operator is not torch.ops.headscope.reference_attention.default:
         _refuse_transforms(call)
     if edit.fill == "identity":

@@ -7,7 +7,9 @@ from headscope.ops.call import Call
 
 
 def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    output, values = call.empty_output(), call.empty_statistics()
+    output, statistics = call.empty_output(), call.restored_statistics()
+    sizes = (*call.row_shape, call.key.shape[2])
+    values = [call.query.new_empty(entry.shape(*sizes), dtype=call.statistic_dtype) for entry in statistics]
     cpu_library.attention_forward(
         call.query,
         call.key,
@@ -20,7 +22,7 @@ def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         temperature=call.temperature,
         key_bias=call.key_bias,
         key_scale=call.key_scale,
-        statistics=[(entry.key, entry.constants, entry.tensors) for entry in call.restored_statistics()],
+        statistics=[(entry.key, entry.constants, entry.tensors) for entry in statistics],
         output=output,
         statistic_outputs=values,
     )
