@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,10 +115,11 @@ def sweep(
         str | None, typer.Option(help="Comma-separated; default: three, evenly spaced in log-SNR.")
     ] = None,
     fill: Annotated[
-        list[str] | None, typer.Option(help="zero, mean or uniform; may be repeated. Default: mean and zero.")
+        list[str] | None, typer.Option(help="mean, zero, uniform or identity; may be repeated. Default: mean and zero.")
     ] = None,
     score: Annotated[
-        list[str] | None, typer.Option(help="loss, distance, x0 or generate; may be repeated. Default: loss.")
+        list[str] | None,
+        typer.Option(help="loss, distance, x0, generate or module:function; may be repeated. Default: loss."),
     ] = None,
     no_ablation: Annotated[bool, typer.Option("--no-ablation", help="Observe entropies only.")] = False,
     attribute: Annotated[
@@ -265,6 +267,10 @@ def status(directory: RunDirectory) -> None:
         for unit, error in found.failed.items():
             line = error.strip().splitlines()[-1]
             output.print(f"failed: {unit[:12]}: {_escaped(line)}", highlight=False, soft_wrap=True)
+        if found.failed:
+            output.print(f"to try them again: headscope sweep retry {_escaped(str(directory))}", highlight=False)
+        elif not found.complete and not found.running:
+            output.print("nobody works on it: the command that began it goes on where it stopped", highlight=False)
 
 
 @sweeps.command()
@@ -277,7 +283,11 @@ def verify(directory: RunDirectory) -> None:
         output = Console()
         for kind, rows in found.rows.items():
             output.print(f"{kind:<15} {rows:>11,} rows", highlight=False)
-        for problem in ("missing", "torn", "foreign", "leftovers"):
+        # of a run that is under way there may be thousands
+        missing = Counter(name.partition("/")[0] for name in found.missing)
+        for kind, count in missing.items():
+            output.print(f"missing: {kind}, {count:,} unit(s) that aren't finished", highlight=False)
+        for problem in ("torn", "foreign", "leftovers"):
             for name in getattr(found, problem):
                 output.print(f"{problem}: {_escaped(name)}", highlight=False, soft_wrap=True)
     if not found.sound:

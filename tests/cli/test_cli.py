@@ -82,6 +82,14 @@ def test_a_sweep_from_a_plan_and_its_commands(ddpm_directory, tmp_path, monkeypa
     result = call("sweep", "retry", "run", "--quiet")
     assert result.exit_code == 0, result.output
     assert torn.read_bytes() == whole
+    torn.unlink()
+    result = call("sweep", "verify", "run")
+    assert result.exit_code == 1
+    assert "missing: ablations, 1 unit(s)" in result.output
+    assert "goes on where it stopped" in call("sweep", "status", "run").output
+    assert call("sweep", "retry", "run", "--quiet").exit_code == 0
+    assert torn.read_bytes() == whole
+    assert "goes on" not in call("sweep", "status", "run").output
     result = call("sweep", "sheet", "run")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "run" / "contact-generations-lfw-zero.png").is_file()
