@@ -8,7 +8,7 @@ from torch import nn
 import tiny
 from headscope.models import Scope
 from headscope.ops import HeadEdit
-from headscope.sweep.sharing import Prefix
+from headscope.sweep.sharing import Prefix, _calls
 from headscope.zoo import load_pipeline
 
 
@@ -162,6 +162,21 @@ def test_skipped_modules_do_not_run():
     assert ran == []
     forward([0])
     assert ran == ["transformer_blocks.0", "transformer_blocks.1", "transformer_blocks.2"]
+
+
+def test_what_no_replay_reads_is_not_kept():
+    """In Flux's single blocks the MLP's projection is read by its activation alone, which is skipped with it."""
+    denoiser, inputs = flux()
+    forward = answers(denoiser, inputs)
+    sites = [site.name for site in Scope(denoiser).sites]
+    prefix = Prefix.learn(denoiser, sites, forward)
+    with prefix.clean([frozenset([site]) for site in sites]):
+        forward([0, 1])
+    kept = {call.name: prefix._values[call.start] for call in _calls(prefix._root) if call.start in prefix._values}
+    projected, activated = (kept[f"single_transformer_blocks.0.{name}_mlp"] for name in ("proj", "act"))
+    assert projected.shape == activated.shape == (2, 22, 128)
+    assert projected.untyped_storage().nbytes() == 4
+    assert activated.untyped_storage().nbytes() == 4 * 2 * 22 * 128
 
 
 def counted(forward, name, ran):

@@ -92,7 +92,7 @@ class Prefix:
         self._root: Call | None = None
         self._attention_at: dict[str, int] = {}
         self._skipped: dict[frozenset[str], dict[int, list[bool]]] = {}
-        self._kept: frozenset[int] = frozenset()
+        self._kept: dict[int, list[bool]] = {}
         self._values: dict[int, Any] = {}
         self._through: Through | None = None
         self.reason: str | None = None
@@ -167,7 +167,11 @@ class Prefix:
             edited: the sets of sites that later forwards will edit.
         """
         self._values = {}
-        self._kept = frozenset().union(*(self._skips(sites) for sites in edited))
+        self._kept = {}
+        for sites in edited:
+            for start, used in self._skips(sites).items():
+                before = self._kept.get(start, [False] * len(used))
+                self._kept[start] = [one or other for one, other in zip(before, used, strict=True)]
         with self._led(_Keep(self)):
             yield
 
@@ -353,8 +357,21 @@ class _Keep(_Follow):
         call = self._next(name)
         output = self._run(call, forward, args, kwargs)
         if call.start in self._prefix._kept:
-            self._prefix._values[call.start] = output
+            self._prefix._values[call.start] = self._needed(call, output)
         return output
+
+    def _needed(self, call: Call, output: Any) -> Any:
+        """The output, with tensors that no replay will read in name only: they are most of the memory."""
+        leaves, structure = tree_flatten(output)
+        assert call.parts is not None
+        tensors = iter(zip(call.parts, self._prefix._kept[call.start], strict=True))
+        kept = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                parts, used = next(tensors)
+                leaf = leaf if used or parts == SHARED else _filler(leaf, leaf.shape[0])
+            kept.append(leaf)
+        return tree_unflatten(kept, structure)
 
 
 class _Replay(_Follow):
@@ -382,13 +399,17 @@ class _Replay(_Follow):
         if parts == SHARED:
             return tensor
         if not used:
-            shape = (parts * len(self._rows), *tensor.shape[1:])
-            filler = torch.nan if tensor.is_floating_point() or tensor.is_complex() else 0
-            return tensor.new_full((1,) * tensor.ndim, filler).expand(shape)
+            return _filler(tensor, parts * len(self._rows))
         key = (id(tensor), parts)
         if key not in self._copies:
             self._copies[key] = _take(tensor, parts, self._rows)
         return self._copies[key]
+
+
+def _filler(tensor: Tensor, rows: int) -> Tensor:
+    """A stand-in for a tensor that nothing reads, with so many leading entries; one number in memory."""
+    value = torch.nan if tensor.is_floating_point() or tensor.is_complex() else 0
+    return tensor.new_full((1,) * tensor.ndim, value).expand(rows, *tensor.shape[1:])
 
 
 def _take(tensor: Tensor, parts: int, rows: Tensor) -> Tensor:
