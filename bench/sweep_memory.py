@@ -52,9 +52,8 @@ def main() -> None:
     )
     opened = Opened(config, Execution())
     sampling = Sampling(60 * arguments.minutes)
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.suppress(Over):
-            work(opened.runner(opened.store(Path(folder) / "run")), "", sampling)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Over):
+        work(opened.runner(opened.store(Path(folder) / "run")), "", sampling)
     samples = np.array(sampling.samples)
     # after the first tenth, in which kinds of unit run for the first time
     settled = samples[len(samples) // 10 :]
