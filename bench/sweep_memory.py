@@ -4,6 +4,7 @@ python bench/sweep_memory.py [--minutes 5] [--out bench/results]
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -46,14 +47,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
-    config = SweepConfig(groups=("faces",), items=2000, bands=3, fills=("mean", "zero"), scores=("loss", "distance"))
+    config = SweepConfig(
+        groups=("faces",), items=2000, observe=False, fills=("mean", "zero"), scores=("loss", "distance")
+    )
     opened = Opened(config, Execution())
     sampling = Sampling(60 * arguments.minutes)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            work(opened.runner(opened.store(Path(folder) / "run")), "", sampling)
-        except Over:
-            pass
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Over):
+        work(opened.runner(opened.store(Path(folder) / "run")), "", sampling)
     samples = np.array(sampling.samples)
     # after the first tenth, in which kinds of unit run for the first time
     settled = samples[len(samples) // 10 :]
