@@ -240,6 +240,7 @@ CASES = {
             "tempo_us": [],
         },
         lambda: _video(5) | {"sample_posterior": False},
+        frames_for_heads=True,
     ),
     "MMAudioVAE": Case(
         {

@@ -17,12 +17,14 @@ class Case:
         inputs: makes the forward's keyword arguments, batches of two wherever the class takes them.
         samples: how many samples the inputs are.
         build: makes the model from `options` where the constructor alone does not.
+        frames_for_heads: attention has one head, and frames where heads stand: [batch, frames, tokens, dim].
     """
 
     options: Mapping[str, Any]
     inputs: Callable[[], dict[str, Any]]
     samples: int = 2
     build: Callable[[type, Mapping[str, Any]], nn.Module] = field(default=lambda kind, options: kind(**options))
+    frames_for_heads: bool = False
 
 
 def normal(*shape: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurations.case import Case
 from headscope import Scope
+from headscope.models.sites import find_sites
 
 # how far a float32 output may move when recording, in units of the larger of 1 and the output's largest entry; a random
 # model may amplify rounding, so four times what lies between two of torch's own kernels is granted where that is more
@@ -132,7 +133,10 @@ def difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
 
 @contextmanager
 def watched(
-    model: nn.Module, sites: Sequence[str] = (), remove: Mapping[str, int] | None = None
+    model: nn.Module,
+    sites: Sequence[str] = (),
+    remove: Mapping[str, int] | None = None,
+    frames_for_heads: bool = False,
 ) -> Iterator[list[Call]]:
     """Capture every attention call of the model, and zero a head's output at the sites in `remove`.
 
@@ -155,13 +159,18 @@ def watched(
     def spy(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         site = next((name for name in reversed(running) if name in names), None)
-        # without a dimension of heads there is one
-        heads = (query, key) if query.ndim > 3 else (query.unsqueeze(1), key.unsqueeze(1))
+        # without a dimension of heads there is one; and where frames stand in its place
+        if query.ndim == 3:
+            heads = (query.unsqueeze(1), key.unsqueeze(1))
+        elif frames_for_heads:
+            heads = (query.flatten(0, 1).unsqueeze(1), key.flatten(0, 1).unsqueeze(1))
+        else:
+            heads = (query, key)
         calls.append(Call(running[-1], site, *heads, options))
         output = stock(query, key, value, dropout_p=dropout_p, **options)
         if site in wanted:
             output = output.clone()
-            by_head = output if output.ndim > 3 else output.unsqueeze(1)
+            by_head = output.unsqueeze(-3) if output.ndim == 3 or frames_for_heads else output
             by_head[..., wanted[site], :, :] = 0
         return output
 
@@ -189,9 +198,10 @@ def examine(name: str, case: Case) -> Examination:
             run(model, case)
         _count(model, calls, found)
         found.recorded = _short(error) if calls else None
+        found.unseen = Counter(entry.reason for entry in find_sites(model)[1])
         return found
     sites = [site.name for site in scope.sites]
-    with watched(model, sites) as calls:
+    with watched(model, sites, frames_for_heads=case.frames_for_heads) as calls:
         run(model, case)
     _count(model, calls, found)
     found.sites = len(sites)
@@ -324,7 +334,7 @@ def _removal(
     names = [site.name for site in scope.sites]
     for site in chosen.values():
         head = site.heads - 1
-        with watched(model, names, remove={site.name: head}):
+        with watched(model, names, {site.name: head}, case.frames_for_heads):
             by_hand = run(model, case)
         try:
             with scope.edit({site.name: [head]}):

@@ -27,6 +27,15 @@ was checked for:
 - **calls**: every SDPA call is recorded, or the module is listed in `scope.unseen`;
 - **removal**: removing a head gives what zeroing its slice of the attention output by hand gives.
 
+A module may call SDPA several times in one forward. `call` counts those from 0 in the order of the module's code
+(`where.call` in an edit): the text, then each image prompt, under an IP-Adapter; the image, then the text, in Wan with
+an image; the understanding tokens among themselves (causal), then the generated tokens over all, in Cosmos3. All calls
+of a module are of its site's one `kind`.
+
+A class that "never calls SDPA" has nothing to record: a `Scope` on it raises and says why. T5FilmDecoder asks for
+unscaled logits, which diffusers computes with its eager processor; Kandinsky6SR and the LTX2 diffusion decoder attend
+within windows that they express as masks for torch's flex attention.
+
 "SDPA calls" counts those of one forward, "sites" the attention modules that a `Scope` finds; "-": nothing to check.
 `PYTHONPATH=src:kernels:tests python -m configurations.table` writes this page from `tests/configurations`.
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as functional
 
 import tiny
-from headscope import Scope
+from headscope import AttnProcessor, HeadEdit, Scope
 
 BACKEND = "aot_eager"
 
@@ -118,6 +118,28 @@ def test_gradients_of_a_compiled_model_are_refused():
     model.compile(backend=BACKEND, fullgraph=True)
     with Scope(model).record("entropy"), pytest.raises(RuntimeError, match=r"before torch\.compile"):
         call(model, 3).sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "portable", "reference"])
+def test_gradients_of_a_compiled_model_with_processors(backend):
+    """Of weights, input and gate, through outputs and entropies: the plain model's."""
+    model, call = calls_of("unet")
+    gate = torch.tensor([[1.0, 0.5, 1.0, 0.0]], requires_grad=True)
+    modules = [module for module in model.modules() if hasattr(module, "set_processor")]
+    for module in modules:
+        module.set_processor(AttnProcessor(edit=HeadEdit(gate), statistics=["entropy"], backend=backend))
+    inputs = [gate, *model.parameters()]
+
+    def gradients():
+        loss = call(model, 3).square().sum()
+        loss = loss + sum(module.processor.latest["entropy"].mean() for module in modules)
+        return torch.autograd.grad(loss, inputs)
+
+    expected = gradients()
+    model.compile(backend=BACKEND, fullgraph=True)
+    for one, other in zip(expected, gradients(), strict=True):
+        assert float((one - other).abs().max()) <= 1e-5 * max(1.0, float(one.abs().max()))
+    assert float(expected[0].abs().min()) > 0
 
 
 @pytest.mark.full

@@ -104,6 +104,10 @@ class SiteFrame:
         forward, interest = self._scope.running, self._interest()
         if forward is None or not interest.any:
             return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if self._holds_frames(query, attn_mask):
+            rows = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (query, key, value))
+            output = self.attend(*rows, own_text, stock, None, dropout_p, is_causal, scale, enable_gqa)
+            return output.unflatten(0, query.shape[:2]).squeeze(2)
         if query.ndim == 3 and self._site.heads == 1:
             # one head without a dimension of its own
             mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
@@ -148,6 +152,11 @@ class SiteFrame:
             if recording.records_head_output:
                 recording.tensors.add(forward, HEAD_OUTPUT, name, call, layout, output)
         return output
+
+    def _holds_frames(self, query: Tensor, attn_mask: Tensor | None) -> bool:
+        """Whether a single head as wide as its module attends frame by frame: [batch, frames, tokens, dim]."""
+        whole = self._site.heads == 1 and query.ndim == 4 and query.shape[1] != 1
+        return whole and query.shape[3] == self._site.head_dim and attn_mask is None
 
     def _layout(self, query: Tensor, key: Tensor, forward: Forward, own_text: int, calls: int) -> tuple[Layout, int]:
         """How the call reads, and its number in the forward.

@@ -156,7 +156,9 @@ class ActiveEdit:
         if isinstance(value, Patch):
             return [self._patch(value, name, call, rows)]
         if not callable(value):
-            gate = self._gates.setdefault((name, value), _gate(value, self._sites[name].heads))
+            gate = self._gates.get((name, value))
+            if gate is None:
+                gate = self._gates[name, value] = _gate(value, self._sites[name].heads)
             return [self._resolve(HeadEdit(gate, self._fill), name, call, rows, keep=True)]
         site, forward = self._sites[name], rows.forward
         by_row = []

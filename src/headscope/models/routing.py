@@ -227,7 +227,11 @@ def _observed_fake(query, key, value, attn_mask, dropout_p, is_causal, scale, en
 
 
 def _no_backward(ctx, grad: Tensor):
-    raise RuntimeError("a compiled model has no gradients inside a Scope; use the model as it was before torch.compile")
+    raise RuntimeError(
+        "a compiled model has no gradients inside a Scope: its edits and recordings are outside of the compiled graph,"
+        " which can't differentiate them; use the model as it was before torch.compile, or, compiled, a"
+        " headscope.AttnProcessor(edit=..., statistics=...), which is traced with the model"
+    )
 
 
 LIBRARY.define(

@@ -17,6 +17,8 @@ from torch import nn
 
 # what code calls when its attention can be seen
 VISIBLE_CALLS = frozenset({"scaled_dot_product_attention", "dispatch_attention_fn", "multi_head_attention_forward"})
+# what code calls in transformers' models, whose configuration says which implementation that is
+_TRANSFORMERS_CALLS = frozenset({"ALL_ATTENTION_FUNCTIONS"})
 # names that diffusers gives to the tokens of the prompt
 _TEXT_WORDS = ("encoder", "text", "txt", "context", "prompt", "caption")
 _HEAD_COUNTS = ("heads", "num_heads", "num_attention_heads", "n_heads")
@@ -87,9 +89,10 @@ def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
         is_attention = processor is not None and any(hasattr(module, attribute) for attribute in _HEAD_COUNTS)
-        if not is_attention and not _sees(type(module).forward, type(module)):
+        of_transformers = not is_attention and not _TRANSFORMERS_CALLS.isdisjoint(_own_names(type(module).forward))
+        if not is_attention and not of_transformers and not _sees(type(module).forward, type(module)):
             continue
-        reason = _hidden(processor) if is_attention else None
+        reason = _hidden(processor) if is_attention else _hidden_in_transformers(module) if of_transformers else None
         if reason:
             unseen.append(Unseen(name, reason))
             continue
@@ -106,10 +109,29 @@ def _hidden(processor: object) -> str | None:
         return None
     if not _sees(type(processor).__call__, type(processor)):
         return f"{type(processor).__name__} doesn't call torch's scaled_dot_product_attention"
+    if _always_flex(inspect.unwrap(type(processor).__call__)):
+        return f"{type(processor).__name__} always uses flex attention, not torch's scaled_dot_product_attention"
     backend = getattr(processor, "_attention_backend", None)
     if backend is None or str(getattr(backend, "value", backend)) in ("native", "_native_math"):
         return None
     return f"{type(processor).__name__} uses the attention backend {backend}, not torch's"
+
+
+def _hidden_in_transformers(module: nn.Module) -> str | None:
+    """Why the attention of a module of transformers can't be seen, or None."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation == "sdpa":
+        return None
+    return (
+        f"{type(module).__name__} uses transformers' {implementation} attention, not torch's"
+        ' scaled_dot_product_attention (attn_implementation="sdpa")'
+    )
+
+
+def _own_names(function: Callable[..., Any]) -> frozenset[str]:
+    """The names that a function's own code mentions."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return frozenset() if code is None else frozenset(_names(code))
 
 
 @cache
@@ -167,8 +189,14 @@ def _inner_dim(module: nn.Module) -> int:
     for attribute in ("inner_dim", "embed_dim", "dim", "channels"):
         if isinstance(dim := getattr(module, attribute, None), int):
             return dim
-    projection = getattr(module, "to_q", None) or getattr(module, "q_proj", None)
-    return int(getattr(projection, "out_features", 0))
+    projections = (getattr(module, name, None) for name in ("to_q", "q_proj", "q"))
+    projection = next((found for found in projections if found is not None), None)
+    # a linear layer's, or a convolution's, which may be wrapped for its padding
+    projection = getattr(projection, "conv", projection)
+    for attribute in ("out_features", "out_channels"):
+        if isinstance(dim := getattr(projection, attribute, None), int):
+            return dim
+    return 0
 
 
 def _text_first(denoiser: nn.Module, name: str) -> bool | None:
@@ -185,14 +213,29 @@ def _text_first(denoiser: nn.Module, name: str) -> bool | None:
 
 
 @cache
-def _joined_text_first(function: Callable[..., Any]) -> bool | None:
-    """Which comes first where the function joins text and image tokens with torch.cat; None where it doesn't."""
+def _calls(function: Callable[..., Any]) -> tuple[ast.Call, ...]:
+    """Every call in a function's source; none where there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        return None
-    for node in ast.walk(tree):
-        if not (isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "cat" and node.args):
+        return ()
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def _always_flex(function: Callable[..., Any]) -> bool:
+    """Whether each of the function's attention calls asks diffusers' dispatcher for flex attention."""
+    backends = [
+        {getattr(keyword.value, "attr", None) for keyword in call.keywords if keyword.arg == "backend"}
+        for call in _calls(function)
+        if getattr(call.func, "id", None) in VISIBLE_CALLS
+    ]
+    return bool(backends) and all(backend == {"FLEX"} for backend in backends)
+
+
+def _joined_text_first(function: Callable[..., Any]) -> bool | None:
+    """Which comes first where the function joins text and image tokens with torch.cat; None where it doesn't."""
+    for node in _calls(function):
+        if getattr(node.func, "attr", None) != "cat" or not node.args:
             continue
         if not isinstance(node.args[0], (ast.List, ast.Tuple)) or not _joins_tokens(node):
             continue

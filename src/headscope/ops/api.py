@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from headscope.ops.attend import for_every_head
 from headscope.ops.backends import Problem, select
-from headscope.ops.call import DIFFERENTIABLE, Call
+from headscope.ops.call import DIFFERENTIABLE, Call, autocasts
 from headscope.ops.edits import HeadEdit
 from headscope.ops.schema import default_scale
 from headscope.ops.statistics import Statistic, requested_statistics
@@ -155,7 +155,7 @@ def _refuse_transforms(call: Call) -> None:
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast, query, key and value in its dtype, as torch's SDPA casts them; nothing else."""
     tensors = (query, key, value)
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+    if isinstance(query, Tensor) and autocasts(query.device):
         dtype = torch.get_autocast_dtype(query.device.type)
         castable = (torch.float32, torch.bfloat16, torch.float16)
         return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)  # type: ignore[return-value]

@@ -11,6 +11,11 @@ from headscope.ops.statistics import Statistic, restore_statistics
 DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "gate", "fill", "temperature", "key_bias", "key_scale")
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether torch.autocast is at work for the device; for meta tensors torch has none and would raise."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 class Call(NamedTuple):
     """The arguments of a torch operator, checked and complete, in the order of its schema.
 

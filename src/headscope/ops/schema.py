@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents
+from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, autocasts
 
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale, Tensor? gate,"
@@ -72,8 +72,8 @@ def _module(backend: str) -> Any:
 
 def _as_written(call: Call) -> AbstractContextManager:
     """Inside, torch.autocast doesn't round the operands of matrix products: query, key and value had their turn."""
-    device = call.query.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    device = call.query.device
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
 
 
 def _laid_out_like(tensor: Tensor, gradient: Tensor) -> Tensor:
