@@ -251,6 +251,9 @@ int main() {
         {1, 3, 1, 63, 600, 8, 5, false, false, true, true, true, false, 1},
         {1, 2, 2, 9, 1030, 80, 160, false, false, false, false, false, true, 1},
         {1, 1, 1, 600, 20, 4, 4, true, false, false, false, false, false, 4},
+        // whole tiles of rows and channels: read and written in place
+        {1, 4, 2, 72, 150, 16, 40, false, false, false, false, false, false, 2},
+        {2, 1, 1, 144, 700, 8, 16, true, false, false, false, false, false, 2},
         {1, 2, 2, 5, 0, 8, 8, false, false, false, true, true, true, 1},
         {1, 2, 2, 0, 5, 8, 8, false, false, false, false, false, false, 2},
         {0, 2, 2, 5, 5, 8, 8, true, false, false, false, false, true, 1},
