@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import headscope
 from headscope.ops import Distance, GroupMass, HeadEdit, attention, scaled_dot_product_attention
@@ -237,7 +238,7 @@ def test_compiles_without_graph_breaks(backend):
 @pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
 def test_compiled_once_for_all_lengths(backend):
     require_backend(backend)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def run(query):
         result = attention(query, query, query, statistics=["entropy", "key_mass"], backend=backend)
