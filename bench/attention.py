@@ -39,6 +39,7 @@ def check(shape: Shape, device: str, dtype: torch.dtype) -> None:
     rounding = torch.finfo(dtype).eps
     names = ("output", "entropy", "query's gradient", "key's gradient", "value's gradient")
     for name, got, expected in zip(names, found[None], found["reference"], strict=True):
+        got, expected = got.detach(), expected.detach()
         size = float(expected.abs().max())
         # sums of rounded products, relative to the largest; the entropy is float32 for every dtype
         bound = 1e-4 if name == "entropy" else 8 * rounding * max(1.0, size) + 1e-5

@@ -104,6 +104,8 @@ def two_calls(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 def _flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
+    # once for each shape of a run, forward and backward: past the limit it would run uncompiled, unfused
+    torch._dynamo.config.recompile_limit = 256
     return torch.compile(flex_attention, dynamic=False)
 
 
