@@ -26,6 +26,7 @@ import plotly.graph_objects as plots
 import pytest
 import torch
 import torch.nn.functional as functional
+from bench.peers import materialised
 
 import headscope
 from headscope._machine import device_name, versions
@@ -47,13 +48,6 @@ SWEEP = [(1, 8, tokens, tokens, 64) for tokens in (128, 256, 512, 1024, 2048, 40
 # seconds that the rounds of one shape may take
 BUDGET = 3.0
 KERNEL, SDPA = "headscope, entropy + gate", "SDPA"
-
-
-def materialised(query, key, value):
-    """What a hook that stores the matrix does."""
-    probabilities = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
-    entropy = -(probabilities * probabilities.clamp_min(torch.finfo(query.dtype).tiny).log()).sum(-1)
-    return probabilities @ value, entropy
 
 
 def every_statistic(query, keys: int) -> tuple[tuple, Callable[[], list[torch.Tensor]]]:

@@ -1,6 +1,7 @@
 """Tiny diffusers pipelines with random weights: real code paths, no download, built in well under a second."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,29 +105,39 @@ def text_encoder(words: CLIPTokenizer, kind: type = CLIPTextModel):
     ).eval()
 
 
+def conditional_unet(**options: Any) -> UNet2DConditionModel:
+    """Latents of 8 x 8 in two resolutions; text of 32 channels and 4 heads a site, unless told otherwise."""
+    shared = {
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 8,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+    }
+    return UNet2DConditionModel(**{**shared, **options}).eval()
+
+
+def latent_scheduler() -> DDIMScheduler:
+    """As Stable Diffusion has it."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+    )
+
+
 def stable_diffusion() -> StableDiffusionPipeline:
     """Text to image, latents of 8 x 8, images of 16 x 16; 4 heads at self- and cross-attention sites."""
     words = tokenizer()
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-    ).eval()
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+    unet = conditional_unet(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D")
     )
     pipeline = StableDiffusionPipeline(
         unet=unet,
         vae=autoencoder(),
         tokenizer=words,
         text_encoder=text_encoder(words, CLIPTextModel),
-        scheduler=scheduler,
+        scheduler=latent_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         image_encoder=None,
@@ -140,11 +151,7 @@ def stable_diffusion_xl() -> StableDiffusionXLPipeline:
     """Two text encoders, and time ids; attention in the down, middle and up blocks, 2 heads a site."""
     words = tokenizer()
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=8,
+    unet = conditional_unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=2,
@@ -153,9 +160,6 @@ def stable_diffusion_xl() -> StableDiffusionXLPipeline:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 32,
-    ).eval()
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
     )
     return _quiet(
         StableDiffusionXLPipeline(
@@ -165,7 +169,7 @@ def stable_diffusion_xl() -> StableDiffusionXLPipeline:
             tokenizer=words,
             text_encoder_2=text_encoder(words, CLIPTextModelWithProjection),
             tokenizer_2=tokenizer(),
-            scheduler=scheduler,
+            scheduler=latent_scheduler(),
             add_watermarker=False,
         )
     )

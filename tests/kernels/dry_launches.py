@@ -142,10 +142,9 @@ def twice(dim: int, dtype: torch.dtype, *asked: str) -> dict[str, Any]:
     own = tensors(dim, dtype)
     first = launch(own, asked)
     alive = [weakref.ref(tensor) for tensor in own.values()]
-    kept = own
     again = launch(tensors(dim, dtype), asked)
     launched.clear()
-    del own, kept
+    del own
     gc.collect()
     return {"first": first, "again": again, "alive": sum(ref() is not None for ref in alive)}
 

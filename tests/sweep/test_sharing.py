@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
 import tiny
@@ -20,16 +20,9 @@ def bundled():
 def conditional_unet():
     """Skip connections into up blocks that attend too."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-    ).eval()
+    unet = tiny.conditional_unet(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")
+    )
     latents, text = torch.randn(3, 4, 8, 8), torch.randn(3, 7, 32)
     return unet, lambda rows: (latents[rows], torch.full((len(rows),), 400), text[rows])
 

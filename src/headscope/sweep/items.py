@@ -210,7 +210,8 @@ def _reference_indices(group: ImageGroup, swept: list[int], config: SweepConfig)
     train = group.indices("train")
     if train:
         return _spread(train, config.reference_items)
-    others = [index for index in group.indices() if index not in set(swept)]
+    taken = set(swept)
+    others = [index for index in group.indices() if index not in taken]
     if others:
         return _spread(others, config.reference_items)
     if len(swept) < 2:

@@ -75,6 +75,16 @@ class Unit:
     forwards: int
     id: str
 
+    @property
+    def generates(self) -> bool:
+        """Whether it edits whole generations, of a single head or of sets."""
+        return self.kind in (GENERATE, GENERATE_SETS)
+
+    @property
+    def reference_score(self) -> str:
+        """The score of the reference whose means it fills with."""
+        return "generate" if self.generates else "loss"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -109,11 +119,10 @@ class Plan:
         kinds = {IMAGES}
         if unit.kind in (ATTRIBUTE, ABLATE, ABLATE_SETS, GENERATE, GENERATE_SETS):
             kinds.add(REFERENCE)
-        score = "generate" if unit.kind in (GENERATE, GENERATE_SETS) else "loss"
         return [
             other
             for other in self._read_by_others
-            if other.group == unit.group and other.kind in kinds and other.score in (None, score)
+            if other.group == unit.group and other.kind in kinds and other.score in (None, unit.reference_score)
         ]
 
     @cached_property

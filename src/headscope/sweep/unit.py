@@ -215,8 +215,7 @@ class UnitRunner:
     def _fill(self, unit: Unit, fill: str) -> Recording | str | None:
         """What a scope takes for one of the configuration's fills."""
         if fill == "mean":
-            generated = unit.kind in (kinds.GENERATE, kinds.GENERATE_SETS)
-            return self._mean(unit.group, "generate" if generated else "loss")
+            return self._mean(unit.group, unit.reference_score)
         return fill if fill in ("uniform", "identity") else None
 
     def _ablate(self, unit: Unit, advance: Advance) -> None:
@@ -243,19 +242,20 @@ class UnitRunner:
                     rows = torch.tensor([item for _, item in chosen], device=self.task.device)
                     which = [index for index, _ in chosen]
                     sites = edits[which[0]].sites
+                    own, before = some.rows(rows), clean[rows]
                     with edit(which), prefix.replay(sites, rows) if prefix else nullcontext():
-                        edited = self.task.predict(some.rows(rows))
+                        edited = self.task.predict(own)
                     places = which, fill, [piece.start + item for _, item in chosen]
-                    loss = squared_error(edited, some.target[rows])
+                    loss = squared_error(edited, own.target)
                     for name, score in self._own_scores.items():
-                        grid.put(name, *places, score(edited, clean[rows], some.rows(rows)))
-                    before = clean_loss[[item for _, item in chosen]]
-                    grid.put("clean", *places, before)
+                        grid.put(name, *places, score(edited, before, own))
+                    loss_before = clean_loss[[item for _, item in chosen]]
+                    grid.put("clean", *places, loss_before)
                     grid.put("edited", *places, loss)
                     if "distance" in self.config.scores:
-                        grid.put("distance", *places, squared_error(edited, clean[rows]))
+                        grid.put("distance", *places, squared_error(edited, before))
                     if x0 is not None:
-                        grid.put("x0_clean", *places, before * x0)
+                        grid.put("x0_clean", *places, loss_before * x0)
                         grid.put("x0_edited", *places, loss * x0)
                     advance(len(chosen))
 
@@ -351,9 +351,8 @@ class UnitRunner:
     def _entering(
         self, scope: Scope, unit: Unit, edits: Sequence[Edit], fill: str
     ) -> Callable[[list[int]], AbstractContextManager[None]]:
-        generated = unit.kind in (kinds.GENERATE, kinds.GENERATE_SETS)
         taken = self._fill(unit, fill)
-        window = self.config.generate_window if generated else None
+        window = self.config.generate_window if unit.generates else None
         steps = None if window is None else range(*window)
 
         @contextmanager
