@@ -234,6 +234,10 @@ class UnitRunner:
             with prefix.clean({edit.sites for edit in edits}) if prefix else nullcontext():
                 clean = self.task.predict(some)
             clean_loss = squared_error(clean, some.target)
+            everywhere = slice(None), slice(None), list(piece)
+            grid.put("clean", *everywhere, clean_loss)
+            if x0 is not None:
+                grid.put("x0_clean", *everywhere, clean_loss * x0)
             advance(len(piece))
             for fill, pairs, edit in self._edited(self._loss_scope, unit, edits, len(piece)):
 
@@ -249,13 +253,10 @@ class UnitRunner:
                     loss = squared_error(edited, own.target)
                     for name, score in self._own_scores.items():
                         grid.put(name, *places, score(edited, before, own))
-                    loss_before = clean_loss[[item for _, item in chosen]]
-                    grid.put("clean", *places, loss_before)
                     grid.put("edited", *places, loss)
                     if "distance" in self.config.scores:
                         grid.put("distance", *places, squared_error(edited, before))
                     if x0 is not None:
-                        grid.put("x0_clean", *places, loss_before * x0)
                         grid.put("x0_edited", *places, loss * x0)
                     advance(len(chosen))
 
