@@ -40,7 +40,14 @@ class Grid:
         whole = np.full(self.shape, np.nan)
         for place, part in zip(places, values, strict=True):
             whole[place] = part
-        return whole
+        return self.repeated(whole)
+
+    def repeated(self, values: np.ndarray) -> np.ndarray:
+        """[edits, fills, items, ...] with an edit's values of the first fill at all that give the same."""
+        for number, edit in enumerate(self._edits):
+            if len(edit.differing(self._fills)) == 1:
+                values[number, 1:] = values[number, :1]
+        return values
 
     def table(self, items: Sequence[Any], replicate: int, single: bool, **constants: pa.Scalar) -> pa.Table:
         """Columns: the items' labels, the constants, (site, head) or the edit's name, fill, and the numbers.

@@ -124,7 +124,7 @@ class UnitRunner:
             chunk = [members[index] for index in piece]
             images = self.task.generate(chunk, steps=self.config.generate_steps, seed=self.config.seed)
             drawn.update({item.key: torch.from_numpy(image) for item, image in zip(chunk, images, strict=True)})
-            advance(2 * self.config.generate_steps * len(chunk))
+            advance(self.task.sampling_rows * self.config.generate_steps * len(chunk))
 
         self.rows.run(len(members), draw)
         self.store.write_tensors(unit.kind, unit.id, drawn)
@@ -144,7 +144,7 @@ class UnitRunner:
             else:
                 with scope.record("head_output", into=total) as total:
                     self.task.generate(chunk, steps=self.config.generate_steps, seed=self.config.seed)
-                advance(2 * self.config.generate_steps * len(chunk))
+                advance(self.task.sampling_rows * self.config.generate_steps * len(chunk))
         assert total is not None
         self.store.write_tensors(unit.kind, unit.id, total.to_tensors())
 
@@ -306,7 +306,7 @@ class UnitRunner:
                 kept_clean = np.zeros((len(items), *clean.shape[1:]), np.uint8)
                 kept = np.zeros((*grid.shape, *clean.shape[1:]), np.uint8)
             kept_clean[piece.start : piece.stop] = clean
-            advance(2 * steps * len(some))
+            advance(self.task.sampling_rows * steps * len(some))
             for fill, pairs, edit in self._edited(self._pipeline_scope, unit, edits, len(some)):
 
                 def apply(batch: range, fill=fill, pairs=pairs, edit=edit) -> None:
@@ -320,12 +320,14 @@ class UnitRunner:
                     grid.put("distance", *places, image_distance(edited, before))
                     for name, score in self._image_scores.items():
                         grid.put(name, *places, checked_score(name, score(before, edited), len(edited)))
-                    advance(2 * steps * len(chosen))
+                    # steps before the window were taken over
+                    advance(self.task.sampling_rows * (steps - first) * len(chosen))
 
                 self.rows.run(len(pairs), apply)
 
         with _open(self._pipeline_scope):
             self.rows.run(len(items), generate)
+        kept = grid.repeated(kept)
         # [edits, fills, items, height, width, 3] as a row for each row of the table
         images = kept.reshape(-1, *kept.shape[3:])
         self.store.write_tensors(
@@ -345,9 +347,12 @@ class UnitRunner:
         order = sorted(range(len(edits)), key=lambda index: sorted(edits[index].sites))
         for _, same in groupby(order, key=lambda index: edits[index].sites):
             indices = list(same)
-            pairs = [(index, item) for index in indices for item in range(items)]
             for number, fill in enumerate(self.config.fills):
-                yield number, pairs, self._entering(scope, unit, edits, fill)
+                # the grid repeats the first fill's numbers where all are the same
+                different = [index for index in indices if fill in edits[index].differing(self.config.fills)]
+                pairs = [(index, item) for index in different for item in range(items)]
+                if pairs:
+                    yield number, pairs, self._entering(scope, unit, edits, fill)
 
     def _entering(
         self, scope: Scope, unit: Unit, edits: Sequence[Edit], fill: str
