@@ -246,7 +246,7 @@ class UnitRunner:
                     rows = torch.tensor([item for _, item in chosen], device=self.task.device)
                     which = [index for index, _ in chosen]
                     sites = edits[which[0]].sites
-                    own, before = some.rows(rows), clean[rows]
+                    own, before = some.rows(rows), clean.index_select(0, rows)
                     with edit(which), prefix.replay(sites, rows) if prefix else nullcontext():
                         edited = self.task.predict(own)
                     places = which, fill, [piece.start + item for _, item in chosen]
