@@ -218,7 +218,8 @@ class CudaCapture:
             current.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self._pool):
+                # threads that read items and write results go on meanwhile
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     compute()
             except BaseException:
                 # torch leaves its own stream the current one when a capture fails
