@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,15 +23,20 @@ def head_edits(edits: Sequence[Edit], scope: Scope, keys: Mapping[str, int]) -> 
 
 def _at(name: str, edits: Sequence[Edit], heads: int, keys: Mapping[str, int]) -> HeadEdit:
     chosen = [[head for site, head in edit.heads if site == name] for edit in edits]
-    gate = torch.ones(len(edits), heads)  # [rows, heads]
-    for row, (edit, own) in enumerate(zip(edits, chosen, strict=True)):
-        gate[row, own] = edit.keep
+    rows = [row for row, own in enumerate(chosen) for _ in own]
+    columns = [head for own in chosen for head in own]
+
+    def per_head(numbers: Sequence[float]) -> Tensor:
+        """[rows, heads] with a row's number at its heads, 1 at all others; NumPy's indexing takes a tenth of torch's
+        time."""
+        values = np.ones((len(edits), heads), np.float32)
+        values[rows, columns] = np.asarray(numbers, np.float32)[rows]
+        return torch.from_numpy(values)
+
+    gate = per_head([edit.keep for edit in edits])
     temperature = None
     if any(edit.temperature is not None for edit in edits):
-        temperature = torch.ones(len(edits), heads)
-        for row, (edit, own) in enumerate(zip(edits, chosen, strict=True)):
-            if edit.temperature is not None:
-                temperature[row, own] = edit.temperature
+        temperature = per_head([1.0 if edit.temperature is None else edit.temperature for edit in edits])
 
     def by_key(numbers: Sequence[Sequence[float]], neutral: float) -> Tensor | None:
         """[rows, heads, keys], or None where no edit says anything."""

@@ -133,7 +133,7 @@ class UnitRunner:
             chunk = [members[index] for index in piece]
             images = self.task.generate(chunk, steps=self.config.generate_steps, seed=self.config.seed)
             drawn.update({item.key: torch.from_numpy(image) for item, image in zip(chunk, images, strict=True)})
-            advance(2 * self.config.generate_steps * len(chunk))
+            advance(self.task.sampling_rows * self.config.generate_steps * len(chunk))
 
         self.rows.run(len(members), draw)
         self.store.write_tensors(unit.kind, unit.id, drawn)
@@ -153,7 +153,7 @@ class UnitRunner:
             else:
                 with scope.record("head_output", into=total) as total:
                     self.task.generate(chunk, steps=self.config.generate_steps, seed=self.config.seed)
-                advance(2 * self.config.generate_steps * len(chunk))
+                advance(self.task.sampling_rows * self.config.generate_steps * len(chunk))
         assert total is not None
         self.store.write_tensors(unit.kind, unit.id, total.to_tensors())
 
@@ -249,6 +249,10 @@ class UnitRunner:
                 lambda: self.task.predict(some),
             )
             clean_loss = squared_error(clean, some.target)
+            everywhere = slice(None), slice(None), list(piece)
+            grid.put("clean", *everywhere, clean_loss)
+            if x0 is not None:
+                grid.put("x0_clean", *everywhere, clean_loss * x0)
             advance(len(piece))
             fills = [self._fills_at(unit, fill) for fill in self.config.fills]
             for fill, pairs in self._edited(edits, len(piece)):
@@ -264,13 +268,10 @@ class UnitRunner:
                     loss = squared_error(edited, own.target)
                     for name, score in self._own_scores.items():
                         grid.put(name, *places, score(edited, before, own))
-                    loss_before = clean_loss[[item for _, item in chosen]]
-                    grid.put("clean", *places, loss_before)
                     grid.put("edited", *places, loss)
                     if "distance" in self.config.scores:
                         grid.put("distance", *places, squared_error(edited, before))
                     if x0 is not None:
-                        grid.put("x0_clean", *places, loss_before * x0)
                         grid.put("x0_edited", *places, loss * x0)
                     advance(len(chosen))
 
@@ -357,7 +358,7 @@ class UnitRunner:
                 kept_clean = np.zeros((len(items), *clean.shape[1:]), np.uint8)
                 kept = np.zeros((*grid.shape, *clean.shape[1:]), np.uint8)
             kept_clean[piece.start : piece.stop] = clean
-            advance(2 * steps * len(some))
+            advance(self.task.sampling_rows * steps * len(some))
             for fill, pairs in self._edited(edits, len(some)):
                 edit = self._entering(unit, edits, self.config.fills[fill])
 
@@ -372,12 +373,14 @@ class UnitRunner:
                     grid.put("distance", *places, image_distance(edited, before))
                     for name, score in self._image_scores.items():
                         grid.put(name, *places, checked_score(name, score(before, edited), len(edited)))
-                    advance(2 * steps * len(chosen))
+                    # steps before the window were taken over
+                    advance(self.task.sampling_rows * (steps - first) * len(chosen))
 
                 self.rows.run(len(pairs), apply)
 
         with _open(self._pipeline_scope):
             self.rows.run(len(items), generate)
+        kept = grid.repeated(kept)
         # [edits, fills, items, height, width, 3] as a row for each row of the table
         images = kept.reshape(-1, *kept.shape[3:])
         self.store.write_tensors(
@@ -394,9 +397,11 @@ class UnitRunner:
         order = sorted(range(len(edits)), key=lambda index: sorted(edits[index].sites))
         for _, same in groupby(order, key=lambda index: edits[index].sites):
             indices = list(same)
-            pairs = [(index, item) for index in indices for item in range(items)]
-            for number in range(len(self.config.fills)):
-                yield number, pairs
+            for number, fill in enumerate(self.config.fills):
+                # the grid repeats the first fill's numbers where all are the same
+                different = [index for index in indices if fill in edits[index].differing(self.config.fills)]
+                if different:
+                    yield number, [(index, item) for index in different for item in range(items)]
 
     def _entering(
         self, unit: Unit, edits: Sequence[Edit], fill: str
