@@ -13,8 +13,9 @@ from the order in which modules start and finish.
 - which calls can't be left out: those that change a tensor in place that others see;
 - which returned values later code uses, so that the others need not be copied.
 
-It then repeats a forward for several sites with nothing edited and rows in another order, and compares. A model that
-fails is swept without sharing, and `Prefix.reason` says why.
+It then repeats a forward for several sites with nothing edited and rows in another order, and compares, within the
+rounding that the model shows between forwards of one, two and three rows. A model that fails is swept without sharing,
+and `Prefix.reason` says why.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from headscope.sweep.calls import SHARED, Call, Diverged, Through, Watch, all_calls, called_through, merged
 
-# an unedited replay repeats the clean forward's arithmetic on other batch sizes: rounding alone differs
-REPLAY_TOLERANCE = 1e-3
+# how much forwards of different numbers of rows may differ, in any dtype; in a coarse one by one rounding of each call,
+# which add up as their square root
+ROW_TOLERANCE = 1e-3
+# an unedited replay repeats the whole forward's arithmetic after a prefix from another number of rows: how much it may
+# differ at least, and in units of what forwards of different numbers of rows differ by
+REPLAY_TOLERANCE, REPLAY_NOISE = 1e-5, 4.0
 # how many sites the check after learning replays
 CHECKED_SITES = 8
 
@@ -179,18 +184,34 @@ class Prefix:
         return self._skipped[edited]
 
     def _check(self, forward: Callable[[list[int]], Tensor]) -> None:
-        """Raises Diverged where an unedited replay isn't the clean forward."""
+        """Raises Diverged where what a row gives depends on the others, or an unedited replay isn't the whole forward.
+
+        Kernels are chosen by the number of rows, so rounding differs between forwards of one, two and three; by how
+        much depends on the model and its dtype and is measured. Forwards of as many rows are the same arithmetic.
+        """
         ordered = sorted(self._sites, key=self._attention_at.__getitem__)
         count = min(CHECKED_SITES, len(ordered))
         chosen = [ordered[(index + 1) * len(ordered) // count - 1] for index in range(count)]
         with self.clean(frozenset([site]) for site in chosen) as kept:
             clean = forward([0, 1])
-        _compare(forward([0]), clean[:1], "a row alone differs from the same row beside another")
         order = [1, 0, 0]
+        beside_itself, whole = forward([0, 0])[:1], forward(order)
+        # last before the replays: what the model keeps aside of its own is then of other rows than theirs
+        alone = forward([0])
+        rounding = _rounding([clean, *self._denoiser.parameters()])
+        calls = sum(not call.children for call in all_calls(self._root))
+        most = max(ROW_TOLERANCE, rounding * calls**0.5)
+        noise = [
+            _compare(alone, clean[:1], most, "a row alone differs from the same row beside another"),
+            _compare(whole, clean[order], most, "rows differ from the same rows in another order"),
+        ]
+        same = REPLAY_NOISE * rounding
+        _compare(beside_itself, clean[:1], same, "a row beside itself differs from the same row beside another")
+        tolerance = min(most, max(REPLAY_TOLERANCE, REPLAY_NOISE * max(*noise, rounding)))
         for site in chosen:
             with self.replay(kept, frozenset([site]), torch.tensor(order, device=clean.device)):
                 replayed = forward(order)
-            _compare(replayed, clean[order], f"a forward that begins at {site!r} differs from the whole one")
+            _compare(replayed, whole, tolerance, f"a forward that begins at {site!r} differs from the whole one")
 
 
 class _Follow:
@@ -303,12 +324,21 @@ def _take(tensor: Tensor, parts: int, rows: Tensor) -> Tensor:
     return tensor.index_select(0, rows)
 
 
-def _compare(found: Tensor, expected: Tensor, difference: str) -> None:
-    """Raises Diverged where two answers differ by more than rounding."""
-    error = (found - expected).float().abs().max() / expected.float().abs().max().clamp_min(1e-30)
+def _rounding(tensors: Iterable[Tensor]) -> float:
+    """The relative rounding of the coarsest of the tensors' floating dtypes, those of a byte aside: none computes in
+    them."""
+    floating = {(t.dtype, t.is_cuda) for t in tensors if t.is_floating_point() and t.itemsize > 1}
+    # a GPU's float32 products may be TF32's, of 10 bits
+    return max(max(torch.finfo(dtype).eps, 2.0**-10 if on_gpu else 0.0) for dtype, on_gpu in floating)
+
+
+def _compare(found: Tensor, expected: Tensor, tolerance: float, difference: str) -> float:
+    """By how much two answers differ, relative to the largest value; raises Diverged beyond the tolerance."""
+    error = float((found - expected).float().abs().max() / expected.float().abs().max().clamp_min(1e-30))
     # a value that was thought unused is NaN, so that a use that went unseen shows
-    if not error <= REPLAY_TOLERANCE:
-        raise Diverged(f"{difference} by {float(error):.2g}")
+    if not error <= tolerance:
+        raise Diverged(f"{difference} by {error:.2g}, expected rounding of at most {tolerance:.2g}")
+    return error
 
 
 def _straight(name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
