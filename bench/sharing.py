@@ -15,128 +15,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from headscope._machine import versions
+from headscope.bench.configurations import CONFIGURATIONS, DEEP, FULL, Configuration
 from headscope.models import Scope
 from headscope.sweep.sharing import Prefix
 
-Inputs = Callable[[int], dict[str, Any]]
+Build = Callable[[str], Configuration]
+
+TITLES = {
+    "sd15": "SD 1.5, 512 px",
+    "sdxl": "SDXL, 1024 px",
+    "sd3": "SD3 medium, 1024 px",
+    "flux": "Flux.1-dev, 1024 px",
+}
 
 
-def sd15(full: bool) -> tuple[nn.Module, Inputs]:
-    """Stable Diffusion 1.5 at 512 px."""
-    width = 768 if full else 16
-    size = 64 if full else 8
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=size,
-        cross_attention_dim=width,
-        **({} if full else {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 4}),
-    )
-    return unet, lambda rows: {
-        "sample": torch.randn(rows, 4, size, size),
-        "timestep": torch.full((rows,), 500),
-        "encoder_hidden_states": torch.randn(rows, 77, width),
-    }
-
-
-def sdxl(full: bool) -> tuple[nn.Module, Inputs]:
-    """SDXL at 1024 px."""
-    width, pooled, ids, size = (2048, 1280, 256, 128) if full else (16, 16, 4, 16)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=size,
-        block_out_channels=(320, 640, 1280) if full else (20, 40, 80),
-        norm_num_groups=32 if full else 4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=width,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=ids,
-        projection_class_embeddings_input_dim=pooled + 6 * ids,
-    )
-    return unet, lambda rows: {
-        "sample": torch.randn(rows, 4, size, size),
-        "timestep": torch.full((rows,), 500),
-        "encoder_hidden_states": torch.randn(rows, 77, width),
-        "added_cond_kwargs": {"text_embeds": torch.randn(rows, pooled), "time_ids": torch.ones(rows, 6)},
-    }
-
-
-def sd3(full: bool) -> tuple[nn.Module, Inputs]:
-    """Stable Diffusion 3 medium at 1024 px."""
-    size, text = (128, 333) if full else (8, 5)
-    small = {
-        "sample_size": 8,
-        "pos_embed_max_size": 8,
-        "in_channels": 4,
-        "out_channels": 4,
-        "attention_head_dim": 2,
-        "joint_attention_dim": 16,
-        "caption_projection_dim": 48,
-        "pooled_projection_dim": 16,
-    }
-    real = {
-        "sample_size": 128,
-        "pos_embed_max_size": 192,
-        "in_channels": 16,
-        "out_channels": 16,
-        "attention_head_dim": 64,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048,
-    }
-    chosen = real if full else small
-    transformer = diffusers.SD3Transformer2DModel(num_layers=24, num_attention_heads=24, patch_size=2, **chosen)
-    return transformer, lambda rows: {
-        "hidden_states": torch.randn(rows, chosen["in_channels"], size, size),
-        "encoder_hidden_states": torch.randn(rows, text, chosen["joint_attention_dim"]),
-        "pooled_projections": torch.randn(rows, chosen["pooled_projection_dim"]),
-        "timestep": torch.full((rows,), 500.0),
-    }
-
-
-def flux(full: bool) -> tuple[nn.Module, Inputs]:
-    """Flux.1-dev at 1024 px."""
-    small = {
-        "in_channels": 4,
-        "attention_head_dim": 8,
-        "joint_attention_dim": 16,
-        "pooled_projection_dim": 16,
-        "axes_dims_rope": (2, 2, 4),
-    }
-    transformer = diffusers.FluxTransformer2DModel(guidance_embeds=True, **({} if full else small))
-    config = transformer.config
-    tokens, text = (4096, 512) if full else (16, 5)
-    return transformer, lambda rows: {
-        "hidden_states": torch.randn(rows, tokens, config.in_channels),
-        "encoder_hidden_states": torch.randn(rows, text, config.joint_attention_dim),
-        "pooled_projections": torch.randn(rows, config.pooled_projection_dim),
-        "timestep": torch.full((rows,), 0.5),
-        "img_ids": torch.zeros(tokens, 3),
-        "txt_ids": torch.zeros(text, 3),
-        "guidance": torch.ones(rows),
-    }
-
-
-DENOISERS = {"SD 1.5, 512 px": sd15, "SDXL, 1024 px": sdxl, "SD3 medium, 1024 px": sd3, "Flux.1-dev, 1024 px": flux}
-
-
-def learned(build: Callable[[bool], tuple[nn.Module, Inputs]]) -> tuple[Prefix, dict[str, int]]:
+def learned(build: Build) -> tuple[Prefix, dict[str, int]]:
     """What edits of each site leave as it was, and each site's heads."""
     torch.manual_seed(0)
-    model, inputs = build(False)
+    built = build(DEEP)
+    model = built.model
     model.eval().requires_grad_(False)
     heads = {site.name: site.heads for site in Scope(model).sites}
-    given = inputs(2)
+    given = built.inputs(2)
 
     def forward(rows: list[int]) -> Tensor:
         chosen = torch.tensor(rows)
@@ -154,14 +62,14 @@ def learned(build: Callable[[bool], tuple[nn.Module, Inputs]]) -> tuple[Prefix, 
     return prefix, heads
 
 
-def counted(build: Callable[[bool], tuple[nn.Module, Inputs]]) -> dict[str, float]:
+def counted(build: Build) -> dict[str, float]:
     """Operations of a forward of one row: whole, and edited, on average over heads."""
     prefix, heads = learned(build)
     with torch.device("meta"):
-        model, inputs = build(True)
-        given = inputs(1)
+        built = build(FULL)
+        given = built.inputs(1)
         rows = torch.zeros(1, dtype=torch.long)
-    model.eval().requires_grad_(False)
+    model = built.model.eval().requires_grad_(False)
     # the same modules in the same order: what was learned of the stand-in holds
     full = Prefix(model, heads)
     full._root, full._attention_at = prefix._root, prefix._attention_at
@@ -197,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Count what sharing the clean forward's work leaves to do.")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     out = parser.parse_args().out
-    found = {name: counted(build) for name, build in DENOISERS.items()}
+    found = {TITLES[name]: counted(build) for name, build in CONFIGURATIONS.items()}
     table = Table("denoiser", "heads", "TFLOP whole", "edited, mean", "whole / edited", "left, by site", "kept, GiB")
     for name, row in found.items():
         numbers = (f"{row[key]:.2f}" for key in ("whole_tflops", "edited_tflops", "ratio"))
