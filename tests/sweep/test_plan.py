@@ -371,6 +371,7 @@ class Advances(Silent):
     """Adds up the forwards that were reported."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.forwards = 0
 
     def advance(self, forwards: int) -> None:

@@ -79,6 +79,11 @@ class UnitRunner:
     def _pipeline_scope(self) -> Scope:
         return Scope(self.task.pipeline if hasattr(self.task.pipeline, "text_encoder") else self.task.denoiser)
 
+    @property
+    def not_replayed(self) -> str | None:
+        """Why forwards aren't replayed from CUDA graphs though they should be; None where all is well."""
+        return self._forwards.reason
+
     def done(self, unit: Unit) -> bool:
         return self.store.has(unit.kind, unit.id)
 
