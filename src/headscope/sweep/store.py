@@ -23,6 +23,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from headscope._files import write_atomic
+from headscope.sweep.fitting import Fit
 
 MANIFEST, UNITS, EXECUTION = "manifest.json", "units.json", "execution.json"
 FORMAT = 1
@@ -122,14 +124,15 @@ class RunStore:
         with safe_open(self.tensor_path(kind, unit), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
-    def rows_at_once(self, measured: int | None = None) -> int | None:
+    def fit(self, measured: Fit | None = None) -> Fit | None:
         """How many rows go through the model at once, the same for all processes of the run: so that their numbers
         agree to the last bit. The first to measure decides; None where nobody has."""
         file = self.path / EXECUTION
         if measured is not None:
-            _write_first(file, json.dumps({"rows": measured}).encode())
+            _write_first(file, json.dumps(asdict(measured)).encode())
         try:
-            return int(json.loads(file.read_text())["rows"])
+            found = json.loads(file.read_text())
+            return Fit(int(found["rows"]), int(found["clean"]))
         except (FileNotFoundError, ValueError, KeyError):
             return None
 
