@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -82,8 +83,12 @@ class _Job:
     """What a job of the array does. When Slurm asks it to end, it puts its work away first."""
 
     def __call__(self, order: WorkOrder) -> str:
+        import torch
         from submitit.core.job_environment import JobEnvironment
 
+        # not every cluster binds a job to its CPUs, and torch would use all that it sees
+        if order.execution.threads is None and "SLURM_CPUS_ON_NODE" in os.environ:
+            torch.set_num_threads(int(os.environ["SLURM_CPUS_ON_NODE"]))
         # sent some time before a job's limit, and to one that is preempted; submitit has set a handler, which sends
         # the job back to the queue
         warning = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
