@@ -159,6 +159,47 @@ def test_resampling_from_other_samples(unet, sample):
         run(unet, sample)
 
 
+def test_another_timestep_s_means(unet, sample):
+    """Those of the timestep that is named, and of later recordings too: nothing older is kept."""
+    scope = Scope(unet)
+    site = scope.sites[0]
+    with scope.record("head_output", sites=[site.name]) as recording:
+        unet(sample, 7)
+        unet(sample, 400)
+    for timestep in (7, 400):
+        mean = recording.mean("head_output", site.name, 0, timestep)
+        with scope.edit({site.name: [3]}, fill=recording.at(timestep)):
+            found = run(unet, sample)
+        with scope.edit({site.name: [3]}, fill=mean):
+            assert torch.equal(run(unet, sample), found)
+    with scope.record("head_output", sites=[site.name], into=recording):
+        unet(2 * sample, 400)
+    assert largest(recording.mean("head_output", site.name, 0, 400), mean) > 1e-3
+    with scope.edit({site.name: [3]}, fill=recording.at(400)):
+        found = run(unet, sample)
+    with scope.edit({site.name: [3]}, fill=recording.mean("head_output", site.name, 0, 400)):
+        assert torch.equal(run(unet, sample), found)
+    with pytest.raises(KeyError, match="no head_output"), scope.edit({site.name: [3]}, fill=recording.at(8)):
+        run(unet, sample)
+
+
+def test_a_mean_used_in_inference_mode_serves_a_backward_later(unet, sample):
+    scope = Scope(unet)
+    site = scope.sites[0]
+    with scope.record("head_output", sites=[site.name]) as recording:
+        run(unet, sample)
+    with torch.inference_mode(), scope.edit({site.name: [3]}, fill=recording):
+        expected = run(unet, sample)
+    gate = torch.ones(1, site.heads)
+    gate[:, 3] = 0
+    gate.requires_grad_()
+    with scope.edit({site.name: HeadEdit(gate, recording)}):
+        found = unet(sample, 7).sample
+    assert largest(found.detach(), expected) <= 1e-5
+    (gradient,) = torch.autograd.grad(found.sum(), gate)
+    assert float(gradient.abs().max()) > 0
+
+
 def run_unedited(scope, unet, sample):
     with scope.record("entropy"):
         return run(unet, sample)
