@@ -33,6 +33,7 @@ class Over(BaseException):
 
 class Sampling(Silent):
     def __init__(self, seconds: float) -> None:
+        super().__init__()
         self.until = time.monotonic() + seconds
         self.samples: list[float] = []
 

@@ -90,6 +90,7 @@ class Contender:
     execution: Execution = field(default_factory=Execution)
     channels_last: bool | None = None
     compile: bool = False
+    graphs: bool = False
     around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
@@ -108,7 +109,8 @@ def contenders(denoiser: nn.Module, compile: bool) -> dict[str, Contender]:
     if compile:
         # compiled forwards run whole
         found["headscope compiled, without sharing"] = Contender("", Execution(share=False), compile=True)
-    # executions of a GPU's own (CUDA graphs) come here: {"headscope with ...": Contender("", Execution(...))}
+    if next(denoiser.parameters()).is_cuda:
+        found["headscope with CUDA graphs"] = Contender(graphs=True)
     return found
 
 
@@ -148,6 +150,7 @@ class Models:
             dtype=self.dtype,
             channels_last=contender.channels_last,
             compile=contender.compile,
+            graphs=contender.graphs,
         )
         return Opened(config, contender.execution, self.pipeline(contender.channels_last, contender.compile))
 
@@ -306,6 +309,11 @@ def check(loop: Loop, engines: dict[str, Engine]) -> dict[str, float]:
     for name, engine in engines.items():
         engine.edits_per_second()
         table = engine.tables.pop().to_pydict()
+        if engine.contender.graphs:
+            # the second use of a graph is compared with the forward itself
+            engine.edits_per_second()
+            if engine.runner.not_replayed:
+                raise SystemExit(f"{name}: {engine.runner.not_replayed}")
         losses: dict[tuple[str, int], list[float]] = {}
         for site, head, edited in zip(table["site"], table["head"], table["edited"], strict=True):
             losses.setdefault((site, head), []).append(edited)

@@ -1,14 +1,19 @@
 """What the tests of faults share: a small sweep, and whether two of its runs hold the same rows."""
 
+import contextlib
+import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
 from polars.testing import assert_frame_equal
 
 from headscope.sweep import Run
+from headscope.sweep.store import CLAIMS
 
-# a script that runs the sweep of a model directory into a run directory, with so many processes
+# a script that runs the sweep of a model directory into a run directory, with so many processes (of a Ray cluster)
 SWEEP = """
 import os, sys
 import torch
@@ -21,7 +26,8 @@ if __name__ == "__main__":
         model=model, groups=("faces", "lfw"), items=6, timesteps=(60, 500), fills=("mean", "zero")
     )
     print("ready", flush=True)
-    run_sweep(config, out, progress=False, workers=Workers(executor, count))
+    address = sys.argv[5] if len(sys.argv) > 5 else None
+    run_sweep(config, out, progress=False, workers=Workers(executor, count, address=address))
 """
 KINDS = ("observations", "ablations")
 
@@ -31,6 +37,17 @@ def script(folder: Path) -> list[str]:
     file = folder / "sweep_script.py"
     file.write_text(SWEEP)
     return [sys.executable, "-W", "ignore", str(file)]
+
+
+def claimants(run: Path, seconds: float = 120.0) -> Iterator[int]:
+    """The processes that are seen to have claimed a unit, over and over, as they are seen."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(0.01)
+        for file in (run / CLAIMS).glob("[!.]*"):
+            # it may be gone by now
+            with contextlib.suppress(OSError, ValueError):
+                yield json.loads(file.read_text())["process"]
 
 
 def ordered(run: Run, kind: str) -> pl.DataFrame:

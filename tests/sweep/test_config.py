@@ -25,6 +25,8 @@ from headscope.sweep import SweepConfig, run_sweep
         ({"observe": False, "fills": ()}, "nothing to observe"),
         ({"autocast": "int8"}, "autocast: got int8"),
         ({"autocast": "bfloat16", "dtype": "float16"}, "autocast: got bfloat16 with the dtype float16"),
+        ({"graphs": True}, "graphs: got true with device 'cpu', expected a cuda device"),
+        ({"graphs": True, "compile": True, "device": "cuda"}, "graphs: got true with compile"),
         ({"compile": True, "attribute": True}, "compile: got true with attribute"),
         ({"compile": True, "scores": ("generate",), "generate_window": (1, 2)}, "compile: got true with a generate_wi"),
         ({"model": "nowhere"}, "model: got 'nowhere', expected \"builtin\" or a directory"),

@@ -17,6 +17,7 @@ class Counting(Silent):
     """What is alive after each unit."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.tensors: list[int] = []
         self.objects: list[int] = []
 

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from functools import wraps
 from io import BytesIO
 
 import numpy as np
@@ -13,12 +14,14 @@ from PIL import Image
 
 from headscope import HeadEdit
 from headscope.models import Scope
-from headscope.sweep import Execution, HeadSet, SweepConfig, run_sweep
+from headscope.sweep import Execution, HeadSet, Run, SweepConfig, run_sweep
 from headscope.sweep.estimate import estimate_sweep
+from headscope.sweep.executors.member import Silent
 from headscope.sweep.items import load_task, open_items
 from headscope.sweep.plan import UNITS_PER_GROUP, _chunks
 from headscope.sweep.sheet import write_contact_sheets
 from headscope.sweep.sources import expanded, open_source
+from headscope.sweep.worker import Opened, work
 
 PLAN = """
 model = {model!r}
@@ -362,6 +365,66 @@ def test_dry_runs_write_nothing_and_count_what_a_run_does(ddpm_directory, tmp_pa
     run = run_sweep(config, tmp_path / "run", progress=False)
     assert estimate.forwards == run.manifest["forwards"]
     assert sum(units for units, _ in estimate.units.values()) == run.manifest["units"]
+
+
+class Advances(Silent):
+    """Adds up the forwards that were reported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards = 0
+
+    def advance(self, forwards: int) -> None:
+        self.forwards += forwards
+
+
+@pytest.mark.parametrize("family", ["unconditional", "guided"])
+def test_the_plan_counts_the_rows_that_run(family, ddpm_directory, diffusion_directory, tmp_path, monkeypatch):
+    """Under guidance two for each step, without it one; fewer in a window; one where fills change nothing."""
+    (tmp_path / "prompts.txt").write_text("a red fox\na blue boat\n")
+    guided = family == "guided"
+    site = "mid_block.attentions.0" + ".transformer_blocks.0.attn1" * guided
+    config = SweepConfig(
+        model=diffusion_directory if guided else ddpm_directory,
+        groups=() if guided else ("lfw",),
+        prompts=str(tmp_path / "prompts.txt") if guided else None,
+        items=2,
+        splits=("discover", "confirm") if guided else ("confirm",),
+        timesteps=(300,),
+        fills=("zero", "mean"),
+        scores=("loss", "generate"),
+        heads=((site, 1),),
+        sets=(HeadSet("removed", heads=((site, 0),)), HeadSet("flat", heads=((site, 0),), temperature=2.0)),
+        reference_items=1,
+        generate_steps=3,
+        generate_window=(2, 3),
+    )
+    opened = Opened(config, Execution(rows=4, share=False))
+    runner = opened.runner(opened.store(tmp_path / "run"))
+    denoiser = opened.task.denoiser
+    forward = type(denoiser).forward
+    rows = 0
+
+    @wraps(forward)
+    def counted(self, sample, *args, **kwargs):
+        nonlocal rows
+        rows += len(sample)
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(type(denoiser), "forward", counted)
+    advances = Advances()
+    work(runner, "", advances)
+    planned = sum(unit.forwards for unit in opened.plan.units)
+    assert rows == advances.forwards == planned
+    run = Run.open(tmp_path / "run")
+    assert run.complete
+    for kind, number in (("set_ablations", "edited"), ("set_generations", "distance")):
+        table = run.table(kind).with_columns(pl.col("edit", "fill").cast(pl.String)).sort("item").collect()
+        zero, mean = (table.filter(fill=fill) for fill in ("zero", "mean"))
+        same = zero[number].to_numpy() == mean[number].to_numpy()
+        np.testing.assert_array_equal(same[(zero["edit"] == "flat").to_numpy()], True)
+        # images are rounded to 8 bits, in which a single head's fill may not show
+        assert kind == "set_generations" or not same[(zero["edit"] == "removed").to_numpy()].any()
 
 
 def test_duckdb_reads_what_polars_reads(ddpm_directory, tmp_path):

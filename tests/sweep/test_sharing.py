@@ -8,7 +8,8 @@ from torch import nn
 import tiny
 from headscope.models import Scope
 from headscope.ops import HeadEdit
-from headscope.sweep.sharing import Prefix, _calls
+from headscope.sweep.calls import Diverged, all_calls
+from headscope.sweep.sharing import Prefix
 from headscope.zoo import load_pipeline
 
 
@@ -110,7 +111,7 @@ def test_shared_forwards_equal_whole_ones(make):
     prefix = Prefix.learn(denoiser, [site.name for site in scope.sites], forward)
     assert prefix.reason is None
     with torch.inference_mode():
-        with prefix.clean([frozenset([site.name]) for site in scope.sites]):
+        with prefix.clean([frozenset([site.name]) for site in scope.sites]) as kept:
             forward([0, 1, 2])
         for site in scope.sites:
             rows = [item for _ in range(site.heads) for item in (2, 0)]
@@ -118,7 +119,7 @@ def test_shared_forwards_equal_whole_ones(make):
             gates[torch.arange(len(rows)), torch.arange(site.heads).repeat_interleave(2)] = 0
             with (
                 scope.edit({site.name: HeadEdit(gates)}),
-                prefix.replay(frozenset([site.name]), torch.tensor(rows)),
+                prefix.replay(kept, frozenset([site.name]), torch.tensor(rows)),
             ):
                 shared = forward(rows).unflatten(0, (site.heads, 2))
             for head in range(site.heads):
@@ -144,13 +145,13 @@ def test_skipped_modules_do_not_run():
     forward = answers(denoiser, inputs)
     sites = [site.name for site in Scope(denoiser).sites]
     prefix = Prefix.learn(denoiser, sites, forward)
-    with prefix.clean([frozenset([sites[-1]])]):
+    with prefix.clean([frozenset([sites[-1]])]) as kept:
         forward([0])
     ran = []
     for name in ("transformer_blocks.0", "transformer_blocks.1", "transformer_blocks.2"):
         first = denoiser.get_submodule(name).norm1
         first.forward = counted(first.forward, name, ran)
-    with prefix.replay(frozenset([sites[-1]]), torch.tensor([0])):
+    with prefix.replay(kept, frozenset([sites[-1]]), torch.tensor([0])):
         forward([0])
     assert ran == []
     forward([0])
@@ -163,10 +164,10 @@ def test_what_no_replay_reads_is_not_kept():
     forward = answers(denoiser, inputs)
     sites = [site.name for site in Scope(denoiser).sites]
     prefix = Prefix.learn(denoiser, sites, forward)
-    with prefix.clean([frozenset([site]) for site in sites]):
+    with prefix.clean([frozenset([site]) for site in sites]) as kept:
         forward([0, 1])
-    kept = {call.name: prefix._values[call.start] for call in _calls(prefix._root) if call.start in prefix._values}
-    projected, activated = (kept[f"single_transformer_blocks.0.{name}_mlp"] for name in ("proj", "act"))
+    by_name = {call.name: kept.values[call.start] for call in all_calls(prefix._root) if call.start in kept.values}
+    projected, activated = (by_name[f"single_transformer_blocks.0.{name}_mlp"] for name in ("proj", "act"))
     assert projected.shape == activated.shape == (2, 22, 128)
     assert projected.untyped_storage().nbytes() == 4
     assert activated.untyped_storage().nbytes() == 4 * 2 * 22 * 128
@@ -226,9 +227,9 @@ def test_modules_that_change_their_input_run_again():
     prefix = Prefix.learn(model, ["site"], lambda rows: model(sample[rows])[0])
     assert prefix.shares
     whole = model(sample)[0]
-    with prefix.clean([frozenset(["site"])]):
+    with prefix.clean([frozenset(["site"])]) as kept:
         model(sample)
-    with prefix.replay(frozenset(["site"]), torch.tensor([0, 1])):
+    with prefix.replay(kept, frozenset(["site"]), torch.tensor([0, 1])):
         assert torch.allclose(model(sample)[0], whole, rtol=1e-5, atol=1e-6)
 
 
@@ -247,8 +248,6 @@ def test_a_model_that_mixes_rows_is_not_shared():
 
 
 def test_another_order_of_calls_is_noticed():
-    from headscope.sweep.sharing import Diverged
-
     denoiser, inputs = sd3()
     forward = answers(denoiser, inputs)
     sites = [site.name for site in Scope(denoiser).sites]

@@ -48,6 +48,7 @@ class Fields(TypedDict, total=False):
     autocast: str | None
     channels_last: bool | None
     compile: bool
+    graphs: bool
 
 
 def sweep(

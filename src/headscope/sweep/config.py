@@ -122,6 +122,8 @@ class SweepConfig:
         compile: run the denoiser through torch.compile. A compiled forward runs whole, so edited ones take nothing over
             from clean ones; and each edited site is compiled anew, up to torch's limit of recompilations, past which
             it runs uncompiled.
+        graphs: replay teacher-forced forwards from CUDA graphs, which spares small models the launching of kernels one
+            by one. Each kind of forward (clean, and one for every edited site and number of rows) is captured once.
     """
 
     model: str = "builtin"
@@ -149,6 +151,7 @@ class SweepConfig:
     autocast: str | None = None
     channels_last: bool | None = None
     compile: bool = False
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""
@@ -212,6 +215,10 @@ class SweepConfig:
             _subset("autocast", (self.autocast,), ("bfloat16", "float16"))
             if self.dtype != "float32":
                 raise ValueError(f"autocast: got {self.autocast} with the dtype {self.dtype}, expected float32 weights")
+        if self.graphs and not self.device.startswith("cuda"):
+            raise ValueError(f"graphs: got true with device {self.device!r}, expected a cuda device")
+        if self.graphs and self.compile:
+            raise ValueError("graphs: got true with compile, expected one of them")
         if self.compile and self.attribute:
             raise ValueError("compile: got true with attribute, whose gradients compiled models don't give")
         if self.compile and self.generate_window is not None and self.generate_window[0] > 0:

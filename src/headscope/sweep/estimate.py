@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,12 +90,12 @@ def _edited_seconds(opened: Opened, rows: int, edited: list[frozenset[str]], who
     chosen = {different[round(index * (len(different) - 1) / 4)] for index in range(5)}
     timed = {}
     with prefix.attached():
-        with torch.inference_mode(), prefix.clean(different):
+        with torch.inference_mode(), prefix.clean(different) as kept:
             opened.forward(1)  # a row, which all rows of the replays take over
         for sites in chosen:
             index = torch.zeros(rows, dtype=torch.long, device=opened.task.device)
-            timed[sites] = _seconds(opened, lambda: opened.forward(rows), lambda: prefix.replay(sites, index)) / rows  # noqa: B023
-    prefix.forget()
+            inside = partial(prefix.replay, kept, sites, index)
+            timed[sites] = _seconds(opened, lambda: opened.forward(rows), inside) / rows
 
     def nearest(sites: frozenset[str]) -> frozenset[str]:
         return min(timed, key=lambda other: abs(prefix.fraction_left(other) - prefix.fraction_left(sites)))

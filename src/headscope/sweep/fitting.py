@@ -95,10 +95,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Rows:
-    """How many rows go through at once: halved whenever memory runs out."""
+    """How many rows go through at once: halved whenever memory runs out.
+
+    Attributes:
+        release: gives memory back that is held to be used again.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self.release: Callable[[], None] = lambda: None
 
     def run(self, count: int, compute: Callable[[range], None]) -> None:
         """Call `compute` for all of range(count), piece by piece; a piece for which memory runs out is done again in
@@ -120,6 +125,7 @@ class Rows:
                 start = piece.stop
                 continue
             # outside of the handler: the traceback holds the tensors of the failed piece
+            self.release()
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

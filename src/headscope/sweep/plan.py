@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -50,6 +50,10 @@ class Edit:
     @property
     def sites(self) -> frozenset[str]:
         return frozenset(site for site, _ in self.heads)
+
+    def differing(self, fills: Sequence[str]) -> Sequence[str]:
+        """Those of the fills that give different numbers: where all of the heads is kept, the first alone."""
+        return fills[:1] if self.keep == 1.0 else fills
 
 
 @dataclass(frozen=True)
@@ -154,11 +158,15 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
 
     teacher_forced = any(score != "generate" for score in config.scores)
     generated = "generate" in config.scores
-    edited = ((ABLATE, GENERATE, len(heads)), (ABLATE_SETS, GENERATE_SETS, len(sets)))
+    first_step = config.generate_window[0] if config.generate_window else 0
+    # steps before the window are taken over from the clean run
+    in_window = task.sampling_rows * (config.generate_steps - first_step)
+    single = [Edit(site, ((site, head),)) for site, head in heads]
+    edited = ((ABLATE, GENERATE, single), (ABLATE_SETS, GENERATE_SETS, sets))
     for group in groups:
         count = len(group.swept)
         reference = range(len(group.reference))
-        sampling = 2 * config.generate_steps
+        sampling = task.sampling_rows * config.generate_steps
         if _needs_images(group):
             add(IMAGES, group, range(count), (count + len(group.reference)) * sampling)
         if "mean" in config.fills and (heads or sets or config.attribute):
@@ -175,14 +183,14 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
             for chunk in _chunks(count, ITEMS_PER_OBSERVATION):
                 add(ATTRIBUTE, group, chunk, len(chunk) * each)
         for ablate, generate, edits in edited:
-            rows = edits * len(config.fills)
+            rows = sum(len(edit.differing(config.fills)) for edit in edits)
             if rows and teacher_forced:
                 for chunk in _chunks(count, ITEMS_PER_UNIT, len(timesteps)):
                     for timestep in timesteps:
                         add(ablate, group, chunk, len(chunk) * (1 + rows), timestep=timestep)
             if rows and generated:
                 for chunk in _chunks(count, ITEMS_PER_UNIT):
-                    add(generate, group, chunk, len(chunk) * (1 + rows) * sampling, score="generate")
+                    add(generate, group, chunk, len(chunk) * (sampling + rows * in_window), score="generate")
     units.sort(key=lambda unit: KINDS.index(unit.kind))
     return Plan(identity, timesteps, heads, sets, tuple(units))
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from headscope.sweep.calls import replaced_forward
+
 
 class EarlierSteps:
     """Keeps a denoiser's answers in its first `count` forwards, and gives them back when the same items are sampled
@@ -65,20 +67,12 @@ class EarlierSteps:
         if not self._count:
             yield
             return
-        own = self._denoiser.__dict__.get("forward")
-        forward = self._denoiser.forward
         forwards = 0
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
             nonlocal forwards
             forwards += 1
             return through(forward, forwards - 1, args, kwargs)
 
-        self._denoiser.__dict__["forward"] = run
-        try:
+        with replaced_forward(self._denoiser, run):
             yield
-        finally:
-            if own is None:
-                del self._denoiser.__dict__["forward"]
-            else:
-                self._denoiser.__dict__["forward"] = own

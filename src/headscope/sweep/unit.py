@@ -1,6 +1,7 @@
 """How one unit of work is computed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -13,16 +14,20 @@ import torch
 from torch import Tensor
 
 from headscope.models import Recording, Scope, Task
+from headscope.models.editing import Fill
 from headscope.models.tasks import NoisyInputs
+from headscope.ops import HeadEdit
 from headscope.sweep import plan as kinds
+from headscope.sweep.calls import Diverged
 from headscope.sweep.config import SweepConfig
-from headscope.sweep.edits import head_edits
+from headscope.sweep.edits import head_edits, mean_fill, placed, tensors
 from headscope.sweep.fitting import Rows
+from headscope.sweep.graphs import Forwards, Graphs
 from headscope.sweep.items import GroupItems, PromptItem
 from headscope.sweep.plan import Edit, Plan, Unit
 from headscope.sweep.rows import Grid, coded, labels, prepend
 from headscope.sweep.scores import checked_score, image_distance, image_scores, own_scores, squared_error
-from headscope.sweep.sharing import Diverged, Prefix
+from headscope.sweep.sharing import Kept, Prefix
 from headscope.sweep.steps import EarlierSteps
 from headscope.sweep.store import RunStore
 
@@ -36,6 +41,7 @@ class UnitRunner:
         rows: how many rows pass through the denoiser at once; it changes speed and memory, not the numbers
             (beyond rounding).
         share: let edited forwards take over what the clean one computed before the edited site.
+        graphs: replay teacher-forced forwards from CUDA graphs.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class UnitRunner:
         store: RunStore,
         rows: Rows,
         share: bool = True,
+        graphs: bool = False,
     ) -> None:
         self.config = config
         self.task = task
@@ -58,6 +65,8 @@ class UnitRunner:
         self._references: dict[tuple[str, str], Recording] = {}
         self._drawn: dict[str, dict[str, Tensor]] = {}
         self._prefix: Prefix | None = None
+        self._forwards = Graphs(task.denoiser) if graphs else Forwards()
+        rows.release = self._forwards.release
         self._image_scores = image_scores(config.image_scores)
         self._own_scores = own_scores(config.scores)
 
@@ -69,6 +78,11 @@ class UnitRunner:
     @cached_property
     def _pipeline_scope(self) -> Scope:
         return Scope(self.task.pipeline if hasattr(self.task.pipeline, "text_encoder") else self.task.denoiser)
+
+    @property
+    def not_replayed(self) -> str | None:
+        """Why forwards aren't replayed from CUDA graphs though they should be; None where all is well."""
+        return self._forwards.reason
 
     def done(self, unit: Unit) -> bool:
         return self.store.has(unit.kind, unit.id)
@@ -124,7 +138,7 @@ class UnitRunner:
             chunk = [members[index] for index in piece]
             images = self.task.generate(chunk, steps=self.config.generate_steps, seed=self.config.seed)
             drawn.update({item.key: torch.from_numpy(image) for item, image in zip(chunk, images, strict=True)})
-            advance(2 * self.config.generate_steps * len(chunk))
+            advance(self.task.sampling_rows * self.config.generate_steps * len(chunk))
 
         self.rows.run(len(members), draw)
         self.store.write_tensors(unit.kind, unit.id, drawn)
@@ -144,7 +158,7 @@ class UnitRunner:
             else:
                 with scope.record("head_output", into=total) as total:
                     self.task.generate(chunk, steps=self.config.generate_steps, seed=self.config.seed)
-                advance(2 * self.config.generate_steps * len(chunk))
+                advance(self.task.sampling_rows * self.config.generate_steps * len(chunk))
         assert total is not None
         self.store.write_tensors(unit.kind, unit.id, total.to_tensors())
 
@@ -212,7 +226,7 @@ class UnitRunner:
         table = pa.concat_tables(tables[key] for key in sorted(tables)).unify_dictionaries()
         self.store.write_table(unit.kind, unit.id, table)
 
-    def _fill(self, unit: Unit, fill: str) -> Recording | str | None:
+    def _fill(self, unit: Unit, fill: str) -> Fill:
         """What a scope takes for one of the configuration's fills."""
         if fill == "mean":
             return self._mean(unit.group, unit.reference_score)
@@ -228,48 +242,92 @@ class UnitRunner:
         grid = Grid(edits, self.config.fills, len(items))
         x0 = self.task.x0_factor(timestep) if "x0" in self.config.scores else None
         prefix = self._learned(inputs)
+        sites = frozenset(edit.sites for edit in edits)
 
         def ablate(piece: range) -> None:
             some = inputs.rows(torch.arange(piece.start, piece.stop, device=self.task.device))
-            with prefix.clean({edit.sites for edit in edits}) if prefix else nullcontext():
-                clean = self.task.predict(some)
+            clean, kept = self._forwards.run(
+                ("clean", sites),
+                timestep,
+                None,
+                lambda _: prefix.clean(sites) if prefix else nullcontext(),
+                lambda: self.task.predict(some),
+            )
             clean_loss = squared_error(clean, some.target)
+            everywhere = slice(None), slice(None), list(piece)
+            grid.put("clean", *everywhere, clean_loss)
+            if x0 is not None:
+                grid.put("x0_clean", *everywhere, clean_loss * x0)
             advance(len(piece))
-            for fill, pairs, edit in self._edited(self._loss_scope, unit, edits, len(piece)):
+            fills = [self._fills_at(unit, fill) for fill in self.config.fills]
+            for fill, pairs in self._edited(edits, len(piece)):
 
-                def apply(batch: range, fill=fill, pairs=pairs, edit=edit) -> None:
+                def apply(batch: range, fill=fill, pairs=pairs) -> None:
                     chosen = pairs[batch.start : batch.stop]
-                    rows = torch.tensor([item for _, item in chosen], device=self.task.device)
+                    rows = placed(torch.tensor([item for _, item in chosen]), self.task.device)
                     which = [index for index, _ in chosen]
-                    sites = edits[which[0]].sites
                     own, before = some.rows(rows), clean[rows]
-                    with edit(which), prefix.replay(sites, rows) if prefix else nullcontext():
-                        edited = self.task.predict(own)
+                    made = head_edits([edits[index] for index in which], self._loss_scope, self.plan.keys)
+                    edited = self._edited_prediction(own, made, fills[fill], prefix, kept, rows)
                     places = which, fill, [piece.start + item for _, item in chosen]
                     loss = squared_error(edited, own.target)
                     for name, score in self._own_scores.items():
                         grid.put(name, *places, score(edited, before, own))
-                    loss_before = clean_loss[[item for _, item in chosen]]
-                    grid.put("clean", *places, loss_before)
                     grid.put("edited", *places, loss)
                     if "distance" in self.config.scores:
                         grid.put("distance", *places, squared_error(edited, before))
                     if x0 is not None:
-                        grid.put("x0_clean", *places, loss_before * x0)
                         grid.put("x0_edited", *places, loss * x0)
                     advance(len(chosen))
 
                 self.rows.run(len(pairs), apply)
 
-        try:
-            with prefix.attached() if prefix else nullcontext(), _open(self._loss_scope):
-                self.rows.run(len(items), ablate)
-        finally:
-            if prefix:
-                prefix.forget()
+        with prefix.attached() if prefix else nullcontext(), _open(self._loss_scope):
+            self.rows.run(len(items), ablate)
         constants = {"timestep": pa.scalar(timestep, pa.int32())}
         table = grid.table(items, self.config.seed, unit.kind == kinds.ABLATE, **constants)
         self.store.write_table(unit.kind, unit.id, table)
+
+    def _edited_prediction(
+        self,
+        inputs: NoisyInputs,
+        edits: Mapping[str, HeadEdit],
+        fills: Mapping[str, Fill],
+        prefix: Prefix | None,
+        kept: Kept | None,
+        rows: Tensor,
+    ) -> Tensor:
+        """The denoiser's answer with an edit of each site.
+
+        Args:
+            fills: by site, of removed heads.
+            kept: of the clean forward, whose row for each of the inputs' is in `rows`.
+        """
+        sites, device = frozenset(edits), self.task.device
+        fields = {
+            name: {**{part: placed(tensor, device) for part, tensor in tensors(edit).items()}, "fill": fills[name]}
+            for name, edit in edits.items()
+        }
+
+        @contextmanager
+        def inside(given: dict[str, Any]) -> Iterator[None]:
+            made = {name: HeadEdit(**parts) for name, parts in given["edits"].items()}
+            shared = prefix.replay(kept, sites, given["rows"]) if prefix and kept else nullcontext()
+            with self._loss_scope.edit(made), shared:
+                yield
+
+        given = {"edits": fields, "rows": rows}
+        key = ("edited", sites, kept)
+        return self._forwards.run(key, inputs.timestep, given, inside, lambda: self.task.predict(inputs))[0]
+
+    def _fills_at(self, unit: Unit, fill: str) -> Mapping[str, Fill]:
+        """By site, what takes the place of removed heads at the timestep of the forward that ran last."""
+        taken = self._fill(unit, fill)
+        running = self._loss_scope.running
+        if not isinstance(taken, Recording) or running is None:
+            return defaultdict(lambda: taken)
+        sites = [site.name for site in self._loss_scope.sites]
+        return {site: mean_fill(taken, site, running.single_timestep, self.task.device) for site in sites}
 
     def _learned(self, inputs: NoisyInputs) -> Prefix | None:
         """What edited forwards can take over from clean ones; None if nothing."""
@@ -305,8 +363,9 @@ class UnitRunner:
                 kept_clean = np.zeros((len(items), *clean.shape[1:]), np.uint8)
                 kept = np.zeros((*grid.shape, *clean.shape[1:]), np.uint8)
             kept_clean[piece.start : piece.stop] = clean
-            advance(2 * steps * len(some))
-            for fill, pairs, edit in self._edited(self._pipeline_scope, unit, edits, len(some)):
+            advance(self.task.sampling_rows * steps * len(some))
+            for fill, pairs in self._edited(edits, len(some)):
+                edit = self._entering(unit, edits, self.config.fills[fill])
 
                 def apply(batch: range, fill=fill, pairs=pairs, edit=edit) -> None:
                     chosen = pairs[batch.start : batch.stop]
@@ -319,12 +378,14 @@ class UnitRunner:
                     grid.put("distance", *places, image_distance(edited, before))
                     for name, score in self._image_scores.items():
                         grid.put(name, *places, checked_score(name, score(before, edited), len(edited)))
-                    advance(2 * steps * len(chosen))
+                    # steps before the window were taken over
+                    advance(self.task.sampling_rows * (steps - first) * len(chosen))
 
                 self.rows.run(len(pairs), apply)
 
         with _open(self._pipeline_scope):
             self.rows.run(len(items), generate)
+        kept = grid.repeated(kept)
         # [edits, fills, items, height, width, 3] as a row for each row of the table
         images = kept.reshape(-1, *kept.shape[3:])
         self.store.write_tensors(
@@ -336,31 +397,29 @@ class UnitRunner:
         # the table comes last: it is what makes the unit done
         self.store.write_table(unit.kind, unit.id, table)
 
-    def _edited(
-        self, scope: Scope, unit: Unit, edits: Sequence[Edit], items: int
-    ) -> Iterator[tuple[int, list[tuple[int, int]], Callable[[list[int]], AbstractContextManager[None]]]]:
-        """Every (edit, item) pair, those of the same sites together: the fill's number, the pairs, and what enters the
-        edit of some of them, a row each."""
+    def _edited(self, edits: Sequence[Edit], items: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """Every (edit, item) pair, those of the same sites together: the fill's number, and the pairs."""
         order = sorted(range(len(edits)), key=lambda index: sorted(edits[index].sites))
         for _, same in groupby(order, key=lambda index: edits[index].sites):
             indices = list(same)
-            pairs = [(index, item) for index in indices for item in range(items)]
             for number, fill in enumerate(self.config.fills):
-                yield number, pairs, self._entering(scope, unit, edits, fill)
+                # the grid repeats the first fill's numbers where all are the same
+                different = [index for index in indices if fill in edits[index].differing(self.config.fills)]
+                if different:
+                    yield number, [(index, item) for index in different for item in range(items)]
 
     def _entering(
-        self, scope: Scope, unit: Unit, edits: Sequence[Edit], fill: str
+        self, unit: Unit, edits: Sequence[Edit], fill: str
     ) -> Callable[[list[int]], AbstractContextManager[None]]:
-        taken = self._fill(unit, fill)
-        window = self.config.generate_window if unit.generates else None
+        """What enters some of the edits in the window of sampling steps, a row each."""
+        scope, taken = self._pipeline_scope, self._fill(unit, fill)
+        window = self.config.generate_window
         steps = None if window is None else range(*window)
 
-        @contextmanager
-        def enter(which: list[int]) -> Iterator[None]:
+        def enter(which: list[int]) -> AbstractContextManager[None]:
             made = head_edits([edits[index] for index in which], scope, self.plan.keys)
             # a single fill tensor would be shared by all sites, a recording knows each
-            with scope.edit(made, fill=taken, steps=steps):
-                yield
+            return scope.edit(made, fill=taken, steps=steps)
 
         return enter
 

@@ -183,7 +183,7 @@ class Opened:
 
     def runner(self, store: RunStore) -> UnitRunner:
         rows = Rows(self.rows(store))
-        return UnitRunner(self.config, self.task, self.groups, self.plan, store, rows, self.share)
+        return UnitRunner(self.config, self.task, self.groups, self.plan, store, rows, self.share, self.config.graphs)
 
 
 def work(runner: UnitRunner, session: str, report: Report) -> None:

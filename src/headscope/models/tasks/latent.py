@@ -1,5 +1,6 @@
 """Text-to-image models in a VAE's latent space: what their families have in common."""
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,24 @@ class LatentTask(Task):
     @property
     def image_size(self) -> int:
         return self.sample_size * self._vae_factor
+
+    @property
+    def sampling_rows(self) -> int:
+        pipeline = self.pipeline
+        default = inspect.signature(type(pipeline).__call__).parameters.get("guidance_scale")
+        # models that were distilled with their guidance as an input have no such property
+        if default is None or not hasattr(type(pipeline), "do_classifier_free_guidance"):
+            return 1
+        # the pipeline's own rule, which reads what its call was given
+        before = getattr(pipeline, "_guidance_scale", None)
+        pipeline._guidance_scale = default.default
+        try:
+            return 2 if pipeline.do_classifier_free_guidance else 1
+        finally:
+            if before is None:
+                del pipeline._guidance_scale
+            else:
+                pipeline._guidance_scale = before
 
     @property
     def _vae_factor(self) -> int:

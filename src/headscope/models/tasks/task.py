@@ -143,6 +143,11 @@ class Task(ABC):
         """The edge of the images it takes and makes, in pixels."""
         return self.sample_size
 
+    @property
+    def sampling_rows(self) -> int:
+        """Rows that pass through the denoiser for an item at each step of `generate`: 2 under guidance."""
+        return 1
+
     def log_snr(self, timestep: int) -> float:
         """ln(a^2 / s^2) at a timestep, where the denoiser sees a x_0 + s noise; of a flow 2 ln((1 - sigma) / sigma)."""
         return self.noising.log_snr(timestep)

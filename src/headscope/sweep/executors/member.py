@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,18 @@ from headscope.sweep.worker import Opened, Report, WorkOrder, work
 
 
 class Silent:
-    """Nobody listens: the run directory tells how far the work is."""
+    """Nobody listens: the run directory tells how far the work is. Others may end the work through it."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End the work after the next forward, as Ctrl-C does."""
+        self._stopped.set()
 
     def advance(self, forwards: int) -> None:
-        pass
+        if self._stopped.is_set():
+            raise KeyboardInterrupt
 
     def finished(self, unit: Unit) -> None:
         pass
