@@ -5,6 +5,8 @@ read back doesn't exist.
 """
 
 import copy
+import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,7 +20,8 @@ import tiny
 from headscope.models import Scope
 from headscope.sweep import Execution, SweepConfig
 from headscope.sweep import plan as kinds
-from headscope.sweep.edits import head_edits
+from headscope.sweep.config import IN_MEMORY
+from headscope.sweep.edits import head_edits, mean_fill
 from headscope.sweep.plan import Edit
 from headscope.sweep.sharing import Prefix
 from headscope.sweep.worker import Opened
@@ -131,7 +134,7 @@ class Forwards:
         """The clean forward is done, as before a unit's edits."""
         edited = frozenset([self.site.name])
         with torch.inference_mode(), self.scope.record("entropy", sites=()), self.prefix.attached():
-            with self.prefix.clean([edited]):
+            with self.prefix.clean([edited]) as self.kept:
                 self.unet(self.latents, self.timesteps[0], self.text, return_dict=False)
             yield
 
@@ -141,7 +144,7 @@ class Forwards:
         sites = frozenset([self.site.name])
         with (
             self.scope.edit(head_edits(edits, self.scope, {}), fill=fill),
-            self.prefix.replay(sites, self.rows),
+            self.prefix.replay(self.kept, sites, self.rows),
         ):
             return self.unet(latents, self.timesteps[1], text, return_dict=False)[0]
 
@@ -151,7 +154,8 @@ class Forwards:
 def test_an_edited_forward_waits_for_nothing(device, fill):
     """After the first forward with a fill, the gate is all that moves."""
     forwards = Forwards(device)
-    chosen = {"zero": None, "uniform": "uniform", "mean": forwards.means.at(TIMESTEP)}[fill]
+    mean = mean_fill(forwards.means, forwards.site.name, TIMESTEP, forwards.device)
+    chosen = {"zero": None, "uniform": "uniform", "mean": mean}[fill]
     with forwards.ready():
         forwards.edited(chosen)
         if device == "cuda":
@@ -168,8 +172,8 @@ def test_an_edited_forward_waits_for_nothing(device, fill):
     assert traffic.bytes == 4 * forwards.site.heads * 4
 
 
-def test_a_timestep_that_is_not_named_is_read_back():
-    """What `Recording.at` saves; the check above would see it."""
+def test_the_timestep_that_a_recording_is_asked_for_is_read_back():
+    """What sweeps save by asking once for a unit; the check above would see it."""
     forwards = Forwards("meta")
     with forwards.ready(), pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         forwards.edited(forwards.means)
@@ -182,6 +186,67 @@ def test_copies_that_are_waited_for_are_counted():
         torch.ones(7).to("meta", non_blocking=True)
     assert traffic.waiting == 2
     assert traffic.bytes == 4 * (3 + 5 + 7)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads out of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def synchronisations(device: str, work: Callable[..., None], *arguments) -> int:
+    """How often the host waits for the device; without one, for numbers that it reads."""
+    if device != "cuda":
+        with Reads() as reads:
+            work(*arguments)
+        return reads.count
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("fill", ["zero", "mean"])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_a_unit_waits_as_often_whatever_it_edits(device, fill, tmp_path):
+    """For its items and its table, not for every batch of edits."""
+    pipeline = tiny.stable_diffusion().to(device)
+    names = [site.name for site in Scope(pipeline.unet).sites]
+    waits = []
+    for sites in (names[:1], names[:3]):
+        config = SweepConfig(
+            model=IN_MEMORY,
+            groups=("faces",),
+            splits=("confirm",),
+            items=2,
+            reference_items=2,
+            timesteps=(TIMESTEP,),
+            observe=False,
+            fills=(fill,),
+            scores=("loss", "distance"),
+            sites=tuple(sites),
+            device=device,
+        )
+        opened = Opened(config, Execution(rows=4), pipeline)
+        runner = opened.runner(opened.store(tmp_path / str(len(sites))))
+        *before, unit = opened.plan.units
+        for reference in before:
+            runner.run(reference, lambda forwards: None)
+        # learns, and starts everything for the first time
+        runner.run(unit, lambda forwards: None)
+        waits.append(synchronisations(device, runner.run, unit, lambda forwards: None))
+    assert waits[0] == waits[1]
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -29,7 +29,7 @@ class Patch:
     Attributes:
         heads: which heads; all if None.
         q, k, v: a Recording of that quantity (its mean at the same site, timestep and branch; or, made with
-            reduce=None, the same sample's own), `recording.take(...)` or `.at(...)`, or a tensor broadcastable to
+            reduce=None, the same sample's own), `recording.take(...)`, or a tensor broadcastable to
             [batch, heads, tokens, dim]; None leaves it as it is.
     """
 
@@ -273,12 +273,11 @@ class _RowMap:
 
     def source(self, source: Recording | Resampled, quantity: str, site: str, call: int) -> Tensor:
         """A recording's tensor at this call, [rows, heads, tokens, dim]."""
-        resampled = source if isinstance(source, Resampled) else Resampled(source, None)
-        recording, chosen, timestep = resampled.recording, resampled.chosen, resampled.timestep
+        recording, chosen = (source.recording, source.chosen) if isinstance(source, Resampled) else (source, None)
         forward, layout = self.forward, self.layout
         pieces = []
         for branch in forward.branches:
-            key = Key(quantity, site, call, forward.single_timestep if timestep is None else timestep, branch)
+            key = Key(quantity, site, call, forward.single_timestep, branch)
             if chosen is None and recording.reduce == "mean":
                 found = recording.tensors.placed_mean(key, self.device, self._dtype)[None]
                 pieces.append(found.expand(forward.samples, -1, -1, -1, -1))

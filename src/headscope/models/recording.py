@@ -216,13 +216,6 @@ class Recording:
         """
         return Resampled(self, tuple(samples))
 
-    def at(self, timestep: float) -> "Resampled":
-        """A fill or patch of what this recording had at that timestep, whatever the forward's own.
-
-        Where the forward's timestep is known, naming it saves reading it back from the device in every edited forward.
-        """
-        return Resampled(self, None, float(timestep))
-
     # tables
 
     def to_arrow(self) -> "pyarrow.Table":
@@ -361,16 +354,10 @@ class Recording:
 
 @dataclass(frozen=True)
 class Resampled:
-    """Other samples' or another timestep's tensors, as fills and patches take them: see `Recording.take` and `at`.
-
-    Attributes:
-        chosen: a recorded sample for each row, or one for all; None for the mean, or the row's own.
-        timestep: None for the forward's own.
-    """
+    """Other samples' tensors, as fills and patches take them: see `Recording.take`."""
 
     recording: Recording
-    chosen: tuple[int, ...] | None
-    timestep: float | None = None
+    chosen: tuple[int, ...]
 
 
 def split_queries(rows: Tensor, layout: Layout) -> Iterator[tuple[Segment, Tensor]]:

@@ -219,7 +219,7 @@ class Scope:
             fill: what takes the place of heads given by number, or by a HeadEdit without a fill: None (zeros),
                 "uniform", "identity", a tensor broadcastable to [batch, heads, queries, dim], a Recording of
                 "head_output" (its mean at the same site, timestep and branch; recorded with reduce=None, the same
-                sample's own), `recording.take(...)` of one (other samples') or `recording.at(...)` (of that timestep).
+                sample's own), or `recording.take(...)` of one (other samples').
             steps: the pipeline's steps (the denoiser's forwards since the context was entered, where no pipeline
                 counts) in which the edit acts; all if None.
             branches: the guidance branches in which it acts, as in ("cond",); all if None.
