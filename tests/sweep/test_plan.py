@@ -69,9 +69,15 @@ def test_a_toml_file_is_a_configuration(ddpm_directory, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("groups = ['faces']\nitemz = 3", r"plan\.toml: unknown key 'itemz'"),
-        ("groups = ['faces']\n[[sets]]\nname = 'a'\nsites = ['*']\nkeeps = 1", r"unknown key 'sets\.0\.keeps'"),
-        ("groups = ['faces']\nitems = 'many'", r"plan\.toml: items: got 'many'; .*integer"),
+        (
+            "groups = ['faces']\nitemz = 3",
+            r"plan\.toml: unknown key 'itemz', expected 'items', or another of model, groups",
+        ),
+        (
+            "groups = ['faces']\n[[sets]]\nname = 'a'\nsites = ['*']\nkeeps = 1",
+            r"unknown key 'sets\.0\.keeps', expected 'keep', or another of name",
+        ),
+        ("groups = ['faces']\nitems = 'many'", r"plan\.toml: items: got 'many', expected .*integer"),
         ("groups = ['faces']\nitems = 0", "items: got 0, expected at least 1"),
         ("groups = ['faces']\ntimesteps = [5, 'six']", r"timesteps\.1: got 'six'"),
         ("groups = ['faces']\n[[sets]]\nname = 'a'\nsites = ['*']\ntemperature = 0", "'a': temperature: got 0.0"),
@@ -82,6 +88,9 @@ def test_a_toml_file_is_a_configuration(ddpm_directory, tmp_path):
         ),
         ("groups = ['faces']\n[[sets]]\nname = 'a'\nsites = ['*']\nkeep = nan", "'a': keep: got nan"),
         ("groups = ['cats']", "groups: got 'cats'"),
+        ("groups = 'faces'", r"plan\.toml: groups: got 'faces', expected a list"),
+        ("groups = ['faces']\nheads = [3]", r"plan\.toml: heads\.0: got 3, expected a list"),
+        ("groups = ['faces']\nitems = -4", "items: got -4, expected at least 1"),
         ("groups = ", "isn't TOML"),
     ],
 )
@@ -100,10 +109,36 @@ def test_mistakes_in_a_file_are_named(text, message, tmp_path):
         ({"sets": (HeadSet("a", sites=("mid_block.*",), key_bias=(0.0,) * 999),)}, "'a': key_bias: got 999 numbers"),
         ({"scores": ("generate",), "image_scores": ("nomodule:f",)}, "image_scores: got 'nomodule:f'"),
         ({"scores": ("loss", "nomodule:f")}, "scores: got 'nomodule:f'"),
+        ({"scores": ("math:pi",)}, "scores: got 'math:pi', which is float, expected a function"),
+        (
+            {"heads": (("mid_block.attentions.0", 4),)},
+            r"heads: got \('mid_block\.attentions\.0', 4\), expected heads of",
+        ),
+        ({"timesteps": (1000,)}, "timesteps: got 1000, expected 0 to 999"),
+        ({"scores": ("generate",), "generate_steps": 1001}, "generate_steps: got 1001, expected at most 1000"),
+        ({"device": "gpu"}, "device: got 'gpu', expected one that torch sees"),
+        ({"device": "meta"}, "device: got 'meta', expected one that computes"),
+        ({"groups": ("mine=nowhere",)}, "groups: got 'mine=nowhere': .*expected an existing folder"),
+        ({"groups": ("mine=texts",)}, "groups: got 'mine=texts': .*holds no image, expected files ending in"),
+        ({"groups": ("mine=broken",)}, "the file 'a.png' of the group 'mine' can't be read"),
+        ({"groups": ("mine=dataset",)}, "groups: got 'mine=dataset': .*lists no data files, expected what"),
+        ({"groups": ("mine=texts.tar",)}, "groups: got 'mine=texts.tar': .*holds no image, expected members ending in"),
+        ({"groups": ("mine=torn.tar",)}, "groups: got 'mine=torn.tar': .*can't be read as a tar"),
+        ({"groups": ("mine=shard-{0..3}.tar",)}, "groups: got 'mine=shard-.*expected existing tar files"),
     ],
 )
-def test_what_the_model_lacks_is_named(fields, message, ddpm_directory, tmp_path):
-    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, fills=("zero",), **fields)
+def test_what_cannot_be_run_is_named(fields, message, ddpm_directory, tmp_path, monkeypatch):
+    """By the argument, what came and what was expected, and before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("texts", "broken", "dataset"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    (tmp_path / "broken" / "a.png").write_text("no image")
+    (tmp_path / "dataset" / "state.json").write_text("{}")
+    (tmp_path / "torn.tar").write_text("no tar")
+    with tarfile.open(tmp_path / "texts.tar", "w") as archive:
+        archive.add(tmp_path / "texts" / "a.txt", "a.txt")
+    config = SweepConfig(**{"model": ddpm_directory, "groups": ("faces",), "items": 1, "fills": ("zero",), **fields})
     with pytest.raises(ValueError, match=message):
         run_sweep(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -120,6 +155,11 @@ def test_cross_attention_has_no_value_of_its_own(diffusion_directory, tmp_path):
     [
         ({"generate_window": (3, 3)}, "generate_window: got 3, 3"),
         ({"generate_window": (0, 99)}, "generate_window: got 0, 99"),
+        ({"generate_window": (-1, 3)}, "generate_window: got -1, 3"),
+        ({"generate_window": (1, 3)}, "generate_window: got one without the score generate"),
+        ({"groups": ("=folder",)}, "groups: got '=folder', expected a name and a path"),
+        ({"groups": ("mine=",)}, "groups: got 'mine=', expected a name and a path"),
+        ({"scores": (), "sets": (HeadSet("a", sites=("*",)),)}, "sets: got some without fills or without scores"),
         ({"image_scores": ("psnr",)}, "without the score generate"),
         ({"image_scores": ("fid",), "scores": ("generate",)}, "image_scores: got 'fid'"),
         ({"scores": ("loss", "some module:f")}, "scores: got 'some module:f', expected module:function"),
@@ -130,7 +170,7 @@ def test_cross_attention_has_no_value_of_its_own(diffusion_directory, tmp_path):
 )
 def test_impossible_values_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
-        SweepConfig(groups=("faces",), **fields)
+        SweepConfig(**{"groups": ("faces",), **fields})
 
 
 def test_a_set_needs_a_name_and_heads():

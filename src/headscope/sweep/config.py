@@ -2,7 +2,8 @@
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,10 @@ class SweepConfig:
         if not self.groups and self.prompts is None:
             raise ValueError("groups: got none and no prompts, expected zoo groups, NAME=DIR or a prompts file")
         for group in self.groups:
-            if "=" not in group and group not in GROUPS:
+            name, equals, path = group.partition("=")
+            if equals and not (name and path):
+                raise ValueError(f"groups: got {group!r}, expected a name and a path, NAME=PATH")
+            if not equals and group not in GROUPS:
                 raise ValueError(f"groups: got {group!r}, expected NAME=DIR or one of {', '.join(GROUPS)}")
         _subset("fills", self.fills, FILLS, empty=True)
         _subset("scores", tuple(name for name in self.scores if ":" not in name), SCORES, empty=True)
@@ -191,6 +195,8 @@ class SweepConfig:
 
         self._check_generation()
         self._check_execution()
+        if self.sets and not (self.fills and self.scores):
+            raise ValueError("sets: got some without fills or without scores, expected both")
         names = [chosen.name for chosen in self.sets]
         if len(set(names)) != len(names):
             raise ValueError(f"sets: got the names {', '.join(names)}, expected each once")
@@ -209,6 +215,8 @@ class SweepConfig:
                 raise ValueError(
                     f"generate_window: got {first}, {end}, expected 0 <= first < end <= {self.generate_steps} steps"
                 )
+            if "generate" not in self.scores:
+                raise ValueError("generate_window: got one without the score generate, whose steps it is of")
 
     def _check_execution(self) -> None:
         if self.autocast is not None:
@@ -286,9 +294,16 @@ def _complaint(entry: dict[str, Any], where: str) -> str:
     """One of pydantic's errors in a line: where, the key, what came, what was expected."""
     key = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "unexpected_keyword_argument":
-        return f"{where}: unknown key {key!r}"
+        known = [each.name for each in fields(HeadSet if key.startswith("sets.") else SweepConfig)]
+        close = get_close_matches(key.rpartition(".")[2], known, 1)
+        expected = f"{close[0]!r}, or another of " if close else "one of "
+        return f"{where}: unknown key {key!r}, expected {expected}{', '.join(known)}"
     text = entry["msg"].removeprefix("Value error, ")
-    return f"{where}: {key}: got {entry['input']!r}; {text}" if key and entry["type"] != "value_error" else text
+    if not key or entry["type"] == "value_error":
+        return text
+    # tuples are lists in TOML and JSON
+    expected = text.removeprefix("Input should be ").replace("a valid tuple", "a list")
+    return f"{where}: {key}: got {entry['input']!r}, expected {expected}"
 
 
 def _own(field: str, names: tuple[str, ...]) -> None:

@@ -94,9 +94,7 @@ def load_task(config: SweepConfig, pipeline: Any = None) -> Task:
         return _settled(pipeline)
     if config.model == IN_MEMORY:
         raise ValueError("model: this run's was in memory; call headscope.sweep with that pipeline and the same fields")
-    device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: got {config.device!r}, expected one that torch sees (it sees no CUDA device)")
+    device = _device(config.device)
     dtype = getattr(torch, config.dtype)
     if config.model == "builtin":
         pipeline = load_pipeline()
@@ -109,6 +107,22 @@ def load_task(config: SweepConfig, pipeline: Any = None) -> Task:
         )
     pipeline.to(device)
     return _settled(pipeline)
+
+
+def _device(name: str) -> torch.device:
+    """Raises ValueError where torch has no such device."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: got {name!r}, expected one that torch sees (it sees no CUDA device)")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).fill_(0.0)
+    # torch built without a kind of device asserts that it was
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: got {name!r}, expected one that torch sees ({reason})") from None
+    if device.type == "meta":
+        raise ValueError(f"device: got {name!r}, expected one that computes numbers")
+    return device
 
 
 def _settled(pipeline: Any) -> Task:
@@ -183,7 +197,10 @@ def open_items(config: SweepConfig, task: Task) -> list[GroupItems]:
 
 def _open_group(text: str, config: SweepConfig, size: int) -> GroupItems:
     name, equals, path = text.partition("=")
-    group = open_source(name, path, size=size) if equals else open_group(name)
+    try:
+        group = open_source(name, path, size=size) if equals else open_group(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"groups: got {text!r}: {str(error).removeprefix('groups: ')}") from error
     swept = [index for split in config.splits for index in _spread(group.indices(split), config.items)]
     if not swept:
         raise ValueError(f"groups: {name!r} has no items in the splits {', '.join(config.splits)}")

@@ -146,6 +146,7 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
     heads = _heads(config, sites)
     sets = _sets(config, sites)
     _check_identity(config, heads, sets, sites)
+    _check_steps(config, task, groups)
     swept = {group.name: _item_keys(group.swept) for group in groups}
     reference_keys = {group.name: _item_keys(group.reference) for group in groups}
     identity = _identity(config, task, timesteps, swept, reference_keys)
@@ -195,6 +196,13 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
                     add(generate, group, chunk, len(chunk) * (sampling + rows * in_window), score="generate")
     units.sort(key=lambda unit: KINDS.index(unit.kind))
     return Plan(identity, timesteps, heads, sets, tuple(units))
+
+
+def _check_steps(config: SweepConfig, task: Task, groups: list[GroupItems]) -> None:
+    """Raises ValueError where images are drawn in more steps than the model has."""
+    drawn = "generate" in config.scores or any(_needs_images(group) for group in groups)
+    if drawn and config.generate_steps > len(task.timesteps):
+        raise ValueError(f"generate_steps: got {config.generate_steps}, expected at most {len(task.timesteps)}")
 
 
 def _chunks(count: int, size: int, of_each: int = 1) -> list[range]:

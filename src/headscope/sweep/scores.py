@@ -52,9 +52,12 @@ def imported(field: str, name: str) -> Callable[..., Any]:
     """
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{field}: got {name!r}, expected an importable module:function ({error})") from None
+    if not callable(found):
+        raise ValueError(f"{field}: got {name!r}, which is {type(found).__name__}, expected a function")
+    return found
 
 
 def code_of(names: Sequence[str]) -> dict[str, str]:

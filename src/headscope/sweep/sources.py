@@ -87,7 +87,12 @@ class DatasetGroup(_NamedGroup):
         pa, ipc = require("pyarrow", "diffusers"), require("pyarrow.ipc", "diffusers")
         path = _one_of_dictionary(path)
         self._folder = path
-        files = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
+        try:
+            files = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"groups: {str(path / 'state.json')!r} lists no data files, expected what Dataset.save_to_disk writes"
+            ) from None
         tables = []
         for file in files:
             # mapped, not read: the images of a large dataset stay on disk
