@@ -16,11 +16,12 @@ from torch import Tensor
 from headscope.models import Recording, Scope, Task
 from headscope.models.editing import Fill
 from headscope.models.tasks import NoisyInputs, Prepared
+from headscope.models.tensors import moved
 from headscope.ops import HeadEdit
 from headscope.sweep import plan as kinds
 from headscope.sweep.calls import Diverged
 from headscope.sweep.config import SweepConfig
-from headscope.sweep.edits import head_edits, mean_fill, placed, tensors
+from headscope.sweep.edits import head_edits, mean_fill, tensors
 from headscope.sweep.fitting import Rows
 from headscope.sweep.graphs import Forwards, Graphs
 from headscope.sweep.items import GroupItems, PromptItem
@@ -266,7 +267,7 @@ class UnitRunner:
 
                 def apply(batch: range, fill=fill, pairs=pairs) -> None:
                     chosen = pairs[batch.start : batch.stop]
-                    rows = placed(torch.tensor([item for _, item in chosen]), self.task.device)
+                    rows = moved(torch.tensor([item for _, item in chosen]), self.task.device)
                     which = [index for index, _ in chosen]
                     own, before = some.rows(rows), clean.index_select(0, rows)
                     made = head_edits([edits[index] for index in which], self._loss_scope, self.plan.keys)
@@ -320,7 +321,7 @@ class UnitRunner:
         """
         sites, device = frozenset(edits), self.task.device
         fields = {
-            name: {**{part: placed(tensor, device) for part, tensor in tensors(edit).items()}, "fill": fills[name]}
+            name: {**{part: moved(tensor, device) for part, tensor in tensors(edit).items()}, "fill": fills[name]}
             for name, edit in edits.items()
         }
 
