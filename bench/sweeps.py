@@ -199,7 +199,7 @@ class Loop:
 def joining(denoiser: nn.Module, site: str) -> list[nn.Module]:
     """The projections behind a site's attention, in whose input the heads lie side by side."""
     attention = denoiser.get_submodule(site)
-    found = []
+    found: list[Any] = []
     if getattr(attention, "to_out", None) is not None:
         found.append(attention.to_out[0])
     if getattr(attention, "to_add_out", None) is not None:
