@@ -199,13 +199,13 @@ class Loop:
 def joining(denoiser: nn.Module, site: str) -> list[nn.Module]:
     """The projections behind a site's attention, in whose input the heads lie side by side."""
     attention = denoiser.get_submodule(site)
-    found: list[Any] = []
+    found: list[nn.Module] = []
     if getattr(attention, "to_out", None) is not None:
         found.append(attention.to_out[0])
     if getattr(attention, "to_add_out", None) is not None:
         found.append(attention.to_add_out)
     # Flux's single blocks project attention and MLP together, the attention first
-    return found or [denoiser.get_submodule(site.rpartition(".")[0]).proj_out]
+    return found or [denoiser.get_submodule(f"{site.rpartition('.')[0]}.proj_out")]
 
 
 class Engine:
