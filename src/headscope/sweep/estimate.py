@@ -14,7 +14,6 @@ import torch
 from headscope.sweep import plan as kinds
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.fitting import measured_bytes
-from headscope.sweep.sharing import Prefix
 from headscope.sweep.worker import Execution, Opened
 
 # seconds that the timing of one kind of forward may take
@@ -29,7 +28,7 @@ class Estimate:
         units: kind: (units, forwards).
         rows: how many pass through the denoiser at once.
         weight_bytes: of the denoiser's parameters and buffers.
-        activation_bytes: what a forward of that many rows takes at most.
+        activation_bytes: what a forward of that many rows takes at most, and what clean ones keep for edited ones.
         seconds: in one process.
         shared: how many times faster edited forwards are for taking over what the clean one computed, on average over
             the edited sites; None where nothing is shared, with `reason`.
@@ -56,7 +55,8 @@ def estimate_sweep(config: SweepConfig, execution: Execution | None = None) -> E
         ValueError: the configuration can't be run.
     """
     opened = Opened(config, execution or Execution())
-    rows = opened.execution.rows or opened.fitting_rows()
+    fit = opened.fit()
+    rows = fit.rows
     units: dict[str, tuple[int, int]] = {}
     for unit in opened.plan.units:
         count, forwards = units.get(unit.kind, (0, 0))
@@ -64,7 +64,9 @@ def estimate_sweep(config: SweepConfig, execution: Execution | None = None) -> E
     whole = _seconds(opened, lambda: opened.forward(rows)) / rows
     edited, reason = whole, "the model is compiled" if config.compile else None
     ablated = [edit for kind in (kinds.ABLATE, kinds.ABLATE_SETS) for edit in opened.plan.edits(kind)]
-    if ablated and opened.share and any(kind in units for kind in (kinds.ABLATE, kinds.ABLATE_SETS)):
+    if not fit.clean:
+        reason = "what a clean forward would keep doesn't fit in memory"
+    elif ablated and opened.share and any(kind in units for kind in (kinds.ABLATE, kinds.ABLATE_SETS)):
         edited, reason = _edited_seconds(opened, rows, [edit.sites for edit in ablated], whole)
     seconds = 0.0
     for kind, (_, forwards) in units.items():
@@ -73,16 +75,13 @@ def estimate_sweep(config: SweepConfig, execution: Execution | None = None) -> E
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*denoiser.parameters(), *denoiser.buffers()))
     with torch.inference_mode():
         activations = measured_bytes(opened.task.device, lambda: opened.forward(rows))
+    activations += fit.clean * opened.sharing.kept
     return Estimate(units, rows, weights, activations, seconds, whole / edited if edited != whole else None, reason)
 
 
 def _edited_seconds(opened: Opened, rows: int, edited: list[frozenset[str]], whole: float) -> tuple[float, str | None]:
     """Seconds of a row of an edited forward, on average over the edits; why nothing is shared, if nothing is."""
-
-    def forward(chosen: list[int]) -> Any:
-        return opened.forward(len(chosen))
-
-    prefix = Prefix.learn(opened.task.denoiser, [site.name for site in opened.scope.sites], forward)
+    prefix = opened.prefix
     if not prefix.shares:
         return whole, prefix.reason
     # the first, the last and some between, weighted by how often each is edited

@@ -1,7 +1,8 @@
 """How many rows pass through a denoiser at once, and how they lie in memory."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,74 @@ def prefers_channels_last(denoiser: nn.Module) -> bool:
     return 2 * convolutions > sum(parameter.numel() for parameter in denoiser.parameters())
 
 
-def fitting_rows(device: torch.device, forward: Callable[[int], Any]) -> int:
+@dataclass(frozen=True)
+class Fit:
+    """How much passes through a denoiser at once.
+
+    Attributes:
+        rows: of a forward.
+        clean: of a clean forward whose outputs are kept for edited ones; 0 where not even one's fit in memory.
+    """
+
+    rows: int
+    clean: int
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What edited forwards take over from clean ones, in bytes.
+
+    Attributes:
+        kept: of each row of a clean forward, while its edits run.
+        copied: of those, what each row of an edited forward gets a copy of, at most.
+    """
+
+    kept: int = 0
+    copied: int = 0
+
+
+def fit(device: torch.device, forward: Callable[[int], Any], sharing: Sharing, items: int) -> Fit:
     """How many rows fit in memory beside what is there, from what forwards of one and two rows take.
 
     Args:
         forward: runs the denoiser on so many rows.
+        items: of a unit: more clean rows are never wanted.
     """
     used = [measured_bytes(device, lambda rows=rows: forward(rows)) for rows in (1, 2)]
     if device.type != "cuda":
-        return _rows(used, available_memory(), CPU_ROWS)
+        return fitted(used, sharing, items, available_memory(), CPU_ROWS)
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _rows(used, free, GPU_ROWS)
+    return fitted(used, sharing, items, free, GPU_ROWS)
+
+
+def fitted(used: Sequence[int], sharing: Sharing, items: int, free: int, most: int) -> Fit:
+    """How many rows fit.
+
+    Args:
+        used: bytes that forwards of one and of two rows take.
+        free: bytes of memory.
+        most: as many rows as are of use.
+    """
+    budget = int(USED_SHARE * free)
+    each = max(used[1] - used[0], used[0] // 2, 1)
+    edited = each + sharing.copied
+    if sharing.kept + edited > budget:
+        rows = _even(budget // each, most)
+        return Fit(rows, 0 if sharing.kept else min(items, rows))
+    # what is kept stays while edits run, and leaves at least half of the memory to them, or a row's
+    clean = min(items, most)
+    if sharing.kept:
+        clean = min(clean, max(1, budget // 2 // sharing.kept), (budget - edited) // sharing.kept)
+    rows = _even((budget - clean * sharing.kept) // edited, most)
+    return Fit(rows, min(clean, rows))
+
+
+def _even(rows: int, most: int) -> int:
+    """A multiple of 8 where there are as many: kernels are made for them; at least a row."""
+    if rows >= most:
+        return most
+    return max(1, rows // 8 * 8 if rows >= 8 else rows)
 
 
 def measured_bytes(device: torch.device, call: Callable[[], Any]) -> int:
@@ -48,15 +105,6 @@ def measured_bytes(device: torch.device, call: Callable[[], Any]) -> int:
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def _rows(used: list[int], free: int, most: int) -> int:
-    each = max(used[1] - used[0], used[0] // 2, 1)
-    fitting = int(USED_SHARE * free / each)
-    if fitting >= most:
-        return most
-    # multiples of 8 where there are as many: kernels are made for them
-    return max(1, fitting // 8 * 8 if fitting >= 8 else fitting)
 
 
 class _Bytes(torch.utils._python_dispatch.TorchDispatchMode):
@@ -97,12 +145,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Rows:
     """How many rows go through at once: halved whenever memory runs out.
 
+    Args:
+        most: of a forward.
+        clean: of a clean forward whose outputs are kept; as many as of any other by default.
+
     Attributes:
         release: gives memory back that is held to be used again.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, clean: int | None = None) -> None:
         self.most = most
+        self.clean = most if clean is None else clean
         self.release: Callable[[], None] = lambda: None
 
     def run(self, count: int, compute: Callable[[range], None]) -> None:
@@ -115,17 +168,35 @@ class Rows:
         start = 0
         while start < count:
             piece = range(start, min(start + self.most, count))
-            try:
-                compute(piece)
-            except Exception as error:
-                if not is_out_of_memory(error) or len(piece) == 1:
-                    raise
-                self.most = max(1, len(piece) // 2)
-            else:
+            if self._fits(piece, compute):
                 start = piece.stop
-                continue
-            # outside of the handler: the traceback holds the tensors of the failed piece
-            self.release()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            else:
+                self.most = max(1, len(piece) // 2)
+
+    def run_clean(self, count: int, compute: Callable[[range], None]) -> None:
+        """The same for clean forwards, whose outputs are kept while `compute` runs edited ones through `run`."""
+        start = 0
+        while start < count:
+            most = self.most
+            piece = range(start, min(start + min(self.clean, most), count))
+            if self._fits(piece, compute):
+                start = piece.stop
+            else:
+                # edited rows were halved until one didn't fit: what is kept takes too much, not they
+                self.clean, self.most = max(1, len(piece) // 2), most
+
+    def _fits(self, piece: range, compute: Callable[[range], None]) -> bool:
+        """Compute a piece; False where memory ran out and a smaller one may do."""
+        try:
+            compute(piece)
+        except Exception as error:
+            if not is_out_of_memory(error) or len(piece) == 1:
+                raise
+        else:
+            return True
+        # outside of the handler: the traceback holds the tensors of the failed piece
+        self.release()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return False

@@ -123,7 +123,7 @@ def _run(
             order = WorkOrder(_absolute(config), str(path.resolve()), execution, session)
             if execution.rows is None:
                 # measured here, where nobody else takes memory
-                opened.rows(store)
+                opened.fit(store)
             # the workers have a model each, this process needs none
             del opened
             _free()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from headscope.sweep.calls import SHARED, Call, Diverged, Through, Watch, all_calls, called_through, merged
+from headscope.sweep.calls import SHARED, Call, Diverged, Through, Watch, all_calls, called_through, merged, tensors_of
 
 # how much forwards of different numbers of rows may differ, in any dtype; in a coarse one by one rounding of each call,
 # which add up as their square root
@@ -52,6 +52,12 @@ class Kept:
 
     used: dict[int, list[bool]]
     values: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that the outputs hold, each once."""
+        storages = {leaf.untyped_storage()._cdata: leaf.untyped_storage() for leaf in tensors_of(self.values)}
+        return sum(storage.nbytes() for storage in storages.values())
 
 
 class Prefix:
@@ -159,6 +165,14 @@ class Prefix:
         """
         with self._led(_Replay(self._root, kept, self._skips(edited), rows)):
             yield
+
+    def copied_bytes(self, kept: Kept, edited: frozenset[str]) -> int:
+        """What a replay of as many rows as the clean forward's copies of its outputs."""
+        copied: dict[int, int] = {}
+        for start, used in self._skips(edited).items():
+            read = (tensor for tensor, one in zip(tensors_of(kept.values[start]), used, strict=True) if one)
+            copied |= {id(tensor): tensor.nbytes for tensor in read}
+        return sum(copied.values())
 
     def _skips(self, edited: frozenset[str]) -> dict[int, list[bool]]:
         """The outermost calls that an edit of these sites leaves as they were, by their start: for each tensor that

@@ -23,6 +23,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from headscope._files import write_atomic
+from headscope.sweep.fitting import Fit
 
 MANIFEST, UNITS, EXECUTION = "manifest.json", "units.json", "execution.json"
 FORMAT = 1
@@ -40,6 +42,8 @@ FORMAT = 1
 TABLES = ("observations", "ablations", "generations", "attributions", "set_ablations", "set_generations")
 TENSORS = ("reference", "images")
 FAILURES, CLAIMS = "failures", "claims"
+# in an identity, before the name of a function of the user's own
+CODE = "code of "
 _UNIT, _ROWS = b"headscope.unit", b"headscope.rows"
 
 
@@ -122,14 +126,15 @@ class RunStore:
         with safe_open(self.tensor_path(kind, unit), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
-    def rows_at_once(self, measured: int | None = None) -> int | None:
+    def fit(self, measured: Fit | None = None) -> Fit | None:
         """How many rows go through the model at once, the same for all processes of the run: so that their numbers
         agree to the last bit. The first to measure decides; None where nobody has."""
         file = self.path / EXECUTION
         if measured is not None:
-            _write_first(file, json.dumps({"rows": measured}).encode())
+            _write_first(file, json.dumps(asdict(measured)).encode())
         try:
-            return int(json.loads(file.read_text())["rows"])
+            found = json.loads(file.read_text())
+            return Fit(int(found["rows"]), int(found["clean"]))
         except (FileNotFoundError, ValueError, KeyError):
             return None
 
@@ -228,10 +233,14 @@ def _write_first(path: Path, content: bytes) -> None:
 def _same_identity(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
     different = sorted(name for name in {*stored, *asked} if stored.get(name) != asked.get(name))
     if different:
-        changes = "".join(
-            f"\n  {name}: {_short(stored.get(name))} there, {_short(asked.get(name))} now" for name in different
-        )
+        changes = "".join(f"\n  {name}: {_change(name, stored, asked)}" for name in different)
         raise ValueError(f"out: {str(path)!r} holds a run of another configuration; choose another directory{changes}")
+
+
+def _change(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> str:
+    if name.startswith(CODE) and name in stored and name in asked:
+        return "changed since the run began; put it back to go on with this run"
+    return f"{_short(stored.get(name))} there, {_short(asked.get(name))} now"
 
 
 def _short(value: Any) -> str:

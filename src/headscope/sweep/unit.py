@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headscope.models import Recording, Scope, Task
 from headscope.models.editing import Fill
-from headscope.models.tasks import NoisyInputs
+from headscope.models.tasks import NoisyInputs, Prepared
 from headscope.ops import HeadEdit
 from headscope.sweep import plan as kinds
 from headscope.sweep.calls import Diverged
@@ -42,6 +42,7 @@ class UnitRunner:
             (beyond rounding).
         share: let edited forwards take over what the clean one computed before the edited site.
         graphs: replay teacher-forced forwards from CUDA graphs.
+        prefix: what edited forwards take over, where it was learned before.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class UnitRunner:
         rows: Rows,
         share: bool = True,
         graphs: bool = False,
+        prefix: Prefix | None = None,
     ) -> None:
         self.config = config
         self.task = task
@@ -64,7 +66,7 @@ class UnitRunner:
         self.groups = {group.name: group for group in groups}
         self._references: dict[tuple[str, str], Recording] = {}
         self._drawn: dict[str, dict[str, Tensor]] = {}
-        self._prefix: Prefix | None = None
+        self._prefix = prefix
         self._forwards = Graphs(task.denoiser) if graphs else Forwards()
         rows.release = self._forwards.release
         self._image_scores = image_scores(config.image_scores)
@@ -237,7 +239,7 @@ class UnitRunner:
         items = self.items(unit)
         assert unit.timestep is not None
         timestep: int = unit.timestep
-        inputs = self.task.noisy_inputs(self.task.prepare(items), timestep, self.config.seed)
+        inputs = self.task.noisy_inputs(self._prepared(items), timestep, self.config.seed)
         edits = self.plan.edits(unit.kind)
         grid = Grid(edits, self.config.fills, len(items))
         x0 = self.task.x0_factor(timestep) if "x0" in self.config.scores else None
@@ -266,7 +268,7 @@ class UnitRunner:
                     chosen = pairs[batch.start : batch.stop]
                     rows = placed(torch.tensor([item for _, item in chosen]), self.task.device)
                     which = [index for index, _ in chosen]
-                    own, before = some.rows(rows), clean[rows]
+                    own, before = some.rows(rows), clean.index_select(0, rows)
                     made = head_edits([edits[index] for index in which], self._loss_scope, self.plan.keys)
                     edited = self._edited_prediction(own, made, fills[fill], prefix, kept, rows)
                     places = which, fill, [piece.start + item for _, item in chosen]
@@ -283,10 +285,23 @@ class UnitRunner:
                 self.rows.run(len(pairs), apply)
 
         with prefix.attached() if prefix else nullcontext(), _open(self._loss_scope):
-            self.rows.run(len(items), ablate)
+            self.rows.run_clean(len(items), ablate)
         constants = {"timestep": pa.scalar(timestep, pa.int32())}
         table = grid.table(items, self.config.seed, unit.kind == kinds.ABLATE, **constants)
         self.store.write_table(unit.kind, unit.id, table)
+
+    def _prepared(self, items: Sequence[Any]) -> Prepared:
+        """Items encoded, as many at once as fit."""
+        pieces: dict[int, Prepared] = {}
+
+        def prepare(piece: range) -> None:
+            pieces[piece.start] = self.task.prepare([items[index] for index in piece])
+
+        self.rows.run_clean(len(items), prepare)
+        found = [pieces[start] for start in sorted(pieces)]
+        conditioning = {name: torch.cat([one.conditioning[name] for one in found]) for name in found[0].conditioning}
+        keys = tuple(key for one in found for key in one.keys)
+        return Prepared(keys, torch.cat([one.clean for one in found]), conditioning)
 
     def _edited_prediction(
         self,
@@ -334,13 +349,7 @@ class UnitRunner:
         if not self.share:
             return None
         if self._prefix is None:
-            example = _two_rows(inputs)
-
-            def forward(rows: list[int]) -> Tensor:
-                return self.task.predict(example.rows(torch.tensor(rows, device=self.task.device)))
-
-            sites = [site.name for site in self._loss_scope.sites]
-            self._prefix = Prefix.learn(self.task.denoiser, sites, forward)
+            self._prefix = learned_prefix(self.task, self._loss_scope, inputs)
         return self._prefix if self._prefix.shares else None
 
     def _generate(self, unit: Unit, advance: Advance) -> None:
@@ -422,6 +431,16 @@ class UnitRunner:
             return scope.edit(made, fill=taken, steps=steps)
 
         return enter
+
+
+def learned_prefix(task: Task, scope: Scope, inputs: NoisyInputs) -> Prefix:
+    """What edited forwards can take over from clean ones, from some forwards of these inputs."""
+    example = _two_rows(inputs)
+
+    def forward(rows: list[int]) -> Tensor:
+        return task.predict(example.rows(torch.tensor(rows, device=task.device)))
+
+    return Prefix.learn(task.denoiser, [site.name for site in scope.sites], forward)
 
 
 def _open(scope: Scope) -> AbstractContextManager[Any]:

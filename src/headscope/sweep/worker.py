@@ -7,6 +7,7 @@ import errno
 import time
 import traceback
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,17 +16,19 @@ import torch
 
 from headscope._machine import device_name, versions
 from headscope.models import Scope, Task
+from headscope.models.tasks import NoisyInputs
 from headscope.sweep.behind import ReadAhead, WriteBehind
 from headscope.sweep.claims import Claims
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.edits import check_keys
-from headscope.sweep.fitting import Rows, fitting_rows, prefers_channels_last
+from headscope.sweep.fitting import Fit, Rows, Sharing, fit, prefers_channels_last
 from headscope.sweep.items import GroupItems, PromptItem, load_task, open_items
-from headscope.sweep.plan import Plan, Unit, make_plan
+from headscope.sweep.plan import ABLATE, ABLATE_SETS, Plan, Unit, make_plan
 from headscope.sweep.revision import git_revision
 from headscope.sweep.scores import image_scores, own_scores
+from headscope.sweep.sharing import Prefix
 from headscope.sweep.store import RunStore
-from headscope.sweep.unit import UnitRunner
+from headscope.sweep.unit import UnitRunner, learned_prefix
 
 # a unit that went wrong so often is left
 TRIES = 3
@@ -162,28 +165,67 @@ class Opened:
             "forwards": sum(unit.forwards for unit in self.plan.units),
         }
 
+    @cached_property
+    def _example(self) -> NoisyInputs:
+        """The first items' inputs."""
+        chosen: list[Any] = list(self.groups[0].swept[:2])
+        edge = self.task.image_size
+        gray = np.full((edge, edge, 3), 127, np.uint8)
+        chosen = [replace(item, image=gray) if isinstance(item, PromptItem) else item for item in chosen]
+        return self.task.noisy_inputs(self.task.prepare(chosen), self.plan.timesteps[0], self.config.seed)
+
     def forward(self, rows: int) -> torch.Tensor:
         """An unedited forward of so many rows of the first item, for measuring."""
-        item: Any = self.groups[0].swept[0]
-        if isinstance(item, PromptItem):
-            edge = self.task.image_size
-            item = replace(item, image=np.full((edge, edge, 3), 127, np.uint8))
-        inputs = self.task.noisy_inputs(self.task.prepare([item]), self.plan.timesteps[0], self.config.seed)
-        return self.task.predict(inputs.rows(torch.zeros(rows, dtype=torch.long, device=self.task.device)))
+        index = torch.zeros(rows, dtype=torch.long, device=self.task.device)
+        return self.task.predict(self._example.rows(index))
 
-    def rows(self, store: RunStore) -> int:
-        """How many rows go through at once in this run."""
-        if self.execution.rows is not None:
-            return self.execution.rows
-        return store.rows_at_once() or store.rows_at_once(self.fitting_rows()) or 1
-
-    def fitting_rows(self) -> int:
+    @cached_property
+    def prefix(self) -> Prefix:
+        """What edited forwards can take over from clean ones."""
         with torch.inference_mode():
-            return fitting_rows(self.task.device, self.forward)
+            example = self._example
+        return learned_prefix(self.task, self.scope, example)
+
+    def fit(self, store: RunStore | None = None) -> Fit:
+        """How many rows go through at once, as it was chosen, or measured by whoever measured first in this run."""
+        if self.execution.rows is not None:
+            return Fit(self.execution.rows, self.execution.rows)
+        if store is None:
+            return self._measured_fit()
+        return store.fit() or store.fit(self._measured_fit()) or Fit(1, 1)
+
+    def _measured_fit(self) -> Fit:
+        with torch.inference_mode():
+            self._example  # noqa: B018 (encoding it takes memory of its own, which forwards don't)
+            return fit(self.task.device, self.forward, self.sharing, max(self._ablated_items, default=1))
+
+    @property
+    def _ablated_items(self) -> list[int]:
+        """How many items each unit has whose edited forwards may take over work of clean ones."""
+        return [len(unit.items) for unit in self.plan.units if unit.kind in (ABLATE, ABLATE_SETS)]
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """The memory of what edited forwards take over: of the kind of unit that needs most."""
+        if not self.share or not self._ablated_items or not self.prefix.shares:
+            return Sharing()
+        found = []
+        for kind in {unit.kind for unit in self.plan.units} & {ABLATE, ABLATE_SETS}:
+            edited = frozenset(edit.sites for edit in self.plan.edits(kind))
+            with torch.inference_mode(), self.prefix.clean(edited) as kept:
+                self.forward(1)
+            copied = max(self.prefix.copied_bytes(kept, sites) for sites in edited)
+            found.append(Sharing(kept.nbytes, copied))
+        return Sharing(max(each.kept for each in found), max(each.copied for each in found))
 
     def runner(self, store: RunStore) -> UnitRunner:
-        rows = Rows(self.rows(store))
-        return UnitRunner(self.config, self.task, self.groups, self.plan, store, rows, self.share, self.config.graphs)
+        fit = self.fit(store)
+        rows, share = Rows(fit.rows, fit.clean or fit.rows), self.share and fit.clean > 0
+        # learnt already where it was measured here
+        prefix = self.__dict__.get("prefix")
+        return UnitRunner(
+            self.config, self.task, self.groups, self.plan, store, rows, share, self.config.graphs, prefix
+        )
 
 
 def work(runner: UnitRunner, session: str, report: Report) -> None:
