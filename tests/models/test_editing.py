@@ -159,6 +159,43 @@ def test_resampling_from_other_samples(unet, sample):
         run(unet, sample)
 
 
+def test_a_mean_is_of_all_that_was_recorded_by_then(unet, sample):
+    """Nothing older is kept where edits took it to."""
+    scope = Scope(unet)
+    site = scope.sites[0]
+
+    def filled(fill):
+        with scope.edit({site.name: [3]}, fill=fill):
+            return run(unet, sample, 400)
+
+    with scope.record("head_output", sites=[site.name]) as recording:
+        run(unet, sample, 400)
+    before = recording.mean("head_output", site.name, 0, 400)
+    assert torch.equal(filled(recording), filled(before))
+    with scope.record("head_output", sites=[site.name], into=recording):
+        run(unet, 2 * sample, 400)
+    after = recording.mean("head_output", site.name, 0, 400)
+    assert largest(after, before) > 1e-3
+    assert torch.equal(filled(recording), filled(after))
+
+
+def test_a_mean_used_in_inference_mode_serves_a_backward_later(unet, sample):
+    scope = Scope(unet)
+    site = scope.sites[0]
+    with scope.record("head_output", sites=[site.name]) as recording:
+        run(unet, sample)
+    with torch.inference_mode(), scope.edit({site.name: [3]}, fill=recording):
+        expected = run(unet, sample)
+    gate = torch.ones(1, site.heads)
+    gate[:, 3] = 0
+    gate.requires_grad_()
+    with scope.edit({site.name: HeadEdit(gate, recording)}):
+        found = unet(sample, 7).sample
+    assert largest(found.detach(), expected) <= 1e-5
+    (gradient,) = torch.autograd.grad(found.sum(), gate)
+    assert float(gradient.abs().max()) > 0
+
+
 def run_unedited(scope, unet, sample):
     with scope.record("entropy"):
         return run(unet, sample)

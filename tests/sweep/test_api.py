@@ -66,6 +66,18 @@ def test_a_pipeline_in_memory_gives_the_rows_of_its_directory(ddpm_directory, tm
         headscope.sweep(tmp_path / "memory", model=pipeline, progress=False, **ASKED)
 
 
+def test_a_pipeline_that_has_run_is_the_same(tmp_path):
+    """Text encoders that hand out their layers' outputs keep hooks of their own from then on."""
+    pipeline = tiny.stable_diffusion_3()
+    layer = pipeline.text_encoder.text_model.encoder.layers[0]
+    assert not layer._forward_hooks
+    heads = [("transformer_blocks.0.attn", 1)]
+    first = headscope.sweep(tmp_path / "first", model=pipeline, progress=False, heads=heads, **ASKED)
+    assert layer._forward_hooks
+    second = headscope.sweep(tmp_path / "second", model=pipeline, progress=False, heads=heads, **ASKED)
+    assert_frame_equal(ordered(first, "ablations"), ordered(second, "ablations"), check_exact=True)
+
+
 def test_the_same_weights_in_another_model_are_another_run(tmp_path):
     """As many weights, cut into other heads: nothing in the tensors tells."""
     pipeline = tiny.ddpm(size=32)

@@ -16,7 +16,7 @@ from headscope.sweep import Run, SweepConfig, Workers, run_sweep
 from headscope.sweep.store import CLAIMS
 from sweep.faults import assert_same, claimants, script
 
-pytest.importorskip("ray")
+cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
@@ -44,15 +44,13 @@ def whole(asked, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    from ray.cluster_utils import Cluster
-
     head = {"num_cpus": 1, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
     with pytest.MonkeyPatch.context() as environment:
         # workers import what this process does
         environment.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         # a process that has started a Ray of its own would want a token of the cluster, which has none
         environment.setenv("RAY_AUTH_MODE", "disabled")
-        nodes = Cluster(initialize_head=True, head_node_args=head)
+        nodes = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(2):
                 add_node(nodes)

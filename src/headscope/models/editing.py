@@ -11,7 +11,7 @@ from headscope.models.forwards import Forward
 from headscope.models.layout import Layout
 from headscope.models.recording import HEAD_OUTPUT, Recording, Resampled
 from headscope.models.sites import Site
-from headscope.models.tensors import Key
+from headscope.models.tensors import Key, moved
 from headscope.ops import HeadEdit
 
 if TYPE_CHECKING:
@@ -210,21 +210,21 @@ class ActiveEdit:
 
     def _on(self, device: torch.device, tensor: Tensor, keep: bool) -> Tensor:
         if tensor.device == device or not keep:
-            return tensor.to(device)
+            return moved(tensor, device)
         if (id(tensor), device) not in self._moved:
             # with the tensor itself, so that its id stays its own
-            self._moved[id(tensor), device] = (tensor, tensor.to(device))
+            self._moved[id(tensor), device] = (tensor, moved(tensor, device))
         return self._moved[id(tensor), device][1]
 
     def _patch(self, patch: Patch, name: str, call: int, rows: "_RowMap") -> Change:
         heads = torch.zeros(1, self._sites[name].heads, dtype=torch.bool)
         heads[:, list(range(heads.shape[1]) if patch.heads is None else patch.heads)] = True
-        heads = heads.to(rows.device)
+        heads = moved(heads, rows.device)
         patches = []
         for quantity in ("q", "k", "v"):
             source = getattr(patch, quantity)
             if isinstance(source, Tensor):
-                source = source.to(rows.device)[(None,) * (4 - source.ndim)]
+                source = moved(source, rows.device)[(None,) * (4 - source.ndim)]
                 patches.append((quantity, heads, rows.spread(source)))
             elif source is not None:
                 patches.append((quantity, heads, rows.source(source, quantity, name, call)))
@@ -279,20 +279,21 @@ class _RowMap:
         for branch in forward.branches:
             key = Key(quantity, site, call, forward.single_timestep, branch)
             if chosen is None and recording.reduce == "mean":
-                found = recording.tensors.mean(key)[None].expand(forward.samples, -1, -1, -1, -1)
-            else:
-                found = recording.tensors.samples(key)
-                picked = tuple(range(forward.samples)) if chosen is None else chosen
-                picked = picked * forward.samples if len(picked) == 1 else picked
-                if len(picked) != forward.samples or max(picked, default=0) >= found.shape[0]:
-                    raise ValueError(
-                        f"recording: {list(picked)} of its {found.shape[0]} samples were asked for by a batch of"
-                        f" {forward.samples}, expected one recorded sample per sample"
-                    )
-                found = found[list(picked)]
-            pieces.append(found.to(self.device, self._dtype))
-        whole = torch.cat(pieces)[layout.first_sample : layout.first_sample + layout.samples]
-        return whole.flatten(0, 1)
+                found = recording.tensors.placed_mean(key, self.device, self._dtype)[None]
+                pieces.append(found.expand(forward.samples, -1, -1, -1, -1))
+                continue
+            found = recording.tensors.samples(key)
+            picked = tuple(range(forward.samples)) if chosen is None else chosen
+            picked = picked * forward.samples if len(picked) == 1 else picked
+            if len(picked) != forward.samples or max(picked, default=0) >= found.shape[0]:
+                raise ValueError(
+                    f"recording: {list(picked)} of its {found.shape[0]} samples were asked for by a batch of"
+                    f" {forward.samples}, expected one recorded sample per sample"
+                )
+            pieces.append(found[list(picked)].to(self.device, self._dtype))
+        # of a single branch, rows of a mean stay one row in memory
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return whole[layout.first_sample : layout.first_sample + layout.samples].flatten(0, 1)
 
     def row(self, change: Change, row: int) -> Change:
         """The change in one row of the batch, nothing in the others."""
@@ -307,7 +308,8 @@ class _RowMap:
 
     def _where(self, change: Change, samples: Tensor) -> Change:
         """samples: bool [batch]."""
-        inside = self.spread(samples.to(self.device)) if samples.numel() > 1 else samples.to(self.device)
+        samples = moved(samples, self.device)
+        inside = self.spread(samples) if samples.numel() > 1 else samples
         kept: dict[str, Any] = {"fill": change.edit.fill}
         for name in ("gate", *_FACTORS):
             tensor = getattr(change.edit, name)

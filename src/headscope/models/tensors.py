@@ -14,6 +14,17 @@ QUANTITIES = ("head_output", "q", "k", "v")
 Reduce = Literal["mean"] | None
 # forwards whose timesteps are read back from a GPU together
 _FORWARDS_AT_ONCE = 16
+# means that stay where edits took them to, up to so many bytes
+_PLACED_BYTES = 256 * 2**20
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor there; the host doesn't wait for a copy that it starts.
+
+    Such a copy has left the host's memory, or its staging buffer has, when the call returns; one that ends in the
+    host's memory may not have arrived, and MPS reads the host's memory later.
+    """
+    return tensor.to(device, dtype, non_blocking=tensor.device.type == "cpu" and device.type != "mps")
 
 
 class Key(NamedTuple):
@@ -54,6 +65,7 @@ class HeadTensors:
         self._pending: list[_Pending] = []
         self._kept: dict[Key, list[Tensor]] = defaultdict(list)
         self._counts: dict[Key, int] = defaultdict(int)
+        self._placed: dict[tuple[Key, torch.device, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
         self._settle()
@@ -112,6 +124,7 @@ class HeadTensors:
             timesteps[id(forward)] = flat[position : position + length]
             position += length
         pending, self._pending = self._pending, []
+        self._placed.clear()
         for entry in pending:
             known = timesteps[id(entry.forward)]
             own = known if len(known) == 1 else known[entry.first_sample : entry.first_sample + entry.count]
@@ -131,6 +144,19 @@ class HeadTensors:
         self._require(key)
         total = torch.cat(self._kept[key]).sum(0, dtype=None if self.reduce == "mean" else torch.float32)
         return (total / self._counts[key]).float()
+
+    def placed_mean(self, key: Key, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """`mean` on that device and in that dtype, worked out and moved once for the forwards that ask for it."""
+        self._settle()
+        found = self._placed.get((key, device, dtype))
+        if found is None:
+            # ordinary tensors, which a later forward may save for its backward
+            with torch.inference_mode(False), torch.no_grad():
+                found = moved(self.mean(key), device, dtype)
+            if sum(tensor.nbytes for tensor in self._placed.values()) + found.nbytes > _PLACED_BYTES:
+                self._placed.clear()
+            self._placed[key, device, dtype] = found
+        return found
 
     def samples(self, key: Key) -> Tensor:
         """Every sample's own, in the order they were recorded, [samples, rows per sample, heads, tokens, dim]."""
@@ -157,4 +183,5 @@ class HeadTensors:
     def put(self, key: Key, tensor: Tensor) -> None:
         """The inverse of `stored`."""
         self._kept[key] = [tensor]
+        self._placed.clear()
         self._counts[key] = 1 if self.reduce == "mean" else tensor.shape[0]

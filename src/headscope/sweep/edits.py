@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from headscope.models import Recording, Scope
+from headscope.models.recording import HEAD_OUTPUT
+from headscope.models.tensors import Key
 from headscope.ops import HeadEdit
 from headscope.sweep.plan import Edit
 
@@ -61,11 +63,6 @@ def tensors(edit: HeadEdit) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
 
 
-def placed(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for what it is at."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def mean_fill(recording: Recording, site: str, timestep: float, device: torch.device) -> Recording | Tensor:
     """A recording's mean head output at a site, [1, heads, tokens, dim] on the device; the recording itself where the
     site attends several times in a forward, or several rows belong to a sample.
@@ -73,9 +70,10 @@ def mean_fill(recording: Recording, site: str, timestep: float, device: torch.de
     Args:
         timestep: as the denoiser is told it.
     """
-    calls = {key.call for key in recording.tensors.kept() if key.site == site}
-    mean = recording.mean_head_output(site, 0, timestep, None)
-    return placed(mean[None], device) if calls == {0} and mean.ndim == 3 else recording
+    if {key.call for key in recording.tensors.kept() if key.site == site} != {0}:
+        return recording
+    mean = recording.tensors.placed_mean(Key(HEAD_OUTPUT, site, 0, timestep, None), device, torch.float32)
+    return mean if len(mean) == 1 else recording
 
 
 def check_keys(edits: Sequence[Edit], keys: Mapping[str, int]) -> None:

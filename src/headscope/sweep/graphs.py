@@ -35,7 +35,13 @@ Inside = Callable[[Any], AbstractContextManager[Any]]
 
 
 class Forwards:
-    """Forwards computed as they come."""
+    """Forwards computed as they come.
+
+    Attributes:
+        reason: why that is so though graphs were asked for; None otherwise.
+    """
+
+    reason: str | None = None
 
     def run(
         self, key: Hashable, timestep: int, given: Any, inside: Inside, call: Callable[[], Tensor]
@@ -88,9 +94,6 @@ class Graphs(Forwards):
     Args:
         denoiser: on a CUDA device.
         capture: another way to capture than CUDA's.
-
-    Attributes:
-        reason: why forwards are no longer replayed; None while they are.
     """
 
     def __init__(self, denoiser: nn.Module, capture: Capture | None = None) -> None:
@@ -100,7 +103,6 @@ class Graphs(Forwards):
         self._graphs: dict[Hashable, _Graph] = {}
         # by place, shape and layout: graphs are replayed one after the other, so they can have their inputs in common
         self._buffers: dict[Hashable, Tensor] = {}
-        self.reason: str | None = None
 
     def run(
         self, key: Hashable, timestep: int, given: Any, inside: Inside, call: Callable[[], Tensor]

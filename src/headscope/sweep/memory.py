@@ -16,6 +16,7 @@ from headscope.models.sites import find_denoiser
 # what PEFT decides by at run time and keeps out of the weights
 _ADAPTER = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CAPTURING = "transformers.utils.output_capturing"
 
 
 def modules_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -42,11 +43,17 @@ def check_pipeline(pipeline: Any) -> None:
             where = f"{part}.{name}" if name else part
             if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
                 raise ValueError(f"model: {where} is compiled; pass the model as it was, with compile=True if need be")
-            if "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in _HOOKS):
+            if "forward" in vars(module) or _has_hooks(module):
                 raise ValueError(
                     f"model: {where} has hooks or a forward of its own, and a run could not be told from one without"
                     " them; remove them (of accelerate: pipeline.remove_all_hooks())"
                 )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether it has any but those with which text encoders, once they have run, hand out their layers' outputs."""
+    hooks = [hook for kind in _HOOKS for hook in (getattr(module, kind, None) or {}).values()]
+    return any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks)
 
 
 def structure(pipeline: Any) -> str:

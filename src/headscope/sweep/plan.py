@@ -14,6 +14,8 @@ from headscope.models import Site, Task
 from headscope.sweep.config import IN_MEMORY, SweepConfig
 from headscope.sweep.items import GroupItems, PromptItem, choose_timesteps, model_fingerprint
 from headscope.sweep.memory import structure
+from headscope.sweep.scores import code_of
+from headscope.sweep.store import CODE
 
 # items of a unit: some seconds of work on a laptop, so that little is lost when a run is killed
 ITEMS_PER_UNIT = 4
@@ -294,6 +296,7 @@ def _identity(
         "device_type": task.device.type,
         "timesteps": list(timesteps),
         "groups": [[name, _sha(swept[name]), _sha(reference[name])] for name in swept],
+        **{CODE + name: digest for name, digest in code_of((*config.scores, *config.image_scores)).items()},
     }
     if config.model == IN_MEMORY:
         identity["structure"] = structure(task.pipeline)

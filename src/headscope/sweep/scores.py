@@ -1,6 +1,8 @@
 """What is measured of an edited prediction or image."""
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ ImageScore = Callable[[np.ndarray, np.ndarray], Any]
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """The mean squared difference over a row's elements, float64 [rows], on their device."""
     # in place: fresh memory costs more than the arithmetic
-    return prediction.double().sub_(target).square_().flatten(1).mean(1)
+    return prediction.to(torch.float64, copy=True).sub_(target).square_().flatten(1).mean(1)
 
 
 def image_distance(edited: np.ndarray, clean: np.ndarray) -> np.ndarray:
@@ -56,6 +58,36 @@ def imported(field: str, name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{field}: got {name!r}, which is {type(found).__name__}, expected a function")
     return found
+
+
+def code_of(names: Sequence[str]) -> dict[str, str]:
+    """Of every "module:function" among the names, a digest of its code: that of its module and, where that one has it
+    from elsewhere, of the module that defines it. Code that those modules import isn't in it.
+
+    Functions without Python source (compiled ones, builtins) have none, and are left out.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    found = {}
+    for name in names:
+        if ":" not in name:
+            continue
+        function = imported("scores", name)
+        sources = [_source(importlib.import_module(name.partition(":")[0])), _source(inspect.getmodule(function))]
+        # written into a notebook, where there is no module's source
+        sources = [source for source in sources if source is not None] or [_source(function)]
+        if sources != [None]:
+            found[name] = hashlib.sha256("\0".join(map(str, dict.fromkeys(sources))).encode()).hexdigest()
+    return found
+
+
+def _source(code: Any) -> str | None:
+    """The source of a module or function, None where there isn't any."""
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return None
 
 
 def _torchmetrics(name: str, clean: np.ndarray, edited: np.ndarray) -> np.ndarray:

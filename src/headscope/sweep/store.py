@@ -42,6 +42,8 @@ FORMAT = 1
 TABLES = ("observations", "ablations", "generations", "attributions", "set_ablations", "set_generations")
 TENSORS = ("reference", "images")
 FAILURES, CLAIMS = "failures", "claims"
+# in an identity, before the name of a function of the user's own
+CODE = "code of "
 _UNIT, _ROWS = b"headscope.unit", b"headscope.rows"
 
 
@@ -231,10 +233,14 @@ def _write_first(path: Path, content: bytes) -> None:
 def _same_identity(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
     different = sorted(name for name in {*stored, *asked} if stored.get(name) != asked.get(name))
     if different:
-        changes = "".join(
-            f"\n  {name}: {_short(stored.get(name))} there, {_short(asked.get(name))} now" for name in different
-        )
+        changes = "".join(f"\n  {name}: {_change(name, stored, asked)}" for name in different)
         raise ValueError(f"out: {str(path)!r} holds a run of another configuration; choose another directory{changes}")
+
+
+def _change(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> str:
+    if name.startswith(CODE) and name in stored and name in asked:
+        return "changed since the run began; put it back to go on with this run"
+    return f"{_short(stored.get(name))} there, {_short(asked.get(name))} now"
 
 
 def _short(value: Any) -> str:

@@ -16,11 +16,12 @@ from torch import Tensor
 from headscope.models import Recording, Scope, Task
 from headscope.models.editing import Fill
 from headscope.models.tasks import NoisyInputs, Prepared
+from headscope.models.tensors import moved
 from headscope.ops import HeadEdit
 from headscope.sweep import plan as kinds
 from headscope.sweep.calls import Diverged
 from headscope.sweep.config import SweepConfig
-from headscope.sweep.edits import head_edits, mean_fill, placed, tensors
+from headscope.sweep.edits import head_edits, mean_fill, tensors
 from headscope.sweep.fitting import Rows
 from headscope.sweep.graphs import Forwards, Graphs
 from headscope.sweep.items import GroupItems, PromptItem
@@ -80,6 +81,11 @@ class UnitRunner:
     @cached_property
     def _pipeline_scope(self) -> Scope:
         return Scope(self.task.pipeline if hasattr(self.task.pipeline, "text_encoder") else self.task.denoiser)
+
+    @property
+    def not_replayed(self) -> str | None:
+        """Why forwards aren't replayed from CUDA graphs though they should be; None where all is well."""
+        return self._forwards.reason
 
     def done(self, unit: Unit) -> bool:
         return self.store.has(unit.kind, unit.id)
@@ -261,7 +267,7 @@ class UnitRunner:
 
                 def apply(batch: range, fill=fill, pairs=pairs) -> None:
                     chosen = pairs[batch.start : batch.stop]
-                    rows = placed(torch.tensor([item for _, item in chosen]), self.task.device)
+                    rows = moved(torch.tensor([item for _, item in chosen]), self.task.device)
                     which = [index for index, _ in chosen]
                     own, before = some.rows(rows), clean.index_select(0, rows)
                     made = head_edits([edits[index] for index in which], self._loss_scope, self.plan.keys)
@@ -315,7 +321,7 @@ class UnitRunner:
         """
         sites, device = frozenset(edits), self.task.device
         fields = {
-            name: {**{part: placed(tensor, device) for part, tensor in tensors(edit).items()}, "fill": fills[name]}
+            name: {**{part: moved(tensor, device) for part, tensor in tensors(edit).items()}, "fill": fills[name]}
             for name, edit in edits.items()
         }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +13,22 @@ from headscope._extras import require
 from headscope.sweep.executors.member import Watch, take_part
 from headscope.sweep.worker import WorkOrder
 
-LOOK_EVERY = 5.0
+LOOK_EVERY = 2.0
+# how long jobs may take to end once one of them has found that nothing is left
+GRACE = 10.0
+# a job's time limit, in minutes, and how often one that reaches it goes back to the queue and on
+TIME_LIMIT = 240
+RENEWALS = 1000
+FINISHED, STOPPED = "finished", "stopped"
 
 
 def run_slurm(
     order: WorkOrder, workers: int, watch: Watch, *, cluster: str = "slurm", parameters: dict[str, Any] | None = None
 ) -> None:
-    """Work on a run with an array of so many jobs, and wait until they have ended. What a job that was preempted or
-    died leaves, the others do.
+    """Work on a run with an array of so many jobs, until one of them has found that nothing is left, or all have ended.
+
+    What a job that was cancelled or died leaves, the others do. One that reaches its time limit, or is preempted, goes
+    back to the queue. Jobs that still wait there when all is done are cancelled, and all of them when this is stopped.
 
     Args:
         cluster: as submitit names it: "slurm", or "local" for processes of this machine.
@@ -28,25 +39,85 @@ def run_slurm(
         RuntimeError: every job failed.
     """
     submitit = require("submitit", "slurm")
-    executor = submitit.AutoExecutor(folder=Path(order.out) / "jobs", cluster=cluster)
-    given = {"name": "headscope", **(parameters or {})}
+    remote = cluster == "slurm"
+    folder = Path(order.out) / "jobs"
+    executor = submitit.AutoExecutor(folder, cluster, **({"slurm_max_num_timeout": RENEWALS} if remote else {}))
+    given = {"name": "headscope", "timeout_min": TIME_LIMIT, **(parameters or {})}
     if order.config.device.startswith("cuda"):
         given.setdefault("gpus_per_node", 1)
     if order.execution.threads:
         given.setdefault("cpus_per_task", order.execution.threads)
-    if cluster == "slurm":
+    if remote:
         given.setdefault("slurm_array_parallelism", workers)
     executor.update_parameters(**given)
-    jobs = executor.map_array(take_part, [order] * workers)
+    jobs = executor.map_array(_Job(), [order] * workers)
     try:
-        while not all(job.done() for job in jobs):
-            time.sleep(LOOK_EVERY if cluster == "slurm" else 0.2)
+        done = False
+        while not done:
+            time.sleep(LOOK_EVERY if remote else 0.2)
             watch.look()
-    except BaseException:
+            done = any(map(_finished, jobs)) or all(job.done() for job in jobs)
+        until = time.monotonic() + GRACE
+        while any(map(_finished, jobs)) and not all(map(_has_result, jobs)) and time.monotonic() < until:
+            time.sleep(0.2)
+    finally:
         for job in jobs:
-            job.cancel()
-        raise
-    watch.look()
-    errors = [error for error in (job.exception() for job in jobs) if error is not None]
-    if len(errors) == len(jobs):
+            if not job.done():
+                job.cancel(check=False)
+    errors = [job.exception() for job in jobs if _has_result(job)]
+    if errors and all(error is not None for error in errors):
         raise RuntimeError(f"workers: every job failed, the first of them with:\n{errors[0]}")
+
+
+def _has_result(job: Any) -> bool:
+    """Whether a job has said how it ended; one that was killed or never began doesn't."""
+    return job.paths.result_pickle.exists()
+
+
+def _finished(job: Any) -> bool:
+    """Whether a job has found that nothing is left to do."""
+    return _has_result(job) and job.exception() is None and job.result() == FINISHED
+
+
+class _Job:
+    """What a job of the array does. When Slurm asks it to end, it puts its work away first."""
+
+    def __call__(self, order: WorkOrder) -> str:
+        import torch
+        from submitit.core.job_environment import JobEnvironment
+
+        # not every cluster binds a job to its CPUs, and torch would use all that it sees
+        if order.execution.threads is None and "SLURM_CPUS_ON_NODE" in os.environ:
+            torch.set_num_threads(int(os.environ["SLURM_CPUS_ON_NODE"]))
+        # sent some time before a job's limit, and to one that is preempted; submitit has set a handler, which sends
+        # the job back to the queue
+        warning = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
+        signal.signal(warning, _then_stop(signal.getsignal(warning)))
+        # sent by scancel, and some time before a kill
+        signal.signal(signal.SIGTERM, _then_stop(None))
+        try:
+            take_part(order)
+        except KeyboardInterrupt:
+            return STOPPED
+        return FINISHED
+
+    def checkpoint(self, order: WorkOrder) -> Any:
+        """What the job does when it comes back from the queue: submitit asks."""
+        return require("submitit", "slurm").helpers.DelayedSubmission(self, order)
+
+
+def _then_stop(handler: Any) -> Callable[[int, Any], None]:
+    """A signal handler that does what another does and ends the work as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> None:
+        # nothing may disturb the end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            if callable(handler):
+                handler(number, frame)
+        except Exception as error:
+            # it must not be taken for a unit's own
+            raise KeyboardInterrupt from error
+        raise KeyboardInterrupt
+
+    return stop

@@ -1,0 +1,92 @@
+"""A run belongs to the code of the user's own scores."""
+
+import importlib
+import sys
+
+import pytest
+
+import headscope
+from headscope.sweep.scores import code_of
+
+SCORE = """
+def largest(edited, clean, target, inputs):
+    return {scale} * (edited - clean).abs().flatten(1).amax(1)
+"""
+IMAGE_SCORE = """
+def brighter(clean, edited):
+    return {scale} * (edited.astype(float) - clean).mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a module of the user's, and let Python forget the one of that name that it has imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    written = set()
+
+    def write(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source)
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        written.add(name)
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("field", ["scores", "image_scores"])
+def test_changed_code_is_another_run(ddpm_directory, tmp_path, write, field):
+    source, function = {"scores": (SCORE, "largest"), "image_scores": (IMAGE_SCORE, "brighter")}[field]
+    scores = {"scores": ["my_scores:largest"]} if field == "scores" else {"scores": ["generate"]}
+    if field == "image_scores":
+        scores["image_scores"] = ["my_scores:brighter"]
+
+    def run():
+        return headscope.sweep(
+            tmp_path / "run",
+            model=ddpm_directory,
+            groups=["faces"],
+            splits=["discover"],
+            items=1,
+            timesteps=[100],
+            observe=False,
+            fills=["zero"],
+            heads=[("mid_block.attentions.0", 0)],
+            generate_steps=2,
+            progress=False,
+            **scores,
+        )
+
+    write("my_scores", source.format(scale=1))
+    (kind,) = run().tables
+    before = run().table(kind).collect()
+    write("my_scores", source.format(scale=2))
+    with pytest.raises(ValueError, match=rf"code of my_scores:{function}: changed since .*; put it back to go on"):
+        run()
+    write("my_scores", source.format(scale=1))
+    assert run().table(kind).collect().equals(before)
+
+
+def test_code_is_that_of_both_modules(write):
+    """The one that is named, and the one that defines the function."""
+    write("my_metrics", SCORE.format(scale=1))
+    write("my_scores", "from my_metrics import largest")
+    one = code_of(["my_scores:largest", "loss", "mse"])
+    assert list(one) == ["my_scores:largest"]
+    write("my_metrics", SCORE.format(scale=2))
+    write("my_scores", "from my_metrics import largest")
+    two = code_of(["my_scores:largest"])
+    assert two != one
+    write("my_scores", "from my_metrics import largest\nlargest.weight = 3")
+    assert code_of(["my_scores:largest"]) not in (one, two)
+
+
+def test_without_source_the_name_is_all(write):
+    assert code_of(["math:hypot"]) == {}
+    # a callable object's class is compiled, and the module that makes it isn't
+    write("my_scores", "import operator\nfirst = operator.itemgetter(0)")
+    assert list(code_of(["my_scores:first"])) == ["my_scores:first"]
+    with pytest.raises(ValueError, match="expected an importable module:function"):
+        code_of(["my_scores:second"])
