@@ -1,12 +1,16 @@
 """The jobs of a Slurm array work on a run as this process does. They start slowly, so all of it is `full`."""
 
 import importlib.util
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from headscope.sweep import SweepConfig, Workers, run_sweep
-from sweep.faults import assert_same
+from headscope.sweep import Run, SweepConfig, Workers, run_sweep
+from headscope.sweep.store import CLAIMS
+from sweep.faults import assert_same, claimants
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -37,4 +41,34 @@ def test_slurm_arrays_through_submitit(asked, whole, tmp_path, count):
     """With submitit's local executor, which starts the jobs of an array as processes."""
     workers = Workers("slurm", count, cluster="local", parameters={"timeout_min": 10})
     run_sweep(asked, tmp_path / "run", progress=False, workers=workers)
+    assert_same(tmp_path / "run", whole, exact=False)
+
+
+# what a job of the array does, without Slurm
+JOB = """
+import sys
+from headscope.sweep import SweepConfig
+from headscope.sweep.executors.slurm import _Job
+from headscope.sweep.worker import Execution, WorkOrder
+
+config = SweepConfig(model=sys.argv[1], groups=("faces",), items=6, timesteps=(60, 500), fills=("mean", "zero"))
+print(_Job()(WorkOrder(config, sys.argv[2], Execution(threads=1), "session")))
+"""
+
+
+@needs("submitit")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_slurm_job_that_is_to_end_puts_its_work_away(ddpm_directory, asked, whole, tmp_path, number):
+    """As scancel asks for it, and Slurm before a job's time is over."""
+    command = [sys.executable, "-W", "ignore", "-c", JOB, ddpm_directory, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        next(claimants(tmp_path / "run"))
+        process.send_signal(number)
+        assert process.communicate(timeout=60)[0] == "stopped\n"
+        assert process.returncode == 0
+    assert not any((tmp_path / "run" / CLAIMS).glob("[!.]*"))
+    stopped = Run.open(tmp_path / "run")
+    assert not stopped.complete
+    assert stopped.status().failed == {}
+    run_sweep(asked, tmp_path / "run", progress=False)
     assert_same(tmp_path / "run", whole, exact=False)
