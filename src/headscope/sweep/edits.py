@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from headscope.models import Recording, Scope
-from headscope.models.recording import HEAD_OUTPUT
-from headscope.models.tensors import Key
+from headscope.models.tensors import moved
 from headscope.ops import HeadEdit
 from headscope.sweep.plan import Edit
 
@@ -72,8 +71,8 @@ def mean_fill(recording: Recording, site: str, timestep: float, device: torch.de
     """
     if {key.call for key in recording.tensors.kept() if key.site == site} != {0}:
         return recording
-    mean = recording.tensors.placed_mean(Key(HEAD_OUTPUT, site, 0, timestep, None), device, torch.float32)
-    return mean if len(mean) == 1 else recording
+    mean = recording.mean_head_output(site, 0, timestep, None)
+    return moved(mean[None], device) if mean.ndim == 3 else recording
 
 
 def check_keys(edits: Sequence[Edit], keys: Mapping[str, int]) -> None:

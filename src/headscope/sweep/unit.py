@@ -1,7 +1,6 @@
 """How one unit of work is computed."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -262,16 +261,16 @@ class UnitRunner:
             if x0 is not None:
                 grid.put("x0_clean", *everywhere, clean_loss * x0)
             advance(len(piece))
-            fills = [self._fills_at(unit, fill) for fill in self.config.fills]
             for fill, pairs in self._edited(edits, len(piece)):
+                fills = self._fills_at(unit, self.config.fills[fill], edits[pairs[0][0]].sites)
 
-                def apply(batch: range, fill=fill, pairs=pairs) -> None:
+                def apply(batch: range, fill=fill, fills=fills, pairs=pairs) -> None:
                     chosen = pairs[batch.start : batch.stop]
                     rows = moved(torch.tensor([item for _, item in chosen]), self.task.device)
                     which = [index for index, _ in chosen]
                     own, before = some.rows(rows), clean.index_select(0, rows)
                     made = head_edits([edits[index] for index in which], self._loss_scope, self.plan.keys)
-                    edited = self._edited_prediction(own, made, fills[fill], prefix, kept, rows)
+                    edited = self._edited_prediction(own, made, fills, prefix, kept, rows)
                     places = which, fill, [piece.start + item for _, item in chosen]
                     loss = squared_error(edited, own.target)
                     for name, score in self._own_scores.items():
@@ -336,13 +335,12 @@ class UnitRunner:
         key = ("edited", sites, kept)
         return self._forwards.run(key, inputs.timestep, given, inside, lambda: self.task.predict(inputs))[0]
 
-    def _fills_at(self, unit: Unit, fill: str) -> Mapping[str, Fill]:
+    def _fills_at(self, unit: Unit, fill: str, sites: Iterable[str]) -> Mapping[str, Fill]:
         """By site, what takes the place of removed heads at the timestep of the forward that ran last."""
         taken = self._fill(unit, fill)
         running = self._loss_scope.running
         if not isinstance(taken, Recording) or running is None:
-            return defaultdict(lambda: taken)
-        sites = [site.name for site in self._loss_scope.sites]
+            return dict.fromkeys(sites, taken)
         return {site: mean_fill(taken, site, running.single_timestep, self.task.device) for site in sites}
 
     def _learned(self, inputs: NoisyInputs) -> Prefix | None:
