@@ -320,8 +320,8 @@ def retry(
         from headscope.sweep import Run, SweepConfig
 
         run = Run.open(directory)
-        run.mend()
         config = SweepConfig.from_json(run.manifest["config"])
+        run.mend()
         _run(config, directory, batch, workers, executor, address, job, quiet)
 
 

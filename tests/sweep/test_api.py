@@ -12,6 +12,7 @@ import headscope
 import tiny
 from headscope.sweep import HeadSet, Run, SweepConfig
 from headscope.sweep.api import Fields, sweep
+from headscope.sweep.memory import structure
 from sweep.faults import ordered
 
 ASKED = {"groups": ["faces"], "splits": ["confirm"], "items": 2, "timesteps": [60], "fills": ["zero"], "observe": False}
@@ -86,6 +87,25 @@ def test_the_same_weights_in_another_model_are_another_run(tmp_path):
     site.heads //= 2
     with pytest.raises(ValueError, match=r"another configuration.*\n  structure: "):
         headscope.sweep(tmp_path / "run", model=pipeline, progress=False, **ASKED)
+
+
+class Scaled:
+    """A processor of the user's own, which changes what the model computes by what it holds."""
+
+    def __init__(self, scale: float, offset: torch.Tensor) -> None:
+        self.scale, self.offset = scale, offset
+
+
+@pytest.mark.parametrize("other", [Scaled(5.0, torch.zeros(2)), Scaled(1.0, torch.ones(2))])
+def test_what_processors_hold_tells_models_apart(other):
+    pipeline = tiny.ddpm(size=32)
+    site = pipeline.unet.mid_block.attentions[0]
+    site.processor = Scaled(1.0, torch.zeros(2))
+    before = structure(pipeline)
+    site.processor = Scaled(1.0, torch.zeros(2))
+    assert structure(pipeline) == before
+    site.processor = other
+    assert structure(pipeline) != before
 
 
 def hooked(pipeline) -> None:

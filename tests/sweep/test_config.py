@@ -25,6 +25,7 @@ from headscope.sweep import SweepConfig, run_sweep
         ({"observe": False, "fills": ()}, "nothing to observe"),
         ({"autocast": "int8"}, "autocast: got int8"),
         ({"autocast": "bfloat16", "dtype": "float16"}, "autocast: got bfloat16 with the dtype float16"),
+        ({"groups": ("a/b=images",)}, "groups: got 'a/b=images', expected a name without /"),
         ({"graphs": True}, "graphs: got true with device 'cpu', expected a cuda device"),
         ({"graphs": True, "compile": True, "device": "cuda"}, "graphs: got true with compile"),
         ({"compile": True, "attribute": True}, "compile: got true with attribute"),

@@ -90,3 +90,40 @@ def test_without_source_the_name_is_all(write):
     assert list(code_of(["my_scores:first"])) == ["my_scores:first"]
     with pytest.raises(ValueError, match="expected an importable module:function"):
         code_of(["my_scores:second"])
+
+
+@pytest.mark.parametrize("autocast", [None, "bfloat16"])
+def test_a_score_that_works_in_place_harms_no_other(ddpm_directory, tmp_path, write, autocast):
+    """Nor itself: each has copies of its own. Scores may be of the predictions' dtype."""
+    write(
+        "in_place",
+        "def spoils(edited, clean, target, inputs):\n"
+        "    for tensor in (edited, clean, target, inputs.sample):\n"
+        "        tensor.zero_()\n"
+        "    return edited.flatten(1).amax(1)\n"
+        "def largest(edited, clean, target, inputs):\n"
+        "    return (edited - clean).abs().flatten(1).amax(1)\n",
+    )
+
+    def table(name: str, scores: list[str]):
+        run = headscope.sweep(
+            tmp_path / name,
+            model=ddpm_directory,
+            groups=["faces"],
+            splits=["discover"],
+            items=1,
+            timesteps=[100],
+            observe=False,
+            fills=["zero"],
+            sites=["mid_block.*"],
+            autocast=autocast,
+            progress=False,
+            scores=["loss", "distance", *scores],
+        )
+        return run.table("ablations").collect()
+
+    alone, spoilt = table("alone", ["in_place:largest"]), table("spoilt", ["in_place:spoils", "in_place:largest"])
+    assert spoilt["spoils"].to_list() == [0.0] * len(spoilt)
+    assert alone["largest"].min() > 0
+    for column in ("clean", "edited", "distance", "largest"):
+        assert spoilt[column].to_list() == alone[column].to_list()

@@ -162,6 +162,8 @@ class SweepConfig:
             name, equals, path = group.partition("=")
             if equals and not (name and path):
                 raise ValueError(f"groups: got {group!r}, expected a name and a path, NAME=PATH")
+            if equals and "/" in name:
+                raise ValueError(f"groups: got {group!r}, expected a name without /, which files are named by")
             if not equals and group not in GROUPS:
                 raise ValueError(f"groups: got {group!r}, expected NAME=DIR or one of {', '.join(GROUPS)}")
         _subset("fills", self.fills, FILLS, empty=True)

@@ -66,9 +66,24 @@ def structure(pipeline: Any) -> str:
             # how parts are run, which sweeps set themselves
             settings.pop("training", None)
             settings |= {key: repr(getattr(module, key)) for key in _ADAPTER if hasattr(module, key)}
-            processor = type(getattr(module, "processor", None)).__qualname__
+            processor = _processor(getattr(module, "processor", None))
             digest.update(json.dumps([part, name, kind, settings, processor], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _processor(processor: Any) -> list[Any]:
+    """An attention processor's class and what it holds; modules among them are the model's own, with weights."""
+    kind = f"{type(processor).__module__}.{type(processor).__qualname__}"
+    held = {} if isinstance(processor, nn.Module) else getattr(processor, "__dict__", {})
+    return [kind, {key: _content(value) for key, value in held.items()}]
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        return [str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]
+    # objects that say no more than where they lie in memory are told by their class
+    return value if _is_plain(value) else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _is_plain(value: Any) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,8 @@ def checked_score(name: str, values: Any, count: int, field: str = "image_scores
     Raises:
         ValueError: it gave another number of them.
     """
-    found = np.asarray(values.cpu() if isinstance(values, Tensor) else values, np.float64)
+    # NumPy has no bfloat16
+    found = np.asarray(values.double().cpu() if isinstance(values, Tensor) else values, np.float64)
     if found.shape != (count,):
         raise ValueError(f"{field}: {name} gave an array {list(found.shape)}, expected [{count}]")
     return found
@@ -126,7 +128,10 @@ def own_scores(names: Sequence[str]) -> dict[str, Callable[[Tensor, Tensor, Any]
 
     def checked(name: str, score: Callable[..., Any]) -> Callable[[Tensor, Tensor, Any], np.ndarray]:
         def run(edited: Tensor, clean: Tensor, inputs: Any) -> np.ndarray:
-            return checked_score(name, score(edited, clean, inputs.target, inputs), len(edited), "scores")
+            # copies: what one score does in place, others would see
+            own = replace(inputs, sample=inputs.sample.clone(), target=inputs.target.clone())
+            values = score(edited.clone(), clean.clone(), own.target, own)
+            return checked_score(name, values, len(edited), "scores")
 
         return run
 

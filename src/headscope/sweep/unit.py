@@ -273,13 +273,13 @@ class UnitRunner:
                     edited = self._edited_prediction(own, made, fills, prefix, kept, rows)
                     places = which, fill, [piece.start + item for _, item in chosen]
                     loss = squared_error(edited, own.target)
-                    for name, score in self._own_scores.items():
-                        grid.put(name, *places, score(edited, before, own))
                     grid.put("edited", *places, loss)
                     if "distance" in self.config.scores:
                         grid.put("distance", *places, squared_error(edited, before))
                     if x0 is not None:
                         grid.put("x0_edited", *places, loss * x0)
+                    for name, score in self._own_scores.items():
+                        grid.put(name, *places, score(edited, before, own))
                     advance(len(chosen))
 
                 self.rows.run(len(pairs), apply)
@@ -333,7 +333,10 @@ class UnitRunner:
 
         given = {"edits": fields, "rows": rows}
         key = ("edited", sites, kept)
-        return self._forwards.run(key, inputs.timestep, given, inside, lambda: self.task.predict(inputs))[0]
+        # a recording is looked up by the timestep, which a replay wouldn't do
+        looked_up = any(isinstance(fill, Recording) for fill in fills.values())
+        forwards = Forwards() if looked_up else self._forwards
+        return forwards.run(key, inputs.timestep, given, inside, lambda: self.task.predict(inputs))[0]
 
     def _fills_at(self, unit: Unit, fill: str, sites: Iterable[str]) -> Mapping[str, Fill]:
         """By site, what takes the place of removed heads at the timestep of the forward that ran last."""
