@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -52,6 +53,20 @@ def test_sweep_then_report(ddpm_directory, tmp_path):
     assert result.exit_code == 0, result.output
     page = (out / "report.html").read_text()
     assert "lfw" in page
+
+
+def test_a_sweep_is_gone_on_with_from_another_directory(ddpm_directory, tmp_path, monkeypatch):
+    """Though the model was named by where it lay from the first."""
+    model = Path(ddpm_directory)
+    monkeypatch.chdir(model.parent)
+    out = tmp_path / "run"
+    asked = ("--model", model.name, "--group", "lfw", "--items", 1, "--timesteps", 60, "--fill", "zero")
+    assert call("sweep", *asked, "--out", out, "--quiet").exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    next((out / "ablations").glob("*.parquet")).unlink()
+    result = call("sweep", "retry", "run", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert call("sweep", "verify", "run").exit_code == 0
 
 
 def test_a_sweep_from_a_plan_and_its_commands(ddpm_directory, tmp_path, monkeypatch):

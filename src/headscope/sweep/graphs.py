@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from headscope.sweep.calls import Diverged, replaced_forward
 from headscope.sweep.fitting import is_out_of_memory
 
-# by how much a replay may differ, relative to the largest value, in roundings of its dtype: it is the same kernels on the
-# same numbers, but a library may choose others while it is captured
+# by how much a replay may differ, relative to the largest value, in roundings of its dtype: it is the same kernels on
+# the same numbers, but a library may choose others while it is captured
 REPLAY_ROUNDINGS = 8
 
 # runs a function once or more, and returns what repeats its work on the same memory
