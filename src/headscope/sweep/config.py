@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -236,6 +236,16 @@ class SweepConfig:
                 "compile: got true with a generate_window that begins later than step 0, whose earlier steps are taken"
                 " over from the clean run, which compiled models can't"
             )
+
+    def absolute(self) -> "SweepConfig":
+        """The same with paths that other working directories understand."""
+        groups = []
+        for text in self.groups:
+            name, equals, path = text.partition("=")
+            groups.append(f"{name}={Path(path).absolute()}" if equals else text)
+        model = self.model if self.model in ("builtin", IN_MEMORY) else str(Path(self.model).absolute())
+        prompts = self.prompts and str(Path(self.prompts).absolute())
+        return replace(self, model=model, groups=tuple(groups), prompts=prompts)
 
     def as_dict(self) -> dict:
         return asdict(self)

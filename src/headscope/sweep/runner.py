@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from headscope.sweep.config import IN_MEMORY, SweepConfig
+from headscope.sweep.config import SweepConfig
 from headscope.sweep.executors import EXECUTORS
 from headscope.sweep.executors.member import Watch
 from headscope.sweep.executors.processes import run_processes
@@ -89,8 +89,6 @@ def run_sweep(
         SweepFailed: some units failed three times; what they said is in the directory's failures/.
         DiskFull: results can't be written.
     """
-    # a manifest, and other processes, are read in other working directories
-    config = _absolute(config)
     execution = execution or Execution()
     execution = replace(execution, rows=batch if batch is not None else execution.rows)
     workers = workers or Workers()
@@ -122,7 +120,7 @@ def _run(
         if workers.executor == "local":
             work(opened.runner(store), session, shown)
         else:
-            order = WorkOrder(config, str(path.resolve()), execution, session)
+            order = WorkOrder(config.absolute(), str(path.resolve()), execution, session)
             if execution.rows is None:
                 # measured here, where nobody else takes memory
                 opened.fit(store)
@@ -160,17 +158,6 @@ def _conclude(store: RunStore, units: tuple[Unit, ...]) -> None:
         f"{len(failed)} of {len(units)} units failed{waiting}; the first: {last}."
         f" See {store.path / 'failures'}, and try again with: headscope sweep retry {store.path}"
     )
-
-
-def _absolute(config: SweepConfig) -> SweepConfig:
-    """Paths that other working directories understand."""
-    groups = []
-    for text in config.groups:
-        name, equals, path = text.partition("=")
-        groups.append(f"{name}={Path(path).absolute()}" if equals else text)
-    model = config.model if config.model in ("builtin", IN_MEMORY) else str(Path(config.model).absolute())
-    prompts = config.prompts and str(Path(config.prompts).absolute())
-    return replace(config, model=model, groups=tuple(groups), prompts=prompts)
 
 
 def _free() -> None:

@@ -141,7 +141,7 @@ class Opened:
     def describe(self) -> dict[str, Any]:
         """What the manifest says of a run beside its identity."""
         return {
-            "config": self.config.as_dict(),
+            "config": self.config.absolute().as_dict(),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "git_revision": git_revision(),
