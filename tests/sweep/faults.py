@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
+import torch
 from polars.testing import assert_frame_equal
 
-from headscope.sweep import Run
+from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.store import CLAIMS
 
 # a script that runs the sweep of a model directory into a run directory, with so many processes (of a Ray cluster)
@@ -48,6 +49,15 @@ def claimants(run: Path, seconds: float = 120.0) -> Iterator[int]:
             # it may be gone by now
             with contextlib.suppress(OSError, ValueError):
                 yield json.loads(file.read_text())["process"]
+
+
+def undisturbed(config: SweepConfig, path: Path) -> Path:
+    """Run a sweep in this process, on a thread as its workers do; its directory."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_sweep(config, path, progress=False)
+    torch.set_num_threads(threads)
+    return path
 
 
 def ordered(run: Run, kind: str) -> pl.DataFrame:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from headscope.sweep import DiskFull, Run, SweepConfig, SweepFailed, run_sweep
 from headscope.sweep.store import CLAIMS, FAILURES
 from headscope.sweep.unit import UnitRunner
-from sweep.faults import assert_same, script
+from sweep.faults import assert_same, script, undisturbed
 
 
 def config(model: str, **fields) -> SweepConfig:
@@ -27,13 +26,8 @@ def config(model: str, **fields) -> SweepConfig:
 @pytest.fixture(scope="module")
 def whole(ddpm_directory, tmp_path_factory):
     """The undisturbed run of the script, in this process."""
-    path = tmp_path_factory.mktemp("whole") / "run"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     asked = config(ddpm_directory, groups=("faces", "lfw"), items=6, fills=("mean", "zero"))
-    run_sweep(asked, path, progress=False)
-    torch.set_num_threads(threads)
-    return path
+    return undisturbed(asked, tmp_path_factory.mktemp("whole") / "run")
 
 
 def kill_after(command: list[str], delay: float) -> None:

@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from headscope.sweep import Run, SweepConfig, Workers, run_sweep
 from headscope.sweep.store import CLAIMS
-from sweep.faults import assert_same, claimants, script
+from sweep.faults import assert_same, claimants, script, undisturbed
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
@@ -34,12 +33,7 @@ def asked(ddpm_directory):
 
 @pytest.fixture(scope="module")
 def whole(asked, tmp_path_factory):
-    path = tmp_path_factory.mktemp("whole") / "run"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    run_sweep(asked, path, progress=False)
-    torch.set_num_threads(threads)
-    return path
+    return undisturbed(asked, tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture(scope="module")
