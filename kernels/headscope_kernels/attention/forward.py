@@ -197,7 +197,9 @@ def attention_forward_kernel(
     for BORDER in tl.static_range(2):
         begin = full if BORDER else 0
         end = limit if BORDER else full
-        for first_key in tl.range(begin, end, BLOCK_KEYS, num_stages=1 if BORDER else None):
+        # pipelined also where it is short: without, tiles of different layouts follow each other at one address, which
+        # CUDA 12.8's assembler gets wrong (operands.py)
+        for first_key in tl.range(begin, end, BLOCK_KEYS):
             if key_descriptor is not None:
                 key = load_described(
                     key_descriptor, key_tail_descriptor, batch, kv_head, first_key, BLOCK_KEYS, DIM_WIDTHS

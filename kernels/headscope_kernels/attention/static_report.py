@@ -31,6 +31,7 @@ from headscope_kernels.attention.configs import (
 from headscope_kernels.attention.forward import attention_forward_kernel
 from headscope_kernels.attention.host import float32_precision
 from headscope_kernels.attention.key_mass import attention_key_mass_kernel, key_mass_arguments
+from headscope_kernels.attention.operands import misplaced_operands
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -107,6 +108,7 @@ class StaticReport:
         shared_bytes: of one program.
         loop: instructions of one iteration over a full key tile by kind, one thread; empty on AMD.
         scores: logits of that iteration, per thread.
+        misplaced: matrix products that read their operands from elsewhere (operands.py); empty but on sm_90.
     """
 
     target: str
@@ -117,6 +119,7 @@ class StaticReport:
     shared_bytes: int
     loop: dict[str, int] = field(default_factory=dict)
     scores: int = 0
+    misplaced: list[str] = field(default_factory=list)
 
     @property
     def instructions_per_score(self) -> float:
@@ -326,7 +329,15 @@ def report(problem: Problem, target: str = "sm_90") -> StaticReport:
     # ptxas may unroll: every score takes one power of two (and every row a few, which tiny tiles must not mistake)
     unrolled = max(1, sum("MUFU.EX2" in opcode for opcode in loop) // tile_scores) if tile_scores >= 16 else 1
     return StaticReport(
-        target, problem, configuration, registers, stack, shared, dict(count_kinds(loop)), tile_scores * unrolled
+        target,
+        problem,
+        configuration,
+        registers,
+        stack,
+        shared,
+        dict(count_kinds(loop)),
+        tile_scores * unrolled,
+        misplaced_operands(compiled.asm["ptx"], assembly) if target == "sm_90" else [],
     )
 
 
