@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from headscope_kernels.attention.operands import misplaced_operands
+from headscope_kernels.attention import operands
+from headscope_kernels.attention.operands import misplaced_operands, refuse_misplaced
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
@@ -61,6 +63,58 @@ def test_what_cant_be_followed_isnt_judged():
     loaded = START + "ULDC UR38, c[0x0][0x2e0] ;" + PRODUCT
     assert misplaced_operands(PTX, loaded) == []
     assert misplaced_operands(PTX, PRODUCT + PRODUCT)[0].startswith("a descriptor")
+
+
+@pytest.fixture
+def binary(monkeypatch, tmp_path):
+    """What a launch returns of a kernel, assembled as the test says, and how often it was looked at."""
+    looks = []
+
+    def of(assembly: str, architecture: int = 90, name: str = "kernel") -> SimpleNamespace:
+        monkeypatch.setattr(operands, "assembly_of", lambda cubin: looks.append(name) or assembly)
+        target = SimpleNamespace(backend="cuda", arch=architecture)
+        asm = {"ptx": PTX, "cubin": name.encode()}
+        return SimpleNamespace(hash=name, name=name, asm=asm, metadata=SimpleNamespace(target=target))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(operands, "_looked_at", set())
+    return of, looks
+
+
+def test_a_wrong_binary_is_refused_every_time(binary):
+    of, looks = binary
+    wrong = of(START + "UIADD3 UR38, UP1, UR38, 0x20, URZ ;" + PRODUCT)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"^kernel was assembled wrongly by .*UR38, which nothing has written"):
+            refuse_misplaced(wrong)
+    assert len(looks) == 2
+    # other chips have other products
+    refuse_misplaced(of("", architecture=80, name="other"))
+    refuse_misplaced(None)
+    assert len(looks) == 2
+
+
+def test_a_sound_binary_is_looked_at_once(binary, monkeypatch):
+    of, looks = binary
+    sound = of(START + "UIADD3 UR38, UP1, UR6, 0x20, URZ ;" + PRODUCT)
+    for _ in range(2):
+        refuse_misplaced(sound)
+    # another process
+    monkeypatch.setattr(operands, "_looked_at", set())
+    refuse_misplaced(sound)
+    assert looks == ["kernel"]
+
+
+def test_without_the_tool_there_is_a_warning(binary, monkeypatch):
+    of, _ = binary
+    sound = of("")
+
+    def missing(cubin: bytes) -> str:
+        raise FileNotFoundError("nvdisasm")
+
+    monkeypatch.setattr(operands, "assembly_of", missing)
+    with pytest.warns(UserWarning, match="kernel can't be checked for misplaced operands: nvdisasm"):
+        refuse_misplaced(sound)
 
 
 SCRIPT = """

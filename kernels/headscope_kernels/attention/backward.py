@@ -37,6 +37,7 @@ from headscope_kernels.attention.host import (
 )
 from headscope_kernels.attention.key_value_gradient import key_value_gradient_kernel
 from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
+from headscope_kernels.attention.operands import refuse_misplaced
 from headscope_kernels.attention.query_gradient import query_gradient_kernel
 from headscope_kernels.attention.row_terms import row_terms_kernel
 from headscope_kernels.attention.statistics import BoundStatistic
@@ -205,9 +206,10 @@ class _Pass:
         options: dict[str, Any] = {"num_warps": 4}
         if configuration is not None:
             options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
-        kernel[(programs,)](
+        compiled = kernel[(programs,)](
             **kernel_arguments(kernel, self.arguments, configuration, own), **options, enable_fp_fusion=True
         )
+        refuse_misplaced(compiled)
 
     def row_terms(self, scores: bool) -> dict[str, Tensor]:
         """What the other kernels read for every row, and the gate's gradient."""

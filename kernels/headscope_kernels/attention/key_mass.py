@@ -23,6 +23,7 @@ from headscope_kernels.attention.arguments import (
 )
 from headscope_kernels.attention.configs import ForwardConfiguration, key_mass_configuration
 from headscope_kernels.attention.host import device_target, float32_precision, in_units, launch_context, stride_unit
+from headscope_kernels.attention.operands import refuse_misplaced
 from headscope_kernels.attention.tiles import (
     LOG2_E,
     advance,
@@ -261,9 +262,10 @@ def attention_key_mass(
         programs = batch * heads * triton.cdiv(keys, configuration.block_keys)
         if programs == 0:
             return
-        attention_key_mass_kernel[(programs,)](
+        compiled = attention_key_mass_kernel[(programs,)](
             **arguments,
             num_warps=configuration.num_warps,
             num_stages=configuration.num_stages,
             enable_fp_fusion=True,
         )
+        refuse_misplaced(compiled)

@@ -13,6 +13,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from headscope_kernels.attention.operands import refuse_misplaced
+
 # layouts to remember; a model has some tens of them, varying lengths may make more without end
 CAPACITY = 1024
 
@@ -81,10 +83,15 @@ class Launches:
     def first(
         self, key: Hashable, pointers: Pointers, programs: int, arguments: dict[str, Any], options: dict[str, Any]
     ) -> None:
-        """Launch with these arguments, and remember it."""
+        """Launch with these arguments, and remember it.
+
+        Raises:
+            RuntimeError: the binary is one that the assembler got wrong (operands.py).
+        """
         compiled = self.kernel[(programs,)](**arguments, **options)
         if triton.knobs.runtime.interpret:
             return
+        refuse_misplaced(compiled)
         values: list[Any] = []
         placed: list[tuple[int, str]] = []
         described: list[tuple[int, str, list[int], list[int], list[int]]] = []

@@ -11,13 +11,74 @@ What isn't a constant in PTX (the stages of a pipeline) or can't be followed (re
 vectors) is not judged.
 """
 
+import hashlib
 import re
+import subprocess
+import tempfile
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.runtime.cache import get_cache_manager
 
 # where shared memory begins in machine code; any address does, as long as both sides have the same
 _SHARED_BASE = 0x400
 _LOW, _ALL = (1 << 32) - 1, (1 << 64) - 1
+
+
+# a change of what is looked for looks again
+_VERSION = b"1"
+_SOUND = "operands_are_sound"
+_looked_at: set[str] = set()
+
+
+def refuse_misplaced(compiled: Any) -> None:
+    """Looks at a binary for Hopper once; what it found sound, Triton's own cache remembers.
+
+    Args:
+        compiled: what a launch of a jit function returns; None under the interpreter.
+
+    Raises:
+        RuntimeError: matrix products of it read their operands from elsewhere: its numbers would be wrong.
+    """
+    if compiled is None or compiled.hash in _looked_at:
+        return
+    target = compiled.metadata.target
+    if target.backend == "cuda" and int(target.arch) == 90:
+        cubin = compiled.asm["cubin"]
+        cache = get_cache_manager(hashlib.sha256(_VERSION + cubin).hexdigest())
+        if cache.get_file(_SOUND) is None:
+            try:
+                problems = misplaced_operands(compiled.asm["ptx"], assembly_of(cubin))
+            except OSError as error:
+                warnings.warn(f"{compiled.name} can't be checked for misplaced operands: {error}", stacklevel=2)
+                return
+            if problems:
+                raise RuntimeError(
+                    f"{compiled.name} was assembled wrongly by {triton.knobs.nvidia.ptxas.path}"
+                    f" ({triton.knobs.nvidia.ptxas.version}), its numbers would be wrong: {problems[0]}, and"
+                    f" {len(problems) - 1} more. Set TRITON_PTXAS_PATH to that of CUDA 13, or use another backend"
+                )
+            cache.put(b"", _SOUND)
+    _looked_at.add(compiled.hash)
+
+
+def assembly_of(cubin: bytes) -> str:
+    """A binary's machine code as text, by the tool that Triton ships.
+
+    Raises:
+        OSError: the tool isn't there, or can't read it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(path)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise OSError(f"nvdisasm: {run.stderr.strip()[-200:]}")
+    return run.stdout
 
 
 class Product(NamedTuple):

@@ -31,7 +31,7 @@ from headscope_kernels.attention.configs import (
 from headscope_kernels.attention.forward import attention_forward_kernel
 from headscope_kernels.attention.host import float32_precision
 from headscope_kernels.attention.key_mass import attention_key_mass_kernel, key_mass_arguments
-from headscope_kernels.attention.operands import misplaced_operands
+from headscope_kernels.attention.operands import assembly_of, misplaced_operands
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -354,7 +354,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
-        return usage, _run(triton.knobs.nvidia.nvdisasm.path, "-c", str(path))
+    return usage, assembly_of(cubin)
 
 
 def _run(*command: str) -> str:
