@@ -26,6 +26,45 @@ def test_a_unit_is_one_process_s_at_a_time(tmp_path):
     assert list((tmp_path / "claims").iterdir()) == []
 
 
+def forgetful(call):
+    """A file operation as NFS does it where the first answer is lost: done, asked again, and refused."""
+
+    def run(source, target):
+        call(source, target)
+        return call(source, target)
+
+    return run
+
+
+def test_a_link_that_was_made_and_refused_is_our_own_claim(tmp_path, monkeypatch):
+    ours, other = Claims(tmp_path), Claims(tmp_path)
+    monkeypatch.setattr(os, "link", forgetful(os.link))
+    assert ours.take("unit") is True
+    assert other.take("unit") is False
+    # made by the same process, and yet not by this call
+    assert ours.take("unit") is False
+    ours.release("unit")
+    assert other.take("unit") is True
+
+
+def test_a_take_over_that_was_done_and_refused_is_one(tmp_path, monkeypatch):
+    claimed_by(tmp_path, began="1")
+    monkeypatch.setattr(os, "rename", forgetful(os.rename))
+    assert isinstance(Claims(tmp_path).take("unit"), dict)
+    assert [file.name for file in (tmp_path / "claims").iterdir()] == ["unit"]
+
+
+def test_a_claim_that_was_taken_over_is_not_released(tmp_path):
+    """As of a process that slept for long."""
+    slow, other = Claims(tmp_path), Claims(tmp_path)
+    slow._owner["began"] = "1"
+    assert slow.take("unit") is True
+    assert isinstance(other.take("unit"), dict)
+    slow.release("unit")
+    slow.close()
+    assert list(other.owners()) == ["unit"]
+
+
 def claimed_by(folder, **owner) -> None:
     """A claim that somebody else has left."""
     stranger = Claims(folder, "theirs")

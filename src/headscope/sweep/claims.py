@@ -39,7 +39,8 @@ class Claims:
             "began": _beginning(os.getpid()),
             "session": session,
         }
-        self._held: set[Path] = set()
+        # what is ours: the file, and the token that was written into it
+        self._held: dict[Path, str] = {}
         self._stop = threading.Event()
         self._toucher: threading.Thread | None = None
 
@@ -57,14 +58,18 @@ class Claims:
         try:
             os.rename(file, aside)
         except FileNotFoundError:
-            return False
+            # some network file systems say so of a rename that they did, where the answer to the first asking was lost
+            if not aside.exists():
+                return False
         aside.unlink(missing_ok=True)
         return owner if self._make(file) else False
 
     def release(self, unit: str) -> None:
+        """Give up a claim, unless somebody has taken it over meanwhile."""
         file = self._folder / unit
-        self._held.discard(file)
-        file.unlink(missing_ok=True)
+        token = self._held.pop(file, None)
+        if token is not None and _token(file) == token:
+            file.unlink(missing_ok=True)
 
     def owners(self) -> dict[str, str]:
         """Unit: host and process, of all claims whose owner isn't gone."""
@@ -83,15 +88,18 @@ class Claims:
 
     def _make(self, file: Path) -> bool:
         # written aside and linked: nobody ever reads half a claim
-        aside = self._folder / f".{file.name}.{uuid.uuid4().hex}"
-        aside.write_text(json.dumps(self._owner))
+        token = uuid.uuid4().hex
+        aside = self._folder / f".{file.name}.{token}"
+        aside.write_text(json.dumps({**self._owner, "token": token}))
         try:
             os.link(aside, file)
         except FileExistsError:
-            return False
+            # a network file system says so of a link that it made, too, where the answer to the first asking was lost
+            if _token(file) != token:
+                return False
         finally:
             aside.unlink(missing_ok=True)
-        self._held.add(file)
+        self._held[file] = token
         if self._toucher is None:
             self._toucher = threading.Thread(target=self._touch, daemon=True)
             self._toucher.start()
@@ -99,9 +107,10 @@ class Claims:
 
     def _touch(self) -> None:
         while not self._stop.wait(TOUCHED_EVERY):
-            for file in list(self._held):
+            for file, token in list(self._held.items()):
                 with contextlib.suppress(OSError):
-                    os.utime(file)
+                    if _token(file) == token:
+                        os.utime(file)
 
     def _abandoned(self, file: Path) -> dict[str, Any] | None:
         """The owner of a claim, if it is gone."""
@@ -121,6 +130,11 @@ def _read(file: Path) -> dict[str, Any] | None:
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return None
+
+
+def _token(file: Path) -> str | None:
+    """What tells one claim of a unit from every other."""
+    return (_read(file) or {}).get("token")
 
 
 def _beginning(process: int) -> str | None:
