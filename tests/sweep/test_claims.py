@@ -30,6 +30,20 @@ def test_a_unit_is_one_process_s_at_a_time(tmp_path):
     assert list((tmp_path / "claims").iterdir()) == []
 
 
+def test_a_run_without_hard_links(ddpm_directory, tmp_path, monkeypatch):
+    """As on exFAT: a sweep is run, and its claims are one process's at a time."""
+
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    asked = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60,), fills=(), scores=())
+    run = run_sweep(asked, tmp_path / "run", progress=False)
+    assert run.verify().sound
+    assert run.verify().leftovers == []
+    test_a_unit_is_one_process_s_at_a_time(tmp_path)
+
+
 def forgetful(call):
     """A file operation as NFS does it where the first answer is lost: done, asked again, and refused."""
 

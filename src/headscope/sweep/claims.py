@@ -18,6 +18,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from headscope._files import write_first
 from headscope.sweep.store import CLAIMS
 
 # seconds
@@ -70,8 +71,7 @@ class Claims:
             if _token(_content(aside)) == owner.get("token"):
                 return owner if self._make(file) else False
             # somebody was quicker, and this is the claim that they have made since
-            with contextlib.suppress(OSError):
-                os.link(aside, file)
+            write_first(file, aside.read_bytes(), lasting=False)
             return False
         finally:
             aside.unlink(missing_ok=True)
@@ -115,18 +115,9 @@ class Claims:
             self.release(file.name)
 
     def _make(self, file: Path) -> bool:
-        # written aside and linked: nobody ever reads half a claim
         claim = {**self._owner, "token": uuid.uuid4().hex, "counted": 0}
-        aside = self._folder / f".{file.name}.{claim['token']}"
-        aside.write_bytes(_written(claim))
-        try:
-            os.link(aside, file)
-        except FileExistsError:
-            # a network file system says so of a link that it made, too, where the answer to the first asking was lost
-            if _token(_content(file)) != claim["token"]:
-                return False
-        finally:
-            aside.unlink(missing_ok=True)
+        if file.exists() or not write_first(file, _written(claim), lasting=False):
+            return False
         self._held[file] = claim
         self._watched.pop(file.name, None)
         if self._counter is None:
