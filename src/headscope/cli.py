@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import headscope
+from headscope._signals import INTERRUPTED, TERMINATED, Terminated, terminable
 
 app = typer.Typer(
     help="See and edit what every attention head of a diffusion model does.",
@@ -44,7 +45,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """One line instead of a traceback for what a user can mend; HEADSCOPE_TRACEBACK=1 shows all of it."""
+    """One line instead of a traceback for what a user can mend; HEADSCOPE_TRACEBACK=1 shows all of it. SIGTERM is as
+    Ctrl-C."""
+    with terminable(), _lines():
+        yield
+
+
+@contextmanager
+def _lines() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
@@ -53,13 +61,9 @@ def _clear_errors() -> Iterator[None]:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         console.print(f"[bold red]error[/] {_escaped(str(text))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        _interrupted()
-
-
-def _interrupted() -> NoReturn:
-    console.print("stopped; what is finished is kept, and the same command goes on from there")
-    raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        console.print("stopped; what is finished is kept, and the same command goes on from there")
+        raise typer.Exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED) from None
 
 
 def _escaped(text: str) -> str:

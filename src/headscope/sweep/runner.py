@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from headscope._signals import terminable
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.executors import EXECUTORS
 from headscope.sweep.executors.member import Watch
@@ -75,6 +76,9 @@ def run_sweep(
     Every unit is committed as it finishes. A run that was killed goes on from there when the same configuration is
     run into the same directory, and gives the same table. Several processes may work on one directory at once.
 
+    In the main thread of a program without a handler of SIGTERM, that signal ends the work as Ctrl-C does: what was
+    computed is written, and SystemExit(143) raised.
+
     Args:
         config: what to do.
         out: the run directory; new, or one of the same configuration.
@@ -95,7 +99,7 @@ def run_sweep(
     if pipeline is not None and workers.executor != "local":
         raise ValueError(f"executor: got {workers.executor!r} with a model in memory, expected local, or a directory")
     shown = partial(Progress, title, enabled=progress, console=console)
-    with borrowed(pipeline) if pipeline is not None else nullcontext():
+    with terminable(), borrowed(pipeline) if pipeline is not None else nullcontext():
         _run(config, Path(out), execution, workers, shown, pipeline)
     return Run.open(out)
 
