@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import headscope
+from headscope._files import local_path
 from headscope._signals import INTERRUPTED, TERMINATED, Terminated, terminable
 
 app = typer.Typer(
@@ -193,6 +194,7 @@ def _run(config, out: Path, batch, workers: int, executor, address, job, quiet: 
         require(module, "diffusers")
     from headscope.sweep import Execution, Workers, run_sweep
 
+    local_path("out", out)
     if dry_run:
         from headscope.sweep.estimate import estimate_sweep
 
@@ -393,6 +395,8 @@ def train(
 
         for module in ("diffusers", "skimage", "PIL"):
             require(module, "study")
+        if export is not None:
+            local_path("export", export)
         from headscope.zoo.train import TrainConfig
         from headscope.zoo.train import train as run_training
 

@@ -116,6 +116,44 @@ def test_a_sweep_from_a_plan_and_its_commands(ddpm_directory, tmp_path, monkeypa
     assert "plan: got items beside it" in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sweep", "--out"),
+        ("sweep", "--dry-run", "--out"),
+        ("sweep", "--model"),
+        ("sweep", "--prompts"),
+        ("sweep", "--plan"),
+        ("sweep", "status"),
+        ("sweep", "verify"),
+        ("sweep", "retry"),
+        ("sweep", "sheet"),
+        ("report",),
+        ("study", "--out"),
+        ("train", "--out"),
+        ("train", "--steps", "1", "--export"),
+        ("bench", "--out"),
+    ],
+    ids=" ".join,
+)
+def test_addresses_are_refused_wherever_a_path_is_expected(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for address in ("s3://bucket/x", "hf://org/name/x"):
+        result = call(*arguments, address)
+        assert result.exit_code == 2
+        assert f"got the address {address!r}, expected a path of the file system" in result.output
+        assert len(result.output.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_s_address_is_refused():
+    result = call("sweep", "--group", "mine=gs://bucket/images/{000..009}.tar")
+    assert "groups: got the address 'gs://bucket/images/{000..009}.tar'" in result.output
+    for read in (headscope.zoo.FolderGroup, lambda path: headscope.zoo.open_group("mine", path), Run.open):
+        with pytest.raises(ValueError, match="got the address 'https://host/x', expected a path"):
+            read("https://host/x")
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_training_and_study_end_on_ctrl_c_and_sigterm(tmp_path, monkeypatch, number, status):
     """With a sentence and the status that shells know."""

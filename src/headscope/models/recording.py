@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headscope._extras import require
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
 from headscope.models.forwards import Forward
 from headscope.models.layout import ALL, Layout, Segment
 from headscope.models.tensors import HeadTensors, Key, Reduce
@@ -299,7 +299,7 @@ class Recording:
         """
         parquet = require("pyarrow.parquet", "diffusers")
         save_tensors = require("safetensors.torch", "diffusers").save
-        folder, identity = Path(folder), uuid4().hex
+        folder, identity = local_path("folder", folder), uuid4().hex
         settings = {"statistics": self.statistics, "quantities": self.quantities, "reduce": self.reduce}
         described = {"headscope": json.dumps(settings), "id": identity}
         tensors = {json.dumps(key): tensor for key, tensor in self.tensors.stored()}
@@ -317,9 +317,10 @@ class Recording:
         """
         parquet = require("pyarrow.parquet", "diffusers")
         safe_open = require("safetensors", "diffusers").safe_open
-        table = parquet.read_table(Path(folder) / TABLE_FILE)
+        folder = local_path("folder", folder)
+        table = parquet.read_table(folder / TABLE_FILE)
         described = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        with safe_open(str(Path(folder) / TENSOR_FILE), "pt") as file:
+        with safe_open(str(folder / TENSOR_FILE), "pt") as file:
             if (file.metadata() or {}).get("id") != described.get("id") or "headscope" not in described:
                 raise ValueError(f"folder: the files in {str(folder)!r} are not of one recording; save it again")
             settings = json.loads(described["headscope"])

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from headscope._extras import require
+from headscope._files import local_path
 from headscope.sweep.claims import Claims
 from headscope.sweep.store import (
     FAILURES,
@@ -92,7 +93,7 @@ class Run:
         Raises:
             ValueError: it isn't one.
         """
-        path = Path(path)
+        path = local_path("run", path)
         manifest = read_manifest(path)
         try:
             units = json.loads((path / UNITS).read_text(encoding="utf-8"))

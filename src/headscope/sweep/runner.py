@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from headscope._files import local_path
 from headscope._signals import terminable
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.executors import EXECUTORS
@@ -93,6 +94,7 @@ def run_sweep(
         SweepFailed: some units failed three times; what they said is in the directory's failures/.
         DiskFull: results can't be written.
     """
+    path = local_path("out", out)
     execution = execution or Execution()
     execution = replace(execution, rows=batch if batch is not None else execution.rows)
     workers = workers or Workers()
@@ -100,8 +102,8 @@ def run_sweep(
         raise ValueError(f"executor: got {workers.executor!r} with a model in memory, expected local, or a directory")
     shown = partial(Progress, title, enabled=progress, console=console)
     with terminable(), borrowed(pipeline) if pipeline is not None else nullcontext():
-        _run(config, Path(out), execution, workers, shown, pipeline)
-    return Run.open(out)
+        _run(config, path, execution, workers, shown, pipeline)
+    return Run.open(path)
 
 
 def _run(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from headscope._extras import require
+from headscope._files import local_path
 from headscope.zoo import FolderGroup, ImageGroup, Item, open_group
 
 CAPTION_COLUMNS = ("caption", "text", "prompt", "caption_0")
@@ -37,6 +38,7 @@ def open_source(name: str, path: str, size: int) -> ImageGroup:
     Raises:
         FileNotFoundError, ValueError: nothing usable is there.
     """
+    local_path("groups", path)
     if path.endswith(".tar"):
         return TarGroup(name, path, size)
     if any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json")):

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save as serialise
 
 from headscope._extras import require
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
 from headscope._machine import device_name
 from headscope._signals import terminable
 from headscope.counter import counter_integers, counter_normal, counter_permutation, counter_uniform
@@ -60,6 +60,7 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        local_path("out", self.out)
         if not self.groups or any(name not in GROUPS for name in self.groups):
             raise ValueError(f"groups: got {self.groups}, expected names among {', '.join(GROUPS)}")
         if self.batch < 1 or self.batch % len(self.groups):
