@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from headscope._extras import require
+from headscope.sweep.texts import decoded as decoded_text
 from headscope.zoo import FolderGroup, ImageGroup, Item, open_group
 
 CAPTION_COLUMNS = ("caption", "text", "prompt", "caption_0")
@@ -69,8 +70,8 @@ class _NamedGroup(ImageGroup):
 
     def _load(self, index: int) -> Item:
         source, split = self._source(index)
-        encoded, caption = self._content(index)
         try:
+            encoded, caption = self._content(index)
             image = decoded(encoded, self.size)
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"groups: image {source!r} of {self.name!r} can't be read: {error}") from error
@@ -115,7 +116,12 @@ class DatasetGroup(_NamedGroup):
         if encoded is None:
             encoded = (self._folder / entry["path"]).read_bytes()
         caption = self._table[self._caption][index].as_py() if self._caption else ""
-        return encoded, str(caption[0] if isinstance(caption, list) else caption or "")
+        return encoded, _first(caption)
+
+
+def _first(caption: Any) -> str:
+    """A caption, or the first of several of one image."""
+    return str((caption[0] if isinstance(caption, list) and caption else caption) or "")
 
 
 def _one_of_dictionary(path: Path) -> Path:
@@ -166,11 +172,20 @@ class TarGroup(_NamedGroup):
         image = next(place for suffix, place in parts.items() if suffix in self._suffixes)
         for suffix in ("txt", "caption"):
             if suffix in parts:
-                return _read(image), _read(parts[suffix]).decode("utf-8", "replace").strip()
+                return _read(image), _caption(parts[suffix], suffix)
         if "json" in parts:
-            described = json.loads(_read(parts["json"]))
-            return _read(image), str(next((described[key] for key in CAPTION_COLUMNS if described.get(key)), ""))
+            described = json.loads(_caption(parts["json"], "json"))
+            if not isinstance(described, dict):
+                raise ValueError(f"its .json is a {type(described).__name__}, expected an object with a caption")
+            return _read(image), _first(next((described[key] for key in CAPTION_COLUMNS if described.get(key)), ""))
         return _read(image), ""
+
+
+def _caption(place: tuple[str, int, int], suffix: str) -> str:
+    try:
+        return decoded_text(_read(place)).strip()
+    except ValueError as error:
+        raise ValueError(f"its .{suffix} {error}") from None
 
 
 def _read(place: tuple[str, int, int]) -> bytes:
