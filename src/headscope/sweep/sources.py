@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import json
 import math
 import re
@@ -17,11 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from headscope._extras import require
-from headscope.sweep.texts import decoded as decoded_text
+from headscope._images import read_square
+from headscope.sweep.texts import decoded
 from headscope.zoo import FolderGroup, ImageGroup, Item, open_group
+from headscope.zoo.groups import check_names
 
 CAPTION_COLUMNS = ("caption", "text", "prompt", "caption_0")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -49,6 +48,7 @@ class _NamedGroup(ImageGroup):
     """Images with a name each, which is their source."""
 
     def __init__(self, name: str, names: list[str], size: int) -> None:
+        check_names(names)
         self.name = name
         self._names = names
         super().__init__(len(names), size)
@@ -72,8 +72,8 @@ class _NamedGroup(ImageGroup):
         source, split = self._source(index)
         try:
             encoded, caption = self._content(index)
-            image = decoded(encoded, self.size)
-        except (OSError, ValueError, SyntaxError) as error:
+            image = read_square(encoded, self.size)
+        except (OSError, ValueError) as error:
             raise ValueError(f"groups: image {source!r} of {self.name!r} can't be read: {error}") from error
         return Item(self.name, index, source, split, image, caption)
 
@@ -183,7 +183,7 @@ class TarGroup(_NamedGroup):
 
 def _caption(place: tuple[str, int, int], suffix: str) -> str:
     try:
-        return decoded_text(_read(place)).strip()
+        return decoded(_read(place)).strip()
     except ValueError as error:
         raise ValueError(f"its .{suffix} {error}") from None
 
@@ -207,14 +207,3 @@ def expanded(pattern: str) -> list[str]:
             for file in expanded(f"{pattern[: braces.start()]}{number:0{len(first)}d}{pattern[braces.end() :]}")
         ]
     return sorted(glob.glob(pattern))
-
-
-def decoded(encoded: bytes, size: int) -> np.ndarray:
-    """An image file's central square at another size, uint8 [size, size, 3] (bicubic)."""
-    image_module, operations = require("PIL.Image", "study"), require("PIL.ImageOps", "study")
-    with image_module.open(io.BytesIO(encoded)) as opened:
-        picture = operations.exif_transpose(opened).convert("RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((size, size), image_module.Resampling.BICUBIC))
