@@ -24,7 +24,6 @@ import json
 import os
 import re
 import socket
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from headscope._files import write_atomic
+from headscope._files import write_atomic, write_first
 from headscope.sweep import seals
 from headscope.sweep.fitting import Fit
 
@@ -83,7 +82,7 @@ class RunStore:
                 )
             path.mkdir(parents=True, exist_ok=True)
             # of several processes that begin one, one's manifest stands, and the units are in it
-            _write_first(manifest, _manifest({"format": FORMAT, "identity": identity, **description}, units))
+            write_first(manifest, _manifest({"format": FORMAT, "identity": identity, **description}, units))
         _same_identity(path, read_manifest(path)["identity"], identity)
 
     def table_path(self, kind: str, unit: str) -> Path:
@@ -144,7 +143,7 @@ class RunStore:
         if measured is not None:
             if seals.problem(file, EXECUTION) == "torn":
                 file.unlink(missing_ok=True)
-            _write_first(file, _json({"rows": measured.rows, "clean": measured.clean}, EXECUTION))
+            write_first(file, _json({"rows": measured.rows, "clean": measured.clean}, EXECUTION))
         if seals.problem(file, EXECUTION) is not None:
             return None
         found = json.loads(file.read_text())
@@ -274,21 +273,6 @@ def _write_sealed(path: Path, content: bytes) -> None:
 def _is_beginning(entry: Path) -> bool:
     """Whether a file is one that a run writes before its manifest."""
     return entry.name.endswith(".tmp") and MANIFEST in entry.name
-
-
-def _write_first(path: Path, content: bytes) -> None:
-    """Write a file unless another process has: of several at once, one wins."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    try:
-        write_atomic(Path(temporary), content)
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-            directory = os.open(path.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _same_identity(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
