@@ -172,7 +172,7 @@ def test_other_scores_are_refused_by_name(values, given):
 def test_a_complex_score_ends_the_run(ddpm_directory, tmp_path, write):
     write("my_scores", "def spectrum(edited, clean, target, inputs):\n    return edited.flatten(1).sum(1) * 1j\n")
     with pytest.raises(
-        headscope.sweep.SweepFailed, match=r"scores: spectrum gave numbers of dtype complex64, expected"
+        headscope.sweep.SweepFailed, match=r"scores: my_scores:spectrum gave numbers of dtype complex64, expected"
     ):
         headscope.sweep(
             tmp_path / "run",
