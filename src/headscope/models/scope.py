@@ -356,7 +356,7 @@ class Scope:
         arguments = dict(self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments)
         arguments.pop("self", None)
         arguments |= arguments.pop("kwargs", {})
-        forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context)
+        forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context, self.running)
         # one object for forwards that are alike, so that sites need not read each anew
         if self.running is not None and self.running.geometry.same_as(forward.geometry):
             forward.geometry = self.running.geometry
