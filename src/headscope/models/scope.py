@@ -291,9 +291,7 @@ class Scope:
 
     def _chosen(self, sites: Sequence[str] | str | None) -> frozenset[str]:
         if sites is not None:
-            patterns = [sites] if isinstance(sites, str) else list(sites)
-            if not patterns:
-                raise ValueError("sites: got none, expected names or patterns of scope.sites, or None for all")
+            patterns = [sites] if isinstance(sites, str) else sites
             return frozenset(name for pattern in patterns for name in self.matching(pattern))
         if self.unseen:
             listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in self.unseen)
