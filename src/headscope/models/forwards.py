@@ -1,7 +1,8 @@
 """One forward of the denoiser: where in the pipeline it is, and which guidance branch each sample belongs to."""
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,8 +12,82 @@ from torch import Tensor, nn
 
 from headscope.models.layout import Geometry
 
-# what diffusers calls the one that gets the prompt, and the other
-BRANCHES = ("cond", "uncond")
+# what a part of a denoiser's batch, or a pass of its own, can be: without the prompt; with it; with it and perturbed
+# attention; with it and some layers skipped; with it and without the other modality (sound, where there is a picture)
+BRANCHES = ("uncond", "cond", "perturbed", "skip", "modality")
+# parts of a batch that mean something else in every pipeline
+_PART = re.compile(r"part_\d+")
+
+
+def checked_branches(branches: Iterable[str] | None) -> tuple[str, ...] | None:
+    """The branches that a caller named; a string is one of them.
+
+    Raises:
+        TypeError: not strings.
+        ValueError: none, or a name that no branch has.
+    """
+    if branches is None:
+        return None
+    if not isinstance(branches, Iterable):
+        raise TypeError(f"branches: got {type(branches).__name__}, expected names of branches, or None for all")
+    names = (branches,) if isinstance(branches, str) else tuple(branches)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"branches: got an entry of type {type(name).__name__}, expected names")
+        if name not in BRANCHES and not _PART.fullmatch(name):
+            raise ValueError(f"branches: got {name!r}, expected some of {', '.join(BRANCHES)}, part_0, part_1, ...")
+    if not names:
+        raise ValueError(f"branches: got none, expected some of {', '.join(BRANCHES)}, or None for all")
+    return names
+
+
+class Window:
+    """The forwards, and the guidance branches of them, in which a context acts.
+
+    Args:
+        steps: the pipeline's steps; all if None, none if the range is empty.
+        branches: their names; all if None.
+
+    Attributes:
+        first_forward: the number of denoiser forwards the scope had seen when the context was entered.
+
+    Raises:
+        TypeError: steps that are no range; see `checked_branches` for the rest.
+    """
+
+    def __init__(self, steps: range | None, branches: Iterable[str] | None = None) -> None:
+        if steps is not None and not isinstance(steps, range):
+            raise TypeError(f"steps: got {type(steps).__name__}, expected a range of pipeline steps or None")
+        self.steps = steps
+        self.branches = checked_branches(branches)
+        self.first_forward = 0
+        # in order, each once
+        self._steps_seen: dict[int, None] = {}
+        self._branches_seen: dict[str | None, None] = {}
+
+    def acts_in(self, forward: "Forward") -> bool:
+        return self.steps is None or forward.step_since(self.first_forward) in self.steps
+
+    def saw(self, forward: "Forward") -> None:
+        """Take note of a forward inside the context."""
+        self._steps_seen[forward.step_since(self.first_forward)] = None
+        if self.acts_in(forward):
+            self._branches_seen.update(dict.fromkeys(forward.branches))
+
+    def check_met(self) -> None:
+        """Raises ValueError where forwards ran, and what was named of steps and branches was not among them."""
+        if not self._steps_seen or (self.steps is not None and not self.steps):
+            return
+        if not self._branches_seen:
+            first, last = min(self._steps_seen), max(self._steps_seen)
+            raise ValueError(
+                f"steps: got {self.steps}, none of which ran in the context, expected some of steps {first} to {last}"
+            )
+        ran = {branch or "cond" for branch in self._branches_seen}
+        missing = [name for name in self.branches or () if name not in ran]
+        if missing:
+            listed = ", ".join(branch or 'no guidance (which counts as "cond")' for branch in self._branches_seen)
+            raise ValueError(f"branches: got {missing[0]!r}, which never ran in the context: expected some of {listed}")
 
 
 @dataclass(eq=False)
