@@ -51,6 +51,10 @@ class Scope:
     Contexts nest. Leaving one restores the model and torch exactly, also after an exception. Compiled models
     (`model.compile()`, `torch.compile(model)`, `compile_repeated_blocks()`) are recorded and edited as well.
 
+    Torch function modes, and functions in the place of torch's scaled_dot_product_attention, act as they would without
+    a Scope. Where one of them decides what the attention of a recorded or edited site gives, the forward raises
+    RuntimeError and names it.
+
     Attributes:
         denoiser: the module whose sites these are (the pipeline's unet or transformer).
         sites: what can be recorded and edited.

@@ -21,7 +21,6 @@ import datetime
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from headscope._files import write_atomic
+from headscope._files import write_atomic, write_first
 from headscope.sweep.fitting import Fit
 
 MANIFEST, UNITS, EXECUTION = "manifest.json", "units.json", "execution.json"
@@ -73,7 +72,7 @@ class RunStore:
             path.mkdir(parents=True, exist_ok=True)
             content = {"format": FORMAT, "identity": identity, **description}
             write_atomic(path / UNITS, json.dumps(list(units)).encode())
-            _write_first(manifest, json.dumps(content, indent=2).encode())
+            write_first(manifest, json.dumps(content, indent=2).encode())
         _same_identity(path, read_manifest(path)["identity"], identity)
 
     def table_path(self, kind: str, unit: str) -> Path:
@@ -131,7 +130,7 @@ class RunStore:
         agree to the last bit. The first to measure decides; None where nobody has."""
         file = self.path / EXECUTION
         if measured is not None:
-            _write_first(file, json.dumps(asdict(measured)).encode())
+            write_first(file, json.dumps(asdict(measured)).encode())
         try:
             found = json.loads(file.read_text())
             return Fit(int(found["rows"]), int(found["clean"]))
@@ -213,21 +212,6 @@ def _is_beginning(entry: Path) -> bool:
     """Whether a file is one that a run writes before its manifest."""
     temporary = entry.name.endswith(".tmp") and (MANIFEST in entry.name or UNITS in entry.name)
     return entry.name == UNITS or temporary
-
-
-def _write_first(path: Path, content: bytes) -> None:
-    """Write a file unless another process has: of several at once, one wins."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    try:
-        write_atomic(Path(temporary), content)
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-            directory = os.open(path.parent, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _same_identity(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
