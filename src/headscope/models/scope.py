@@ -51,6 +51,10 @@ class Scope:
     Contexts nest. Leaving one restores the model and torch exactly, also after an exception. Compiled models
     (`model.compile()`, `torch.compile(model)`, `compile_repeated_blocks()`) are recorded and edited as well.
 
+    Torch function modes, and functions in the place of torch's scaled_dot_product_attention, act as they would without
+    a Scope. Where one of them decides what the attention of a recorded or edited site gives, the forward raises
+    RuntimeError and names it.
+
     Attributes:
         denoiser: the module whose sites these are (the pipeline's unet or transformer).
         sites: what can be recorded and edited.
@@ -291,9 +295,7 @@ class Scope:
 
     def _chosen(self, sites: Sequence[str] | str | None) -> frozenset[str]:
         if sites is not None:
-            patterns = [sites] if isinstance(sites, str) else list(sites)
-            if not patterns:
-                raise ValueError("sites: got none, expected names or patterns of scope.sites, or None for all")
+            patterns = [sites] if isinstance(sites, str) else sites
             return frozenset(name for pattern in patterns for name in self.matching(pattern))
         if self.unseen:
             listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in self.unseen)
@@ -356,7 +358,7 @@ class Scope:
         arguments = dict(self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments)
         arguments.pop("self", None)
         arguments |= arguments.pop("kwargs", {})
-        forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context)
+        forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context, self.running)
         # one object for forwards that are alike, so that sites need not read each anew
         if self.running is not None and self.running.geometry.same_as(forward.geometry):
             forward.geometry = self.running.geometry
