@@ -90,7 +90,8 @@ class SweepConfig:
             headscope.sweep was given a pipeline.
         groups: names of zoo groups, or NAME=PATH for a folder of images, a Hugging Face dataset on disk, or WebDataset
             tars (a file or a pattern with * or {000..009}).
-        prompts: a text file with a prompt per line; they form the group "prompts", whose images are the model's own.
+        prompts: a UTF-8 text file with a prompt per line; they form the group "prompts", whose images are the model's
+            own.
         splits: which splits of each group; "discover" is for selecting, "confirm" for testing.
         items: how many items of each group and split.
         timesteps: of the model's scheduler; None takes `bands` of them, evenly spaced in log-SNR.
@@ -288,7 +289,7 @@ class SweepConfig:
             ValueError: not TOML, an unknown key, or a value that can't be; says where.
         """
         try:
-            values = tomllib.loads(local_path("plan", path).read_text(encoding="utf-8"))
+            values = tomllib.loads(local_path("plan", path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ValueError(f"plan: got {str(path)!r}, expected a TOML file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

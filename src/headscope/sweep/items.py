@@ -16,6 +16,7 @@ from headscope.models import PixelTask, Task
 from headscope.sweep.config import IN_MEMORY, SPLITS, SweepConfig
 from headscope.sweep.memory import modules_of
 from headscope.sweep.sources import open_source
+from headscope.sweep.texts import read_prompts
 from headscope.zoo import ImageGroup, load_pipeline, open_group
 
 PROMPTS = "prompts"
@@ -271,13 +272,7 @@ class PromptItem:
 
 
 def _open_prompts(path: Path, config: SweepConfig) -> GroupItems:
-    if not path.is_file():
-        raise ValueError(f"prompts: got {str(path)!r}, expected a text file with a prompt per line")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {str(path)!r} isn't UTF-8 text ({error})") from None
-    captions = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    captions = list(dict.fromkeys(read_prompts(path)))
     if not captions:
         raise ValueError(f"prompts: {str(path)!r} has no prompts, expected one per line")
     # prompts carry no split of their own: every other line is for selecting, the rest for testing

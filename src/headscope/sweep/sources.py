@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import json
 import math
 import re
@@ -17,11 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from headscope._extras import require
 from headscope._files import local_path
+from headscope._images import read_square
+from headscope.sweep.texts import decoded
 from headscope.zoo import FolderGroup, ImageGroup, Item, open_group
+from headscope.zoo.groups import check_names
 
 CAPTION_COLUMNS = ("caption", "text", "prompt", "caption_0")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -50,6 +50,7 @@ class _NamedGroup(ImageGroup):
     """Images with a name each, which is their source."""
 
     def __init__(self, name: str, names: list[str], size: int) -> None:
+        check_names(names)
         self.name = name
         self._names = names
         super().__init__(len(names), size)
@@ -71,10 +72,10 @@ class _NamedGroup(ImageGroup):
 
     def _load(self, index: int) -> Item:
         source, split = self._source(index)
-        encoded, caption = self._content(index)
         try:
-            image = decoded(encoded, self.size)
-        except (OSError, ValueError, SyntaxError) as error:
+            encoded, caption = self._content(index)
+            image = read_square(encoded, self.size)
+        except (OSError, ValueError) as error:
             raise ValueError(f"groups: image {source!r} of {self.name!r} can't be read: {error}") from error
         return Item(self.name, index, source, split, image, caption)
 
@@ -117,7 +118,12 @@ class DatasetGroup(_NamedGroup):
         if encoded is None:
             encoded = (self._folder / entry["path"]).read_bytes()
         caption = self._table[self._caption][index].as_py() if self._caption else ""
-        return encoded, str(caption[0] if isinstance(caption, list) else caption or "")
+        return encoded, _first(caption)
+
+
+def _first(caption: Any) -> str:
+    """A caption, or the first of several of one image."""
+    return str((caption[0] if isinstance(caption, list) and caption else caption) or "")
 
 
 def _one_of_dictionary(path: Path) -> Path:
@@ -168,11 +174,20 @@ class TarGroup(_NamedGroup):
         image = next(place for suffix, place in parts.items() if suffix in self._suffixes)
         for suffix in ("txt", "caption"):
             if suffix in parts:
-                return _read(image), _read(parts[suffix]).decode("utf-8", "replace").strip()
+                return _read(image), _caption(parts[suffix], suffix)
         if "json" in parts:
-            described = json.loads(_read(parts["json"]))
-            return _read(image), str(next((described[key] for key in CAPTION_COLUMNS if described.get(key)), ""))
+            described = json.loads(_caption(parts["json"], "json"))
+            if not isinstance(described, dict):
+                raise ValueError(f"its .json is a {type(described).__name__}, expected an object with a caption")
+            return _read(image), _first(next((described[key] for key in CAPTION_COLUMNS if described.get(key)), ""))
         return _read(image), ""
+
+
+def _caption(place: tuple[str, int, int], suffix: str) -> str:
+    try:
+        return decoded(_read(place)).strip()
+    except ValueError as error:
+        raise ValueError(f"its .{suffix} {error}") from None
 
 
 def _read(place: tuple[str, int, int]) -> bytes:
@@ -194,14 +209,3 @@ def expanded(pattern: str) -> list[str]:
             for file in expanded(f"{pattern[: braces.start()]}{number:0{len(first)}d}{pattern[braces.end() :]}")
         ]
     return sorted(glob.glob(pattern))
-
-
-def decoded(encoded: bytes, size: int) -> np.ndarray:
-    """An image file's central square at another size, uint8 [size, size, 3] (bicubic)."""
-    image_module, operations = require("PIL.Image", "study"), require("PIL.ImageOps", "study")
-    with image_module.open(io.BytesIO(encoded)) as opened:
-        picture = operations.exif_transpose(opened).convert("RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((size, size), image_module.Resampling.BICUBIC))

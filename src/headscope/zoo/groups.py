@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import numpy as np
 
 from headscope._extras import require
 from headscope._files import local_path
+from headscope._images import read_image, read_square
 from headscope.counter import counter_permutation, counter_uniform
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
 
@@ -273,17 +275,16 @@ def _has_content(image: np.ndarray) -> bool:
 @lru_cache(maxsize=8)
 def _photograph(file: str) -> np.ndarray:
     """One of scikit-image's photographs, uint8 [height, width, 3]."""
-    pil = require("PIL.Image", "study")
     folder = Path(str(require("skimage.data", "study").__file__)).parent
-    with pil.open(folder / file) as opened:
-        return np.ascontiguousarray(np.asarray(opened.convert("RGB")))
+    return read_image(folder / file)
 
 
 class FolderGroup(ImageGroup):
     """Any folder of images, searched recursively and sorted by relative path; one source is one file.
 
     Half of the sources are for discovery and half for confirmation, by a hash of the relative path; none is for
-    training. An image is cropped to its central square and resized.
+    training. An image is cropped to its central square and resized; `headscope._images` says how other kinds than 8-bit
+    RGB become that, and which are refused.
     """
 
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -298,6 +299,7 @@ class FolderGroup(ImageGroup):
             raise ValueError(
                 f"path: got {str(path)!r}, which holds no image, expected files ending in {', '.join(self.suffixes)}"
             )
+        check_names(self.files)
         self.folder = folder
         self.name = name or folder.resolve().name
         self.description = f"{len(self.files)} images of a folder"
@@ -316,17 +318,23 @@ class FolderGroup(ImageGroup):
         return self.files[index], self._splits[index]
 
     def _load(self, index: int) -> Item:
-        pil = require("PIL.Image", "study")
         source, split = self._source(index)
         try:
-            with pil.open(self.folder / source) as opened:
-                picture = require("PIL.ImageOps", "study").exif_transpose(opened).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
+            image = read_square(self.folder / source, self.size)
+        except ValueError as error:
             raise ValueError(f"path: the file {source!r} of the group {self.name!r} can't be read: {error}") from error
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        image = _resize(np.asarray(picture)[top : top + side, left : left + side], self.size)
         return Item(self.name, index, source, split, image)
+
+
+def check_names(names: list[str]) -> None:
+    """Raises ValueError for the first name that isn't UTF-8: tables and manifests hold no other text."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"path: the name of the file {os.fsencode(name)!r} isn't UTF-8, expected it renamed"
+            ) from None
 
 
 GROUPS: dict[str, Callable[[], ImageGroup]] = {
