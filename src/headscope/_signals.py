@@ -15,21 +15,40 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` in here, once, and SystemExit(143) at the end of it.
+def sigterm_interrupts() -> Iterator[bool]:
+    """SIGTERM raises `Terminated` in here, once.
 
-    In threads but the main one, and in programs that have a handler of their own, nothing is changed.
+    In threads but the main one, and in programs that have a handler of their own, nothing is changed: then it yields
+    False.
     """
     if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
+        yield False
         return
-    signal.signal(signal.SIGTERM, _Once())
+    once = _Once()
+    signal.signal(signal.SIGTERM, once)
     try:
-        yield
-    except Terminated:
-        raise SystemExit(TERMINATED) from None
+        yield True
+    except KeyboardInterrupt as error:
+        # Ray raises one of its own in the other's place
+        if once.came == signal.SIGTERM and not isinstance(error, Terminated):
+            raise Terminated from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM interrupts what is done in here, and raises SystemExit(143) at the end of it; but where somebody further
+    out has seen to it that SIGTERM interrupts, that is theirs."""
+    outermost = False
+    try:
+        with sigterm_interrupts() as outermost:
+            yield
+    except Terminated:
+        if outermost:
+            raise SystemExit(TERMINATED) from None
+        raise
 
 
 def end_once() -> None:
@@ -56,12 +75,12 @@ class _Once:
     """A signal handler that interrupts once."""
 
     def __init__(self) -> None:
-        self._came = False
+        self.came: int | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
-        if self._came:
+        if self.came is not None:
             return
-        self._came = True
+        self.came = number
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import headscope
 from headscope._files import local_path
-from headscope._signals import INTERRUPTED, TERMINATED, Terminated, terminable
+from headscope._signals import INTERRUPTED, TERMINATED, Terminated, sigterm_interrupts
 
 app = typer.Typer(
     help="See and edit what every attention head of a diffusion model does.",
@@ -48,14 +48,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 def _clear_errors() -> Iterator[None]:
     """One line instead of a traceback for what a user can mend; HEADSCOPE_TRACEBACK=1 shows all of it. SIGTERM is as
     Ctrl-C."""
-    with terminable(), _lines():
-        yield
-
-
-@contextmanager
-def _lines() -> Iterator[None]:
     try:
-        yield
+        with sigterm_interrupts():
+            yield
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
         if os.environ.get("HEADSCOPE_TRACEBACK") == "1":
             raise

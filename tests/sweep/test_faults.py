@@ -260,6 +260,23 @@ def test_sigterm_puts_away_what_was_computed(ddpm_directory, tmp_path, monkeypat
     assert list((found.path / CLAIMS).iterdir()) == []
 
 
+def test_an_interrupt_in_place_of_sigterm_s_is_sigterm(monkeypatch):
+    """As Ray's, which hears of signals while it waits and raises what it takes for Ctrl-C."""
+
+    def waits() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(SystemExit) as ended, terminable():
+        waits()
+    assert ended.value.code == 143
+    # and Ctrl-C stays what it is
+    with pytest.raises(KeyboardInterrupt), terminable():
+        raise KeyboardInterrupt
+
+
 def test_a_handler_of_the_program_s_own_stays(ddpm_directory, tmp_path):
     """And in a thread, where none can be set, a sweep runs as ever."""
     heard = []
