@@ -25,7 +25,7 @@ from headscope.sweep.memory import borrowed
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
 from headscope.sweep.run import Run
-from headscope.sweep.store import CLAIMS, RunStore
+from headscope.sweep.store import CLAIMS, RunStore, unit_file
 from headscope.sweep.worker import Execution, Opened, WorkOrder, work
 
 
@@ -120,9 +120,15 @@ def _run(
     session = uuid.uuid4().hex
     listed = store.listed()
     with progress(units) as shown:
+        if store.rebuilt:
+            shown.say(f"{store.rebuilt}; written anew from the plan, results that are whole are kept")
         for unit in units:
-            if (unit.kind, unit.id) in listed and store.has(unit.kind, unit.id):
-                shown.already(unit)
+            if (unit.kind, unit.id) in listed:
+                if store.has(unit.kind, unit.id):
+                    shown.already(unit)
+                else:
+                    file = str(unit_file(store.path, unit.kind, unit.id))
+                    shown.say(f"{file!r} is damaged or lacks its images; computed anew")
         if workers.executor == "local":
             work(opened.runner(store), session, shown)
         else:
