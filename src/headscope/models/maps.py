@@ -69,24 +69,40 @@ class TokenMaps:
         return self._groups[place]
 
     def add(self, forward: Forward, site: str, layout: Layout, mass: Tensor) -> None:
-        """Add one call's [rows, heads, queries, tokens]; of two guidance branches, the one that sees the prompt."""
-        if layout.fold != 1 or layout.samples != forward.batch:
-            raise ValueError(f"token maps: site {site!r} folds frames or samples apart, expected a picture per row")
+        """Add one call's [rows, heads, queries, tokens]; of several guidance branches, the one that sees the prompt."""
+        if layout.fold != 1:
+            raise ValueError(f"token maps: site {site!r} folds frames into its batch, expected a picture per row")
         branches = forward.branches
         if "cond" not in branches and branches != (None,):
             return
         part = 0 if branches == (None,) else branches.index("cond")
-        own = mass.detach()[part * forward.samples : (part + 1) * forward.samples]
-        if own.shape[0] % len(self.prompts):
-            raise ValueError(f"token maps: got {len(self.prompts)} prompts for a batch of {own.shape[0]} samples")
+        # the call may be of some branches, or samples, alone
+        edges = (edge - part * forward.samples for edge in (layout.first_sample, layout.end_sample))
+        start, stop = (min(max(edge, 0), forward.samples) for edge in edges)
+        if start == stop:
+            return
+        first = part * forward.samples + start - layout.first_sample
+        own = mass.detach()[first : first + stop - start]
+        if forward.samples % len(self.prompts):
+            raise ValueError(f"token maps: got {len(self.prompts)} prompts for a batch of {forward.samples} samples")
         heads = self._heads.get(site)
         own = own if heads is None else own[:, list(heads)]
         image = next(segment for segment in layout.queries if segment.group == IMAGE)
         grid = self._grid(forward, layout)
         assert grid is not None
         summed = own[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
-        self._sums[site] = self._sums[site] + summed if site in self._sums else summed
-        self._counts[site] = self._counts.get(site, 0) + own.shape[1]
+        if site not in self._sums:
+            # an ordinary tensor, which a later forward in another mode may add to
+            with torch.inference_mode(False):
+                self._sums[site] = summed.new_zeros(forward.samples, *summed.shape[1:])
+        if self._sums[site].shape[1:] != summed.shape[1:]:
+            raise ValueError(
+                f"token maps: site {site!r} meets {summed.shape[1]} text tokens in one sample and"
+                f" {self._sums[site].shape[1]} in another, expected prompts of one length"
+            )
+        self._sums[site][start:stop] += summed
+        if start == 0:
+            self._counts[site] = self._counts.get(site, 0) + own.shape[1]
 
     def _grid(self, forward: Forward, layout: Layout) -> tuple[int, int] | None:
         """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""

@@ -14,7 +14,7 @@ from headscope.models import routing
 from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
 from headscope.models.editing import ActiveEdit, Edits, Fill
-from headscope.models.forwards import Forward, Window, begin_forward
+from headscope.models.forwards import Forward, Progress, Window, begin_forward
 from headscope.models.maps import TokenMaps, TokenRequest
 from headscope.models.recording import Recording
 from headscope.models.sites import Site, Unseen, find_denoiser, find_sites
@@ -383,7 +383,7 @@ class Scope:
             forward.totals = dict(forward.calls)
 
     @contextmanager
-    def repeat(self, forward: Forward | None, calls: dict[str, int]) -> Iterator[None]:
+    def repeat(self, forward: Forward | None, calls: dict[str, Progress]) -> Iterator[None]:
         """Run a part of an earlier forward again as it ran then, without recording it a second time."""
         if self._contexts == 0:
             raise RuntimeError(

@@ -239,7 +239,11 @@ def _joined_text_first(function: Callable[..., Any]) -> bool | None:
             continue
         if not isinstance(node.args[0], (ast.List, ast.Tuple)) or not _joins_tokens(node):
             continue
-        names = [getattr(element, "id", "") for element in node.args[0].elts]
+        # of one sample of it (query[i : i + 1]), too
+        elements = [
+            getattr(part, "value", part) if isinstance(part, ast.Subscript) else part for part in node.args[0].elts
+        ]
+        names = [getattr(element, "id", "") for element in elements]
         texts = [any(word in name for word in _TEXT_WORDS) for name in names]
         tokens = all(any(w in name for w in ("hidden_states", "query", "img", "txt", "text")) for name in names)
         if len(names) == 2 and tokens and texts[0] != texts[1]:
