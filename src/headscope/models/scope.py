@@ -53,7 +53,7 @@ class Scope:
 
     Attributes:
         denoiser: the module whose sites these are (the pipeline's unet or transformer).
-        sites: what can be recorded and edited.
+        sites: what can be recorded and edited, in the order in which a forward runs them.
         unseen: attention modules that can't be, with the reason. Recording with unseen sites raises unless
             `sites=` leaves them out.
         recordings, token_maps, edits: what is active, outer contexts first.
@@ -113,7 +113,7 @@ class Scope:
         raise KeyError(f"site: got {name!r}, expected one of {', '.join(site.name for site in self.sites)}")
 
     def matching(self, pattern: str) -> list[str]:
-        """The names of the sites that a name or a pattern of shell style ("*.attn2") means, in the model's order.
+        """The names of the sites that a name or a pattern of shell style ("*.attn2") means, in the order of `sites`.
 
         Raises:
             KeyError: there is none, or one of them can't be seen.
