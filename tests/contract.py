@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from headscope.ops import Distance, GroupEntropy, GroupMass, HeadEdit, Statistic
+from rounding import attention_tolerance, blend_tolerance
 
 FINFO_MIN = torch.finfo(torch.float32).min
 
@@ -237,9 +237,10 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the contract says, float64, and the largest finite |logit|."""
+    """What the contract says, float64, what an output may err by, and the largest finite |logit|."""
 
     output: Tensor
+    output_tolerance: Tensor
     statistics: dict[str, Tensor]
     largest_logit: float
 
@@ -263,11 +264,22 @@ def truth(inputs: Inputs) -> Truth:
     probabilities = _softmax(logits)
     factors = torch.ones(()) if inputs.key_scale is None else inputs.key_scale.double()[:, :, None]
     attention = torch.einsum("bhqk,bhkd->bhqd", probabilities * factors, value)
-    uniform = _softmax(torch.where(allowed, added, -math.inf)) * factors
-    output = _edited(attention, inputs, uniform, value)
+    dtype = inputs.query.dtype
+    error = attention_tolerance(query, key, value, scale, logits, probabilities, factors, dtype)
+    flat = torch.where(allowed, added, -math.inf)
+    uniform = _softmax(flat)
+    fill, fill_error = _fill(inputs, uniform * factors, value), 0.0
+    if inputs.fill == "uniform":
+        fill_error = attention_tolerance(0 * query, key, value, scale, flat, uniform, factors, dtype)
+    output = attention
+    if inputs.gate is not None:
+        gate = inputs.gate.double()[..., None, None]
+        mixed = gate * attention + (1 - gate) * fill
+        output = torch.where(gate == 1, attention, torch.where(gate == 0, fill, mixed))
+        error = blend_tolerance(attention, error, gate, fill, fill_error, dtype)
     finite = logits[logits.isfinite() & (logits > 0.5 * FINFO_MIN)].abs()
     largest = float(finite.max()) if len(finite) else 0.0
-    return Truth(output, _statistics(inputs, logits, probabilities), largest)
+    return Truth(output, error, _statistics(inputs, logits, probabilities), largest)
 
 
 def _statistics(inputs: Inputs, logits: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
@@ -327,19 +339,14 @@ def _softmax(logits: Tensor) -> Tensor:
     return torch.where(dead, 0.0, torch.softmax(torch.where(dead, 0.0, logits), -1))
 
 
-def _edited(attention: Tensor, inputs: Inputs, uniform: Tensor, value: Tensor) -> Tensor:
-    if inputs.gate is None:
-        return attention
-    gate = inputs.gate.double()[..., None, None]
-    fill = torch.zeros(()).double()
+def _fill(inputs: Inputs, uniform: Tensor, value: Tensor) -> Tensor:
     if isinstance(inputs.fill, Tensor):
-        fill = inputs.fill.double()
-    elif inputs.fill == "identity":
-        fill = value
-    elif inputs.fill == "uniform":
-        fill = torch.einsum("bhqk,bhkd->bhqd", uniform, value)
-    mixed = gate * attention + (1 - gate) * fill
-    return torch.where(gate == 1, attention, torch.where(gate == 0, fill, mixed))
+        return inputs.fill.double()
+    if inputs.fill == "identity":
+        return value
+    if inputs.fill == "uniform":
+        return torch.einsum("bhqk,bhkd->bhqd", uniform, value)
+    return torch.zeros(()).double()
 
 
 def statistic_tolerance(expected: Truth, name: str = "entropy") -> float:
@@ -357,39 +364,15 @@ def statistic_tolerance(expected: Truth, name: str = "entropy") -> float:
     return bound
 
 
-def output_tolerance(inputs: Inputs, expected: Truth) -> float:
-    """Twice the largest error of torch's own attention at this dtype, plus two roundings of the largest output.
-
-    The floor is for cases where torch happens to be exact; fractional gates and fills round once more.
-    """
-    query = inputs.query
-    if inputs.temperature is not None:
-        query = query / inputs.temperature[..., None, None].to(query.dtype)
-    plain = Inputs(query, inputs.key, inputs.value, inputs.options, None, None)
-    stock = functional.scaled_dot_product_attention(query, inputs.key, inputs.value, **_stock_options(inputs))
-    error = (stock.double() - truth(plain).output).abs()
-    worst = float(error[error.isfinite()].max()) if bool(error.isfinite().any()) else 0.0
-    finite = expected.output[expected.output.isfinite()].abs()
-    largest = float(finite.max()) if len(finite) else 0.0
-    if inputs.key_scale is not None:
-        # errors of the weights are scaled with them
-        worst *= max(1.0, float(inputs.key_scale.abs().max()))
-    return 2 * worst + 2 * torch.finfo(inputs.query.dtype).eps * largest
-
-
-def _stock_options(inputs: Inputs) -> dict:
-    options = dict(inputs.options)
-    mask = options["attn_mask"]
-    if mask is not None and mask.dtype != torch.bool:
-        options["attn_mask"] = mask.to(inputs.query.dtype)
-    return options
-
-
-def assert_close(name: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Equal infinities and NaN in the same places, everything else within the tolerance."""
+def assert_close(name: str, got: Tensor, expected: Tensor, tolerance: float | Tensor) -> None:
+    """Equal infinities and NaN in the same places, everything else within the tolerance, one or one for each."""
     got = got.double()
     assert torch.equal(got.isnan(), expected.isnan()), f"{name}: NaN in other places"
     special = expected.isnan() | expected.isinf()
     assert torch.equal(got[expected.isinf()], expected[expected.isinf()]), f"{name}: other infinities"
-    error = (got - expected)[~special].abs()
-    assert not error.numel() or float(error.max()) <= tolerance, f"{name}: {float(error.max()):.3g} > {tolerance:.3g}"
+    error = torch.where(special, 0.0, got - expected).abs()
+    allowed = torch.where(special, 0.0, torch.as_tensor(tolerance, dtype=torch.float64))
+    if not bool((error <= allowed).all()):
+        worst = int((error / allowed).argmax())
+        found, most = float(error.flatten()[worst]), float(allowed.flatten()[worst])
+        raise AssertionError(f"{name}: {found:.3g} > {most:.3g}")

@@ -1,7 +1,10 @@
 """Files that are written whole or not at all."""
 
+import contextlib
+import errno
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -25,17 +28,100 @@ def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> Non
                 content(file)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; a result is as readable as any other file of the user's
-        os.chmod(temporary, 0o666 & ~_umask())
+        # mkstemp makes files private; a result is as readable as any other file of the user's. exFAT has no permissions
+        # and refuses to change them
+        with contextlib.suppress(PermissionError):
+            os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    _flush_folder(path.parent)
+
+
+def write_first(path: Path, content: bytes, *, lasting: bool = True) -> bool:
+    """Write a file unless there is one: of several processes at once, one wins, and nobody ever reads a part of it.
+
+    Args:
+        content: what nobody else writes there, where the answer matters.
+        lasting: flush it to disk, as what must survive a crash of the machine is.
+
+    Returns:
+        Whether this call wrote it.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
-        os.fsync(directory)
+        if lasting:
+            write_atomic(aside, content)
+        else:
+            aside.write_bytes(content)
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            # a network file system says so of a link that it made, too, where the answer to the first asking was lost
+            return _holds(path, content)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if not _moved_first(aside, path):
+                return False
+        if lasting:
+            _flush_folder(path.parent)
+        return True
     finally:
-        os.close(directory)
+        aside.unlink(missing_ok=True)
+
+
+# what file systems without hard links say of them: exFAT and FAT, FUSE, SMB, and those with a limit of one
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK}
+# seconds that a process may take to rename a file, before another takes it for dead
+_RENAMED_WITHIN = 10.0
+
+
+def _moved_first(aside: Path, path: Path) -> bool:
+    """`write_first` without hard links: whoever makes a second file, empty and short-lived, may rename."""
+    guard = path.with_name(f".{path.name}.guard.tmp")
+    patience = time.monotonic() + _RENAMED_WITHIN
+    while not path.exists():
+        try:
+            os.close(os.open(guard, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            if time.monotonic() > patience:
+                # its maker was killed between two lines of this function
+                guard.unlink(missing_ok=True)
+                patience = time.monotonic() + _RENAMED_WITHIN
+            time.sleep(0.01)
+            continue
+        try:
+            if path.exists():
+                return False
+            os.replace(aside, path)
+        finally:
+            guard.unlink(missing_ok=True)
+        return True
+    return False
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except FileNotFoundError:
+        return False
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network and FUSE file systems know no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -13,9 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[str, Any]:
-    """What tests/kernels/dry_launches.py prints, from a process without the interpreter."""
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What tests/kernels/dry_launches.py prints, from a process without the interpreter.
+
+    Triton's cache is its own: a binary holds the time of its source file, which a cached one may have from another
+    checkout of the same source.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "kernels"), environment.get("PYTHONPATH")]))
     process = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("dry_launches.py"))],

@@ -1,5 +1,6 @@
 """Who works on a unit: one at a time, and nobody for ever."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,10 +8,13 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
+from headscope.sweep import SweepConfig, run_sweep
 from headscope.sweep import claims as module
 from headscope.sweep.claims import Claims
-from headscope.sweep.worker import TRIES, given_up
+from headscope.sweep.store import CLAIMS
+from headscope.sweep.worker import TRIES, Execution, Opened, given_up
 
 
 def test_a_unit_is_one_process_s_at_a_time(tmp_path):
@@ -24,6 +28,59 @@ def test_a_unit_is_one_process_s_at_a_time(tmp_path):
     second.take("other")
     second.close()
     assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_run_without_hard_links(ddpm_directory, tmp_path, monkeypatch):
+    """As on exFAT: a sweep is run, and its claims are one process's at a time."""
+
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    asked = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60,), fills=(), scores=())
+    run = run_sweep(asked, tmp_path / "run", progress=False)
+    assert run.verify().sound
+    assert run.verify().leftovers == []
+    test_a_unit_is_one_process_s_at_a_time(tmp_path)
+
+
+def forgetful(call):
+    """A file operation as NFS does it where the first answer is lost: done, asked again, and refused."""
+
+    def run(source, target):
+        call(source, target)
+        return call(source, target)
+
+    return run
+
+
+def test_a_link_that_was_made_and_refused_is_our_own_claim(tmp_path, monkeypatch):
+    ours, other = Claims(tmp_path), Claims(tmp_path)
+    monkeypatch.setattr(os, "link", forgetful(os.link))
+    assert ours.take("unit") is True
+    assert other.take("unit") is False
+    # made by the same process, and yet not by this call
+    assert ours.take("unit") is False
+    ours.release("unit")
+    assert other.take("unit") is True
+
+
+def test_a_take_over_that_was_done_and_refused_is_one(tmp_path, monkeypatch):
+    claimed_by(tmp_path, began="1")
+    monkeypatch.setattr(os, "rename", forgetful(os.rename))
+    assert isinstance(Claims(tmp_path).take("unit"), dict)
+    assert [file.name for file in (tmp_path / "claims").iterdir()] == ["unit"]
+
+
+def test_a_claim_that_was_taken_over_is_not_released(tmp_path):
+    """As of a process that slept for long."""
+    slow, other = Claims(tmp_path), Claims(tmp_path)
+    slow._owner["began"] = "1"
+    assert slow.take("unit") is True
+    assert isinstance(other.take("unit"), dict)
+    slow.release("unit")
+    slow.close()
+    assert list(other.owners()) == ["unit"]
 
 
 def claimed_by(folder, **owner) -> None:
@@ -50,27 +107,141 @@ def test_a_number_that_another_process_has_now_is_no_owner(tmp_path):
     assert isinstance(Claims(tmp_path).take("unit"), dict)
 
 
-def test_another_machine_s_claim_holds_while_it_is_touched(tmp_path, monkeypatch):
+def test_of_two_that_find_a_claim_abandoned_one_gets_it(tmp_path, monkeypatch):
+    """Though the second has looked at it before the first took it over."""
+    claimed_by(tmp_path, began="1")
+    quick, slow = Claims(tmp_path), Claims(tmp_path)
+    rename = os.rename
+
+    def late(source, target):
+        monkeypatch.setattr(os, "rename", rename)
+        assert isinstance(quick.take("unit"), dict)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    assert slow.take("unit") is False
+    assert [file.name for file in (tmp_path / "claims").iterdir()] == ["unit"]
+    quick.release("unit")
+    assert slow.take("unit") is True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Two clocks of this process: `clock.passes(seconds)` on one that only measures, and one that is a day behind."""
+
+    class Clock:
+        now = 1000.0
+
+        def passes(self, seconds: float) -> None:
+            self.now += seconds
+
+    found = Clock()
+    monkeypatch.setattr(module.time, "monotonic", lambda: found.now)
+    monkeypatch.setattr(module.time, "time", lambda: 0.0)
+    return found
+
+
+def counted(folder) -> None:
+    """The owner of the claim counts on in it."""
+    file = folder / "claims" / "unit"
+    claim = json.loads(file.read_text())
+    file.write_bytes(module._written({**claim, "counted": int(claim["counted"]) + 1}))
+
+
+@pytest.mark.parametrize("age", [-86400.0, 0.0, 86400.0])
+def test_another_machine_s_claim_holds_while_it_is_counted_on(tmp_path, clock, age):
+    """Whatever its clock and the file server's say."""
     claimed_by(tmp_path, host="elsewhere", process=1)
-    ours = Claims(tmp_path)
-    assert ours.take("unit") is False
     file = tmp_path / "claims" / "unit"
-    long_ago = time.time() - module.ABANDONED_AFTER - 1
-    os.utime(file, (long_ago, long_ago))
+    ours = Claims(tmp_path)
+    for _ in range(5):
+        os.utime(file, (age + 1e9, age + 1e9))
+        assert ours.take("unit") is False
+        clock.passes(module.ABANDONED_AFTER - 1)
+        assert ours.take("unit") is False
+        counted(tmp_path)
+    assert ours.take("unit") is False
+    clock.passes(module.ABANDONED_AFTER + 1)
+    os.utime(file, (age + 1e9, age + 1e9))
     assert isinstance(ours.take("unit"), dict)
 
 
-def test_claims_are_touched_while_their_owner_works(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "TOUCHED_EVERY", 0.01)
+def test_a_container_of_the_same_name_is_another_machine(tmp_path, clock):
+    """Its process numbers mean nothing here."""
+    claimed_by(tmp_path, machine="another", began="1")
+    ours = Claims(tmp_path)
+    assert ours.take("unit") is False
+    clock.passes(module.ABANDONED_AFTER + 1)
+    assert isinstance(ours.take("unit"), dict)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"null", b'{"host": "elsewh', b"\xff\xfe", b'{"host": 1}'])
+def test_what_is_no_claim_is_taken_over_after_as_long(tmp_path, clock, content):
+    file = tmp_path / "claims" / "unit"
+    file.parent.mkdir()
+    file.write_bytes(content)
+    ours = Claims(tmp_path)
+    assert ours.take("unit") is False
+    assert list(ours.owners()) == ["unit"]
+    assert f"{str(file)!r} can't be read; should that claim stay as it is for 120 s" in ours.waits()["unit"]
+    clock.passes(module.ABANDONED_AFTER + 1)
+    assert ours.take("unit") == {"session": ""}
+    ours.release("unit")
+    assert ours.take("unit") is True
+
+
+def test_claims_are_counted_on_while_their_owner_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "COUNTED_EVERY", 0.01)
     ours = Claims(tmp_path)
     ours.take("unit")
     file = tmp_path / "claims" / "unit"
-    os.utime(file, (0, 0))
+    first = json.loads(file.read_bytes())
     until = time.monotonic() + 20
-    while file.stat().st_mtime == 0 and time.monotonic() < until:
+    while int(json.loads(file.read_bytes())["counted"]) < 3 and time.monotonic() < until:
         time.sleep(0.01)
-    assert file.stat().st_mtime > 0
+    later = json.loads(file.read_bytes())
+    assert int(later.pop("counted")) >= 3
+    first.pop("counted")
+    assert later == first
+    # a claim that is somebody else's by now isn't
+    stolen = json.dumps({**first, "token": "another", "counted": ""}).encode()
+    file.write_bytes(stolen)
+    time.sleep(0.1)
+    assert file.read_bytes() == stolen
     ours.close()
+
+
+def test_who_is_waited_for_and_how_long(tmp_path):
+    claimed_by(tmp_path, host="elsewhere", process=7)
+    ours, sibling, here = Claims(tmp_path, "ours"), Claims(tmp_path, "ours"), Claims(tmp_path, "other")
+    sibling.take("sibling's")
+    here.take("here")
+    assert ours.waits() == {
+        "unit": "process 7 of the machine elsewhere has claimed it; should that claim stay as it is for 120 s, its work"
+        " is done here",
+        "here": f"process {os.getpid()} of this machine has claimed it",
+    }
+    owners = ours.owners()
+    assert owners["here"].endswith(f", process {os.getpid()}")
+    assert owners["unit"] == "elsewhere, process 7 (from another machine it can't be told whether it still works)"
+
+
+def test_a_run_says_at_once_whom_it_waits_for(ddpm_directory, tmp_path, monkeypatch):
+    """And does the work of one that is gone, though its clock was a day ahead."""
+    monkeypatch.setattr(module, "ABANDONED_AFTER", 0.5)
+    asked = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60,), fills=(), scores=())
+    opened = Opened(asked, Execution(rows=1))
+    unit, store = opened.plan.units[0], opened.store(tmp_path / "run")
+    claimed_by(store.path, host="elsewhere", process=7)
+    file = store.path / CLAIMS / "unit"
+    file.rename(file.with_name(unit.id))
+    tomorrow = time.time() + 86400
+    os.utime(file.with_name(unit.id), (tomorrow, tomorrow))
+    text = io.StringIO()
+    run = run_sweep(asked, store.path, console=Console(file=text))
+    told = f"sweep: waiting for unit {unit.id[:12]} of observations: process 7 of the machine elsewhere has claimed it;"
+    assert text.getvalue().count(told) == 1
+    assert run.complete
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """One attention call of an observed site: edited, computed by headscope's operator, recorded."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,45 +73,66 @@ class SiteFrame:
             interest = self._last_interest = _Interest.of(self._scope, self._site.name)
         return interest
 
-    def silent(self) -> None:
-        """Raises RuntimeError where the module ran and its attention did not come by."""
+    def wanted(self) -> bool:
+        """Whether anything of the site is recorded or edited in the forward that runs."""
+        forward, interest = self._scope.running, self._interest()
+        if forward is None or not interest.any:
+            return False
+        acting = (entry.acts_in(forward) for entry in (*interest.edits, *interest.token_maps))
+        return bool(interest.recordings) or any(acting)
+
+    def silent(self, replacement: str | None) -> None:
+        """Raises RuntimeError where the module ran and its attention did not come by.
+
+        Args:
+            replacement: what stands in the place of torch's function since the context was entered.
+        """
         if self._interest().any:
+            cause = (
+                "was its processor or diffusers' attention backend changed?"
+                if replacement is None
+                else f"{replacement} was put into its place"
+            )
             raise RuntimeError(
                 f"site {self._site.name!r} ran without torch's scaled_dot_product_attention, so nothing of it was"
-                " recorded or edited; was its processor or diffusers' attention backend changed?"
+                f" recorded or edited; {cause}"
             )
+
+    def refuse(self, who: str) -> NoReturn:
+        """Raises RuntimeError: the site is recorded or edited, and `who` decides what its attention gives."""
+        raise RuntimeError(
+            f"site {self._site.name!r} can't be recorded or edited, for {who} acts on its attention; name other sites"
+            " (sites=...), or record the model without it"
+        )
 
     def attend(
         self,
+        own_text: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        own_text: int,
-        stock: Callable[..., Tensor],
         attn_mask: Tensor | None,
         dropout_p: float,
         is_causal: bool,
         scale: float | None,
         enable_gqa: bool,
     ) -> Tensor:
-        """What scaled_dot_product_attention returns, seen and edited.
+        """What scaled_dot_product_attention returns, seen and edited; called where the site is `wanted`.
 
         Args:
             own_text: how many text tokens the module was given.
-            stock: torch's own function.
         """
         forward, interest = self._scope.running, self._interest()
-        if forward is None or not interest.any:
-            return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        assert forward is not None
         if self._holds_frames(query, attn_mask):
             rows = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (query, key, value))
-            output = self.attend(*rows, own_text, stock, None, dropout_p, is_causal, scale, enable_gqa)
+            output = self.attend(own_text, *rows, None, dropout_p, is_causal, scale, enable_gqa)
             return output.unflatten(0, query.shape[:2]).squeeze(2)
         if query.ndim == 3 and self._site.heads == 1:
             # one head without a dimension of its own
             mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
             heads = (tensor.unsqueeze(1) for tensor in (query, key, value))
-            return self.attend(*heads, own_text, stock, mask, dropout_p, is_causal, scale, enable_gqa).squeeze(1)
+            return self.attend(own_text, *heads, mask, dropout_p, is_causal, scale, enable_gqa).squeeze(1)
         name = self._site.name
         repeated = forward.totals is not None
         calls = forward.calls.get(name, 0)
@@ -121,12 +141,10 @@ class SiteFrame:
             calls %= max(1, forward.totals.get(name, 1))
         edits = [edit for edit in interest.edits if edit.acts_in(forward)]
         mapped = [entry for entry in interest.token_maps if entry.acts_in(forward)]
-        # a repetition takes the operator that ran the first time, so that it saves the same tensors
-        if not (interest.recordings or edits or mapped):
-            return stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if dropout_p:
             raise ValueError(f"site {name!r} uses attention dropout; put the model in eval mode to record or edit it")
         layout, call = self._layout(query, key, forward, own_text, calls)
+        # a repetition takes the operator that ran the first time, so that it saves the same tensors
         recordings = () if repeated else interest.recordings
         for recording in recordings:
             recording.tensors.add_inputs(recording.quantities, forward, name, call, layout, query, key, value)

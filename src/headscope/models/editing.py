@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from headscope.models.forwards import Forward
+from headscope.models.forwards import Forward, Window
 from headscope.models.layout import Layout
 from headscope.models.recording import HEAD_OUTPUT, Recording, Resampled
 from headscope.models.sites import Site
@@ -48,7 +48,7 @@ class Where:
         call: the number of the attention call within the site and forward.
         step: the pipeline's step (the number of the forward where no pipeline counts).
         timestep: the scheduler's timestep of that sample.
-        branch: "cond", "uncond", or None where there is no guidance.
+        branch: "uncond", "cond", ... (see `Recording.to_arrow`), or None where there is no guidance.
         sample: the sample within its branch.
     """
 
@@ -72,12 +72,11 @@ class Change:
     patches: tuple[tuple[str, Tensor, Tensor], ...] = ()  # "q", "k" or "v"; heads [rows or 1, heads] bool; tensor
 
 
-class ActiveEdit:
+class ActiveEdit(Window):
     """The edits of one context.
 
     Attributes:
         sites: the names of the sites it edits.
-        first_forward: the number of denoiser forwards the scope had seen when the context was entered.
     """
 
     def __init__(
@@ -85,18 +84,16 @@ class ActiveEdit:
         values: dict[str, list[list[Any]]],
         fill: Fill,
         steps: range | None,
-        branches: tuple[str, ...] | None,
+        branches: Iterable[str] | None,
         scope: "Scope",
     ) -> None:
+        super().__init__(steps, branches)
         self._values = values
         self._fill = fill
-        self._steps = steps
-        self._branches = branches
         self._sites = {name: scope.site(name) for name in values}
         # an edit is moved to a device once, not at every call
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._gates: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self.first_forward = 0
         self.sites = frozenset(values)
 
     @classmethod
@@ -105,12 +102,10 @@ class ActiveEdit:
         edits: Edits | Sequence[Edits],
         fill: Fill,
         steps: range | None,
-        branches: Sequence[str] | None,
+        branches: Iterable[str] | None,
         scope: "Scope",
     ) -> "ActiveEdit":
         """Check everything before the model runs."""
-        if steps is not None and not isinstance(steps, range):
-            raise TypeError(f"steps: got {type(steps).__name__}, expected a range of pipeline steps or None")
         _check_fill(fill)
         samples: Sequence[Edits] = [edits] if isinstance(edits, Mapping) else list(edits)
         if not samples:
@@ -126,10 +121,7 @@ class ActiveEdit:
                             " differ by sample"
                         )
                     values.setdefault(name, [[] for _ in samples])[row] += one
-        return cls(values, fill, steps, None if branches is None else tuple(branches), scope)
-
-    def acts_in(self, forward: Forward) -> bool:
-        return self._steps is None or forward.step_since(self.first_forward) in self._steps
+        return cls(values, fill, steps, branches, scope)
 
     def changes(self, name: str, call: int, forward: Forward, layout: Layout, query: Tensor) -> list[Change]:
         """The changes of one attention call on `query` [rows, heads, queries, dim], in the order they are made.
@@ -146,7 +138,7 @@ class ActiveEdit:
                 raise rows.misfit(len(values))
             by_row = [values[row % forward.samples] for row in range(forward.batch)]
             found = self._by_row(by_row, name, call, rows)
-        return [rows.only(change, self._branches) for change in found]
+        return [rows.only(change, self.branches) for change in found]
 
     def _whole(self, value: Any, name: str, call: int, rows: "_RowMap") -> list[Change]:
         """One value for the whole batch."""

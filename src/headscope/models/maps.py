@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from headscope.models.forwards import Forward
+from headscope.models.forwards import Forward, Window
 from headscope.models.layout import IMAGE, TEXT, Layout
 from headscope.ops import GroupMass
 
@@ -101,11 +101,15 @@ class TokenMaps:
         return tuple(self._sums)
 
     def tokens(self, sample: int = 0) -> list[Token]:
-        """The text tokens of a sample's prompt, in order."""
-        self._require()
-        count = next(iter(self._sums.values())).shape[1]
+        """The text tokens of a sample's prompt, in order.
+
+        Raises:
+            ValueError: nothing was recorded.
+            IndexError: there is no such sample.
+        """
+        samples, count = self._require(sample)
         # several images of a prompt follow each other
-        images = next(iter(self._sums.values())).shape[0] // len(self.prompts)
+        images = samples // len(self.prompts)
         return label_tokens(self._pipeline, self.prompts[sample // images], count)
 
     def positions(self, words: str, sample: int = 0) -> list[int]:
@@ -132,12 +136,18 @@ class TokenMaps:
         Raises:
             ValueError: no such words, or nothing was recorded.
             KeyError: nothing was recorded at a site.
+            IndexError: there is no such sample.
         """
-        self._require()
+        self._require(sample)
         if isinstance(of, str):
             kinds = [token.position for token in self.tokens(sample) if token.kind == of]
             of = kinds or self.positions(of, sample)
-        chosen = self.sites if sites is None else tuple(sites)
+        chosen = self.sites if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
+        for site in chosen:
+            if site not in self._sums:
+                raise KeyError(f"sites: nothing was recorded at {site!r}, expected some of {', '.join(self.sites)}")
+        if not chosen:
+            raise ValueError(f"sites: got none, expected some of {', '.join(self.sites)}")
         maps = [self._sums[site][sample, list(of)].sum(0) / self._counts[site] for site in chosen]
         height, width = max((tuple(one.shape) for one in maps), key=lambda shape: shape[0] * shape[1])
         resized = [
@@ -159,22 +169,23 @@ class TokenMaps:
         maps = {word: self.map(word, sample, sites).numpy() for word in words}
         return heatmaps(maps, "attention mass on the word, 0 to 1", image)
 
-    def _require(self) -> None:
+    def _require(self, sample: int) -> tuple[int, int]:
+        """How many samples and text tokens were recorded, the sample among them."""
         if not self._sums:
             raise ValueError("token maps: nothing was recorded, expected a run of the pipeline inside the context")
+        samples, tokens = next(iter(self._sums.values())).shape[:2]
+        if not 0 <= sample < samples:
+            raise IndexError(f"sample: got {sample}, expected 0 to {samples - 1}")
+        return samples, tokens
 
 
-@dataclass
-class TokenRequest:
+class TokenRequest(Window):
     """The token maps of one context."""
 
-    maps: TokenMaps
-    sites: frozenset[str]
-    steps: range | None
-    first_forward: int = 0
-
-    def acts_in(self, forward: Forward) -> bool:
-        return self.steps is None or forward.step_since(self.first_forward) in self.steps
+    def __init__(self, maps: TokenMaps, sites: frozenset[str], steps: range | None) -> None:
+        super().__init__(steps)
+        self.maps = maps
+        self.sites = sites
 
 
 def label_tokens(pipeline: Any, prompt: str, count: int) -> list[Token]:

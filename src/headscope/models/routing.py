@@ -1,8 +1,11 @@
 """The one place where a running model meets headscope.attention.
 
 While a Scope is active, `torch.nn.functional.scaled_dot_product_attention` is routed: calls made inside an observed
-attention module go to that module's frame, every other call goes straight to torch. Which module is running is known
-from its forward hooks, per thread, so two models in two threads don't meet.
+attention module go to that module's frame, every other call goes, as it is, to the function that was there before.
+Which module is running is known from its forward hooks, per thread, so two models in two threads don't meet.
+
+Torch function modes and functions that users put into torch's place act as they would without the routing. A frame sees
+attention as it arrives beneath the modes, and refuses by name whoever keeps it from computing what the model uses.
 
 Compiled models take the same way. The hooks are plain functions that torch.compile traces; a module is told by a tensor
 it carries, which is an input of the compiled code and no constant in it, so that layers share code; and the routed
@@ -11,13 +14,15 @@ attention is an operator whose inside is not traced, so that recordings and edit
 
 import itertools
 import threading
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from headscope.models import overrides
 from headscope.ops.schema import LIBRARY
 
 # where a module under observation carries its number
@@ -29,13 +34,16 @@ _HOOK_ID = -1
 class Frame(Protocol):
     """An observed attention module, as the router sees it."""
 
+    def wanted(self) -> bool:
+        """Whether anything of its attention is recorded or edited in the forward that runs."""
+        ...
+
     def attend(
         self,
+        own_text: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        own_text: int,
-        stock: Callable[..., Tensor],
         attn_mask: Tensor | None,
         dropout_p: float,
         is_causal: bool,
@@ -43,7 +51,13 @@ class Frame(Protocol):
         enable_gqa: bool,
     ) -> Tensor: ...
 
-    def silent(self) -> None: ...
+    def refuse(self, who: str) -> NoReturn:
+        """Raises, for what `who` does to its attention can't be recorded or edited."""
+        ...
+
+    def silent(self, replacement: str | None) -> None:
+        """Its module ran, and no attention came by; `replacement` stands in the place of torch's function since."""
+        ...
 
 
 class Watcher(Protocol):
@@ -73,7 +87,11 @@ _numbers = itertools.count(1)
 _lock = threading.Lock()
 _users = 0
 _guards_skipped = True
+# what the routing stands for: torch's own function, or what a user put into its place
 _stock: Callable[..., Tensor] = functional.scaled_dot_product_attention
+# the threads inside of a watched forward; none begins one while another thread takes the routing away for a moment
+_forwards: set[int] = set()
+_name_lock = threading.RLock()
 
 
 def observe(module: nn.Module, frame: Frame) -> None:
@@ -107,11 +125,20 @@ def forget(module: nn.Module) -> None:
 
 
 def watch(watcher: Watcher) -> None:
-    _running.watchers.append(watcher)
+    _watched([*_running.watchers, watcher])
 
 
 def unwatch(watcher: Watcher) -> None:
-    _running.watchers = [other for other in _running.watchers if other is not watcher]
+    _watched([other for other in _running.watchers if other is not watcher])
+
+
+def _watched(watchers: list[Watcher]) -> None:
+    _running.watchers = watchers
+    with _name_lock:
+        if watchers:
+            _forwards.add(threading.get_ident())
+        else:
+            _forwards.discard(threading.get_ident())
 
 
 def active() -> bool:
@@ -124,7 +151,9 @@ def install() -> None:
     global _users, _stock, _guards_skipped
     with _lock:
         if _users == 0:
-            _stock = functional.scaled_dot_product_attention
+            # a user who restores what was there inside an earlier context has put the routing back
+            if functional.scaled_dot_product_attention is not _routed:
+                _stock = functional.scaled_dot_product_attention
             functional.scaled_dot_product_attention = _routed
             # code compiled meanwhile must know which modules carry our hooks
             _guards_skipped = torch._dynamo.config.skip_nnmodule_hook_guards
@@ -165,10 +194,79 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> None:
 def _silent(handle: Tensor) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError("an attention module ran without torch's scaled_dot_product_attention inside a Scope")
-    _frames_by_handle[id(handle)].silent()
+    current = functional.scaled_dot_product_attention
+    _frames_by_handle[id(handle)].silent(None if current is _routed else overrides.named(current))
 
 
-def _routed(
+def _routed(*args: Any, **kwargs: Any) -> Tensor:
+    """scaled_dot_product_attention while a Scope is active."""
+    if overrides.anyone_acts(args, kwargs):
+        return _overridden(args, kwargs)
+    if not _running.modules:
+        if not torch.compiler.is_compiling():
+            for watcher in _running.watchers:
+                watcher.attention_outside()
+        return _stock(*args, **kwargs)
+    entry = _running.modules[-1]
+    entry[2] += 1
+    if torch.compiler.is_compiling():
+        return torch.ops.headscope.observed_attention(*_bound(*args, **kwargs), entry[0], entry[1])
+    frame = _frames_by_handle[id(entry[0])]
+    if not frame.wanted():
+        return _stock(*args, **kwargs)
+    _refuse_replacement(frame)
+    return frame.attend(entry[1], *_bound(*args, **kwargs))
+
+
+# modes tell functions by identity, which compiled code doesn't keep
+@torch.compiler.disable
+def _overridden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The call where modes or classes of tensors act on it."""
+    if not _running.modules:
+        for watcher in _running.watchers:
+            watcher.attention_outside()
+        with _unrouted():
+            return _stock(*args, **kwargs)
+    entry = _running.modules[-1]
+    entry[2] += 1
+    frame = _frames_by_handle[id(entry[0])]
+    if not frame.wanted():
+        with _unrouted():
+            return _stock(*args, **kwargs)
+    _refuse_replacement(frame)
+    for one in overrides.acting_classes(args, kwargs):
+        frame.refuse(overrides.named(one))
+    beneath = overrides.Beneath(lambda *own, **options: frame.attend(entry[1], *_bound(*own, **options)))
+    with _unrouted(), beneath.placed():
+        output = _stock(*args, **kwargs)
+    if len(beneath.outputs) != 1 or beneath.outputs[0] is not output:
+        frame.refuse(" or ".join(overrides.named(mode) for mode in overrides.acting_modes()))
+    return output
+
+
+def _refuse_replacement(frame: Frame) -> None:
+    if _stock is not overrides.TORCHS_OWN:
+        frame.refuse(f"{overrides.named(_stock)}, which stands in the place of torch's scaled_dot_product_attention,")
+
+
+@contextmanager
+def _unrouted() -> Iterator[None]:
+    """What was there before the routing, under its own name: that is where modes look for the function they know."""
+    with _name_lock:
+        if _forwards - {threading.get_ident()}:
+            raise RuntimeError(
+                "a torch function mode acts on attention while another thread runs a model inside a Scope, whose"
+                " attention would go by unseen; run them one after the other"
+            )
+        before = functional.scaled_dot_product_attention
+        functional.scaled_dot_product_attention = _stock
+        try:
+            yield
+        finally:
+            functional.scaled_dot_product_attention = before
+
+
+def _bound(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -177,29 +275,9 @@ def _routed(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    if not _running.modules:
-        if not torch.compiler.is_compiling():
-            for watcher in _running.watchers:
-                watcher.attention_outside()
-        return _stock(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-    entry = _running.modules[-1]
-    entry[2] += 1
-    if torch.compiler.is_compiling():
-        return torch.ops.headscope.observed_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, entry[0], entry[1]
-        )
-    frame = _frames_by_handle[id(entry[0])]
-    return frame.attend(query, key, value, entry[1], _stock, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool]:
+    """The call's arguments in the order of torch's signature."""
+    return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
 
 
 def _empty_output(query: Tensor, value: Tensor) -> Tensor:
@@ -216,7 +294,11 @@ def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
             ' without mode="reduce-overhead" or "max-autotune"'
         )
     frame = _frames[int(handle)]
-    output = frame.attend(query, key, value, own_text, _stock, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if frame.wanted():
+        _refuse_replacement(frame)
+        output = frame.attend(own_text, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    else:
+        output = _stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     # compiled code relies on the strides it was promised
     promised = _empty_output(query, value)
     return output if output.stride() == promised.stride() else promised.copy_(output)

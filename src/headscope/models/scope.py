@@ -14,7 +14,7 @@ from headscope.models import routing
 from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
 from headscope.models.editing import ActiveEdit, Edits, Fill
-from headscope.models.forwards import Forward, begin_forward
+from headscope.models.forwards import Forward, Window, begin_forward
 from headscope.models.maps import TokenMaps, TokenRequest
 from headscope.models.recording import Recording
 from headscope.models.sites import Site, Unseen, find_denoiser, find_sites
@@ -50,6 +50,10 @@ class Scope:
 
     Contexts nest. Leaving one restores the model and torch exactly, also after an exception. Compiled models
     (`model.compile()`, `torch.compile(model)`, `compile_repeated_blocks()`) are recorded and edited as well.
+
+    Torch function modes, and functions in the place of torch's scaled_dot_product_attention, act as they would without
+    a Scope. Where one of them decides what the attention of a recorded or edited site gives, the forward raises
+    RuntimeError and names it.
 
     Attributes:
         denoiser: the module whose sites these are (the pipeline's unet or transformer).
@@ -190,11 +194,10 @@ class Scope:
 
         Raises:
             KeyError: an unknown site.
-            ValueError: steps without a range.
+            ValueError: at the context's end, steps that never ran.
+            TypeError: steps that are no range.
         """
         self._look_again()
-        if steps is not None and not isinstance(steps, range):
-            raise TypeError(f"steps: got {type(steps).__name__}, expected a range of pipeline steps or None")
         chosen = {name: own for pattern, own in (heads or {}).items() for name in self.matching(pattern)}
         maps = TokenMaps(self._pipeline, [prompts] if isinstance(prompts, str) else prompts, chosen)
         names = self._chosen(sites) if sites is not None else frozenset(self._by_name)
@@ -208,7 +211,7 @@ class Scope:
         *,
         fill: Fill = None,
         steps: range | None = None,
-        branches: Sequence[str] | None = None,
+        branches: Sequence[str] | str | None = None,
     ) -> Iterator[None]:
         """Edit heads in every forward made inside the context.
 
@@ -222,13 +225,14 @@ class Scope:
                 sample's own), or `recording.take(...)` of one (other samples').
             steps: the pipeline's steps (the denoiser's forwards since the context was entered, where no pipeline
                 counts) in which the edit acts; all if None.
-            branches: the guidance branches in which it acts, as in ("cond",); all if None.
+            branches: the guidance branches in which it acts, as in "cond" or ("uncond", "cond"); all if None. Without
+                guidance the one branch there is counts as "cond".
 
         Contexts compose: an inner one edits what the outer one has edited.
 
         Raises:
             KeyError: an unknown site, or one that can't be seen.
-            ValueError: a head out of range.
+            ValueError: a head out of range, an unknown branch; at the context's end, steps or a branch that never ran.
             RuntimeError: another Scope is active on the model.
         """
         self._look_again()
@@ -318,6 +322,9 @@ class Scope:
             self._contexts -= 1
             if self._contexts == 0:
                 self._detach()
+        # only where the context ended by itself: an exception of its own says more
+        if isinstance(entry, Window):
+            entry.check_met()
 
     def _attach(self) -> None:
         if self.denoiser in _observed:
@@ -351,12 +358,14 @@ class Scope:
         arguments = dict(self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments)
         arguments.pop("self", None)
         arguments |= arguments.pop("kwargs", {})
-        forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context)
+        forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context, self.running)
         # one object for forwards that are alike, so that sites need not read each anew
         if self.running is not None and self.running.geometry.same_as(forward.geometry):
             forward.geometry = self.running.geometry
         self.running = forward
         self._forwards += 1
+        for entry in (*self.edits, *self.token_maps):
+            entry.saw(forward)
         routing.watch(self)
 
     def end(self, completed: bool) -> None:

@@ -153,20 +153,27 @@ def query_maps(
 ) -> dict[int, np.ndarray]:
     """See `Recording.plot`: per head [grid_height, grid_width], the mean over the rows that fit."""
     pl = require("polars", "diffusers")
-    rows = pl.from_arrow(table)
-    if statistic not in rows.columns or not isinstance(rows.schema[statistic], pl.List):
-        raise ValueError(f"statistic: got {statistic!r}, expected one that was recorded with reduce=None")
-    rows = rows.filter((pl.col("query_group").cast(pl.String) == IMAGE) & (pl.col("site").cast(pl.String) == site))
-    wanted = {"step": step, "sample": sample, "branch": branch, "frame": frame}
-    for name, value in wanted.items():
-        if value is not None:
-            column = pl.col(name).cast(pl.String) if name == "branch" else pl.col(name)
-            rows = rows.filter(column == value)
+    rows = pl.from_arrow(table).with_columns(pl.col("query_group", "site", "branch").cast(pl.String))
+    whole = [name for name, kind in rows.schema.items() if isinstance(kind, pl.List)]
+    if statistic not in whole:
+        listed = ", ".join(whole) or "none here"
+        raise ValueError(f"statistic: got {statistic!r}, expected one that was recorded with reduce=None: {listed}")
+    rows = rows.filter(pl.col("query_group") == IMAGE)
+    # one after the other, so that an error lists what there is of the rest
+    for name, value in {"site": site, "sample": sample, "step": step, "branch": branch, "frame": frame}.items():
+        if value is None:
+            continue
+        there = rows[name].unique().sort().to_list()
+        rows = rows.filter(pl.col(name) == value)
+        if not len(rows):
+            listed = ", ".join(map(str, there)) or "none: nothing was recorded of image queries"
+            raise ValueError(f"{name}: got {value!r}, of which nothing was recorded, expected one of {listed}")
     if heads is not None:
+        there = rows["head"].unique().sort().to_list()
+        for head in heads:
+            if head not in there:
+                raise ValueError(f"heads: got {head}, expected some of {', '.join(map(str, there))}")
         rows = rows.filter(pl.col("head").is_in(list(heads)))
-    if not len(rows):
-        named = {name: value for name, value in wanted.items() if value is not None}
-        raise ValueError(f"site: nothing was recorded of image queries at {site!r} with {named}")
     if rows["grid_height"].null_count():
         raise ValueError(f"site: the model doesn't tell where the queries of {site!r} are in the picture")
     maps = {}

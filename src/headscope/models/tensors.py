@@ -169,10 +169,16 @@ class HeadTensors:
         self._settle()
         if key not in self._kept:
             alike = [known for known in self._kept if (known.quantity, known.site) == (key.quantity, key.site)]
+            if not alike:
+                there = sorted({f"{known.quantity} at {known.site!r}" for known in self._kept})
+                listed = ", ".join(there) or "a run of the model inside the context"
+                raise KeyError(f"no {key.quantity} at site {key.site!r} was recorded, expected {listed}")
             timesteps = sorted({known.timestep for known in alike})
             branches = sorted({str(known.branch) for known in alike})
+            calls = sorted({known.call for known in alike})
             raise KeyError(
-                f"no {key} was recorded; recorded timesteps there: {timesteps}, branches: {', '.join(branches)}"
+                f"no {key} was recorded; recorded timesteps there: {timesteps}, branches: {', '.join(branches)},"
+                f" calls: {calls}"
             )
 
     def stored(self) -> Iterator[tuple[Key, Tensor]]:

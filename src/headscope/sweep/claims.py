@@ -1,8 +1,9 @@
 """Who works on which unit, so that several processes, on several machines, can share a run directory.
 
-A claim is a small file named after the unit, made only where none is. It says who made it; its owner touches it while
-it works. A claim whose owner is gone may be taken over: on this machine that is known at once, of another machine's
-after its file was left untouched for two minutes.
+A claim is a small file named after the unit, made only where none is. It says who made it, and its owner counts on in
+it while it works. A claim whose owner is gone may be taken over: on this machine that is known at once; of another
+machine's, and of one that can't be read, once it has stayed as it is for two minutes. These are minutes of the process
+that waits, from its first look at the claim: clocks of different machines and file servers are never compared.
 
 Claims save work, they don't guard numbers: if two processes ever compute one unit, both write the same file.
 """
@@ -17,9 +18,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from headscope._files import write_first
 from headscope.sweep.store import CLAIMS
 
-TOUCHED_EVERY = 10.0
+# seconds
+COUNTED_EVERY = 10.0
 ABANDONED_AFTER = 120.0
 
 
@@ -35,13 +38,17 @@ class Claims:
         self._folder = path / CLAIMS
         self._owner = {
             "host": socket.gethostname(),
+            "machine": _machine(),
             "process": os.getpid(),
             "began": _beginning(os.getpid()),
             "session": session,
         }
-        self._held: set[Path] = set()
+        # what is ours, as it was written
+        self._held: dict[Path, dict[str, Any]] = {}
+        # of claims whose owner can't be looked up here: what they were, and since when
+        self._watched: dict[str, tuple[bytes, float]] = {}
         self._stop = threading.Event()
-        self._toucher: threading.Thread | None = None
+        self._counter: threading.Thread | None = None
 
     def take(self, unit: str) -> dict[str, Any] | bool:
         """True if the unit is ours now, False if somebody works on it; the owner's description if it was taken over
@@ -57,22 +64,48 @@ class Claims:
         try:
             os.rename(file, aside)
         except FileNotFoundError:
+            # some network file systems say so of a rename that they did, where the answer to the first asking was lost
+            if not aside.exists():
+                return False
+        try:
+            if _token(_content(aside)) == owner.get("token"):
+                return owner if self._make(file) else False
+            # somebody was quicker, and this is the claim that they have made since
+            write_first(file, aside.read_bytes(), lasting=False)
             return False
-        aside.unlink(missing_ok=True)
-        return owner if self._make(file) else False
+        finally:
+            aside.unlink(missing_ok=True)
 
     def release(self, unit: str) -> None:
+        """Give up a claim, unless somebody has taken it over meanwhile."""
         file = self._folder / unit
-        self._held.discard(file)
-        file.unlink(missing_ok=True)
+        claim = self._held.pop(file, None)
+        if claim is not None and _token(_content(file)) == claim["token"]:
+            file.unlink(missing_ok=True)
 
     def owners(self) -> dict[str, str]:
-        """Unit: host and process, of all claims whose owner isn't gone."""
+        """Unit: host and process, of all claims but those whose owner is known to be gone."""
         found = {}
-        for file in self._folder.glob("[!.]*"):
-            owner = _read(file)
-            if owner and self._abandoned(file) is None:
-                found[file.name] = f"{owner['host']}, process {owner['process']}"
+        for file, owner in self._claimed():
+            if owner is None:
+                found[file.name] = "somebody whose claim can't be read"
+                continue
+            found[file.name] = f"{owner['host']}, process {owner['process']}"
+            if not self._is_here(owner):
+                found[file.name] += " (from another machine it can't be told whether it still works)"
+        return found
+
+    def waits(self) -> dict[str, str]:
+        """Unit: who works on it and what ends the waiting, of the claims that other sessions' processes hold."""
+        found = {}
+        patience = f"; should that claim stay as it is for {ABANDONED_AFTER:.0f} s, its work is done here"
+        for file, owner in self._claimed():
+            if owner is None:
+                found[file.name] = f"its claim {str(file)!r} can't be read{patience}"
+            elif owner["session"] != self._owner["session"]:
+                here = self._is_here(owner)
+                place = "this machine" if here else f"the machine {owner['host']}"
+                found[file.name] = f"process {owner['process']} of {place} has claimed it{'' if here else patience}"
         return found
 
     def close(self) -> None:
@@ -82,45 +115,95 @@ class Claims:
             self.release(file.name)
 
     def _make(self, file: Path) -> bool:
-        # written aside and linked: nobody ever reads half a claim
-        aside = self._folder / f".{file.name}.{uuid.uuid4().hex}"
-        aside.write_text(json.dumps(self._owner))
-        try:
-            os.link(aside, file)
-        except FileExistsError:
+        claim = {**self._owner, "token": uuid.uuid4().hex, "counted": 0}
+        if file.exists() or not write_first(file, _written(claim), lasting=False):
             return False
-        finally:
-            aside.unlink(missing_ok=True)
-        self._held.add(file)
-        if self._toucher is None:
-            self._toucher = threading.Thread(target=self._touch, daemon=True)
-            self._toucher.start()
+        self._held[file] = claim
+        self._watched.pop(file.name, None)
+        if self._counter is None:
+            self._counter = threading.Thread(target=self._count, daemon=True)
+            self._counter.start()
         return True
 
-    def _touch(self) -> None:
-        while not self._stop.wait(TOUCHED_EVERY):
-            for file in list(self._held):
-                with contextlib.suppress(OSError):
-                    os.utime(file)
+    def _count(self) -> None:
+        while not self._stop.wait(COUNTED_EVERY):
+            for file, claim in list(self._held.items()):
+                with contextlib.suppress(OSError), file.open("r+b") as opened:
+                    if _token(opened.read()) == claim["token"]:
+                        claim["counted"] += 1
+                        opened.seek(0)
+                        # as long as before: nothing is cut off, whenever it is read
+                        opened.write(_written(claim))
+
+    def _claimed(self) -> list[tuple[Path, dict[str, Any] | None]]:
+        """All claims but those whose owner is gone, with their owners."""
+        found = []
+        for file in sorted(self._folder.glob("[!.]*")):
+            content = _content(file)
+            if content is not None and self._abandoned(file) is None:
+                found.append((file, _parsed(content)))
+        return found
+
+    def _is_here(self, owner: dict[str, Any]) -> bool:
+        """Whether this process can look up whether that one runs."""
+        return all(owner[name] == self._owner[name] for name in ("host", "machine")) and owner["began"] is not None
 
     def _abandoned(self, file: Path) -> dict[str, Any] | None:
         """The owner of a claim, if it is gone."""
-        owner = _read(file)
-        if owner and owner["host"] == self._owner["host"]:
+        content = _content(file)
+        if content is None:
+            self._watched.pop(file.name, None)
+            return None
+        owner = _parsed(content)
+        if owner is not None and self._is_here(owner):
             return owner if _beginning(owner["process"]) != owner["began"] else None
-        try:
-            untouched = time.time() - file.stat().st_mtime
-        except FileNotFoundError:
+        now = time.monotonic()
+        seen, since = self._watched.get(file.name, (None, now))
+        if content != seen:
+            self._watched[file.name] = content, now
             return None
         # a claim that can't be read was torn by a crash of the machine
-        return (owner or {"session": ""}) if untouched > ABANDONED_AFTER else None
+        return (owner or {"session": ""}) if now - since > ABANDONED_AFTER else None
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _written(claim: dict[str, Any]) -> bytes:
+    return json.dumps({**claim, "counted": f"{claim['counted']:012d}"}).encode()
+
+
+def _content(file: Path) -> bytes | None:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        return file.read_bytes()
+    except OSError:
         return None
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    """What a claim says; None where that isn't one."""
+    try:
+        claim = json.loads(content)
+    except ValueError:
+        return None
+    texts = ("host", "machine", "session", "token")
+    if not isinstance(claim, dict) or not all(isinstance(claim.get(name), str) for name in texts):
+        return None
+    fits = isinstance(claim.get("process"), int) and isinstance(claim.get("began"), (str, type(None)))
+    return claim if fits else None
+
+
+def _token(content: bytes | None) -> str | None:
+    """What tells one claim of a unit from every other."""
+    claim = _parsed(content) if content is not None else None
+    return claim["token"] if claim is not None else None
+
+
+def _machine() -> str:
+    """Tells machines and containers of one host name apart: within one, a process is known by its number."""
+    parts = []
+    with contextlib.suppress(OSError):
+        parts.append(Path("/etc/machine-id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
 
 
 def _beginning(process: int) -> str | None:

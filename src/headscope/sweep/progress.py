@@ -99,6 +99,12 @@ class Progress:
         what = "given up" if last else "will be tried again"
         self._console.print(f"{self._title}: unit {unit.id[:12]} of {unit.kind} failed, {what}: {error}", markup=False)
 
+    def waiting(self, unit: Unit, what: str) -> None:
+        """A unit that somebody else has claimed is all that is left to do for now."""
+        if self._shown:
+            text = f"{self._title}: waiting for unit {unit.id[:12]} of {unit.kind}: {what}"
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def state(self) -> dict[str, float | int | str | None]:
         """What a line of JSON says."""
         seconds = max(1e-9, time.perf_counter() - self._started)

@@ -76,6 +76,7 @@ class Report(Protocol):
     def advance(self, forwards: int) -> None: ...
     def finished(self, unit: Unit) -> None: ...
     def failed(self, unit: Unit, error: str, last: bool) -> None: ...
+    def waiting(self, unit: Unit, what: str) -> None: ...
 
 
 class Opened:
@@ -161,7 +162,6 @@ class Opened:
                 }
                 for group in self.groups
             ],
-            "units": len(self.plan.units),
             "forwards": sum(unit.forwards for unit in self.plan.units),
         }
 
@@ -272,6 +272,7 @@ class _Share:
         self.cautious = False
         self._store = runner.store
         self._claims = Claims(runner.store.path, session)
+        self._waited: set[str] = set()
         self._behind = WriteBehind(runner.store, self._written)
         self._ahead = ReadAhead(runner.members)
         runner.store = self._behind
@@ -292,7 +293,7 @@ class _Share:
                 if self._behind.pending:
                     self._behind.settle()
                 else:
-                    time.sleep(PATIENCE)
+                    self._wait({unit.id: unit for unit in left})
 
     def close(self) -> None:
         """Write what was computed, and release what is claimed."""
@@ -302,6 +303,14 @@ class _Share:
         finally:
             self.runner.store = self._store
             self._claims.close()
+
+    def _wait(self, left: dict[str, Unit]) -> None:
+        """Nothing can be done for a while; say once of everybody who works on it why."""
+        for unit, what in self._claims.waits().items():
+            if unit in left and what not in self._waited:
+                self._waited.add(what)
+                self.report.waiting(left[unit], what)
+        time.sleep(PATIENCE)
 
     def _is_ready(self, unit: Unit, listed: set[tuple[str, str]], failures: dict[str, list[dict[str, Any]]]) -> bool:
         """Whether the unit is to be done, and can be."""

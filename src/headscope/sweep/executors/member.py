@@ -34,6 +34,9 @@ class Silent:
     def failed(self, unit: Unit, error: str, last: bool) -> None:
         pass
 
+    def waiting(self, unit: Unit, what: str) -> None:
+        pass
+
 
 def take_part(order: WorkOrder, report: Report | None = None) -> None:
     """Open the run of an order and work until nothing is left."""

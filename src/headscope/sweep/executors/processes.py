@@ -85,6 +85,8 @@ def _hear(member: _Process, known: dict[str, Unit], progress: Progress) -> None:
                 progress.finished(known[content[0]])
             elif kind == "failed":
                 progress.failed(known[content[0]], *content[1:])
+            elif kind == "waiting":
+                progress.waiting(known[content[0]], *content[1:])
             elif kind == "full":
                 raise DiskFull(*content)
             else:
@@ -123,6 +125,9 @@ class _Telling:
 
     def failed(self, unit: Unit, error: str, last: bool) -> None:
         self._messages.send(("failed", unit.id, error, last))
+
+    def waiting(self, unit: Unit, what: str) -> None:
+        self._messages.send(("waiting", unit.id, what))
 
 
 def _main(order: WorkOrder, number: int, messages: Connection) -> None:
