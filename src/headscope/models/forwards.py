@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,6 +24,9 @@ _PASSES = {
     "cond_modality": "modality",
     "uncond_modality": "modality",
 }
+# the call's own prompt; some pipelines take others for their further text encoders
+PROMPT = "prompt"
+_PROMPTS = (PROMPT, "prompt_2", "prompt_3")
 # parts of a batch that mean something else in every pipeline
 _PART = re.compile(r"part_\d+")
 
@@ -130,6 +133,7 @@ class Forward:
             the backward of a checkpoint, and is not recorded again.
         schedule: what the pipeline's call iterates over, by which forwards of one call are told from another's.
         guided: the call had guidance branches, in this forward or an earlier one.
+        prompts: those that the pipeline was called with, by the name of the argument; None where no call is running.
     """
 
     index: int
@@ -141,6 +145,7 @@ class Forward:
     totals: dict[str, Progress] | None = None
     schedule: object = None
     guided: bool = False
+    prompts: Mapping[str, Sequence[str]] | None = None
 
     @property
     def batch(self) -> int:
@@ -231,7 +236,19 @@ def begin_forward(
         before = None
     branches = _branches(pipeline, call, geometry.batch, arguments, cache_context, before)
     guided = branches != (None,) or (before is not None and before.guided)
-    return Forward(index, step, timestep, branches, geometry, schedule=schedule, guided=guided)
+    prompts = _prompts(call) if call else None
+    return Forward(index, step, timestep, branches, geometry, schedule=schedule, guided=guided, prompts=prompts)
+
+
+def _prompts(call: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The prompts in a pipeline's call, those that it has."""
+    given = {name: call.get(name) for name in _PROMPTS}
+    found = {name: (value,) if isinstance(value, str) else value for name, value in given.items()}
+    return {
+        name: tuple(texts)
+        for name, texts in found.items()
+        if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
+    }
 
 
 def _branches(

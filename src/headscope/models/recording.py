@@ -27,8 +27,12 @@ ENTROPY, NORMALISED = "entropy", "entropy_normalised"
 
 
 class Part(NamedTuple):
-    """The rows of one attention call that belong to one query group (and video frame)."""
+    """The rows of one attention call that belong to one query group (and video frame).
 
+    number: of the part within its forward, in the order of execution.
+    """
+
+    number: int
     forward: Forward
     step: int
     site: str
@@ -138,8 +142,10 @@ class Recording:
             if statistic.sums_over_queries:
                 # one number per key, of all queries together
                 total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
-                segment = Segment(ALL, None, 0, 0)
-                part = Part(forward, step, site, call, segment, layout.first_sample, layout.samples, heads, 0, keys)
+                segment, number = Segment(ALL, None, 0, 0), len(self._pending)
+                part = Part(
+                    number, forward, step, site, call, segment, layout.first_sample, layout.samples, heads, 0, keys
+                )
                 self._pending.append(_Rows(part, name, total[:, :, None]))
                 continue
             rows = {name: tensor}
@@ -147,9 +153,19 @@ class Recording:
                 rows[NORMALISED] = _normalised(tensor, valid_keys)
             for own, whole in rows.items():
                 for segment, piece in split_queries(whole, layout):
-                    queries = piece.shape[2]
+                    queries, number = piece.shape[2], len(self._pending)
                     part = Part(
-                        forward, step, site, call, segment, layout.first_sample, layout.samples, heads, queries, keys
+                        number,
+                        forward,
+                        step,
+                        site,
+                        call,
+                        segment,
+                        layout.first_sample,
+                        layout.samples,
+                        heads,
+                        queries,
+                        keys,
                     )
                     self._pending.append(_Rows(part, own, piece))
 
@@ -219,7 +235,7 @@ class Recording:
     # tables
 
     def to_arrow(self) -> "pyarrow.Table":
-        """A row per forward, attention call, query group, sample and head.
+        """A row per forward, attention call, query group, sample and head; calls in the order of execution.
 
         Columns: forward (of the denoiser, since the context was entered), step (the pipeline's; the forward where no
         pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within its guidance

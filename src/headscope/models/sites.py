@@ -15,6 +15,8 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
+from headscope.models.order import execution_order
+
 # what code calls when its attention can be seen
 VISIBLE_CALLS = frozenset({"scaled_dot_product_attention", "dispatch_attention_fn", "multi_head_attention_forward"})
 # what code calls in transformers' models, whose configuration says which implementation that is
@@ -84,7 +86,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
-    """Every attention module, in the order of `named_modules()`."""
+    """Every attention module; those that can be seen in the order in which a forward reaches them."""
     sites, unseen = [], []
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
@@ -100,7 +102,8 @@ def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
         parent = denoiser.get_submodule(name.rpartition(".")[0])
         heads = _heads(module, parent)
         sites.append(Site(name, _kind(module, parent, text_first), heads, _inner_dim(module) // heads, text_first))
-    return sites, unseen
+    by_name = {site.name: site for site in sites}
+    return [by_name[name] for name in execution_order(denoiser, list(by_name))], unseen
 
 
 def _hidden(processor: object) -> str | None:

@@ -100,13 +100,17 @@ def write_sweep_report(
     observations: pl.DataFrame | None = None,
     ablations: pl.DataFrame | None = None,
     generations: pl.DataFrame | None = None,
+    sites: Sequence[str] = (),
     seed: int = 0,
     label: str = "Sweep",
     summary: str = SWEEP_SUMMARY,
     caveats: Sequence[str] = (),
 ) -> Path:
-    """Write the report of a plain sweep, from whichever of its tables there are. Otherwise as `write_report`."""
-    result = analyse_sweep(observations, ablations, generations, seed=seed)
+    """Write the report of a plain sweep, from whichever of its tables there are. Otherwise as `write_report`.
+
+    sites: the model's, in the order of execution.
+    """
+    result = analyse_sweep(observations, ablations, generations, sites=sites, seed=seed)
     return write_report(
         path,
         title=title,

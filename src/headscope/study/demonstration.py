@@ -169,6 +169,7 @@ def report_study(out: Path) -> Path:
         tables["discover"],
         tables["confirm"],
         count_per_group=settings["heads_per_group"],
+        sites=_sites(finished["observe"]),
         seed=settings["seed"],
     )
     write_tables(out / "tables", result)
@@ -206,6 +207,7 @@ def report_sweep(path: Path) -> Path:
         title=f"Sweep of {_model_name(run.manifest)}",
         run_info=run_info(run.manifest),
         groups=group_infos(run.manifest),
+        sites=_sites(run),
         seed=run.manifest["config"]["seed"],
         **tables,
     )
@@ -254,6 +256,11 @@ def group_infos(manifest: dict[str, Any]) -> list[GroupInfo]:
                 images = np.stack([opened.item(index).image for index in chosen]) if chosen else images
         infos.append(GroupInfo(group["name"], group["description"], images))
     return infos
+
+
+def _sites(run: Run) -> list[str]:
+    """The model's sites in the order of execution."""
+    return [site["name"] for site in run.manifest["sites"]]
 
 
 def _model_name(manifest: dict[str, Any]) -> str:
