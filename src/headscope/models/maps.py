@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from headscope.models.caches import Reused
 from headscope.models.forwards import Forward, Window
 from headscope.models.layout import IMAGE, TEXT, Layout
 from headscope.ops import GroupMass
@@ -39,10 +40,13 @@ class TokenMaps:
 
     Attributes:
         prompts: one per sample.
+        reused: the sites whose attention under the prompt a forward took from a cache of diffusers or skipped, as in
+            `Recording.reused`; they are not in the sums of those steps.
     """
 
     def __init__(self, pipeline: Any, prompts: Sequence[str], heads: Mapping[str, Sequence[int]]) -> None:
         self.prompts = tuple(prompts)
+        self.reused: list[Reused] = []
         self._pipeline = pipeline
         self._heads = heads
         self._sums: dict[str, Tensor] = {}  # [samples, tokens, height, width]

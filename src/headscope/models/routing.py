@@ -27,6 +27,8 @@ from headscope.ops.schema import LIBRARY
 
 # where a module under observation carries its number
 HANDLE = "_headscope_handle"
+# and what counts how often hooks of diffusers left it out, where there are any
+HOOKED = "_headscope_hooked"
 # torch counts its hooks' ids up from 0
 _HOOK_ID = -1
 
@@ -188,7 +190,10 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> None:
         entry = _running.modules.pop()
     # after an exception in the module there is no output
     if entry[2] == 0 and output is not None:
-        _silent(handle)
+        hooked = module.__dict__.get(HOOKED)
+        # what a cache gives in its place is listed when the forward ends
+        if hooked is None or not hooked.left_out:
+            _silent(handle)
 
 
 def _silent(handle: Tensor) -> None:
