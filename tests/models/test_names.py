@@ -84,14 +84,6 @@ def test_steps_that_never_ran_are_an_error_at_the_end(diffusion, site):
             pass
 
 
-def test_no_sites_at_all(diffusion):
-    scope = Scope(diffusion)
-    with pytest.raises(ValueError, match="sites: got none"), scope.record("entropy", sites=[]):
-        pass
-    with pytest.raises(ValueError, match="sites: got none"), scope.record_tokens("a red fox", sites=[]):
-        pass
-
-
 def test_what_was_recorded_is_listed(diffusion, site):
     scope = Scope(diffusion)
     with (

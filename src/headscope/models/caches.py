@@ -165,13 +165,13 @@ class HookWatch:
         """What of the sites the forward that ends went without."""
         found: list[Missing] = []
         cache = _cache_among(self._whole)
-        for site in sites if self._hooked or cache is not None else ():
+        for site in sites:
             above = [hooked for hooked in self._above(site) if hooked.left_out]
             if above:
                 hooks = [hook for hooked in above for hook in hooked.hooks]
                 found += [Missing(site, branch, _cache_among(hooks)) for branch in forward.branches]
-            # some caches replace a method of the whole model, which is no hook of a module
-            elif cache is not None and site not in forward.calls and site in self._seen:
+            # the model was told to go without, or a hook of the whole model's has replaced one of its methods
+            elif site not in forward.calls and site in self._seen:
                 found += [Missing(site, branch, cache) for branch in forward.branches]
             found += [Missing(site, branch, cache) for branch in self._left_branches]
         self._seen.update(forward.calls)

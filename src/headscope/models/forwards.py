@@ -15,6 +15,15 @@ from headscope.models.layout import Geometry
 # what a part of a denoiser's batch, or a pass of its own, can be: without the prompt; with it; with it and perturbed
 # attention; with it and some layers skipped; with it and without the other modality (sound, where there is a picture)
 BRANCHES = ("uncond", "cond", "perturbed", "skip", "modality")
+# what pipelines and guiders call other passes than the first two
+_PASSES = {
+    "cond_skip": "skip",
+    "cond_seg": "perturbed",
+    "cond_stg": "perturbed",
+    "uncond_stg": "perturbed",
+    "cond_modality": "modality",
+    "uncond_modality": "modality",
+}
 # parts of a batch that mean something else in every pipeline
 _PART = re.compile(r"part_\d+")
 
@@ -103,6 +112,8 @@ class Forward:
         calls: attention calls of each site so far.
         totals: all calls of each site, once the forward has ended. What still runs of it then runs a second time, for
             the backward of a checkpoint, and is not recorded again.
+        schedule: what the pipeline's call iterates over, by which forwards of one call are told from another's.
+        guided: the call had guidance branches, in this forward or an earlier one.
     """
 
     index: int
@@ -112,6 +123,8 @@ class Forward:
     geometry: Geometry
     calls: dict[str, int] = field(default_factory=dict)
     totals: dict[str, int] | None = None
+    schedule: object = None
+    guided: bool = False
 
     @property
     def batch(self) -> int:
@@ -149,13 +162,19 @@ def single(timesteps: list[float]) -> float:
 
 
 def begin_forward(
-    index: int, denoiser: nn.Module, pipeline: Any, arguments: Mapping[str, Any], cache_context: str | None
+    index: int,
+    denoiser: nn.Module,
+    pipeline: Any,
+    arguments: Mapping[str, Any],
+    cache_context: str | None,
+    before: Forward | None = None,
 ) -> Forward:
     """What is known when a forward starts; nothing is read back from the device.
 
     Args:
         arguments: the denoiser's, by name.
         cache_context: the name that the pipeline gave to this pass of the denoiser, if it did.
+        before: the forward before it, if the scope saw one.
     """
     geometry = Geometry.of(denoiser, arguments)
     timestep = arguments.get("timestep", arguments.get("t", torch.nan))
@@ -166,36 +185,88 @@ def begin_forward(
             timestep.reshape(geometry.batch, -1)[:, 0] if timestep.numel() % geometry.batch == 0 else timestep[:1]
         )
     call = _running_call(pipeline)
-    step = call.get("i")
-    counts = isinstance(step, int) and "timesteps" in call
+    step = call["i"] if isinstance(call.get("i"), int) and "timesteps" in call else None
     # flow models are given a rescaled one
     scheduled = call.get("t")
-    if counts and isinstance(scheduled, Tensor) and scheduled.numel() == 1:
+    if step is not None and isinstance(scheduled, Tensor) and scheduled.numel() == 1:
         timestep = scheduled.reshape(-1)
-    branches = _branches(pipeline, call, geometry.batch, cache_context)
-    return Forward(index, step if counts else None, timestep, branches, geometry)
+    schedule = call["timesteps"] if step is not None else None
+    # schedulers make a new one for every call; one that is given again starts again
+    if before is not None and (schedule is None or before.schedule is not schedule or (before.step or 0) > (step or 0)):
+        before = None
+    branches = _branches(pipeline, call, geometry.batch, arguments, cache_context, before)
+    guided = branches != (None,) or (before is not None and before.guided)
+    return Forward(index, step, timestep, branches, geometry, schedule=schedule, guided=guided)
 
 
-def _branches(pipeline: Any, call: Mapping[str, Any], batch: int, cache_context: str | None) -> tuple[str | None, ...]:
+def _branches(
+    pipeline: Any,
+    call: Mapping[str, Any],
+    batch: int,
+    arguments: Mapping[str, Any],
+    cache_context: str | None,
+    before: Forward | None,
+) -> tuple[str | None, ...]:
     """The branch of each equal part of a denoiser's batch; (None,) where there is no guidance.
 
     Told from the pipeline's own running call: its guidance property outlives the call.
+
+    Args:
+        before: an earlier forward of the same call. A step callback may switch guidance off half way; what is left is
+            the branch that it was before.
     """
+    # a pass of skip-layer guidance (SD3)
+    if arguments.get("skip_layers") is not None:
+        return ("skip",)
+    guided, was_guided = _is_guided(pipeline, call), before is not None and before.guided
     if cache_context is not None and cache_context != "cond_uncond":
-        guided = cache_context != "cond" or _is_guided(pipeline, call)
-        return (cache_context,) if guided else (None,)
+        name = _branch_of_pass(cache_context)
+        # the only pass there is
+        alone = name == "cond" and call and not (guided or was_guided)
+        return (None,) if alone else (name,)
+    samples = _samples(call)
+    if samples is None:
+        return (None,)
+    parts, rest = divmod(batch, samples)
+    if rest or parts == 0:
+        return (None,)
+    if parts == 1:
+        return (_branch_of_text(call, arguments) if guided else "cond" if was_guided else None,)
+    if guided and parts == 2:
+        # a class-conditional pipeline appends the null class
+        return ("cond", "uncond") if "class_null" in call else ("uncond", "cond")
+    if before is not None and len(before.branches) == parts:
+        return before.branches
+    # three and more mean something else in every pipeline
+    return tuple(f"part_{part}" for part in range(parts)) if guided else (None,)
+
+
+def _branch_of_pass(name: str) -> str:
+    """The branch of a pass that a pipeline, or a guider of a modular one, runs and names by itself."""
+    name = name.removeprefix("pred_")
+    return _PASSES.get(name, name)
+
+
+def _samples(call: Mapping[str, Any]) -> int | None:
+    """The samples of one branch, None where no pipeline's call says it."""
     samples = call.get("batch_size")
-    if not isinstance(samples, int) or samples < 1 or not _is_guided(pipeline, call):
-        return (None,)
+    if not isinstance(samples, int) or samples < 1:
+        return None
     images = next((call[name] for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in call), None)
-    parts, rest = divmod(batch, samples * int(images or 1))
-    if rest or parts < 2:
-        return (None,)
-    if parts > 2:
-        # three and more mean something else in every pipeline
-        return tuple(f"part_{part}" for part in range(parts))
-    # a class-conditional pipeline appends the null class
-    return ("cond", "uncond") if "class_null" in call else ("uncond", "cond")
+    latents = call.get("latents")
+    # some pipelines count the images of a prompt in
+    if isinstance(latents, Tensor) and latents.ndim > 0 and latents.shape[0] == samples:
+        return samples
+    return samples * int(images or 1)
+
+
+def _branch_of_text(call: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
+    """The branch of a pass without a name under guidance, by what the pipeline's call calls the text it is given."""
+    text = arguments.get("encoder_hidden_states")
+    names = [name for name, value in call.items() if value is text] if isinstance(text, Tensor) else []
+    if any("prompt_embeds" in name and "negative" not in name for name in names):
+        return "cond"
+    return "uncond" if any("negative" in name or "uncond" in name for name in names) else None
 
 
 def _is_guided(pipeline: Any, call: Mapping[str, Any]) -> bool:

@@ -79,8 +79,8 @@ class Recording:
         statistics: their names.
         quantities: which of head_output, q, k and v are kept.
         reduce: "mean" (statistics over queries, tensors over samples), or None (each query and each sample).
-        reused: the sites that forwards went without, because a cache of diffusers had their attention or a guider
-            skipped their layer: (site, step, branch). Nothing of them is recorded in those forwards.
+        reused: the sites that forwards went without, because a cache of diffusers had their attention or their layer
+            was skipped: (site, step, branch). Nothing of them is recorded in those forwards.
     """
 
     def __init__(self, requested: Sequence[Statistic], quantities: Sequence[str] = (), reduce: Reduce = "mean") -> None:
@@ -227,8 +227,10 @@ class Recording:
 
         Columns: forward (of the denoiser, since the context was entered), step (the pipeline's; the forward where no
         pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within its guidance
-        branch), branch ("cond", "uncond", or null where there is no guidance), head, query_group ("image", "text",
-        "frame", or "all" where the model doesn't tell), frame (of a video, else null), queries, keys, grid_height and
+        branch), branch ("uncond", "cond", "perturbed", "skip", "modality", or "part_0", "part_1", ... where only the
+        pipeline knows what a part of the batch is; null where there is no guidance), head, query_group ("image",
+        "text", "frame", or "all" where the model doesn't tell), frame (of a video, else null), queries, keys,
+        grid_height and
         grid_width (those queries, row by row; null where the model doesn't tell), and for each statistic its mean, std
         (population form), min and max over those queries (nats for entropy, logsumexp and max_logit; 0..1 for
         max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row divided by its own; null where

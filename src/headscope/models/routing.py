@@ -72,7 +72,8 @@ class _Running(threading.local):
     """What runs in this thread.
 
     Attributes:
-        modules: the observed attention modules, innermost last: [handle, own text tokens, attention calls so far].
+        modules: the observed attention modules, innermost last: [handle, own text tokens, attention calls so far,
+            whether they were told to leave their attention out].
         watchers: the scopes whose denoiser is in its forward.
     """
 
@@ -179,7 +180,9 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     # with an image prompt (IP-Adapter) the text comes first
     text = text[0] if isinstance(text, tuple) else text
     own_text = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
-    _running.modules.append([module.__dict__[HANDLE], own_text, 0])
+    # so LTX2 is told by guiders that perturb every sample
+    left_out = kwargs.get("all_perturbed", False)
+    _running.modules.append([module.__dict__[HANDLE], own_text, 0, left_out])
 
 
 def _leave(module: nn.Module, args: tuple, output: Any) -> None:
@@ -189,7 +192,7 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> None:
     while entry[0] is not handle:
         entry = _running.modules.pop()
     # after an exception in the module there is no output
-    if entry[2] == 0 and output is not None:
+    if entry[2] == 0 and output is not None and not entry[3]:
         hooked = module.__dict__.get(HOOKED)
         # what a cache gives in its place is listed when the forward ends
         if hooked is None or not hooked.left_out:

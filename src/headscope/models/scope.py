@@ -297,9 +297,7 @@ class Scope:
 
     def _chosen(self, sites: Sequence[str] | str | None) -> frozenset[str]:
         if sites is not None:
-            patterns = [sites] if isinstance(sites, str) else list(sites)
-            if not patterns:
-                raise ValueError("sites: got none, expected names or patterns of scope.sites, or None for all")
+            patterns = [sites] if isinstance(sites, str) else sites
             return frozenset(name for pattern in patterns for name in self.matching(pattern))
         if self.unseen:
             listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in self.unseen)
@@ -364,7 +362,7 @@ class Scope:
 
     def begin(self, args: tuple, kwargs: dict, cache_context: str | None) -> None:
         arguments = self._named_arguments(args, kwargs)
-        forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context)
+        forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context, self.running)
         # one object for forwards that are alike, so that sites need not read each anew
         if self.running is not None and self.running.geometry.same_as(forward.geometry):
             forward.geometry = self.running.geometry
