@@ -232,7 +232,7 @@ def _may_leave_out(module: nn.Module) -> bool:
 def _cache_among(hooks: Iterable[Any]) -> str | None:
     """The one of the hooks that keeps something of earlier forwards, by name; a skipped layer is kept by none."""
     for hook in hooks:
-        if hook._is_stateful or hasattr(hook, "state_manager"):
+        if getattr(hook, "_is_stateful", False) or hasattr(hook, "state_manager"):
             return f"{type(hook).__module__}.{type(hook).__qualname__}"
     return None
 
