@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from headscope.models.caches import Reused
 from headscope.models.forwards import PROMPT, Forward, Window
 from headscope.models.layout import IMAGE, TEXT, Layout
 from headscope.models.prompts import TOKENIZERS, Prompts
@@ -40,10 +41,15 @@ class TokenMaps:
 
     Their words are those of the pipeline's call. A pipeline that doesn't give its prompts to a text encoder as they
     are (it cleans them, or puts them into a template) leaves the tokens of that encoder "unknown".
+
+    Attributes:
+        reused: the sites whose attention under the prompt a forward took from a cache of diffusers or skipped, as in
+            `Recording.reused`; they are not in the sums of those steps.
     """
 
     def __init__(self, pipeline: Any, prompts: Prompts, heads: Mapping[str, Sequence[int]]) -> None:
         self._prompts = prompts
+        self.reused: list[Reused] = []
         self._pipeline = pipeline
         self._heads = heads
         self._sums: dict[str, Tensor] = {}  # [samples, tokens, height, width]

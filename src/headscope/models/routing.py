@@ -27,6 +27,8 @@ from headscope.ops.schema import LIBRARY
 
 # where a module under observation carries its number
 HANDLE = "_headscope_handle"
+# and what counts how often hooks of diffusers left it out, where there are any
+HOOKED = "_headscope_hooked"
 # torch counts its hooks' ids up from 0
 _HOOK_ID = -1
 
@@ -70,9 +72,9 @@ class _Running(threading.local):
     """What runs in this thread.
 
     Attributes:
-        modules: the observed attention modules, innermost last: [handle, what it was given, attention calls so far];
-            the second is a list of the text tokens beside the image, the rows and tokens of its own tensor, and the
-            rows of its attention calls so far.
+        modules: the observed attention modules, innermost last: [handle, what it was given, attention calls so far,
+            whether it was told to leave its attention out]; the second is a list of the text tokens beside the image,
+            the rows and tokens of its own tensor, and the rows of its attention calls so far.
         watchers: the scopes whose denoiser is in its forward.
     """
 
@@ -183,7 +185,9 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     rows = tokens = 0
     if isinstance(own, Tensor) and own.ndim in (3, 4):
         rows, tokens = own.shape[0], own.shape[1] if own.ndim == 3 else own.shape[2] * own.shape[3]
-    _running.modules.append([module.__dict__[HANDLE], [own_text, rows, tokens, 0], 0])
+    # so LTX2 is told by guiders that perturb every sample
+    left_out = kwargs.get("all_perturbed", False)
+    _running.modules.append([module.__dict__[HANDLE], [own_text, rows, tokens, 0], 0, left_out])
 
 
 def _next_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, list[int]]:
@@ -202,8 +206,11 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> None:
     while entry[0] is not handle:
         entry = _running.modules.pop()
     # after an exception in the module there is no output
-    if entry[2] == 0 and output is not None:
-        _silent(handle)
+    if entry[2] == 0 and output is not None and not entry[3]:
+        hooked = module.__dict__.get(HOOKED)
+        # what a cache gives in its place is listed when the forward ends
+        if hooked is None or not hooked.left_out:
+            _silent(handle)
 
 
 def _silent(handle: Tensor) -> None:
