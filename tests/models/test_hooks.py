@@ -60,6 +60,8 @@ def test_every_hook(name):
     assert (case.outcome == "reused") == bool(recording.reused)
 
 
+# torch's own of meshgrid, once a process
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 def test_the_branch_that_faster_cache_estimates_is_listed_and_never_taken_for_the_other():
     """Step 1 has neither branch's attention, step 2 the one with the prompt, step 3 both."""
     case = HOOKS["FasterCacheConfig"]
