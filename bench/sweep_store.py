@@ -72,7 +72,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         stage("imports", time.perf_counter())
-        store = RunStore(Path(folder) / "run", {"bench": "store"}, {"units": len(units), "forwards": 0}, units)
+        store = RunStore(Path(folder) / "run", {"bench": "store"}, {"forwards": 0}, units)
         started = time.perf_counter()
         for number, unit in enumerate(units):
             grid = Grid(edits, ("zero",), ITEMS)

@@ -2,11 +2,14 @@
 
 import importlib
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 
 import headscope
-from headscope.sweep.scores import code_of
+from headscope.sweep.scores import checked_score, code_of
 
 SCORE = """
 def largest(edited, clean, target, inputs):
@@ -127,3 +130,60 @@ def test_a_score_that_works_in_place_harms_no_other(ddpm_directory, tmp_path, wr
     assert alone["largest"].to_numpy().min() > 0
     for column in ("clean", "edited", "distance", "largest"):
         assert spoilt[column].to_list() == alone[column].to_list()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (torch.tensor([1.5, -2], dtype=torch.bfloat16), [1.5, -2]),
+        (torch.tensor([1.5, -2], requires_grad=True), [1.5, -2]),
+        (torch.tensor([True, False]), [1, 0]),
+        (np.array([3, 4], np.uint8), [3, 4]),
+        ([torch.tensor(1.5), torch.tensor(-2.0)], [1.5, -2]),
+        ([Fraction(1, 2), 3], [0.5, 3]),
+    ],
+)
+def test_real_numbers_of_every_kind_are_taken(values, expected):
+    found = checked_score("mine", values, 2)
+    assert found.dtype == np.float64
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "given"),
+    [
+        (torch.tensor([1 + 2j, 3]), "numbers of dtype complex64, expected real ones"),
+        (np.array([1 + 2j, 3]), "numbers of dtype complex128, expected real ones"),
+        ([1 + 0j, 3], "numbers of dtype complex128, expected real ones"),
+        ([torch.tensor(1 + 2j), torch.tensor(3 + 0j)], "numbers of dtype complex64, expected real ones"),
+        (["1.5", "2"], "numbers of dtype <U3, expected real ones"),
+        ([None, object()], "list, expected real numbers"),
+        ([[1.0], [1.0, 2.0]], "list, expected real numbers"),
+        (np.array(["2020-01-01", "2020-01-02"], "datetime64[D]"), "numbers of dtype datetime64"),
+        ([1.0, 2.0, 3.0], r"an array \[3\], expected \[2\]"),
+        (1.0, r"an array \[\], expected \[2\]"),
+    ],
+)
+def test_other_scores_are_refused_by_name(values, given):
+    with pytest.raises(ValueError, match=rf"^image_scores: mine gave {given}"):
+        checked_score("mine", values, 2)
+
+
+def test_a_complex_score_ends_the_run(ddpm_directory, tmp_path, write):
+    write("my_scores", "def spectrum(edited, clean, target, inputs):\n    return edited.flatten(1).sum(1) * 1j\n")
+    with pytest.raises(
+        headscope.sweep.SweepFailed, match=r"scores: my_scores:spectrum gave numbers of dtype complex64, expected"
+    ):
+        headscope.sweep(
+            tmp_path / "run",
+            model=ddpm_directory,
+            groups=["faces"],
+            splits=["discover"],
+            items=1,
+            timesteps=[100],
+            observe=False,
+            fills=["zero"],
+            heads=[("mid_block.attentions.0", 0)],
+            scores=["my_scores:spectrum"],
+            progress=False,
+        )

@@ -1,15 +1,27 @@
 """Files are written whole or not at all, and a directory belongs to one run."""
 
+import json
+import multiprocessing
+import queue
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pyarrow as pa
 import pytest
 import torch
 
 from headscope._files import write_atomic
 from headscope.sweep import Run
-from headscope.sweep.store import MANIFEST, RunStore
+from headscope.sweep import store as store_module
+from headscope.sweep.fitting import Fit
+from headscope.sweep.store import EXECUTION, MANIFEST, RunStore
 
 IDENTITY = {"seed": 0, "timesteps": [1, 2]}
-UNITS = [{"id": "abc", "kind": "ablations", "group": "faces", "items": 3, "timestep": 1, "forwards": 9}]
+ABC, DEF = "abc".ljust(64, "0"), "def".ljust(64, "0")
+UNITS = [{"id": ABC, "kind": "ablations", "group": "faces", "items": 3, "timestep": 1, "forwards": 9}]
 
 
 def table(rows: int = 3) -> pa.Table:
@@ -18,9 +30,9 @@ def table(rows: int = 3) -> pa.Table:
 
 def test_a_table_is_there_once_written(tmp_path):
     store = RunStore(tmp_path / "run", IDENTITY, {}, UNITS)
-    assert not store.has_table("ablations", "abc")
-    store.write_table("ablations", "abc", table())
-    assert store.has_table("ablations", "abc")
+    assert not store.has("ablations", ABC)
+    store.write_table("ablations", ABC, table())
+    assert store.has("ablations", ABC)
     assert Run.open(tmp_path / "run").table("ablations").collect()["loss"].to_list() == [0.5] * 3
     assert Run.open(tmp_path / "run").kinds == ("ablations",)
     with pytest.raises(ValueError, match="kind: got 'observations', expected one of ablations"):
@@ -29,29 +41,29 @@ def test_a_table_is_there_once_written(tmp_path):
 
 def test_torn_and_foreign_tables_count_as_absent(tmp_path):
     store = RunStore(tmp_path / "run", IDENTITY, {})
-    store.write_table("ablations", "abc", table())
-    path = store.table_path("ablations", "abc")
+    store.write_table("ablations", ABC, table())
+    path = store.table_path("ablations", ABC)
     whole = path.read_bytes()
     for length in (0, 4, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert not store.has_table("ablations", "abc")
-    store.table_path("ablations", "def").write_bytes(whole)
-    assert not store.has_table("ablations", "def")
+        assert not store.has("ablations", ABC)
+    store.table_path("ablations", DEF).write_bytes(whole)
+    assert not store.has("ablations", DEF)
 
 
 def test_torn_and_foreign_tensors_count_as_absent(tmp_path):
     store = RunStore(tmp_path / "run", IDENTITY, {})
-    assert not store.has_tensors("reference", "abc")
-    store.write_tensors("reference", "abc", {"mean": torch.arange(6.0)})
-    assert store.has_tensors("reference", "abc")
-    assert torch.equal(store.read_tensors("reference", "abc")["mean"], torch.arange(6.0))
-    path = store.tensor_path("reference", "abc")
+    assert not store.has("reference", ABC)
+    store.write_tensors("reference", ABC, {"mean": torch.arange(6.0)})
+    assert store.has("reference", ABC)
+    assert torch.equal(store.read_tensors("reference", ABC)["mean"], torch.arange(6.0))
+    path = store.tensor_path("reference", ABC)
     whole = path.read_bytes()
     for length in (0, 4, 40, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert not store.has_tensors("reference", "abc")
-    store.tensor_path("reference", "def").write_bytes(whole)
-    assert not store.has_tensors("reference", "def")
+        assert not store.has("reference", ABC)
+    store.tensor_path("reference", DEF).write_bytes(whole)
+    assert not store.has("reference", DEF)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -93,8 +105,128 @@ def test_unreadable_runs_say_why(tmp_path):
     with pytest.raises(ValueError, match="expected a directory with a headscope run"):
         Run.open(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match="can't be read"):
+    with pytest.raises(ValueError, match=r"manifest\.json' is damaged"):
         Run.open(tmp_path)
     (tmp_path / MANIFEST).write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="has format 99, expected 1"):
+    with pytest.raises(ValueError, match="has format 99, this headscope writes and reads 2"):
         Run.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "units",
+    [
+        None,
+        {},
+        [3],
+        [{**UNITS[0], "id": "../../victim"}],
+        [{**UNITS[0], "id": "/" + ABC[1:]}],
+        [{**UNITS[0], "id": ABC + "\n"}],
+        [{**UNITS[0], "id": 3}],
+        [{**UNITS[0], "kind": "../ablations"}],
+        [{**UNITS[0], "kind": ["ablations"]}],
+        [{**UNITS[0], "forwards": "9"}],
+    ],
+)
+def test_manifests_that_list_no_units_are_refused(tmp_path, units):
+    """One that was made elsewhere, whole as its checksum says, may say anything."""
+    (tmp_path / MANIFEST).write_bytes(store_module._json({"format": 2, "identity": {}, "units": units}, MANIFEST))
+    with pytest.raises(ValueError, match=r"manifest\.json' is damaged"):
+        Run.open(tmp_path)
+
+
+def test_the_format_before_checksums_is_refused(tmp_path):
+    (tmp_path / MANIFEST).write_text(json.dumps({"format": 1, "identity": IDENTITY, "units": 1}))
+    (tmp_path / "units.json").write_text(json.dumps(UNITS))
+    for attempt in (lambda: Run.open(tmp_path), lambda: RunStore(tmp_path, IDENTITY, {}, UNITS)):
+        with pytest.raises(
+            ValueError, match="has format 1, this headscope writes and reads 2; use the version that wrote"
+        ):
+            attempt()
+
+
+def test_a_damaged_or_lost_manifest_is_written_anew(tmp_path):
+    """By who knows the plan; the ids of the results tell that they are of it."""
+    store = RunStore(tmp_path, IDENTITY, {}, UNITS)
+    manifest = tmp_path / MANIFEST
+    whole = manifest.read_bytes()
+    manifest.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"manifest\.json' is damaged.*Nothing there is of this configuration"):
+        RunStore(tmp_path, IDENTITY, {}, UNITS)
+    store.write_table("ablations", ABC, table())
+    for damaged in (b"", b"[]", b"\xff", b"[" * 10**5, whole[:-9], whole.replace(b"faces", b"facec"), None):
+        manifest.unlink()
+        if damaged is not None:
+            manifest.write_bytes(damaged)
+            with pytest.raises(
+                ValueError, match=r"manifest\.json' is damaged.*The command that began the run writes it"
+            ):
+                Run.open(tmp_path)
+        with pytest.raises(ValueError, match=r"Nothing there is of this configuration|isn't a headscope run"):
+            RunStore(tmp_path, {"seed": 1}, {}, [{**UNITS[0], "id": DEF}])
+        store = RunStore(tmp_path, IDENTITY, {}, UNITS)
+        assert store.rebuilt == f"{str(manifest)!r} was {'missing' if damaged is None else 'damaged'}"
+        assert store.has("ablations", ABC)
+        assert manifest.read_bytes() == whole
+    assert RunStore(tmp_path, IDENTITY, {}, UNITS).rebuilt is None
+
+
+def test_how_many_rows_go_at_once_is_measured_again_where_that_was_lost(tmp_path):
+    store = RunStore(tmp_path, IDENTITY, {}, UNITS)
+    assert store.fit(Fit(64, 8)) == store.fit(Fit(3, 3)) == store.fit() == Fit(64, 8)
+    file = tmp_path / EXECUTION
+    file.write_bytes(file.read_bytes().replace(b"64", b"24"))
+    assert store.fit() is None
+    assert store.fit(Fit(32, 4)) == store.fit() == Fit(32, 4)
+
+
+def begin(path: Path, seed: int) -> str:
+    """What comes of beginning a run whose units have the seed in their ids."""
+    units = [{**UNITS[0], "id": f"{seed:02d}{number:062d}"} for number in range(50)]
+    try:
+        RunStore(path, {"seed": seed}, {}, units)
+    except ValueError as error:
+        return str(error)
+    return "begun"
+
+
+def begin_many(paths: Sequence[Path], seed: int, meet, found) -> None:
+    outcomes = []
+    for path in paths:
+        meet.wait()
+        outcomes.append(begin(path, seed))
+    found.put((seed, outcomes))
+
+
+def assert_one_begun(paths: Sequence[Path], outcomes: dict[int, list[str]]) -> None:
+    for path, one, two in zip(paths, outcomes[1], outcomes[2], strict=True):
+        winner, refused = (1, two) if one == "begun" else (2, one)
+        assert "begun" in (one, two)
+        assert "holds a run of another configuration" in refused
+        run = Run.open(path)
+        assert run.manifest["identity"] == {"seed": winner}
+        assert {unit["id"][:2] for unit in run.units} == {f"{winner:02d}"}
+
+
+def raced(paths: Sequence[Path], worker: Any, context: Any) -> dict[int, list[str]]:
+    """Two of them begin a run in each of the directories at the same time."""
+    meet, found = context.Barrier(2), context.SimpleQueue()
+    workers = [worker(target=begin_many, args=(paths, seed, meet, found)) for seed in (1, 2)]
+    for each in workers:
+        each.start()
+    outcomes = dict(found.get() for _ in workers)
+    for each in workers:
+        each.join()
+    return outcomes
+
+
+def test_of_two_that_begin_a_run_one_does(tmp_path):
+    paths = [tmp_path / str(number) for number in range(20)]
+    context = SimpleNamespace(Barrier=threading.Barrier, SimpleQueue=queue.SimpleQueue)
+    assert_one_begun(paths, raced(paths, threading.Thread, context))
+
+
+@pytest.mark.full
+def test_of_two_processes_that_begin_a_run_one_does(tmp_path):
+    paths = [tmp_path / str(number) for number in range(500)]
+    context = multiprocessing.get_context("spawn")
+    assert_one_begun(paths, raced(paths, context.Process, context))

@@ -239,7 +239,6 @@ private:
             if (key == 0) prefetch_next(row, r);
             if (last && gate_ != 0.0f) prefetch_output(row + r);
             apply_mask(call_, sample_, head_, row + r, key, count, bias, logits);
-            for (int64_t j = count; j < padded; ++j) logits[j] = -INFINITE;
             const int64_t ready = r % GROUP_ROWS + 1;
             if (ready < GROUP_ROWS && r + 1 < rows) continue;
             softmax(logits - (ready - 1) * LOGIT_STRIDE, ready, padded, row + r + 1 - ready, key_scale);

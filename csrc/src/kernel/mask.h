@@ -23,7 +23,8 @@ inline void copy_edit(const headscope_edit& edit, int64_t sample, int64_t head, 
 }
 
 // logits[j] of a query row and keys first..first + count - 1: -inf where a mask or a bias hides the key, whatever the
-// logit was (a NaN too), else the logit plus what they add. bias: this block's, or null.
+// logit was (a NaN too), else the logit plus what they add; and -inf up to the next multiple of LANES: those keys are
+// zeros, whose logits of 0 may lie far above the row's maximum. bias: this block's, or null.
 inline void apply_mask(const headscope_attention& call, int64_t sample, int64_t head, int64_t row, int64_t first,
                        int64_t count, const float* bias, float* logits) {
     if (bias) {
@@ -32,25 +33,25 @@ inline void apply_mask(const headscope_attention& call, int64_t sample, int64_t 
     if (call.is_causal) {
         for (int64_t j = larger(0, row + 1 - first); j < count; ++j) logits[j] = -INFINITE;
     }
-    if (!call.mask.data) return;
     const int64_t stride = call.mask.strides[3];
-    if (call.mask.dtype == HEADSCOPE_BOOL) {
+    if (call.mask.data && call.mask.dtype == HEADSCOPE_BOOL) {
         const uint8_t* mask = at<uint8_t>(call.mask, sample, head, row) + first * stride;
         if (stride == 1) {
             for (int64_t j = 0; j < count; ++j) logits[j] = mask[j] ? logits[j] : -INFINITE;
         } else {
             for (int64_t j = 0; j < count; ++j) logits[j] = mask[j * stride] ? logits[j] : -INFINITE;
         }
-        return;
+    } else if (call.mask.data) {
+        with_element(call.mask.dtype, [&](auto element) {
+            using Element = decltype(element);
+            const Element* mask = at<Element>(call.mask, sample, head, row) + first * stride;
+            for (int64_t j = 0; j < count; j += LANES) {
+                const Floats added = gather_as_floats(mask + j * stride, stride, smaller(LANES, count - j));
+                store(logits + j, mute(load(logits + j), added));
+            }
+        });
     }
-    with_element(call.mask.dtype, [&](auto element) {
-        using Element = decltype(element);
-        const Element* mask = at<Element>(call.mask, sample, head, row) + first * stride;
-        for (int64_t j = 0; j < count; j += LANES) {
-            const Floats added = gather_as_floats(mask + j * stride, stride, smaller(LANES, count - j));
-            store(logits + j, mute(load(logits + j), added));
-        }
-    });
+    for (int64_t j = count; j < round_up(count, LANES); ++j) logits[j] = -INFINITE;
 }
 
 // Whether a query row sees a key.

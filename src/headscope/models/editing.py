@@ -254,13 +254,13 @@ class _RowMap:
         if given == 1:
             return tensor
         if given == forward.batch * layout.fold and layout.fold > 1:
-            return tensor
+            return tensor[layout.first_sample * layout.fold :][: layout.samples * layout.fold]
         if given == forward.samples and given != forward.batch:
             tensor = tensor.repeat(len(forward.branches), *[1] * (tensor.ndim - 1))
         elif given != forward.batch:
             raise self.misfit(given)
         if layout.samples != forward.batch:
-            tensor = tensor[layout.first_sample : layout.first_sample + layout.samples]
+            tensor = tensor[layout.first_sample : layout.end_sample]
         return tensor if layout.fold == 1 else tensor.repeat_interleave(layout.fold, 0)
 
     def source(self, source: Recording | Resampled, quantity: str, site: str, call: int) -> Tensor:
@@ -268,11 +268,16 @@ class _RowMap:
         recording, chosen = (source.recording, source.chosen) if isinstance(source, Resampled) else (source, None)
         forward, layout = self.forward, self.layout
         pieces = []
-        for branch in forward.branches:
+        for part, branch in enumerate(forward.branches):
+            # the call may be of some branches, or samples, alone
+            edges = (edge - part * forward.samples for edge in (layout.first_sample, layout.end_sample))
+            start, stop = (min(max(edge, 0), forward.samples) for edge in edges)
+            if start == stop:
+                continue
             key = Key(quantity, site, call, forward.single_timestep, branch)
             if chosen is None and recording.reduce == "mean":
                 found = recording.tensors.placed_mean(key, self.device, self._dtype)[None]
-                pieces.append(found.expand(forward.samples, -1, -1, -1, -1))
+                pieces.append(found.expand(stop - start, -1, -1, -1, -1))
                 continue
             found = recording.tensors.samples(key)
             picked = tuple(range(forward.samples)) if chosen is None else chosen
@@ -282,10 +287,10 @@ class _RowMap:
                     f"recording: {list(picked)} of its {found.shape[0]} samples were asked for by a batch of"
                     f" {forward.samples}, expected one recorded sample per sample"
                 )
-            pieces.append(found[list(picked)].to(self.device, self._dtype))
+            pieces.append(found[list(picked)[start:stop]].to(self.device, self._dtype))
         # of a single branch, rows of a mean stay one row in memory
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return whole[layout.first_sample : layout.first_sample + layout.samples].flatten(0, 1)
+        return whole.flatten(0, 1)
 
     def row(self, change: Change, row: int) -> Change:
         """The change in one row of the batch, nothing in the others."""

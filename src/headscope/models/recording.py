@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headscope._extras import require
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
 from headscope.models.caches import Reused
 from headscope.models.forwards import Forward
 from headscope.models.layout import ALL, Layout, Segment
@@ -28,8 +28,12 @@ ENTROPY, NORMALISED = "entropy", "entropy_normalised"
 
 
 class Part(NamedTuple):
-    """The rows of one attention call that belong to one query group (and video frame)."""
+    """The rows of one attention call that belong to one query group (and video frame).
 
+    number: of the part within its forward, in the order of execution.
+    """
+
+    number: int
     forward: Forward
     step: int
     site: str
@@ -142,8 +146,10 @@ class Recording:
             if statistic.sums_over_queries:
                 # one number per key, of all queries together
                 total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
-                segment = Segment(ALL, None, 0, 0)
-                part = Part(forward, step, site, call, segment, layout.first_sample, layout.samples, heads, 0, keys)
+                segment, number = Segment(ALL, None, 0, 0), len(self._pending)
+                part = Part(
+                    number, forward, step, site, call, segment, layout.first_sample, layout.samples, heads, 0, keys
+                )
                 self._pending.append(_Rows(part, name, total[:, :, None]))
                 continue
             rows = {name: tensor}
@@ -151,9 +157,19 @@ class Recording:
                 rows[NORMALISED] = _normalised(tensor, valid_keys)
             for own, whole in rows.items():
                 for segment, piece in split_queries(whole, layout):
-                    queries = piece.shape[2]
+                    queries, number = piece.shape[2], len(self._pending)
                     part = Part(
-                        forward, step, site, call, segment, layout.first_sample, layout.samples, heads, queries, keys
+                        number,
+                        forward,
+                        step,
+                        site,
+                        call,
+                        segment,
+                        layout.first_sample,
+                        layout.samples,
+                        heads,
+                        queries,
+                        keys,
                     )
                     self._pending.append(_Rows(part, own, piece))
 
@@ -223,7 +239,8 @@ class Recording:
     # tables
 
     def to_arrow(self) -> "pyarrow.Table":
-        """A row per forward, attention call, query group, sample and head; none for what is in `reused`.
+        """A row per forward, attention call, query group, sample and head; calls in the order of execution. What is in
+        `reused` has no rows.
 
         Columns: forward (of the denoiser, since the context was entered), step (the pipeline's; the forward where no
         pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within its guidance
@@ -305,7 +322,7 @@ class Recording:
         """
         parquet = require("pyarrow.parquet", "diffusers")
         save_tensors = require("safetensors.torch", "diffusers").save
-        folder, identity = Path(folder), uuid4().hex
+        folder, identity = local_path("folder", folder), uuid4().hex
         settings = {
             "statistics": self.statistics,
             "quantities": self.quantities,
@@ -328,9 +345,10 @@ class Recording:
         """
         parquet = require("pyarrow.parquet", "diffusers")
         safe_open = require("safetensors", "diffusers").safe_open
-        table = parquet.read_table(Path(folder) / TABLE_FILE)
+        folder = local_path("folder", folder)
+        table = parquet.read_table(folder / TABLE_FILE)
         described = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        with safe_open(str(Path(folder) / TENSOR_FILE), "pt") as file:
+        with safe_open(str(folder / TENSOR_FILE), "pt") as file:
             if (file.metadata() or {}).get("id") != described.get("id") or "headscope" not in described:
                 raise ValueError(f"folder: the files in {str(folder)!r} are not of one recording; save it again")
             settings = json.loads(described["headscope"])

@@ -15,8 +15,9 @@ from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
 from headscope.models.caches import HookWatch, Reused
 from headscope.models.editing import ActiveEdit, Edits, Fill
-from headscope.models.forwards import Forward, Window, begin_forward
+from headscope.models.forwards import Forward, Progress, Window, begin_forward
 from headscope.models.maps import TokenMaps, TokenRequest
+from headscope.models.prompts import Prompts
 from headscope.models.recording import Recording
 from headscope.models.sites import Site, Unseen, find_denoiser, find_sites
 from headscope.models.tasks import Task, TaskItem
@@ -58,7 +59,7 @@ class Scope:
 
     Attributes:
         denoiser: the module whose sites these are (the pipeline's unet or transformer).
-        sites: what can be recorded and edited.
+        sites: what can be recorded and edited, in the order in which a forward runs them.
         unseen: attention modules that can't be, with the reason. Recording with unseen sites raises unless
             `sites=` leaves them out.
         recordings, token_maps, edits: what is active, outer contexts first.
@@ -119,7 +120,7 @@ class Scope:
         raise KeyError(f"site: got {name!r}, expected one of {', '.join(site.name for site in self.sites)}")
 
     def matching(self, pattern: str) -> list[str]:
-        """The names of the sites that a name or a pattern of shell style ("*.attn2") means, in the model's order.
+        """The names of the sites that a name or a pattern of shell style ("*.attn2") means, in the order of `sites`.
 
         Raises:
             KeyError: there is none, or one of them can't be seen.
@@ -180,7 +181,7 @@ class Scope:
     @contextmanager
     def record_tokens(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         *,
         sites: Sequence[str] | str | None = None,
         heads: Mapping[str, Sequence[int]] | None = None,
@@ -189,7 +190,9 @@ class Scope:
         """Record which part of the picture attends to which token of the prompt, under the branch that sees it.
 
         Args:
-            prompts: what the pipeline is called with, one per sample (or one for all).
+            prompts: by default those that the pipeline is called with. Where they're named (one per sample, or one for
+                all), they must be the same; where the pipeline gets their embeddings, or the denoiser is called
+                without it, they must be named, and a warning says that nothing compares them.
             sites: names or patterns; by default all where image queries meet text keys.
             heads: heads to sum over, by site name or pattern; all where none are named.
             steps: the pipeline's steps to sum over; all if None.
@@ -201,9 +204,10 @@ class Scope:
         """
         self._look_again()
         chosen = {name: own for pattern, own in (heads or {}).items() for name in self.matching(pattern)}
-        maps = TokenMaps(self._pipeline, [prompts] if isinstance(prompts, str) else prompts, chosen)
+        words = Prompts(self._pipeline, prompts)
+        maps = TokenMaps(self._pipeline, words, chosen)
         names = self._chosen(sites) if sites is not None else frozenset(self._by_name)
-        with self._context(self.token_maps, TokenRequest(maps, names, steps)):
+        with words.watching_encoders(), self._context(self.token_maps, TokenRequest(maps, names, steps)):
             yield maps
 
     @contextmanager
@@ -419,7 +423,7 @@ class Scope:
                     )
 
     @contextmanager
-    def repeat(self, forward: Forward | None, calls: dict[str, int]) -> Iterator[None]:
+    def repeat(self, forward: Forward | None, calls: dict[str, Progress]) -> Iterator[None]:
         """Run a part of an earlier forward again as it ran then, without recording it a second time."""
         if self._contexts == 0:
             raise RuntimeError(

@@ -13,7 +13,7 @@ import polars as pl
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
 from headscope.report import figures, findings, tables
 from headscope.report.charts import Figure, View
 from headscope.report.images import sheet
@@ -64,7 +64,7 @@ def write_report(
     the title. summary: the sentence below it. caveats: stand before those that follow from the tables. Returns
     the path.
     """
-    path = Path(path)
+    path = local_path("path", path)
     shown = [info.name for info in groups]
     names = Names(result.sites, [*shown, *(group for group in result.groups if group not in shown)])
     order = [*(group for group in shown if group in result.groups), *(g for g in result.groups if g not in shown)]
@@ -100,13 +100,17 @@ def write_sweep_report(
     observations: pl.DataFrame | None = None,
     ablations: pl.DataFrame | None = None,
     generations: pl.DataFrame | None = None,
+    sites: Sequence[str] = (),
     seed: int = 0,
     label: str = "Sweep",
     summary: str = SWEEP_SUMMARY,
     caveats: Sequence[str] = (),
 ) -> Path:
-    """Write the report of a plain sweep, from whichever of its tables there are. Otherwise as `write_report`."""
-    result = analyse_sweep(observations, ablations, generations, seed=seed)
+    """Write the report of a plain sweep, from whichever of its tables there are. Otherwise as `write_report`.
+
+    sites: the model's, in the order of execution.
+    """
+    result = analyse_sweep(observations, ablations, generations, sites=sites, seed=seed)
     return write_report(
         path,
         title=title,

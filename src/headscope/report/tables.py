@@ -154,7 +154,7 @@ def distance_table(ranking: pl.DataFrame, names: Names) -> Table:
 
 
 def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) -> Table:
-    """Every head's entropy, averaged over timesteps, groups side by side."""
+    """Every head's entropy, averaged over timesteps, groups side by side; sites in the order of execution."""
     overall = entropy.filter(pl.col("timestep").is_null() & pl.col("group").is_in(groups))
     found = {(row["site"], row["head"], row["group"], row["measure"]): row for row in overall.iter_rows(named=True)}
     normalised = overall.filter(pl.col("measure") == "normalised")
@@ -162,7 +162,8 @@ def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) ->
     middle = (normalised["high"] - normalised["low"]).median()
     write = fitted((0.0, middle if isinstance(middle, float) else None))
     rows = []
-    for site, head, keys in overall.select("site", "head", "keys").unique(maintain_order=True).iter_rows():
+    heads = overall.select("site", "head", "keys").unique(maintain_order=True).iter_rows()
+    for site, head, keys in sorted(heads, key=lambda row: (names.place(row[0]), row[1])):
         cells = [names.head(site, head), str(keys)]
         for group in groups:
             row = found.get((site, head, group, "normalised"))
@@ -198,4 +199,4 @@ def sites_table(result: StudyResult, names: Names) -> Table:
         for site in result.sites
     ]
     columns = [("label", False), ("module", False), ("heads", True), ("keys K", True), ("ln K, nats", True)]
-    return Table("Attention sites, in the order of the network; h0 is a site's first head.", columns, rows)
+    return Table("Attention sites, in the order of execution; h0 is a site's first head.", columns, rows)

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
 from headscope.report.page import STUDY_CAVEATS, GroupInfo, write_report, write_sweep_report
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
@@ -114,7 +114,7 @@ def run_study(
     Raises:
         ValueError: the directory holds a study of another configuration, or something else.
     """
-    out = Path(out)
+    out = local_path("out", out)
     show: dict[str, Any] = {"batch": batch, "progress": progress, "console": console}
     _claim(out, config)
     run_sweep(config.observe(), out / "observe", title="entropy of every head", **show)
@@ -155,7 +155,7 @@ def report_study(out: Path) -> Path:
     Raises:
         ValueError: nothing is finished yet.
     """
-    settings = read_study(out)
+    settings = read_study(local_path("out", out))
     runs = {stage: Run.open(out / stage) for stage in STAGES if (out / stage / "manifest.json").is_file()}
     finished = {stage: run for stage, run in runs.items() if run.kinds}
     if "observe" not in finished:
@@ -169,6 +169,7 @@ def report_study(out: Path) -> Path:
         tables["discover"],
         tables["confirm"],
         count_per_group=settings["heads_per_group"],
+        sites=_sites(finished["observe"]),
         seed=settings["seed"],
     )
     write_tables(out / "tables", result)
@@ -206,6 +207,7 @@ def report_sweep(path: Path) -> Path:
         title=f"Sweep of {_model_name(run.manifest)}",
         run_info=run_info(run.manifest),
         groups=group_infos(run.manifest),
+        sites=_sites(run),
         seed=run.manifest["config"]["seed"],
         **tables,
     )
@@ -254,6 +256,11 @@ def group_infos(manifest: dict[str, Any]) -> list[GroupInfo]:
                 images = np.stack([opened.item(index).image for index in chosen]) if chosen else images
         infos.append(GroupInfo(group["name"], group["description"], images))
     return infos
+
+
+def _sites(run: Run) -> list[str]:
+    """The model's sites in the order of execution."""
+    return [site["name"] for site in run.manifest["sites"]]
 
 
 def _model_name(manifest: dict[str, Any]) -> str:

@@ -1,29 +1,37 @@
 """Reading a run: its tables, how far it is, and whether its files are whole."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
-from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from headscope._extras import require
+from headscope._files import local_path
 from headscope.sweep.claims import Claims
 from headscope.sweep.store import (
     FAILURES,
+    GENERATED,
     MANIFEST,
     TABLES,
     TENSORS,
-    UNITS,
+    check_whole,
+    file_problem,
     read_manifest,
-    table_problem,
-    tensor_problem,
+    unit_file,
+    unit_problem,
 )
 
 # those that a report knows
 REPORTED = ("observations", "ablations", "generations")
+# threads that check files
+READERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Verification:
     Attributes:
         rows: kind: rows of its finished units.
         missing: units without a file, as kind/unit.
-        torn: files that aren't whole: the next run into the directory writes them again.
+        torn: files that aren't whole: the next run into the directory computes them again.
         foreign: files that aren't this run's.
         leftovers: temporary files of processes that were killed.
     """
@@ -90,15 +98,11 @@ class Run:
         """Open a run directory.
 
         Raises:
-            ValueError: it isn't one.
+            ValueError: it isn't one, or its manifest is damaged.
         """
-        path = Path(path)
+        path = local_path("run", path)
         manifest = read_manifest(path)
-        try:
-            units = json.loads((path / UNITS).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"run: {str(path / UNITS)!r} can't be read ({error})") from None
-        return cls(path, manifest, units)
+        return cls(path, manifest, manifest["units"])
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -118,10 +122,11 @@ class Run:
     def table(self, kind: str) -> pl.LazyFrame:
         """The rows of every finished unit of a kind, as a lazy polars table.
 
-        Files are read in the order of their names, so that two runs of one configuration give equal tables.
+        Files are read in the order of their names, so that two runs of one configuration give equal tables. Each is
+        checked against the checksum in it first.
 
         Raises:
-            ValueError: no unit of that kind is finished, or a file is torn or isn't this run's.
+            ValueError: no unit of that kind is finished, or a file is damaged or isn't this run's.
         """
         return pl.scan_parquet(self._files(kind))
 
@@ -130,7 +135,7 @@ class Run:
 
         Raises:
             ImportError: duckdb isn't installed.
-            ValueError: a file is torn or isn't this run's.
+            ValueError: a file is damaged or isn't this run's.
         """
         connection = require("duckdb", "sweep").connect()
         for kind in self.tables:
@@ -138,7 +143,7 @@ class Run:
         return connection
 
     def status(self) -> Status:
-        """How far the run is, from its files' names and footers."""
+        """How far the run is: a unit whose file is damaged isn't finished."""
         units: dict[str, tuple[int, int]] = {}
         forwards = [0, 0]
         unfinished = []
@@ -158,28 +163,43 @@ class Run:
         running = {unit: owner for unit, owner in Claims(self.path).owners().items() if unit in set(unfinished)}
         return Status(units, (forwards[0], forwards[1]), failed, running)
 
+    def images(self, kind: str, unit: str) -> dict[str, np.ndarray]:
+        """The images beside a finished unit's table of generations: "clean" [items, height, width, 3] and "edited", one
+        for each row of the table, uint8.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        path = unit_file(self.path, kind, unit).with_suffix(".safetensors")
+        check_whole(path)
+        return load_file(path)
+
     def mend(self) -> None:
-        """Let units that failed too often be tried again, and drop torn files, so that they are written anew."""
+        """Let units that failed too often be tried again, and drop damaged files, so that they are computed anew."""
         for record in (self.path / FAILURES).glob("*.json"):
             record.unlink()
         for name in self.verify().torn:
             (self.path / name).unlink()
 
     def verify(self) -> Verification:
-        """Read every file to its end."""
+        """Check every file of the run against the checksum in it."""
         found = Verification()
-        expected = {self._file(unit): unit for unit in self.units}
-        for path, unit in expected.items():
-            kind = unit["kind"]
-            problem = self._problem(unit) or _unreadable(path)
-            if problem == "missing":
+        known = set()
+        for unit in self.units:
+            kind, path = unit["kind"], unit_file(self.path, unit["kind"], unit["id"])
+            # beside a table of images lie the images
+            files = [path, path.with_suffix(".safetensors")] if kind in GENERATED else [path]
+            known.update(files)
+            problems = [(file, file_problem(file)) for file in files]
+            for file, problem in problems:
+                if problem == "torn":
+                    found.torn.append(_relative(file, self.path))
+                elif problem == "foreign":
+                    found.foreign.append(_relative(file, self.path))
+            if any(problem == "missing" for _, problem in problems):
                 found.missing.append(f"{kind}/{unit['id']}")
-            elif problem:
-                getattr(found, problem).append(_relative(path, self.path))
-            elif kind in TABLES:
+            elif kind in TABLES and problems[0][1] is None:
                 found.rows[kind] = found.rows.get(kind, 0) + pq.read_metadata(path).num_rows
-        # beside a table of images lie the images
-        known = {*expected, *(path.with_suffix(".safetensors") for path in expected)}
         for path in sorted(file for kind in (*TABLES, *TENSORS) for file in (self.path / kind).glob("*")):
             if path.name.startswith(".") and path.name.endswith(".tmp"):
                 found.leftovers.append(_relative(path, self.path))
@@ -187,13 +207,8 @@ class Run:
                 found.foreign.append(_relative(path, self.path))
         return found
 
-    def _file(self, unit: dict[str, Any]) -> Path:
-        suffix = ".safetensors" if unit["kind"] in TENSORS else ".parquet"
-        return self.path / unit["kind"] / (unit["id"] + suffix)
-
     def _problem(self, unit: dict[str, Any]) -> str | None:
-        check = tensor_problem if unit["kind"] in TENSORS else table_problem
-        return check(self._file(unit), unit["id"])
+        return unit_problem(self.path, unit["kind"], unit["id"])
 
     def _files(self, kind: str) -> list[Path]:
         if kind not in self.tables:
@@ -203,28 +218,17 @@ class Run:
         units = {unit["id"] for unit in self.units if unit["kind"] == kind}
         files = sorted((self.path / kind).glob("*.parquet"))
         for file in files:
-            problem = table_problem(file, file.stem) if file.stem in units else "foreign"
-            if problem:
-                what = "is torn; run the sweep again to mend it" if problem == "torn" else "isn't this run's"
-                raise ValueError(f"run: {str(file)!r} {what}")
+            if file.stem not in units:
+                raise ValueError(f"run: {str(file)!r} isn't this run's; remove it")
+        # reading and checksums leave the interpreter's lock to others
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(_check_all, (files[first::READERS] for first in range(READERS))))
         return files
 
 
-def _unreadable(path: Path) -> str | None:
-    """ "torn" where a file with a sound end has a hole in its middle."""
-    try:
-        if path.suffix == ".parquet":
-            file = pq.ParquetFile(path, page_checksum_verification=True)
-            for _ in file.iter_batches():
-                pass
-        else:
-            with safe_open(path, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    tensors.get_tensor(name)
-    except Exception:
-        # whatever a reader finds wrong with it
-        return "torn"
-    return None
+def _check_all(files: list[Path]) -> None:
+    for file in files:
+        check_whole(file)
 
 
 def _relative(path: Path, folder: Path) -> str:

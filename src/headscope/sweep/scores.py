@@ -109,13 +109,22 @@ def checked_score(name: str, values: Any, count: int, field: str = "image_scores
     """A score's numbers, one for each of `count` rows or images.
 
     Raises:
-        ValueError: it gave another number of them.
+        ValueError: it gave another number of them, or something else than real numbers.
     """
-    # NumPy has no bfloat16
-    found = np.asarray(values.double().cpu() if isinstance(values, Tensor) else values, np.float64)
+    if isinstance(values, Tensor):
+        # NumPy has no bfloat16
+        values = (values.double() if values.is_floating_point() else values).detach().cpu()
+    try:
+        found = np.asarray(values)
+        # lists of a library's own numbers, such as 0-dimensional tensors
+        found = found.astype(np.float64) if found.dtype == object else found
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{field}: {name} gave {type(values).__name__}, expected real numbers ({error})") from None
+    if found.dtype.kind not in "biuf":
+        raise ValueError(f"{field}: {name} gave numbers of dtype {found.dtype}, expected real ones")
     if found.shape != (count,):
         raise ValueError(f"{field}: {name} gave an array {list(found.shape)}, expected [{count}]")
-    return found
+    return found.astype(np.float64)
 
 
 def own_scores(names: Sequence[str]) -> dict[str, Callable[[Tensor, Tensor, Any], np.ndarray]]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from safetensors.numpy import load_file
 
 from headscope._extras import require
 from headscope._files import write_atomic
 from headscope.sweep.run import Run
+from headscope.sweep.store import check_whole, unit_file
 
 MARGIN = 4
 LABEL_HEIGHT = 14
@@ -27,7 +27,7 @@ def write_contact_sheets(run: Run, *, edits: int = 12, items: int = 8) -> list[P
         items: how many columns at most.
 
     Raises:
-        ValueError: the run has no generations.
+        ValueError: the run has no generations, or a file of theirs is damaged.
     """
     kinds = [kind for kind in ("generations", "set_generations") if kind in run.tables]
     if not kinds:
@@ -46,10 +46,11 @@ def _read(run: Run, kind: str) -> tuple[pl.DataFrame, dict[str, np.ndarray], dic
     """The table with each row's unit, its place among the unit's images, and the items' places; the units' images."""
     frames, images, clean = [], {}, {}
     for unit in run.units:
-        file = run.path / kind / f"{unit['id']}.parquet"
+        file = unit_file(run.path, kind, unit["id"])
         if unit["kind"] != kind or not file.is_file():
             continue
-        tensors = load_file(file.with_suffix(".safetensors"))
+        check_whole(file)
+        tensors = run.images(kind, unit["id"])
         images[unit["id"]], clean[unit["id"]] = tensors["edited"], tensors["clean"]
         frame = pl.read_parquet(file).with_columns(pl.col(pl.Categorical).cast(pl.String))
         edit = pl.format("{}  {}", "site", "head") if "head" in frame.columns else pl.col("edit")

@@ -1,7 +1,7 @@
 """A run directory: one manifest, and one file per finished unit, each written whole or not at all.
 
-    manifest.json                       what the run is: identity, configuration, versions, device, git revision
-    units.json                          the units it is made of
+    manifest.json                       what the run is: identity, configuration, versions, device, git revision, and
+                                        the units it is made of
     execution.json                      how many rows go through the model at once, as the first process measured it
     observations/<unit>.parquet         per head: entropy
     ablations/<unit>.parquet            per head and fill: paired losses
@@ -13,16 +13,18 @@
     failures/<unit>.json                what went wrong with a unit, try by try
     claims/<unit>                       who is working on a unit now
 
-A file is written under a temporary name, flushed to disk and renamed. A unit is done when its file is valid.
+A file is written under a temporary name, flushed to disk and renamed. A unit is done when its file is there and whole,
+as the checksum in it says (`seals`): all but the failures and claims, which hold no numbers, are sealed.
 """
 
 import contextlib
 import datetime
+import io
 import json
 import os
+import re
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +35,38 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from headscope._files import write_atomic, write_first
+from headscope.sweep import seals
 from headscope.sweep.fitting import Fit
 
-MANIFEST, UNITS, EXECUTION = "manifest.json", "units.json", "execution.json"
-FORMAT = 1
+MANIFEST, EXECUTION = "manifest.json", "execution.json"
+# 1 had no checksums, and the units in a file of their own
+FORMAT = 2
 # the kinds whose unit is a table; of the others it is tensors
 TABLES = ("observations", "ablations", "generations", "attributions", "set_ablations", "set_generations")
 TENSORS = ("reference", "images")
+# the tables with images beside them
+GENERATED = ("generations", "set_generations")
 FAILURES, CLAIMS = "failures", "claims"
 # in an identity, before the name of a function of the user's own
 CODE = "code of "
-_UNIT, _ROWS = b"headscope.unit", b"headscope.rows"
+_SEAL = "headscope.seal"
+# ids are digests: a name made of one leads nowhere else
+_ID = re.compile(r"[0-9a-f]{64}")
+
+
+class DamagedManifest(ValueError):
+    """A manifest isn't what headscope wrote."""
 
 
 class RunStore:
     """The files of one run.
 
     Args:
-        units: what `units.json` says of each unit; written when the run is new.
+        units: what the manifest says of each unit; written when the run is new, and where its manifest was damaged or
+            lost: the results there tell that it is this run.
+
+    Attributes:
+        rebuilt: why the manifest was written anew, None where it wasn't.
 
     Raises:
         ValueError: the directory holds a run of another configuration, or something that isn't a run.
@@ -60,20 +76,38 @@ class RunStore:
         self, path: Path, identity: dict[str, Any], description: dict[str, Any], units: Sequence[dict[str, Any]] = ()
     ) -> None:
         self.path = path
+        self.rebuilt: str | None = None
         manifest = path / MANIFEST
+        content = _json({"format": FORMAT, "identity": identity, **description, "units": list(units)}, MANIFEST)
         if not manifest.is_file():
             # a run killed while its manifest was being written has left nothing but that
             strange = path.exists() and not (path.is_dir() and all(map(_is_beginning, path.iterdir())))
+            lost = strange and self._has_results_of(units)
             # another process may have begun the same run meanwhile
-            if strange and not manifest.is_file():
+            if strange and not lost and not manifest.is_file():
                 raise ValueError(
                     f"out: got {str(path)!r}, which holds something that isn't a headscope run; expected a new one"
                 )
             path.mkdir(parents=True, exist_ok=True)
-            content = {"format": FORMAT, "identity": identity, **description}
-            write_atomic(path / UNITS, json.dumps(list(units)).encode())
-            write_first(manifest, json.dumps(content, indent=2).encode())
-        _same_identity(path, read_manifest(path)["identity"], identity)
+            # of several processes that begin one, one's manifest stands, and the units are in it
+            if write_first(manifest, content) and lost:
+                self.rebuilt = f"{str(manifest)!r} was missing"
+        try:
+            found = read_manifest(path)
+        except DamagedManifest as error:
+            if not self._has_results_of(units):
+                raise ValueError(
+                    f"out: {error}. Nothing there is of this configuration; choose another directory"
+                ) from None
+            write_atomic(manifest, content)
+            found = read_manifest(path)
+            self.rebuilt = f"{str(manifest)!r} was damaged"
+        _same_identity(path, found["identity"], identity)
+
+    def _has_results_of(self, units: Sequence[dict[str, Any]]) -> bool:
+        """Whether there are results in the directory, all of units of this plan: their ids are digests of it."""
+        results = {unit for _, unit in self.listed()}
+        return bool(results) and results <= {unit["id"] for unit in units}
 
     def table_path(self, kind: str, unit: str) -> Path:
         return self.path / kind / f"{unit}.parquet"
@@ -82,47 +116,48 @@ class RunStore:
         return self.path / kind / f"{unit}.safetensors"
 
     def has(self, kind: str, unit: str) -> bool:
-        """Whether the unit is done: its file is there, whole and its own."""
-        return self.has_tensors(kind, unit) if kind in TENSORS else self.has_table(kind, unit)
-
-    def has_table(self, kind: str, unit: str) -> bool:
-        """Whether the unit's table is there, whole and its own; a torn file counts as absent and is written again."""
-        return table_problem(self.table_path(kind, unit), unit) is None
-
-    def has_tensors(self, kind: str, unit: str) -> bool:
-        return tensor_problem(self.tensor_path(kind, unit), unit) is None
+        """Whether the unit is done: its file is there, whole and its own. A damaged one counts as absent and is
+        written again."""
+        return unit_problem(self.path, kind, unit) is None
 
     def listed(self) -> set[tuple[str, str]]:
         """(kind, unit) of every unit whose file seems to be there, without opening any."""
         found = set()
         for kind in (*TABLES, *TENSORS):
             suffix = ".safetensors" if kind in TENSORS else ".parquet"
-            with contextlib.suppress(FileNotFoundError), os.scandir(self.path / kind) as entries:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path / kind) as entries:
                 found |= {(kind, entry.name.removesuffix(suffix)) for entry in entries if entry.name.endswith(suffix)}
         return found
 
     def write_table(self, kind: str, unit: str, table: pa.Table) -> None:
-        footer = {**(table.schema.metadata or {}), _UNIT: unit.encode(), _ROWS: str(table.num_rows).encode()}
-        table = table.replace_schema_metadata(footer)
+        path = self.table_path(kind, unit)
+        footer = {**(table.schema.metadata or {}), _SEAL: seals.blank(_name(path))}
         floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
-        write_atomic(
-            self.table_path(kind, unit),
-            lambda file: pq.write_table(
-                table,
-                file,
-                compression="zstd",
-                use_byte_stream_split=floats,
-                write_page_checksum=True,
-                use_dictionary=[field.name for field in table.schema if field.name not in floats],
-            ),
+        content = io.BytesIO()
+        pq.write_table(
+            table.replace_schema_metadata(footer),
+            content,
+            compression="zstd",
+            use_byte_stream_split=floats,
+            write_page_checksum=True,
+            use_dictionary=[field.name for field in table.schema if field.name not in floats],
         )
+        _write_sealed(path, content.getvalue())
 
     def write_tensors(self, kind: str, unit: str, tensors: dict[str, torch.Tensor]) -> None:
-        content = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"unit": unit})
-        write_atomic(self.tensor_path(kind, unit), content)
+        path = self.tensor_path(kind, unit)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        _write_sealed(path, save(whole, {_SEAL: seals.blank(_name(path))}))
 
     def read_tensors(self, kind: str, unit: str) -> dict[str, torch.Tensor]:
-        with safe_open(self.tensor_path(kind, unit), "pt") as file:
+        """A unit's tensors.
+
+        Raises:
+            ValueError: the file is missing, damaged, or another's.
+        """
+        path = self.tensor_path(kind, unit)
+        check_whole(path)
+        with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def fit(self, measured: Fit | None = None) -> Fit | None:
@@ -130,12 +165,13 @@ class RunStore:
         agree to the last bit. The first to measure decides; None where nobody has."""
         file = self.path / EXECUTION
         if measured is not None:
-            write_first(file, json.dumps(asdict(measured)).encode())
-        try:
-            found = json.loads(file.read_text())
-            return Fit(int(found["rows"]), int(found["clean"]))
-        except (FileNotFoundError, ValueError, KeyError):
+            if seals.problem(file, EXECUTION) == "torn":
+                file.unlink(missing_ok=True)
+            write_first(file, _json({"rows": measured.rows, "clean": measured.clean}, EXECUTION))
+        if seals.problem(file, EXECUTION) is not None:
             return None
+        found = json.loads(file.read_text())
+        return Fit(int(found["rows"]), int(found["clean"]))
 
     def failures(self) -> dict[str, list[dict[str, Any]]]:
         """Of every unit that went wrong, its tries, first to last."""
@@ -164,54 +200,104 @@ class RunStore:
         (self.path / FAILURES / f"{unit}.json").unlink(missing_ok=True)
 
 
-def table_problem(path: Path, unit: str) -> str | None:
-    """Why a file isn't the whole table of that unit; None if it is."""
-    try:
-        metadata = pq.read_metadata(path)
-    except FileNotFoundError:
-        return "missing"
-    except (pa.ArrowInvalid, OSError):
-        return "torn"
-    footer = metadata.metadata or {}
-    if _UNIT not in footer or _ROWS not in footer:
-        return "foreign"
-    if footer[_UNIT] != unit.encode():
-        return "foreign"
-    return None if footer[_ROWS] == str(metadata.num_rows).encode() else "torn"
+def unit_file(run: Path, kind: str, unit: str) -> Path:
+    """The file that makes a unit done."""
+    return run / kind / (unit + (".safetensors" if kind in TENSORS else ".parquet"))
 
 
-def tensor_problem(path: Path, unit: str) -> str | None:
-    """Why a file doesn't hold that unit's tensors, whole; None if it does."""
-    try:
-        with safe_open(path, "pt") as file:
-            return None if (file.metadata() or {}).get("unit") == unit else "foreign"
-    except FileNotFoundError:
+def unit_problem(run: Path, kind: str, unit: str) -> str | None:
+    """Why a unit isn't done: its file is "missing", "torn" or "foreign"; None if it is."""
+    path = unit_file(run, kind, unit)
+    if kind in GENERATED and not path.with_suffix(".safetensors").is_file():
         return "missing"
-    except OSError:
-        return "torn"
-    except Exception as error:  # safetensors raises its own type, which it doesn't export for torn headers
-        if type(error).__name__ == "SafetensorError":
-            return "torn"
-        raise
+    return file_problem(path)
+
+
+def file_problem(path: Path) -> str | None:
+    """What is wrong with a unit's file, read to its end: "missing", "torn" or "foreign"; None if nothing is."""
+    return seals.problem(path, _name(path))
+
+
+def check_whole(path: Path) -> None:
+    """Raises ValueError where a unit's file isn't there, whole and its own."""
+    problem = file_problem(path)
+    if problem:
+        what = {
+            "missing": "isn't there",
+            "torn": "is damaged: its bytes don't give the checksum in it",
+            "foreign": "isn't this run's",
+        }[problem]
+        raise ValueError(f"run: {str(path)!r} {what}; headscope sweep retry computes what is missing or damaged")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises ValueError where there is no readable manifest of this format."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"run: got {str(path)!r}, expected a directory with a headscope run ({MANIFEST})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"run: {str(path / MANIFEST)!r} can't be read ({error})") from None
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"run: {str(path)!r} has format {manifest.get('format')!r}, expected {FORMAT}")
-    return manifest
+    """A run's manifest.
+
+    Raises:
+        DamagedManifest: it isn't whole.
+        ValueError: there is none, or one of another format.
+    """
+    file = path / MANIFEST
+    problem = seals.problem(file, MANIFEST)
+    if problem == "missing":
+        raise ValueError(f"run: got {str(path)!r}, expected a directory with a headscope run ({MANIFEST})")
+    manifest: Any = None
+    # those of older formats have no seal
+    with contextlib.suppress(ValueError, RecursionError, OSError):
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if problem is None or (isinstance(found, int) and "seal" not in manifest):
+        if found != FORMAT:
+            raise ValueError(
+                f"run: {str(path)!r} has format {found!r}, this headscope writes and reads {FORMAT}; use the version"
+                " that wrote it, or begin a new run"
+            )
+        if problem is None and _is_manifest(manifest):
+            return manifest
+    raise DamagedManifest(
+        f"run: {str(file)!r} is damaged: it isn't what headscope wrote. The command that began the run writes it anew"
+        " and keeps all results that are whole"
+    )
+
+
+def _is_manifest(manifest: dict[str, Any]) -> bool:
+    """Whether a whole manifest says what one says, in the right types: it may have been made elsewhere."""
+    units = manifest.get("units")
+    return (
+        isinstance(manifest.get("identity"), dict)
+        and isinstance(units, list)
+        and all(isinstance(unit, dict) and _is_unit(unit) for unit in units)
+    )
+
+
+def _is_unit(unit: dict[str, Any]) -> bool:
+    return (
+        unit.get("kind") in (*TABLES, *TENSORS)
+        and isinstance(unit.get("id"), str)
+        and _ID.fullmatch(unit["id"]) is not None
+        and isinstance(unit.get("group"), str)
+        and all(isinstance(unit.get(name), int) for name in ("items", "forwards"))
+    )
+
+
+def _name(path: Path) -> str:
+    """What a unit's file is sealed under: its place in the run."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def _json(content: dict[str, Any], name: str) -> bytes:
+    text = json.dumps({"seal": seals.blank(name), **content}, indent=1)
+    return b"".join(seals.sealed(text.encode(), ".json"))
+
+
+def _write_sealed(path: Path, content: bytes) -> None:
+    parts = seals.sealed(content, path.suffix)
+    write_atomic(path, lambda file: file.writelines(parts))
 
 
 def _is_beginning(entry: Path) -> bool:
     """Whether a file is one that a run writes before its manifest."""
-    temporary = entry.name.endswith(".tmp") and (MANIFEST in entry.name or UNITS in entry.name)
-    return entry.name == UNITS or temporary
+    return entry.name.endswith(".tmp") and MANIFEST in entry.name
 
 
 def _same_identity(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -162,7 +162,6 @@ class Opened:
                 }
                 for group in self.groups
             ],
-            "units": len(self.plan.units),
             "forwards": sum(unit.forwards for unit in self.plan.units),
         }
 
