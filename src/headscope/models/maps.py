@@ -76,13 +76,11 @@ class TokenMaps:
         if "cond" not in branches and branches != (None,):
             return
         part = 0 if branches == (None,) else branches.index("cond")
-        # the call may be of some branches, or samples, alone
-        edges = (edge - part * forward.samples for edge in (layout.first_sample, layout.end_sample))
-        start, stop = (min(max(edge, 0), forward.samples) for edge in edges)
-        if start == stop:
+        samples = forward.samples_of(part, layout)
+        if not samples:
             return
-        first = part * forward.samples + start - layout.first_sample
-        own = mass.detach()[first : first + stop - start]
+        first = part * forward.samples + samples.start - layout.first_sample
+        own = mass.detach()[first : first + len(samples)]
         if forward.samples % len(self.prompts):
             raise ValueError(f"token maps: got {len(self.prompts)} prompts for a batch of {forward.samples} samples")
         heads = self._heads.get(site)
@@ -100,8 +98,8 @@ class TokenMaps:
                 f"token maps: site {site!r} meets {summed.shape[1]} text tokens in one sample and"
                 f" {self._sums[site].shape[1]} in another, expected prompts of one length"
             )
-        self._sums[site][start:stop] += summed
-        if start == 0:
+        self._sums[site][samples.start : samples.stop] += summed
+        if samples.start == 0:
             self._counts[site] = self._counts.get(site, 0) + own.shape[1]
 
     def _grid(self, forward: Forward, layout: Layout) -> tuple[int, int] | None:
