@@ -3,14 +3,36 @@
 import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from headscope import _files as module
-from headscope._files import write_atomic, write_first
+from headscope._files import local_path, write_atomic, write_first
 
 # what exFAT, some FUSE file systems and SMB say
 REFUSALS = [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("s3://bucket/x", "s3://bucket/x"),
+        (Path("s3://bucket/x"), "s3://bucket/x"),
+        ("hf://org/name", "hf://org/name"),
+        ("HTTPS://host/a b", "HTTPS://host/a b"),
+        ("file:///tmp/x", "file:///tmp/x"),
+        ("memory://", "memory://"),
+    ],
+)
+def test_an_address_is_no_path(given, named):
+    with pytest.raises(ValueError, match=f"out: got the address '{named}', expected a path of the file system"):
+        local_path("out", given)
+
+
+@pytest.mark.parametrize("given", ["x", "/x/y", "org/name", "C:/x", "a:b", "./s3:/x", "x/s3://y", Path("x")])
+def test_a_path_is_one(given):
+    assert local_path("out", given) == Path(given)
 
 
 def refusing(number: int):

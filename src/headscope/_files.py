@@ -1,13 +1,37 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the paths that they may have."""
 
 import contextlib
 import errno
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
+
+# two letters at least: one and a colon is a drive. Path makes one slash of two
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+
+def local_path(field: str, path: str | os.PathLike[str]) -> Path:
+    """A path that a user gave, which must be one of the file system: an address (s3://, hf://, https://, file://, ...)
+    would else be taken for a folder called "s3:".
+
+    Args:
+        field: what the path is called where it was given.
+
+    Raises:
+        ValueError: it is an address.
+    """
+    text = os.fspath(path)
+    address = _ADDRESS.match(text)
+    if address:
+        written = text if "//" in address[0] else f"{address[1]}://{text[address.end() :]}"
+        raise ValueError(
+            f"{field}: got the address {written!r}, expected a path of the file system; copy or mount what is there"
+        )
+    return Path(path)
 
 
 def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:

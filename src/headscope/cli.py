@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import headscope
+from headscope._files import local_path
+from headscope._signals import INTERRUPTED, TERMINATED, Terminated, sigterm_interrupts
 
 app = typer.Typer(
     help="See and edit what every attention head of a diffusion model does.",
@@ -44,22 +46,20 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """One line instead of a traceback for what a user can mend; HEADSCOPE_TRACEBACK=1 shows all of it."""
+    """One line instead of a traceback for what a user can mend; HEADSCOPE_TRACEBACK=1 shows all of it. SIGTERM is as
+    Ctrl-C."""
     try:
-        yield
+        with sigterm_interrupts():
+            yield
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
         if os.environ.get("HEADSCOPE_TRACEBACK") == "1":
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         console.print(f"[bold red]error[/] {_escaped(str(text))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        _interrupted()
-
-
-def _interrupted() -> NoReturn:
-    console.print("stopped; what is finished is kept, and the same command goes on from there")
-    raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        console.print("stopped; what is finished is kept, and the same command goes on from there")
+        raise typer.Exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED) from None
 
 
 def _escaped(text: str) -> str:
@@ -192,6 +192,7 @@ def _run(config, out: Path, batch, workers: int, executor, address, job, quiet: 
         require(module, "diffusers")
     from headscope.sweep import Execution, Workers, run_sweep
 
+    local_path("out", out)
     if dry_run:
         from headscope.sweep.estimate import estimate_sweep
 
@@ -394,6 +395,8 @@ def train(
 
         for module in ("diffusers", "skimage", "PIL"):
             require(module, "study")
+        if export is not None:
+            local_path("export", export)
         from headscope.zoo.train import TrainConfig
         from headscope.zoo.train import train as run_training
 

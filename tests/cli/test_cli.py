@@ -1,5 +1,7 @@
 """The command line as a user meets it."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,8 @@ from typer.testing import CliRunner
 
 import headscope
 from headscope.cli import app
-from headscope.sweep import Run
+from headscope.sweep import Run, runner
+from headscope.zoo import train
 
 
 def call(*arguments: object):
@@ -111,6 +114,60 @@ def test_a_sweep_from_a_plan_and_its_commands(ddpm_directory, tmp_path, monkeypa
     result = call("sweep", "--plan", plan, "--items", 3)
     assert result.exit_code == 2
     assert "plan: got items beside it" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sweep", "--out"),
+        ("sweep", "--dry-run", "--out"),
+        ("sweep", "--model"),
+        ("sweep", "--prompts"),
+        ("sweep", "--plan"),
+        ("sweep", "status"),
+        ("sweep", "verify"),
+        ("sweep", "retry"),
+        ("sweep", "sheet"),
+        ("report",),
+        ("study", "--out"),
+        ("train", "--out"),
+        ("train", "--steps", "1", "--export"),
+        ("bench", "--out"),
+    ],
+    ids=" ".join,
+)
+def test_addresses_are_refused_wherever_a_path_is_expected(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for address in ("s3://bucket/x", "hf://org/name/x"):
+        result = call(*arguments, address)
+        assert result.exit_code == 2
+        assert f"got the address {address!r}, expected a path of the file system" in result.output
+        assert len(result.output.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_s_address_is_refused():
+    result = call("sweep", "--group", "mine=gs://bucket/images/{000..009}.tar")
+    assert "groups: got the address 'gs://bucket/images/{000..009}.tar'" in result.output
+    for read in (headscope.zoo.FolderGroup, lambda path: headscope.zoo.open_group("mine", path), Run.open):
+        with pytest.raises(ValueError, match="got the address 'https://host/x', expected a path"):
+            read("https://host/x")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_training_and_study_end_on_ctrl_c_and_sigterm(tmp_path, monkeypatch, number, status):
+    """With a sentence and the status that shells know."""
+
+    def ended(*_):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train, "_TrainingImages", ended)
+    monkeypatch.setattr(runner, "_run", ended)
+    for arguments in (("train", "--steps", 3), ("study", "--items", 1)):
+        result = call(*arguments, "--out", tmp_path / arguments[0], "--quiet")
+        assert result.exit_code == status
+        assert result.output == "stopped; what is finished is kept, and the same command goes on from there\n"
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Writes docs/coverage.md: which diffusers classes work, and why the others don't.
+"""Writes docs/coverage.md: which diffusers classes work, why the others don't, and what hooks and guiders do to them.
 
 PYTHONPATH=src:kernels:tests python -m configurations.table
 """
@@ -11,6 +11,7 @@ import torch
 
 from configurations import CASES
 from configurations.examine import Examination, examine
+from configurations.hooks import HOOKS, WITHOUT_HOOK_ENTRY
 from configurations.reach import WITHOUT_ENTRY, reaching_classes
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -42,6 +43,20 @@ within windows that they express as masks for torch's flex attention.
 | class | SDPA calls | sites | output | entropies | calls | removal | remarks |
 |---|---|---|---|---|---|---|---|
 """
+_HOOKS_HEAD = f"""## Hooks, caches and guiders
+
+Every public hook, cache and guider of diffusers {diffusers.__version__}, for a few steps of a tiny model, without a
+`Scope` and inside one. Where nothing is recorded or edited the outputs are the same bit by bit; and recording is
+
+- **recorded**: every attention call is in the table;
+- **reused**: what is computed is in the table, and what is taken from a cache or skipped is in `recording.reused`, by
+  site, step and branch: the two together are every site in every step. Editing what a cache has kept raises;
+- **refused**: something else stands in the place of a site's attention; recording or editing that site raises and
+  names it.
+
+| hook, cache or guider | a recording | how |
+|---|---|---|
+"""
 
 
 def main() -> None:
@@ -52,7 +67,7 @@ def main() -> None:
         print(name, file=sys.stderr)
         lines.append(row(name, examine(name, case)))
     lines += [without_entry(name) for name in sorted(WITHOUT_ENTRY)]
-    PAGE.write_text(head() + "\n".join(lines) + "\n")
+    PAGE.write_text(head() + "\n".join(lines) + "\n\n" + hooks())
 
 
 def head() -> str:
@@ -68,6 +83,13 @@ def row(name: str, found: Examination) -> str:
 
 def without_entry(name: str) -> str:
     return f"| {name} | - | - | - | - | - | - | {WITHOUT_ENTRY[name]} |"
+
+
+def hooks() -> str:
+    """The page's section on hooks, caches and guiders."""
+    lines = [f"| {name} | {case.outcome} | {case.says} |" for name, case in HOOKS.items()]
+    lines += [f"| {name} | - | {why} |" for name, why in sorted(WITHOUT_HOOK_ENTRY.items())]
+    return _HOOKS_HEAD + "\n".join(lines) + "\n"
 
 
 def remarks(found: Examination) -> list[str]:

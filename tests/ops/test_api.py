@@ -104,6 +104,56 @@ BAD_CALLS = {
         TypeError,
         "statistics: got an entry of type int",
     ),
+    "no statistics": (
+        lambda: attention(QUERY, KEY, VALUE, statistics=None),  # type: ignore[arg-type]
+        TypeError,
+        r"statistics: got None, expected names or Statistics; \(\) for none",
+    ),
+    "sparse query": (
+        lambda: attention(QUERY.to_sparse(), KEY, VALUE),
+        TypeError,
+        "query: got a torch.sparse_coo tensor, expected a dense one",
+    ),
+    "sparse value": (
+        lambda: scaled_dot_product_attention(QUERY[0], KEY[0], VALUE[0].to_sparse()),
+        TypeError,
+        "value: got a torch.sparse_coo tensor, expected a dense one",
+    ),
+    "nothing for a key": (
+        lambda: scaled_dot_product_attention(QUERY, None, VALUE),  # type: ignore[arg-type]
+        TypeError,
+        "key: got NoneType, expected a torch.Tensor",
+    ),
+    "sparse mask": (
+        lambda: attention(QUERY, KEY, VALUE, attn_mask=torch.ones(5, 5).to_sparse()),
+        TypeError,
+        "attn_mask: got a torch.sparse_coo tensor, expected a dense one",
+    ),
+    "sparse gate": (
+        lambda: attention(QUERY, KEY, VALUE, edit=HeadEdit(torch.ones(1, 3).to_sparse())),
+        TypeError,
+        "edit.gate: got a torch.sparse_coo tensor, expected a dense one",
+    ),
+    "sparse groups": (
+        lambda: GroupMass(torch.ones(5).int().to_sparse(), 2),
+        TypeError,
+        "groups: got a torch.sparse_coo tensor, expected a dense one",
+    ),
+    "complex groups": (
+        lambda: GroupMass(torch.ones(5, dtype=torch.complex64), 2),
+        TypeError,
+        "groups: got torch.complex64, expected an integer tensor",
+    ),
+    "meta tensors in a kernel": (
+        lambda: attention(*(tensor.to("meta") for tensor in (QUERY, KEY, VALUE)), backend="cpu"),
+        RuntimeError,
+        "the tensors are on meta, it needs CPU tensors",
+    ),
+    "a mask without numbers": (
+        lambda: attention(QUERY, KEY, VALUE, attn_mask=torch.ones(5, 5, device="meta")),
+        ValueError,
+        "attn_mask: got device meta, expected query's cpu",
+    ),
     "grid": (lambda: Distance((0, 5)), ValueError, r"grid: got \(0, 5\), expected \(height, width\)"),
     "grid of another size": (
         lambda: attention(QUERY, KEY, VALUE, statistics=Distance((2, 3))),
@@ -335,6 +385,30 @@ def test_what_the_cpu_kernel_has_no_room_for_is_served_all_the_same():
     assert torch.equal(masses["key_mass"], masses["again"])
     with pytest.raises(RuntimeError, match="33 statistics are asked for, it takes 32"):
         attention(QUERY, KEY, VALUE, statistics=entropies(33), backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_group_ids(dtype):
+    ids = torch.tensor([0, 1, 1, 3, 2])
+    found, expected = (
+        attention(QUERY, KEY, VALUE, statistics=GroupMass(groups, 4)).statistics["group_mass"]
+        for groups in (ids.to(dtype), ids)
+    )
+    assert torch.equal(found, expected)
+    largest = torch.full((5,), -1).to(dtype)
+    assert not attention(QUERY, KEY, VALUE, statistics=GroupMass(largest, 4)).statistics["group_mass"].any()
+
+
+def test_meta_tensors_give_shapes():
+    query, key, value = (tensor.to("meta") for tensor in (QUERY, KEY, VALUE))
+    groups = GroupMass(torch.zeros(5, dtype=torch.int64, device="meta"), 3)
+    found = attention(query, key, value, statistics=("entropy", groups))
+    assert found.output.is_meta
+    assert found.output.shape == (2, 3, 5, 8)
+    assert {name: tensor.shape for name, tensor in found.statistics.items()} == {
+        "entropy": (2, 3, 5),
+        "group_mass": (2, 3, 5, 3),
+    }
 
 
 def test_group_ids_that_no_int32_holds_are_in_no_group():

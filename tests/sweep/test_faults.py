@@ -5,12 +5,14 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from headscope._signals import terminable
 from headscope.sweep import DiskFull, Run, SweepConfig, SweepFailed, run_sweep
 from headscope.sweep.store import CLAIMS, FAILURES
 from headscope.sweep.unit import UnitRunner
@@ -235,10 +237,83 @@ def alive(group: int) -> bool:
     return True
 
 
+def test_sigterm_puts_away_what_was_computed(ddpm_directory, tmp_path, monkeypatch):
+    """From Python: the units before the one that it came in are written, nothing stays claimed, the status is 143."""
+    asked = config(ddpm_directory)
+    run_unit, done = UnitRunner.run, []
+
+    def run(self, unit, advance):
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        run_unit(self, unit, advance)
+        done.append(unit.id)
+
+    monkeypatch.setattr(UnitRunner, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        run_sweep(asked, tmp_path / "run", progress=False)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    found = Run.open(tmp_path / "run")
+    assert len(done) == 2
+    assert sum(finished for finished, _ in found.status().units.values()) == 2
+    assert found.status().failed == found.status().running == {}
+    assert list((found.path / CLAIMS).iterdir()) == []
+
+
+def test_an_interrupt_in_place_of_sigterm_s_is_sigterm(monkeypatch):
+    """As Ray's, which hears of signals while it waits and raises what it takes for Ctrl-C."""
+
+    def waits() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(SystemExit) as ended, terminable():
+        waits()
+    assert ended.value.code == 143
+    # and Ctrl-C stays what it is
+    with pytest.raises(KeyboardInterrupt), terminable():
+        raise KeyboardInterrupt
+
+
+def test_a_handler_of_the_program_s_own_stays(ddpm_directory, tmp_path):
+    """And in a thread, where none can be set, a sweep runs as ever."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        asked = config(ddpm_directory, items=1, timesteps=(60,), fills=(), scores=())
+        with terminable():
+            os.kill(os.getpid(), signal.SIGTERM)
+        run_sweep(asked, tmp_path / "run", progress=False)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    thread = threading.Thread(target=run_sweep, args=(asked, tmp_path / "other"), kwargs={"progress": False})
+    thread.start()
+    thread.join()
+    assert Run.open(tmp_path / "other").complete
+
+
+# who is sent what, and how the process that was started ends
+CTRL_C = (signal.SIGINT, os.killpg, -signal.SIGINT, b"KeyboardInterrupt")
+SIGTERM = (signal.SIGTERM, os.kill, 143, b"")
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(("executor", "count"), [("local", 1), ("processes", 2)])
-def test_ctrl_c_stops_cleanly(ddpm_directory, whole, tmp_path, executor, count):
-    """The terminal sends it to every process of the group."""
+@pytest.mark.parametrize(
+    ("sent", "executor", "count"),
+    [
+        (CTRL_C, "local", 1),
+        (CTRL_C, "processes", 2),
+        (SIGTERM, "local", 1),
+        (SIGTERM, "processes", 2),
+        ((signal.SIGTERM, os.killpg, 143, b""), "processes", 2),
+    ],
+)
+def test_ctrl_c_and_sigterm_stop_cleanly(ddpm_directory, whole, tmp_path, sent, executor, count):
+    """The terminal sends Ctrl-C to every process of the group; `kill` sends SIGTERM to one, systemd to all."""
+    number, send, status, said = sent
     command = [*script(tmp_path), ddpm_directory, str(tmp_path / "run"), executor, str(count)]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
@@ -246,10 +321,12 @@ def test_ctrl_c_stops_cleanly(ddpm_directory, whole, tmp_path, executor, count):
         until = time.monotonic() + 120
         while not any((tmp_path / "run").glob("ablations/*.parquet")) and time.monotonic() < until:
             time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) != 0
+        send(process.pid, number)
+        assert process.wait(60) == status
         assert process.stderr is not None
-        assert b"KeyboardInterrupt" in process.stderr.read()
+        errors = process.stderr.read()
+        assert said in errors
+        assert said or b"Traceback" not in errors
     # multiprocessing's own tracker of resources ends a moment after its last user
     until = time.monotonic() + 30
     while alive(process.pid) and time.monotonic() < until:

@@ -131,17 +131,22 @@ def test_a_cluster_loses_a_node(asked, whole, cluster, tmp_path):
     assert_same(tmp_path / "run", whole, exact=False)
 
 
-def test_ctrl_c_stops_cleanly(ddpm_directory, asked, whole, cluster, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "send", "status", "said"),
+    [(signal.SIGINT, os.killpg, -signal.SIGINT, b"KeyboardInterrupt"), (signal.SIGTERM, os.kill, 143, b"")],
+    ids=["ctrl-c", "sigterm"],
+)
+def test_ctrl_c_and_sigterm_stop_cleanly(ddpm_directory, asked, whole, cluster, tmp_path, number, send, status, said):
     """The cluster goes on, without actors; what was computed is kept, and nothing stays claimed."""
     command = [*script(tmp_path), ddpm_directory, str(tmp_path / "run"), "ray", "2", cluster.address]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
     ) as process:
         next(claimants(tmp_path / "run"))
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) != 0
+        send(process.pid, number)
+        assert process.wait(60) == status
         assert process.stderr is not None
-        assert b"KeyboardInterrupt" in process.stderr.read()
+        assert said in process.stderr.read()
     until = time.monotonic() + 30
     nodes = [daemon(node) for node in cluster.list_all_nodes()]
     while any(map(children, nodes)) and time.monotonic() < until:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headscope._extras import require
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
 from headscope._machine import device_name, versions
 from headscope.bench.denoisers import DENOISERS, Denoiser
 from headscope.bench.measure import call_seconds, step_counts, step_seconds
@@ -65,7 +65,7 @@ def run_bench(settings: Settings, out: Path, console: Console) -> Path:
     Writes out/models-<device>-<dtype>.json and .html; prints the table of everything in it.
     """
     device = torch.device(settings.device).type
-    path = out / f"models-{device}-{settings.dtype}.json"
+    path = local_path("out", out) / f"models-{device}-{settings.dtype}.json"
     record = json.loads(path.read_text()) if path.exists() else {"models": {}}
     for name in settings.models:
         console.print(f"[dim]{name}: {settings.rounds} rounds of every way[/]", highlight=False)

@@ -1,5 +1,6 @@
 """Which part of the picture attends to which token of the prompt."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from headscope.models.caches import Reused
 from headscope.models.forwards import PROMPT, Forward, Window
 from headscope.models.layout import IMAGE, TEXT, Layout
 from headscope.models.prompts import TOKENIZERS, Prompts
@@ -40,14 +42,19 @@ class TokenMaps:
 
     Their words are those of the pipeline's call. A pipeline that doesn't give its prompts to a text encoder as they
     are (it cleans them, or puts them into a template) leaves the tokens of that encoder "unknown".
+
+    Attributes:
+        reused: the sites whose attention under the prompt a forward took from a cache of diffusers or skipped, as in
+            `Recording.reused`; they are not in the sums of those steps.
     """
 
     def __init__(self, pipeline: Any, prompts: Prompts, heads: Mapping[str, Sequence[int]]) -> None:
         self._prompts = prompts
+        self.reused: list[Reused] = []
         self._pipeline = pipeline
         self._heads = heads
         self._sums: dict[str, Tensor] = {}  # [samples, tokens, height, width]
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Counter[int]] = {}  # by sample, how many heads of how many calls
         self._groups: dict[tuple, GroupMass] = {}
         # two contexts may ask for the same tokens
         self._name = f"token_mass_{id(self)}"
@@ -84,22 +91,36 @@ class TokenMaps:
         self._prompts.saw(forward)
 
     def add(self, forward: Forward, site: str, layout: Layout, mass: Tensor) -> None:
-        """Add one call's [rows, heads, queries, tokens]; of two guidance branches, the one that sees the prompt."""
-        if layout.fold != 1 or layout.samples != forward.batch:
-            raise ValueError(f"token maps: site {site!r} folds frames or samples apart, expected a picture per row")
+        """Add one call's [rows, heads, queries, tokens]; of several guidance branches, the one that sees the prompt."""
+        if layout.fold != 1:
+            raise ValueError(f"token maps: site {site!r} folds frames into its batch, expected a picture per row")
         branches = forward.branches
         if "cond" not in branches and branches != (None,):
             return
         part = 0 if branches == (None,) else branches.index("cond")
-        own = mass.detach()[part * forward.samples : (part + 1) * forward.samples]
+        samples = forward.samples_of(part, layout)
+        if not samples:
+            return
+        first = part * forward.samples + samples.start - layout.first_sample
+        own = mass.detach()[first : first + len(samples)]
         heads = self._heads.get(site)
         own = own if heads is None else own[:, list(heads)]
         image = next(segment for segment in layout.queries if segment.group == IMAGE)
         grid = self._grid(forward, layout)
         assert grid is not None
         summed = own[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
-        self._sums[site] = self._sums[site] + summed if site in self._sums else summed
-        self._counts[site] = self._counts.get(site, 0) + own.shape[1]
+        if site not in self._sums:
+            # an ordinary tensor, which a later forward in another mode may add to
+            with torch.inference_mode(False):
+                self._sums[site] = summed.new_zeros(forward.samples, *summed.shape[1:])
+        if self._sums[site].shape[1:] != summed.shape[1:]:
+            raise ValueError(
+                f"token maps: site {site!r} meets {summed.shape[1]} text tokens in one sample and"
+                f" {self._sums[site].shape[1]} in another, expected prompts of one length"
+            )
+        self._sums[site][samples.start : samples.stop] += summed
+        heard = self._counts.setdefault(site, Counter())
+        heard.update(dict.fromkeys(samples, own.shape[1]))
 
     def _grid(self, forward: Forward, layout: Layout) -> tuple[int, int] | None:
         """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
@@ -158,9 +179,11 @@ class TokenMaps:
         for site in chosen:
             if site not in self._sums:
                 raise KeyError(f"sites: nothing was recorded at {site!r}, expected some of {', '.join(self.sites)}")
+            if not self._counts[site][sample]:
+                raise KeyError(f"sites: nothing of sample {sample} was recorded at {site!r}")
         if not chosen:
             raise ValueError(f"sites: got none, expected some of {', '.join(self.sites)}")
-        maps = [self._sums[site][sample, list(of)].sum(0) / self._counts[site] for site in chosen]
+        maps = [self._sums[site][sample, list(of)].sum(0) / self._counts[site][sample] for site in chosen]
         height, width = max((tuple(one.shape) for one in maps), key=lambda shape: shape[0] * shape[1])
         resized = [
             functional.interpolate(one[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from headscope._extras import require
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
+from headscope.models.caches import Reused
 from headscope.models.forwards import Forward
 from headscope.models.layout import ALL, Layout, Segment
 from headscope.models.tensors import HeadTensors, Key, Reduce
@@ -82,6 +83,8 @@ class Recording:
         statistics: their names.
         quantities: which of head_output, q, k and v are kept.
         reduce: "mean" (statistics over queries, tensors over samples), or None (each query and each sample).
+        reused: the sites that forwards went without, because a cache of diffusers had their attention or their layer
+            was skipped: (site, step, branch). Nothing of them is recorded in those forwards.
     """
 
     def __init__(self, requested: Sequence[Statistic], quantities: Sequence[str] = (), reduce: Reduce = "mean") -> None:
@@ -89,6 +92,7 @@ class Recording:
         self.statistics = tuple(statistic.name for statistic in requested)
         self.quantities = tuple(quantities)
         self.reduce: Reduce = reduce
+        self.reused: list[Reused] = []
         self.tensors = HeadTensors(reduce)
         # how many of the denoiser's forwards the scope had seen when the context was entered
         self.first_forward = 0
@@ -237,6 +241,8 @@ class Recording:
     def to_arrow(self) -> "pyarrow.Table":
         """A row per forward, attention call, query group, sample and head; calls in the order of execution.
 
+        What is in `reused` has none.
+
         Columns: forward (of the denoiser, since the context was entered), step (the pipeline's; the forward where no
         pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within its guidance
         branch), branch ("uncond", "cond", "perturbed", "skip", "modality", or "part_0", "part_1", ... where only the
@@ -317,8 +323,13 @@ class Recording:
         """
         parquet = require("pyarrow.parquet", "diffusers")
         save_tensors = require("safetensors.torch", "diffusers").save
-        folder, identity = Path(folder), uuid4().hex
-        settings = {"statistics": self.statistics, "quantities": self.quantities, "reduce": self.reduce}
+        folder, identity = local_path("folder", folder), uuid4().hex
+        settings = {
+            "statistics": self.statistics,
+            "quantities": self.quantities,
+            "reduce": self.reduce,
+            "reused": self.reused,
+        }
         described = {"headscope": json.dumps(settings), "id": identity}
         tensors = {json.dumps(key): tensor for key, tensor in self.tensors.stored()}
         write_atomic(folder / TENSOR_FILE, save_tensors(tensors, metadata=described))
@@ -335,14 +346,17 @@ class Recording:
         """
         parquet = require("pyarrow.parquet", "diffusers")
         safe_open = require("safetensors", "diffusers").safe_open
-        table = parquet.read_table(Path(folder) / TABLE_FILE)
+        folder = local_path("folder", folder)
+        table = parquet.read_table(folder / TABLE_FILE)
         described = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        with safe_open(str(Path(folder) / TENSOR_FILE), "pt") as file:
+        with safe_open(str(folder / TENSOR_FILE), "pt") as file:
             if (file.metadata() or {}).get("id") != described.get("id") or "headscope" not in described:
                 raise ValueError(f"folder: the files in {str(folder)!r} are not of one recording; save it again")
             settings = json.loads(described["headscope"])
             recording = cls((), settings["quantities"], settings["reduce"])
             recording.statistics = tuple(settings["statistics"])
+            # files of earlier versions don't say
+            recording.reused = [Reused(*entry) for entry in settings.get("reused", ())]
             for name in file.keys():  # noqa: SIM118
                 recording.tensors.put(Key(*json.loads(name)), file.get_tensor(name))
         recording._loaded = table

@@ -13,8 +13,9 @@ from torch import nn
 from headscope.models import routing
 from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
+from headscope.models.caches import HookWatch, Reused
 from headscope.models.editing import ActiveEdit, Edits, Fill
-from headscope.models.forwards import Forward, Window, begin_forward
+from headscope.models.forwards import Forward, Progress, Window, begin_forward
 from headscope.models.maps import TokenMaps, TokenRequest
 from headscope.models.prompts import Prompts
 from headscope.models.recording import Recording
@@ -78,6 +79,7 @@ class Scope:
         self.token_maps: list[TokenRequest] = []
         self.edits: list[ActiveEdit] = []
         self._wrap: ForwardWrap | None = None
+        self._hooks: HookWatch | None = None
         self._modules: list[nn.Module] = []
         self._contexts = 0
         self._forwards = 0
@@ -342,6 +344,7 @@ class Scope:
         for site in self.sites:
             routing.observe(modules[site.name], SiteFrame(self, site))
             self._modules.append(modules[site.name])
+        self._hooks = HookWatch(self.denoiser)
         self._wrap = ForwardWrap(self._called, self)
         routing.install()
 
@@ -356,21 +359,30 @@ class Scope:
         if self._wrap is not None:
             self._wrap.remove()
             self._wrap = None
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
         self.running = None
 
     def begin(self, args: tuple, kwargs: dict, cache_context: str | None) -> None:
-        arguments = dict(self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments)
-        arguments.pop("self", None)
-        arguments |= arguments.pop("kwargs", {})
+        arguments = self._named_arguments(args, kwargs)
         forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context, self.running)
         # one object for forwards that are alike, so that sites need not read each anew
         if self.running is not None and self.running.geometry.same_as(forward.geometry):
             forward.geometry = self.running.geometry
         self.running = forward
         self._forwards += 1
+        if self._hooks is not None:
+            self._hooks.begin(forward, arguments, self._named_arguments)
         for entry in (*self.edits, *self.token_maps):
             entry.saw(forward)
         routing.watch(self)
+
+    def _named_arguments(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """The denoiser's arguments by name."""
+        arguments = dict(self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments)
+        arguments.pop("self", None)
+        return arguments | arguments.pop("kwargs", {})
 
     def end(self, completed: bool) -> None:
         routing.unwatch(self)
@@ -385,9 +397,33 @@ class Scope:
         if forward is not None:
             # what runs again in a backward belongs to this forward still
             forward.totals = dict(forward.calls)
+            if completed:
+                self._note_missing(forward)
+
+    def _note_missing(self, forward: Forward) -> None:
+        """List what hooks of diffusers left out; what a cache gave in its place can't be edited any more."""
+        if self._hooks is None:
+            return
+        for site, branch, cache in self._hooks.missing(forward, self._by_name):
+            for entry in self.recordings:
+                if site in entry.sites:
+                    step = forward.step_since(entry.recording.first_forward)
+                    entry.recording.reused.append(Reused(site, step, branch))
+            for request in self.token_maps:
+                shown = site in request.maps.sites and branch in ("cond", None)
+                if shown and site in request.sites and request.acts_in(forward):
+                    step = forward.step_since(request.first_forward)
+                    request.maps.reused.append(Reused(site, step, branch))
+            for edit in self.edits:
+                named = edit.branches is None or (branch or "cond") in edit.branches
+                if cache is not None and site in edit.sites and edit.acts_in(forward) and named:
+                    raise RuntimeError(
+                        f"site {site!r} can't be edited in step {forward.step_since(edit.first_forward)}, for {cache}"
+                        " took its attention from a cache; edit other sites or steps, or disable the cache"
+                    )
 
     @contextmanager
-    def repeat(self, forward: Forward | None, calls: dict[str, int]) -> Iterator[None]:
+    def repeat(self, forward: Forward | None, calls: dict[str, Progress]) -> Iterator[None]:
         """Run a part of an earlier forward again as it ran then, without recording it a second time."""
         if self._contexts == 0:
             raise RuntimeError(

@@ -88,6 +88,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
     """Every attention module; those that can be seen in the order in which a forward reaches them."""
     sites, unseen = [], []
+    spread = getattr(denoiser, "_parallel_config", None) is not None
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
         is_attention = processor is not None and any(hasattr(module, attribute) for attribute in _HEAD_COUNTS)
@@ -95,6 +96,8 @@ def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
         if not is_attention and not of_transformers and not _sees(type(module).forward, type(module)):
             continue
         reason = _hidden(processor) if is_attention else _hidden_in_transformers(module) if of_transformers else None
+        if spread:
+            reason = f"{type(denoiser).__name__} is spread over processes, each of which sees a part of its attention"
         if reason:
             unseen.append(Unseen(name, reason))
             continue
@@ -242,7 +245,11 @@ def _joined_text_first(function: Callable[..., Any]) -> bool | None:
             continue
         if not isinstance(node.args[0], (ast.List, ast.Tuple)) or not _joins_tokens(node):
             continue
-        names = [getattr(element, "id", "") for element in node.args[0].elts]
+        # of one sample of it (query[i : i + 1]), too
+        elements = [
+            getattr(part, "value", part) if isinstance(part, ast.Subscript) else part for part in node.args[0].elts
+        ]
+        names = [getattr(element, "id", "") for element in elements]
         texts = [any(word in name for word in _TEXT_WORDS) for name in names]
         tokens = all(any(w in name for w in ("hidden_states", "query", "img", "txt", "text")) for name in names)
         if len(names) == 2 and tokens and texts[0] != texts[1]:

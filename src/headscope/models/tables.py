@@ -90,7 +90,8 @@ def _blocks(recording: Recording) -> dict[Part, dict[str, np.ndarray]]:
         if entry.rows is not None:
             values[entry.name] = next(arrays)
         for index, part in enumerate(entry.parts):
-            place = (part.forward.index, part.site, part.call, part.segment)
+            # a site may attend to one sample after the other
+            place = (part.forward.index, part.site, part.call, part.segment, part.first_sample)
             order.setdefault(place, part)
             numbers[place] = min(part.number, numbers.get(place, part.number))
             for name, array in values.items():

@@ -13,7 +13,7 @@ from headscope.ops.call import DIFFERENTIABLE, Call, autocasts
 from headscope.ops.edits import HeadEdit
 from headscope.ops.schema import default_scale
 from headscope.ops.statistics import Statistic, requested_statistics
-from headscope.ops.validation import check_edit, check_inputs, check_mask, check_scale, shape_of
+from headscope.ops.validation import check_edit, check_inputs, check_mask, check_scale, require_tensor, shape_of
 
 _NO_EDIT = HeadEdit()
 
@@ -218,7 +218,8 @@ def scaled_dot_product_attention(
             " and dropout would replace them with random ones"
         )
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if isinstance(tensor, Tensor) and tensor.ndim < 2:
+        require_tensor(name, tensor)
+        if tensor.ndim < 2:
             raise ValueError(f"{name}: got shape {shape_of(tensor)}, expected at least [tokens, dim]")
     lead, query, key, value = _four_dimensions(query, key, value, enable_gqa)
     if attn_mask is not None and isinstance(attn_mask, Tensor) and attn_mask.ndim > 2 and len(lead) != 2:

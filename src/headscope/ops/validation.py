@@ -12,9 +12,13 @@ def shape_of(tensor: Tensor) -> str:
     return f"[{', '.join(str(size) for size in tensor.shape)}]"
 
 
-def _require_tensor(name: str, value: object) -> None:
+def require_tensor(name: str, value: object) -> None:
+    """Raises TypeError unless it is a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -25,7 +29,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         ValueError: shapes or devices that don't fit.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _require_tensor(name, tensor)
+        require_tensor(name, tensor)
         if tensor.ndim != 4:
             raise ValueError(
                 f"{name}: got shape {shape_of(tensor)}, expected 4 dimensions [batch, heads, tokens, dim]"
@@ -60,7 +64,7 @@ def check_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Te
     """
     if attn_mask is None:
         return None
-    _require_tensor("attn_mask", attn_mask)
+    require_tensor("attn_mask", attn_mask)
     if is_causal:
         raise ValueError("attn_mask: got a mask together with is_causal=True, expected one of them")
     if attn_mask.dtype != torch.bool and attn_mask.dtype not in FLOATING:
@@ -138,7 +142,7 @@ def _check_part(
     shown: Tensor | None = None,
 ) -> None:
     """A floating tensor of the full shape, on query's device; dimensions in `repeating` may be 1 instead."""
-    _require_tensor(name, tensor)
+    require_tensor(name, tensor)
     assert isinstance(tensor, Tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")

@@ -13,7 +13,7 @@ import polars as pl
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
 from headscope.report import figures, findings, tables
 from headscope.report.charts import Figure, View
 from headscope.report.images import sheet
@@ -64,7 +64,7 @@ def write_report(
     the title. summary: the sentence below it. caveats: stand before those that follow from the tables. Returns
     the path.
     """
-    path = Path(path)
+    path = local_path("path", path)
     shown = [info.name for info in groups]
     names = Names(result.sites, [*shown, *(group for group in result.groups if group not in shown)])
     order = [*(group for group in shown if group in result.groups), *(g for g in result.groups if g not in shown)]

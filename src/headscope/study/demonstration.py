@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
 from headscope.report.page import STUDY_CAVEATS, GroupInfo, write_report, write_sweep_report
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
@@ -126,7 +126,7 @@ def run_study(
     Raises:
         ValueError: the directory holds a study of another configuration, or something else.
     """
-    out = Path(out)
+    out = local_path("out", out)
     show: dict[str, Any] = {"batch": batch, "progress": progress, "console": console}
     _claim(out, config)
     run_sweep(config.observe(), out / "observe", title="entropy of every head", **show)
@@ -167,7 +167,7 @@ def report_study(out: Path) -> Path:
     Raises:
         ValueError: nothing is finished yet.
     """
-    settings = read_study(out)
+    settings = read_study(local_path("out", out))
     runs = {stage: Run.open(out / stage) for stage in STAGES if (out / stage / "manifest.json").is_file()}
     finished = {stage: run for stage, run in runs.items() if run.kinds}
     if "observe" not in finished:

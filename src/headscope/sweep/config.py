@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope._extras import require
+from headscope._files import local_path
 from headscope.zoo import GROUPS
 
 FILLS = ("mean", "zero", "uniform", "identity")
@@ -166,7 +167,9 @@ class SweepConfig:
                 raise ValueError(f"groups: got {group!r}, expected a name and a path, NAME=PATH")
             if equals and "/" in name:
                 raise ValueError(f"groups: got {group!r}, expected a name without /, which files are named by")
-            if not equals and group not in GROUPS:
+            if equals:
+                local_path("groups", path)
+            elif group not in GROUPS:
                 raise ValueError(f"groups: got {group!r}, expected NAME=DIR or one of {', '.join(GROUPS)}")
         _subset("fills", self.fills, FILLS, empty=True)
         _subset("scores", tuple(name for name in self.scores if ":" not in name), SCORES, empty=True)
@@ -191,7 +194,12 @@ class SweepConfig:
             raise ValueError(f"timesteps: got {list(self.timesteps)}, expected each once")
         if self.timesteps == ():
             raise ValueError("timesteps: got an empty list, expected at least one or None")
-        if self.model not in ("builtin", IN_MEMORY) and not (Path(self.model) / "model_index.json").is_file():
+        if self.prompts is not None:
+            local_path("prompts", self.prompts)
+        if (
+            self.model not in ("builtin", IN_MEMORY)
+            and not (local_path("model", self.model) / "model_index.json").is_file()
+        ):
             raise ValueError(
                 f'model: got {self.model!r}, expected "builtin" or a directory with a diffusers pipeline'
                 " (model_index.json)"
@@ -282,7 +290,7 @@ class SweepConfig:
             ValueError: not TOML, an unknown key, or a value that can't be; says where.
         """
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+            values = tomllib.loads(local_path("plan", path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ValueError(f"plan: got {str(path)!r}, expected a TOML file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -1,6 +1,8 @@
 """Reading a run: its tables, how far it is, and whether its files are whole."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
 from headscope._extras import require
+from headscope._files import local_path
 from headscope.sweep.claims import Claims
 from headscope.sweep.store import (
     FAILURES,
@@ -27,6 +30,8 @@ from headscope.sweep.store import (
 
 # those that a report knows
 REPORTED = ("observations", "ablations", "generations")
+# threads that check files
+READERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Run:
         Raises:
             ValueError: it isn't one, or its manifest is damaged.
         """
-        path = Path(path)
+        path = local_path("run", path)
         manifest = read_manifest(path)
         return cls(path, manifest, manifest["units"])
 
@@ -215,8 +220,15 @@ class Run:
         for file in files:
             if file.stem not in units:
                 raise ValueError(f"run: {str(file)!r} isn't this run's; remove it")
-            check_whole(file)
+        # reading and checksums leave the interpreter's lock to others
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(_check_all, (files[first::READERS] for first in range(READERS))))
         return files
+
+
+def _check_all(files: list[Path]) -> None:
+    for file in files:
+        check_whole(file)
 
 
 def _relative(path: Path, folder: Path) -> str:

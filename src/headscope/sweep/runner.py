@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from headscope._files import local_path
+from headscope._signals import terminable
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.executors import EXECUTORS
 from headscope.sweep.executors.member import Watch
@@ -23,7 +25,7 @@ from headscope.sweep.memory import borrowed
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
 from headscope.sweep.run import Run
-from headscope.sweep.store import CLAIMS, RunStore
+from headscope.sweep.store import CLAIMS, RunStore, unit_file
 from headscope.sweep.worker import Execution, Opened, WorkOrder, work
 
 
@@ -75,6 +77,9 @@ def run_sweep(
     Every unit is committed as it finishes. A run that was killed goes on from there when the same configuration is
     run into the same directory, and gives the same table. Several processes may work on one directory at once.
 
+    In the main thread of a program without a handler of SIGTERM, that signal ends the work as Ctrl-C does: what was
+    computed is written, and SystemExit(143) raised.
+
     Args:
         config: what to do.
         out: the run directory; new, or one of the same configuration.
@@ -90,15 +95,16 @@ def run_sweep(
         SweepFailed: some units failed three times; what they said is in the directory's failures/.
         DiskFull: results can't be written.
     """
+    path = local_path("out", out)
     execution = execution or Execution()
     execution = replace(execution, rows=batch if batch is not None else execution.rows)
     workers = workers or Workers()
     if pipeline is not None and workers.executor != "local":
         raise ValueError(f"executor: got {workers.executor!r} with a model in memory, expected local, or a directory")
     shown = partial(Progress, title, enabled=progress, console=console)
-    with borrowed(pipeline) if pipeline is not None else nullcontext():
-        _run(config, Path(out), execution, workers, shown, pipeline, console or Console(stderr=True))
-    return Run.open(out)
+    with terminable(), borrowed(pipeline) if pipeline is not None else nullcontext():
+        _run(config, path, execution, workers, shown, pipeline, console or Console(stderr=True))
+    return Run.open(path)
 
 
 def _run(
@@ -119,9 +125,15 @@ def _run(
     session = uuid.uuid4().hex
     listed = store.listed()
     with progress(units) as shown:
+        if store.rebuilt:
+            shown.say(f"{store.rebuilt}; written anew from the plan, results that are whole are kept")
         for unit in units:
-            if (unit.kind, unit.id) in listed and store.has(unit.kind, unit.id):
-                shown.already(unit)
+            if (unit.kind, unit.id) in listed:
+                if store.has(unit.kind, unit.id):
+                    shown.already(unit)
+                else:
+                    file = str(unit_file(store.path, unit.kind, unit.id))
+                    shown.say(f"{file!r} is damaged or lacks its images; computed anew")
         if workers.executor == "local":
             work(opened.runner(store), session, shown)
         else:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope._extras import require
+from headscope._files import local_path
 from headscope._images import read_square
 from headscope.sweep.texts import decoded
 from headscope.zoo import FolderGroup, ImageGroup, Item, open_group
@@ -37,6 +38,7 @@ def open_source(name: str, path: str, size: int) -> ImageGroup:
     Raises:
         FileNotFoundError, ValueError: nothing usable is there.
     """
+    local_path("groups", path)
     if path.endswith(".tar"):
         return TarGroup(name, path, size)
     if any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json")):

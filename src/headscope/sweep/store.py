@@ -54,11 +54,19 @@ _SEAL = "headscope.seal"
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
+class DamagedManifest(ValueError):
+    """A manifest isn't what headscope wrote."""
+
+
 class RunStore:
     """The files of one run.
 
     Args:
-        units: what the manifest says of each unit; written when the run is new.
+        units: what the manifest says of each unit; written when the run is new, and where its manifest was damaged or
+            lost: the results there tell that it is this run.
+
+    Attributes:
+        rebuilt: why the manifest was written anew, None where it wasn't.
 
     Raises:
         ValueError: the directory holds a run of another configuration, or something that isn't a run.
@@ -68,22 +76,38 @@ class RunStore:
         self, path: Path, identity: dict[str, Any], description: dict[str, Any], units: Sequence[dict[str, Any]] = ()
     ) -> None:
         self.path = path
+        self.rebuilt: str | None = None
         manifest = path / MANIFEST
+        content = _json({"format": FORMAT, "identity": identity, **description, "units": list(units)}, MANIFEST)
         if not manifest.is_file():
             # a run killed while its manifest was being written has left nothing but that
             strange = path.exists() and not (path.is_dir() and all(map(_is_beginning, path.iterdir())))
-            # of one whose manifest was lost, the results know the plan that they are of
-            results = {unit for _, unit in self.listed()}
-            strange = strange and not (results and results <= {unit["id"] for unit in units})
+            lost = strange and self._has_results_of(units)
             # another process may have begun the same run meanwhile
-            if strange and not manifest.is_file():
+            if strange and not lost and not manifest.is_file():
                 raise ValueError(
                     f"out: got {str(path)!r}, which holds something that isn't a headscope run; expected a new one"
                 )
             path.mkdir(parents=True, exist_ok=True)
             # of several processes that begin one, one's manifest stands, and the units are in it
-            write_first(manifest, _manifest({"format": FORMAT, "identity": identity, **description}, units))
-        _same_identity(path, read_manifest(path)["identity"], identity)
+            if write_first(manifest, content) and lost:
+                self.rebuilt = f"{str(manifest)!r} was missing"
+        try:
+            found = read_manifest(path)
+        except DamagedManifest as error:
+            if not self._has_results_of(units):
+                raise ValueError(
+                    f"out: {error}. Nothing there is of this configuration; choose another directory"
+                ) from None
+            write_atomic(manifest, content)
+            found = read_manifest(path)
+            self.rebuilt = f"{str(manifest)!r} was damaged"
+        _same_identity(path, found["identity"], identity)
+
+    def _has_results_of(self, units: Sequence[dict[str, Any]]) -> bool:
+        """Whether there are results in the directory, all of units of this plan: their ids are digests of it."""
+        results = {unit for _, unit in self.listed()}
+        return bool(results) and results <= {unit["id"] for unit in units}
 
     def table_path(self, kind: str, unit: str) -> Path:
         return self.path / kind / f"{unit}.parquet"
@@ -207,7 +231,12 @@ def check_whole(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises ValueError where there is no whole manifest of this format."""
+    """A run's manifest.
+
+    Raises:
+        DamagedManifest: it isn't whole.
+        ValueError: there is none, or one of another format.
+    """
     file = path / MANIFEST
     problem = seals.problem(file, MANIFEST)
     if problem == "missing":
@@ -225,9 +254,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
             )
         if problem is None and _is_manifest(manifest):
             return manifest
-    raise ValueError(
-        f"run: {str(file)!r} is damaged: it isn't what headscope wrote. Put a copy of it back, or remove it and give"
-        " the command that began the run again, which keeps all results that are whole"
+    raise DamagedManifest(
+        f"run: {str(file)!r} is damaged: it isn't what headscope wrote. The command that began the run writes it anew"
+        " and keeps all results that are whole"
     )
 
 
@@ -249,10 +278,6 @@ def _is_unit(unit: dict[str, Any]) -> bool:
         and isinstance(unit.get("group"), str)
         and all(isinstance(unit.get(name), int) for name in ("items", "forwards"))
     )
-
-
-def _manifest(content: dict[str, Any], units: Sequence[dict[str, Any]]) -> bytes:
-    return _json({**content, "units": list(units)}, MANIFEST)
 
 
 def _name(path: Path) -> str:

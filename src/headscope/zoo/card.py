@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialise
 
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
 from headscope.zoo.charts import PALETTE, Series, image_sheet, line_charts
 from headscope.zoo.groups import open_group
 from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, load_pipeline
@@ -45,7 +45,7 @@ def export(
     float32 from the half-precision weights, loaded back. Returns the destination. Raises FileNotFoundError where
     run_dir holds no checkpoint.
     """
-    run, folder = Path(run_dir), Path(destination)
+    run, folder = local_path("run_dir", run_dir), local_path("destination", destination)
     for name in ("recipe.json", "checkpoint.safetensors", "log.jsonl"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"run_dir: {str(run_dir)!r} lacks {name}, expected a folder that train() wrote")

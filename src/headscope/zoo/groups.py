@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from headscope._extras import require
+from headscope._files import local_path
 from headscope._images import read_image, read_square
 from headscope.counter import counter_permutation, counter_uniform
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
@@ -289,7 +290,7 @@ class FolderGroup(ImageGroup):
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
     def __init__(self, path: str | Path, name: str | None = None, size: int = 32) -> None:
-        folder = Path(path)
+        folder = local_path("path", path)
         if not folder.is_dir():
             raise FileNotFoundError(f"path: got {str(path)!r}, expected an existing folder of images")
         found = (file for file in folder.rglob("*") if file.suffix.lower() in self.suffixes and file.is_file())

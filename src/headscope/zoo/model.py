@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope._extras import require
+from headscope._files import local_path
 
 __all__ = ["SCHEDULER_CONFIG", "UNET_CONFIG", "build_model", "build_scheduler", "load_pipeline"]
 
@@ -55,7 +56,7 @@ def load_pipeline(path: str | Path | None = None) -> Any:
     from safetensors.torch import load_file
 
     diffusers = require("diffusers", "study")
-    folder = Path(str(files("headscope.zoo"))) / "weights" if path is None else Path(path)
+    folder = Path(str(files("headscope.zoo"))) / "weights" if path is None else local_path("path", path)
     parts = {name: folder / name for name in ("unet/config.json", "scheduler/config.json", "model.safetensors")}
     missing = [name for name, file in parts.items() if not file.is_file()]
     if missing:

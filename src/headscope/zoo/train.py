@@ -24,8 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save as serialise
 
 from headscope._extras import require
-from headscope._files import write_atomic
+from headscope._files import local_path, write_atomic
 from headscope._machine import device_name
+from headscope._signals import terminable
 from headscope.counter import counter_integers, counter_normal, counter_permutation, counter_uniform
 from headscope.zoo.groups import GROUPS, ImageGroup, open_group
 from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, build_model, build_scheduler
@@ -59,6 +60,7 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        local_path("out", self.out)
         if not self.groups or any(name not in GROUPS for name in self.groups):
             raise ValueError(f"groups: got {self.groups}, expected names among {', '.join(GROUPS)}")
         if self.batch < 1 or self.batch % len(self.groups):
@@ -92,8 +94,14 @@ def train(config: TrainConfig) -> TrainResult:
     """Train, or continue, the bundled model in the folder `config.out`, until `steps` or `minutes`.
 
     Writes recipe.json, checkpoint.safetensors and log.jsonl there. An existing run is continued from its last
-    checkpoint. Raises ValueError when the folder holds a run of another recipe.
+    checkpoint. Raises ValueError when the folder holds a run of another recipe. SIGTERM ends it as Ctrl-C does, where
+    the program has no handler of its own, with SystemExit(143).
     """
+    with terminable():
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> TrainResult:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     _check_recipe(out, config.recipe())

@@ -9,19 +9,29 @@ from headscope.ops.statistics.statistic import Statistic
 
 # group statistics of one fused pass: wider accumulators would not fit a program's registers
 MOST_GROUPS = 128
+_INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 class _Groups(Statistic):
     tensor_count = 1
 
     def __init__(self, groups: Tensor, count: int, *, name: str | None = None) -> None:
-        if not isinstance(groups, Tensor) or groups.is_floating_point() or groups.dtype == torch.bool:
+        if not isinstance(groups, Tensor) or groups.dtype not in _INTEGERS:
             kind = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
             raise TypeError(f"groups: got {kind}, expected an integer tensor of one group id per key")
+        if groups.layout is not torch.strided or groups.is_nested:
+            kind = "nested" if groups.is_nested else groups.layout
+            raise TypeError(f"groups: got a {kind} tensor, expected a dense one")
         if groups.ndim not in (1, 2):
             raise ValueError(f"groups: got shape {list(groups.shape)}, expected [keys] or [batch or 1, keys]")
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"count: got {count!r}, expected the number of groups, at least 1")
+        # torch compares few of the unsigned ones; what a uint64 has beyond int64 becomes negative, which is in no group
+        # either
+        groups = groups.to(torch.int64)
         # before the cast, which would wrap
         groups = torch.where((groups < 0) | (groups >= count), -1, groups)
         by_sample = groups if groups.ndim == 2 else groups[None]

@@ -1,6 +1,6 @@
 """From what a caller asks for to what an operator is told, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -16,6 +16,11 @@ def requested_statistics(statistics: Sequence[str | Statistic] | str | Statistic
     """
     if isinstance(statistics, (str, Statistic)):
         statistics = (statistics,)
+    if not isinstance(statistics, Iterable):
+        raise TypeError(
+            f"statistics: got {'None' if statistics is None else type(statistics).__name__}, expected names or"
+            " Statistics; () for none"
+        )
     chosen: list[Statistic] = []
     names: list[str] = []
     for entry in statistics:

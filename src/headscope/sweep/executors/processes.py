@@ -14,14 +14,14 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
+from headscope._signals import INTERRUPTED, TERMINATED, Terminated, end_once
 from headscope.sweep.executors.member import on_device, take_part
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
 from headscope.sweep.worker import TRIES, DiskFull, WorkOrder
 
 # how long a process may take to put its work away when the sweep is stopped
-GRACE = 3.0
-INTERRUPTED = 130
+GRACE = 8.0
 
 
 @dataclass
@@ -100,12 +100,10 @@ def _stop(members: list[_Process]) -> None:
     """End what still runs: politely, then not."""
     until = time.monotonic() + GRACE
     for member in members:
-        # Ctrl-C reaches processes of a terminal by itself
-        member.process.join(max(0.0, until - time.monotonic()))
-    for member in members:
+        # one that Ctrl-C has reached by itself, from the terminal, ignores it
         member.process.terminate()
     for member in members:
-        member.process.join(GRACE)
+        member.process.join(max(0.0, until - time.monotonic()))
         if member.process.is_alive():
             member.process.kill()
             member.process.join()
@@ -132,8 +130,12 @@ class _Telling:
 
 def _main(order: WorkOrder, number: int, messages: Connection) -> None:
     threading.Thread(target=_follow_parent, daemon=True).start()
+    end_once()
     try:
         take_part(on_device(order, number), _Telling(messages))
+    except Terminated:
+        # by somebody else than its parent: it is replaced
+        sys.exit(TERMINATED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except DiskFull as error:

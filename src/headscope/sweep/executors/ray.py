@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 from headscope._extras import require
+from headscope._signals import handler_kept
 from headscope.sweep.executors.member import Silent, Watch, take_part
 from headscope.sweep.worker import TRIES, DiskFull, WorkOrder
 
@@ -36,7 +37,8 @@ def run_ray(order: WorkOrder, workers: int, watch: Watch, address: str | None = 
     gpus = 1 if order.config.device.startswith("cuda") else 0
     started = not ray.is_initialized()
     if started:
-        _connect(ray, address, threads * workers)
+        with handler_kept():
+            _connect(ray, address, threads * workers)
     try:
         # one call works while another tells it to stop
         actor = ray.remote(num_cpus=threads, num_gpus=gpus, max_concurrency=2)(_Actor)
