@@ -125,7 +125,10 @@ def sweep(
     attribute: Annotated[
         bool, typer.Option("--attribute", help="Every head's importance from a few backwards, beside the ablations.")
     ] = False,
-    items: Annotated[int, typer.Option(help="Items of each group and split.")] = 20,
+    items: Annotated[
+        int | None,
+        typer.Option(help="Items of each group and split, all of which must be there; default: 20, or what there is."),
+    ] = None,
     generate_steps: Annotated[int, typer.Option(help="Sampling steps of the generate score.")] = 10,
     out: Annotated[Path, typer.Option(help="The run directory; an unfinished run there is gone on with.")] = Path(
         "headscope-run"
@@ -225,6 +228,8 @@ def _print_estimate(estimate, workers: int) -> None:
     found = Table("kind", "units", "forwards of one image")
     for kind, (units, forwards) in estimate.units.items():
         found.add_row(kind, f"{units:,}", f"{forwards:,}")
+    for note in estimate.notes:
+        output.print(note, markup=False, highlight=False, soft_wrap=True)
     output.print(found)
     sharing = "nothing is shared between forwards"
     if estimate.shared is not None:

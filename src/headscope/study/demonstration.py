@@ -21,6 +21,7 @@ from headscope.report.page import STUDY_CAVEATS, GroupInfo, write_report, write_
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
+from headscope.sweep.config import SPLITS
 from headscope.zoo import GROUPS, open_group
 
 REPORT = "report.html"
@@ -69,6 +70,17 @@ class StudyConfig:
         unknown = [name for name in self.groups if name not in GROUPS]
         if unknown:
             raise ValueError(f"groups: got {', '.join(unknown)}, expected some of {', '.join(GROUPS)}")
+        # the later stages', too, before the first begins
+        asked = [
+            ("items", (*self.groups, *self.contrast)),
+            *((f"{s}_items", self.contrast) for s in ("discover", "confirm")),
+        ]
+        for name, groups in asked:
+            least = min(len(open_group(group).indices(split)) for group in groups for split in SPLITS)
+            if getattr(self, name) > least:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)} of each split, expected at most the groups' {least}"
+                )
 
     @property
     def contrast(self) -> tuple[str, str]:
