@@ -63,9 +63,10 @@ def _clear_errors() -> Iterator[None]:
 
 
 def _escaped(text: str) -> str:
+    """Text that a terminal shows as it is: neither markup nor characters that would steer it."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 @app.command()

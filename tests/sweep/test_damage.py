@@ -14,39 +14,17 @@ from typer.testing import CliRunner
 
 from headscope.cli import app
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.config import HeadSet
 from headscope.sweep.sheet import write_contact_sheets
 from headscope.sweep.store import EXECUTION, GENERATED, MANIFEST, TABLES, TENSORS, RunStore
 
-SITE = "mid_block.attentions.0.transformer_blocks.0.attn1"
 SHARDS = (*TABLES, *TENSORS)
 # the images that the generations are made of
 DRAWN = tuple(f"{kind}, images" for kind in GENERATED)
 
 
-@pytest.fixture(scope="module")
-def whole(diffusion_directory, tmp_path_factory) -> Path:
-    """A finished run with a unit of every kind."""
-    folder = tmp_path_factory.mktemp("damage")
-    (folder / "prompts.txt").write_text("a red fox\na house\n")
-    config = SweepConfig(
-        model=diffusion_directory,
-        prompts=str(folder / "prompts.txt"),
-        splits=("confirm",),
-        items=1,
-        timesteps=(100,),
-        fills=("mean",),
-        scores=("loss", "generate"),
-        heads=((SITE, 0),),
-        sets=(HeadSet("two", heads=((SITE, 0), (SITE, 1))),),
-        reference_items=1,
-        generate_steps=1,
-        attribute=True,
-        cotangents=1,
-    )
-    run = run_sweep(config, folder / "run", progress=False)
-    assert {unit["kind"] for unit in run.units} == set(SHARDS)
-    return run.path
+@pytest.fixture
+def whole(run_of_every_kind) -> Path:
+    return run_of_every_kind
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.config import SPLITS
+from headscope.sweep.run import as_written
 from headscope.zoo import GROUPS, open_group
 
 REPORT = "report.html"
@@ -208,21 +209,22 @@ def report_sweep(path: Path) -> Path:
     """Write report.html into a sweep's run directory, from whichever tables it has.
 
     Raises:
-        ValueError: it isn't a run, or has no finished unit.
+        ValueError: it isn't a run, has no finished unit, or its tables are damaged or of another shape.
     """
     run = Run.open(path)
-    tables = {kind: _text(run, kind) for kind in run.kinds}
-    if not tables:
-        raise ValueError(f"run: {str(path)!r} has no finished unit yet, expected some results to report")
-    return write_sweep_report(
-        path / REPORT,
-        title=f"Sweep of {_model_name(run.manifest)}",
-        run_info=run_info(run.manifest),
-        groups=group_infos(run.manifest),
-        sites=_sites(run),
-        seed=run.manifest["config"]["seed"],
-        **tables,
-    )
+    with as_written(run):
+        tables = {kind: _text(run, kind) for kind in run.kinds}
+        if not tables:
+            raise ValueError(f"run: {str(path)!r} has no finished unit yet, expected some results to report")
+        return write_sweep_report(
+            path / REPORT,
+            title=f"Sweep of {_model_name(run.manifest)}",
+            run_info=run_info(run.manifest),
+            groups=group_infos(run.manifest),
+            sites=_sites(run),
+            seed=run.manifest["config"]["seed"],
+            **tables,
+        )
 
 
 def is_study(path: Path) -> bool:

@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from headscope.sweep.store import (
     MANIFEST,
     TABLES,
     TENSORS,
+    check_folders,
     check_whole,
     file_problem,
     read_manifest,
@@ -98,9 +101,10 @@ class Run:
         """Open a run directory.
 
         Raises:
-            ValueError: it isn't one, or its manifest is damaged.
+            ValueError: it isn't one, its manifest is damaged, or a folder in it is a link.
         """
         path = local_path("run", path)
+        check_folders(path)
         manifest = read_manifest(path)
         return cls(path, manifest, manifest["units"])
 
@@ -168,11 +172,21 @@ class Run:
         for each row of the table, uint8.
 
         Raises:
-            ValueError: the file is missing or damaged.
+            ValueError: a file of the unit is missing or damaged.
         """
-        path = unit_file(self.path, kind, unit).with_suffix(".safetensors")
-        check_whole(path)
-        return load_file(path)
+        table = unit_file(self.path, kind, unit)
+        path = table.with_suffix(".safetensors")
+        for file in (table, path):
+            check_whole(file)
+        images = load_file(path)
+        shapes = [images[name].shape for name in ("clean", "edited") if name in images]
+        fits = [len(shape) == 4 and shape[-1] == 3 and shape[1:] == shapes[0][1:] for shape in shapes] == [True, True]
+        rows = pq.read_metadata(table).num_rows
+        if not fits or any(image.dtype != np.uint8 for image in images.values()) or shapes[1][0] != rows:
+            raise ValueError(
+                f"run: {str(path)!r} holds no images of {rows} rows, expected uint8 [images, height, width, 3]"
+            )
+        return images
 
     def mend(self) -> None:
         """Let units that failed too often be tried again, and drop damaged files, so that they are computed anew."""
@@ -224,6 +238,16 @@ class Run:
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(_check_all, (files[first::READERS] for first in range(READERS))))
         return files
+
+
+@contextmanager
+def as_written(run: Run) -> Iterator[None]:
+    """Raises ValueError where the tables of a run, which may come from elsewhere, aren't as headscope writes them."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"run: the tables of {str(run.path)!r} aren't as headscope writes them ({reason})") from error
 
 
 def _check_all(files: list[Path]) -> None:

@@ -12,6 +12,7 @@
     images/<unit>.safetensors           what the model drew for the prompts
     failures/<unit>.json                what went wrong with a unit, try by try
     claims/<unit>                       who is working on a unit now
+    jobs/                               what Slurm's jobs say
 
 A file is written under a temporary name, flushed to disk and renamed. A unit is done when its file is there and whole,
 as the checksum in it says (`seals`): all but the failures and claims, which hold no numbers, are sealed.
@@ -46,7 +47,7 @@ TABLES = ("observations", "ablations", "generations", "attributions", "set_ablat
 TENSORS = ("reference", "images")
 # the tables with images beside them
 GENERATED = ("generations", "set_generations")
-FAILURES, CLAIMS = "failures", "claims"
+FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
 # in an identity, before the name of a function of the user's own
 CODE = "code of "
 _SEAL = "headscope.seal"
@@ -75,6 +76,7 @@ class RunStore:
     def __init__(
         self, path: Path, identity: dict[str, Any], description: dict[str, Any], units: Sequence[dict[str, Any]] = ()
     ) -> None:
+        check_folders(path)
         self.path = path
         self.rebuilt: str | None = None
         manifest = path / MANIFEST
@@ -198,6 +200,13 @@ class RunStore:
 
     def clear_failure(self, unit: str) -> None:
         (self.path / FAILURES / f"{unit}.json").unlink(missing_ok=True)
+
+
+def check_folders(run: Path) -> None:
+    """Raises ValueError where a folder of a run is a link: what is written or dropped there would be elsewhere."""
+    for name in (*TABLES, *TENSORS, FAILURES, CLAIMS, JOBS):
+        if (run / name).is_symlink():
+            raise ValueError(f"run: {str(run / name)!r} is a link, expected a folder of the run's own")
 
 
 def unit_file(run: Path, kind: str, unit: str) -> Path:
