@@ -37,6 +37,8 @@ def write_contact_sheets(run: Run, *, edits: int = 12, items: int = 8) -> list[P
         frame, images, clean = _read(run, kind)
         for (group, fill), rows in frame.group_by("group", "fill", maintain_order=True):
             path = run.path / f"contact-{kind}-{group}-{fill}.png"
+            if path.parent != run.path:
+                raise ValueError(f"run: a table of {str(run.path)!r} names the group {group!r}, expected one without /")
             _write(path, _sheet(rows, images, clean, edits, items))
             written.append(path)
     return written
