@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from headscope import Scope
-from headscope.models.forwards import BRANCHES
+from headscope.models.branches import BRANCHES
 
 
 @pytest.fixture(scope="module")
