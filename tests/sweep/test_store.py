@@ -135,6 +135,59 @@ def test_manifests_that_list_no_units_are_refused(tmp_path, units):
         Run.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["ablations", "failures", "claims", "jobs", "execution.json", MANIFEST])
+def test_a_link_out_of_the_run_is_refused(tmp_path, name):
+    """Whatever would be mended, claimed or written there isn't the run's."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    RunStore(run, IDENTITY, {}, UNITS).write_table("ablations", ABC, table())
+    if (run / name).exists():
+        (run / name).rename(elsewhere)
+    elif "." not in name:
+        elsewhere.mkdir()
+        (elsewhere / f"{ABC}.json").write_text("[]")
+    before = sorted(elsewhere.iterdir()) if elsewhere.is_dir() else None
+    (run / name).symlink_to(elsewhere)
+    for attempt in (lambda: Run.open(run).mend(), lambda: RunStore(run, IDENTITY, {}, UNITS)):
+        with pytest.raises(ValueError, match=f"run: '{run / name}' is a link to '{elsewhere}', expected what lies in"):
+            attempt()
+    assert before is None or sorted(elsewhere.iterdir()) == before
+
+
+def test_a_file_that_lies_elsewhere_is_no_unit_s(tmp_path):
+    """It is computed again in its place, and the other one stays."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere.parquet"
+    store = RunStore(run, IDENTITY, {}, UNITS)
+    store.write_table("ablations", ABC, table())
+    file = store.table_path("ablations", ABC)
+    file.rename(elsewhere)
+    content = elsewhere.read_bytes()
+    file.symlink_to(elsewhere)
+    assert not store.has("ablations", ABC)
+    assert Run.open(run).verify().foreign == [f"ablations/{ABC}.parquet"]
+    Run.open(run).mend()
+    store.write_table("ablations", ABC, table())
+    assert store.has("ablations", ABC)
+    assert not file.is_symlink()
+    assert elsewhere.read_bytes() == content
+
+
+def test_a_run_directory_may_be_a_link_itself(tmp_path):
+    RunStore(tmp_path / "run", IDENTITY, {}, UNITS).write_table("ablations", ABC, table())
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert Run.open(tmp_path / "link").complete
+    # as may a folder, within it
+    (tmp_path / "run" / "ablations").rename(tmp_path / "run" / "moved")
+    (tmp_path / "run" / "ablations").symlink_to("moved")
+    assert Run.open(tmp_path / "link").complete
+
+
+def test_images_are_those_of_the_run_s_units(tmp_path):
+    RunStore(tmp_path, IDENTITY, {}, UNITS)
+    for kind, unit in (("generations", "../../x"), ("../x", ABC), ("ablations", ABC), ("generations", ABC)):
+        with pytest.raises(ValueError, match=f"unit: got {kind}/{unit}, expected one of the run's with images"):
+            Run.open(tmp_path).images(kind, unit)
+
+
 @pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b"3", b'"a"', b"[" * 100_000, b"\xff"])
 def test_what_is_no_manifest_is_one_sentence(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)

@@ -18,6 +18,7 @@ from headscope.sweep.store import (
     MANIFEST,
     TABLES,
     TENSORS,
+    check_inside,
     check_whole,
     file_problem,
     read_manifest,
@@ -88,15 +89,17 @@ class Run:
         self.path = path
         self.manifest = manifest
         self.units = units
+        self._known = {(unit["kind"], unit["id"]) for unit in units}
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
         """Open a run directory.
 
         Raises:
-            ValueError: it isn't one, or its manifest is damaged.
+            ValueError: it isn't one, its manifest is damaged, or a link leads out of it.
         """
         path = local_path("run", path)
+        check_inside(path)
         manifest = read_manifest(path)
         return cls(path, manifest, manifest["units"])
 
@@ -165,16 +168,18 @@ class Run:
         for each row of the table, uint8.
 
         Raises:
-            ValueError: the file is missing or damaged.
+            ValueError: no unit of the run, or its file is missing or damaged.
         """
+        if kind not in GENERATED or (kind, unit) not in self._known:
+            raise ValueError(f"unit: got {kind}/{unit}, expected one of the run's with images")
         path = unit_file(self.path, kind, unit).with_suffix(".safetensors")
         check_whole(path)
         return load_file(path)
 
     def mend(self) -> None:
         """Let units that failed too often be tried again, and drop damaged files, so that they are computed anew."""
-        for record in (self.path / FAILURES).glob("*.json"):
-            record.unlink()
+        for unit in self.units:
+            (self.path / FAILURES / f"{unit['id']}.json").unlink(missing_ok=True)
         for name in self.verify().torn:
             (self.path / name).unlink()
 

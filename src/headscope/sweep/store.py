@@ -47,6 +47,8 @@ TENSORS = ("reference", "images")
 # the tables with images beside them
 GENERATED = ("generations", "set_generations")
 FAILURES, CLAIMS = "failures", "claims"
+# where Slurm's jobs leave their output
+JOBS = "jobs"
 # in an identity, before the name of a function of the user's own
 CODE = "code of "
 _SEAL = "headscope.seal"
@@ -61,13 +63,15 @@ class RunStore:
         units: what the manifest says of each unit; written when the run is new.
 
     Raises:
-        ValueError: the directory holds a run of another configuration, or something that isn't a run.
+        ValueError: the directory holds a run of another configuration, something that isn't a run, or a link that
+            leads out of it.
     """
 
     def __init__(
         self, path: Path, identity: dict[str, Any], description: dict[str, Any], units: Sequence[dict[str, Any]] = ()
     ) -> None:
         self.path = path
+        check_inside(path)
         manifest = path / MANIFEST
         if not manifest.is_file():
             # a run killed while its manifest was being written has left nothing but that
@@ -177,6 +181,19 @@ class RunStore:
         (self.path / FAILURES / f"{unit}.json").unlink(missing_ok=True)
 
 
+def check_inside(run: Path) -> None:
+    """Raises ValueError where a folder or file of a run directory is a link that leads out of it: what is written,
+    mended or removed in there would be somebody else's."""
+    inside = run.resolve()
+    for name in (MANIFEST, EXECUTION, *TABLES, *TENSORS, FAILURES, CLAIMS, JOBS):
+        place = run / name
+        if place.is_symlink() and not place.resolve().is_relative_to(inside):
+            raise ValueError(
+                f"run: {str(place)!r} is a link to {str(place.resolve())!r}, expected what lies in the run directory"
+                " itself (which may be a link)"
+            )
+
+
 def read_tries(file: Path) -> list[dict[str, Any]]:
     """A unit's record of what went wrong, try by try; empty where the file is none, as if it had not been tried."""
     try:
@@ -207,7 +224,10 @@ def unit_problem(run: Path, kind: str, unit: str) -> str | None:
 
 
 def file_problem(path: Path) -> str | None:
-    """What is wrong with a unit's file, read to its end: "missing", "torn" or "foreign"; None if nothing is."""
+    """What is wrong with a unit's file, read to its end: "missing", "torn" or "foreign" (as one that lies elsewhere is,
+    to which a link leads); None if nothing is."""
+    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.parent.resolve()):
+        return "foreign"
     return seals.problem(path, _name(path))
 
 

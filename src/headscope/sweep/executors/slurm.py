@@ -11,6 +11,7 @@ from typing import Any
 
 from headscope._extras import require
 from headscope.sweep.executors.member import Watch, take_part
+from headscope.sweep.store import JOBS
 from headscope.sweep.worker import WorkOrder
 
 LOOK_EVERY = 2.0
@@ -40,7 +41,7 @@ def run_slurm(
     """
     submitit = require("submitit", "slurm")
     remote = cluster == "slurm"
-    folder = Path(order.out) / "jobs"
+    folder = Path(order.out) / JOBS
     executor = submitit.AutoExecutor(folder, cluster, **({"slurm_max_num_timeout": RENEWALS} if remote else {}))
     given = {"name": "headscope", "timeout_min": TIME_LIMIT, **(parameters or {})}
     if order.config.device.startswith("cuda"):
