@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -89,6 +90,29 @@ def _write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> No
         Path(temporary).unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
+
+
+def read_plain(path: Path) -> bytes:
+    """A file's content.
+
+    Raises:
+        OSError: it can't be read, or is no ordinary file: a pipe would never end.
+    """
+    with os.fdopen(open_plain(path), "rb") as file:
+        return file.read()
+
+
+def open_plain(path: Path) -> int:
+    """The descriptor of an ordinary file, for reading.
+
+    Raises:
+        OSError: it can't be opened, or is something else, which might block whoever reads it (EINVAL).
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "expected an ordinary file", str(path))
+    return descriptor
 
 
 def write_first(path: Path, content: bytes, *, lasting: bool = True) -> bool:

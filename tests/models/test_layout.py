@@ -7,7 +7,7 @@ from diffusers import CogVideoXTransformer3DModel, UNetMotionModel
 
 import tiny
 from headscope import Scope
-from headscope.models.layout import Geometry, layout_of
+from headscope.models.layout import Geometry, Given, Place, layout_of, place_of
 from headscope.models.sites import Site
 
 FAMILIES = {"sd3": (tiny.sd3_transformer, tiny.sd3_inputs), "flux": (tiny.flux_transformer, tiny.flux_inputs)}
@@ -167,11 +167,31 @@ def test_grids():
     assert (patched.grid(60), patched.grid(240)) == ((6, 10), None)
     packed = Geometry(1, tokens=12, ids=tiny.flux_inputs(height=4, width=3)["img_ids"])
     assert packed.grid(12) == (4, 3)
-    assert layout_of(site, unet, 1, 60, 60, 0, 0).grid == (6, 10)
+    assert layout_of(site, unet, 1, 60, 60, Given(), Place(1, 1, 0), 0).grid == (6, 10)
 
 
-def test_a_part_of_the_batch_at_a_time_is_told_by_sample():
-    """Some models walk through the batch in several calls."""
-    site, geometry = Site("attn", "self", 2, 8), Geometry(3, (4, 4))
-    layouts = [layout_of(site, geometry, 1, 16, 16, 0, calls) for calls in range(4)]
-    assert [(layout.samples, layout.first_sample) for layout in layouts] == [(1, 0), (1, 1), (1, 2), (1, 0)]
+@pytest.mark.parametrize(
+    ("given", "rows", "queries", "expected"),
+    [
+        # all samples, of which each may be several rows
+        ((0, 3, 16), 3, 16, Place(3, 3, 0)),
+        ((0, 3, 16), 12, 4, Place(3, 12, 0)),
+        ((0, 0, 0), 12, 4, Place(3, 12, 0)),
+        # a part of the module's rows, after others
+        ((0, 3, 16, 0), 1, 16, Place(3, 3, 0)),
+        ((0, 3, 16, 2), 1, 20, Place(3, 3, 2)),
+        ((0, 24, 16, 0), 16, 16, Place(3, 24, 0)),
+        ((0, 24, 16, 16), 8, 16, Place(3, 24, 16)),
+        ((0, 72, 16, 0), 48, 16, Place(3, 72, 0)),
+        # not a part: frames or pixels were folded the other way
+        ((0, 72, 16), 48, 24, Place(3, 48, 0)),
+        # the module itself is run on a part of the batch, and twice attends to it
+        ((0, 1, 16, 0), 1, 16, Place(1, 1, 0)),
+        ((0, 1, 16, 1), 1, 16, Place(1, 1, 0)),
+        # nothing is known of the module
+        ((0, 0, 0), 1, 16, Place(1, 1, 0, alone=True)),
+        ((0, 0, 0), 2, 16, None),
+    ],
+)
+def test_which_rows_of_a_batch_of_three_a_call_is_of(given, rows, queries, expected):
+    assert place_of(3, Given(*given), rows, queries) == expected

@@ -1,5 +1,6 @@
 """Prompt-token maps, and statistics over the picture."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,29 +82,137 @@ def test_joint_attention_has_maps_too():
     assert 0 < float(whole.min()) <= float(whole.max()) < 1
 
 
+class Letters:
+    """A T5 of letters."""
+
+    bos_token_id, eos_token_id, model_max_length = None, 1, 512
+
+    def __call__(self, prompt, truncation, max_length):
+        return SimpleNamespace(input_ids=[*(10 + ord(letter) for letter in prompt), 1][:max_length])
+
+    def convert_ids_to_tokens(self, index):
+        return chr(index - 10)
+
+    def rows(self, length, *prompts):
+        """What its encoder is given."""
+        ids = [self(prompt, True, length).input_ids for prompt in prompts]
+        return {(*own, *[0] * (length - len(own))) for own in ids}
+
+
 def test_tokens_of_two_encoders_follow_each_other():
-    clip = tiny.tokenizer()
-
-    class Letters:
-        bos_token_id, eos_token_id, model_max_length = None, 1, 512
-
-        def __call__(self, prompt, truncation, max_length):
-            return SimpleNamespace(input_ids=[*(10 + ord(letter) for letter in prompt), 1][:max_length])
-
-        def convert_ids_to_tokens(self, index):
-            return chr(index - 10)
-
-    pipeline = SimpleNamespace(tokenizer=clip, tokenizer_2=clip, tokenizer_3=Letters())
-    labels = label_tokens(pipeline, "fox", 77 + 6)
+    clip, letters = tiny.tokenizer(), Letters()
+    pipeline = SimpleNamespace(tokenizer=clip, tokenizer_2=clip, tokenizer_3=letters, text_encoder_3=object())
+    encoded = {"tokenizer_3": letters.rows(6, "", "ox")}
+    labels = label_tokens(pipeline, {"prompt": "fox", "prompt_3": "ox"}, 77 + 6, encoded)
     assert [token.kind for token in labels[:6]] == ["start", "word", "word", "word", "end", "padding"]
     assert [(token.text, token.kind) for token in labels[77:]] == [
-        ("f", "word"),
         ("o", "word"),
         ("x", "word"),
         ("", "end"),
-        ("", "padding"),
-        ("", "padding"),
+        *[("", "padding")] * 3,
     ]
+    # one alone, which is told from both by its length; and neither, where nothing was seen of them
+    assert [token.text for token in label_tokens(pipeline, {"prompt": "ox"}, 6, encoded)[:2]] == ["o", "x"]
+    longer = {"tokenizer_3": letters.rows(80, "fox")}
+    assert [token.text for token in label_tokens(pipeline, {"prompt": "fox"}, 80, longer)[:3]] == list("fox")
+    assert {token.kind for token in label_tokens(pipeline, {"prompt": "fox"}, 80, {})} == {"unknown"}
+    # the third encoder may be left out: zeros stand in its place
+    pipeline.text_encoder_3 = None
+    labels = label_tokens(pipeline, {"prompt": "fox"}, 77 + 6, {})
+    assert [token.kind for token in labels[76:]] == ["padding", *["unknown"] * 6]
+
+
+def test_tokens_that_the_encoder_was_not_given_are_unknown():
+    """As where a pipeline puts prompts in lower case, or into a template."""
+    letters = Letters()
+    pipeline = SimpleNamespace(tokenizer=letters)
+    assert [
+        t.text for t in label_tokens(pipeline, {"prompt": "Fox"}, 6, {"tokenizer": letters.rows(6, "Fox")})[:3]
+    ] == [*"Fox"]
+    for rows in (letters.rows(6, "fox"), letters.rows(12, "Fox")):
+        assert {t.kind for t in label_tokens(pipeline, {"prompt": "Fox"}, 6, {"tokenizer": rows})} == {"unknown"}
+
+
+def test_prompts_are_those_of_the_call(diffusion):
+    scope = Scope(diffusion)
+    with scope.record_tokens() as taken, scope.record_tokens(["a red fox", "blue"]) as named:
+        draw(diffusion)
+    assert taken.prompts == named.prompts == ("a red fox", "blue")
+    for sample, word in ((0, "fox"), (1, "blue")):
+        assert torch.equal(taken.map(word, sample), named.map(word, sample))
+    # two images of each
+    with scope.record_tokens() as taken, scope.record_tokens(["a red fox", "blue"]):
+        diffusion(["a red fox", "blue"], num_images_per_prompt=2, num_inference_steps=1, output_type="latent")
+    assert taken.prompts == ("a red fox", "a red fox", "blue", "blue")
+    assert taken.map("blue", 3).shape == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("a dog", "prompts: got 'a dog' for sample 0, which the pipeline was called with 'a red fox' for"),
+        ("a red fox", "prompts: got 'a red fox' for sample 1, which the pipeline was called with 'blue' for"),
+        (["blue", "a red fox"], "prompts: got 'blue' for sample 0"),
+        (["a red fox", "blue", "x"], "prompts: got 3 for 2 samples, expected one for each, or one for all"),
+    ],
+)
+def test_other_prompts_than_those_of_the_call_are_errors(diffusion, named, message):
+    scope = Scope(diffusion)
+    with pytest.raises(ValueError, match=re.escape(message)), scope.record_tokens(named):
+        draw(diffusion)
+    assert scope.token_maps == []
+
+
+def test_prompts_do_not_change_within_a_context(diffusion):
+    scope = Scope(diffusion)
+    with scope.record_tokens():
+        draw(diffusion, ("blue",))
+        with pytest.raises(ValueError, match=r"called with 'blue', and now is with 'a fox', in one context"):
+            draw(diffusion, ("a fox",))
+    with pytest.raises(TypeError, match="prompts: got an entry of type int"), scope.record_tokens([1]):  # type: ignore[list-item]
+        pass
+    with pytest.raises(ValueError, match="prompts: got an empty list"), scope.record_tokens([]):
+        pass
+
+
+def test_embeddings_instead_of_prompts(diffusion):
+    """Nothing tells whose they are: the words must be named, and a warning says that they are taken on trust."""
+    scope = Scope(diffusion)
+    words, nothing = diffusion.encode_prompt("a red fox", "cpu", 1, True)
+    options = {"prompt_embeds": words, "negative_prompt_embeds": nothing, "num_inference_steps": 1}
+    with (
+        pytest.raises(ValueError, match=r"prompts: got none, and the pipeline is called without them"),
+        scope.record_tokens(),
+    ):
+        diffusion(**options, output_type="latent")
+    with (
+        pytest.warns(UserWarning, match="nothing tells whether they are 'a red fox'"),
+        scope.record_tokens("a red fox") as maps,
+    ):
+        diffusion(**options, output_type="latent")
+    assert maps.map("fox").shape == (8, 8)
+    with (
+        pytest.raises(ValueError, match="prompts: got none, and no call of the pipeline is running"),
+        scope.record_tokens(),
+        torch.inference_mode(),
+    ):
+        diffusion.unet(torch.randn(1, 4, 8, 8), 5, words)
+
+
+def test_words_of_the_encoder_that_the_denoiser_sees():
+    """Of Flux's two, the first gives no tokens."""
+    pipeline = tiny.flux()
+    with Scope(pipeline).record_tokens() as maps:
+        pipeline(
+            "a fox", prompt_2="a cat", num_inference_steps=1, max_sequence_length=12, height=16, width=16,
+            output_type="latent",
+        )  # fmt: skip
+    kinds = [token.kind for token in maps.tokens()]
+    assert len(kinds) == 12
+    assert "".join(token.text for token in maps.tokens() if token.kind == "word") == "acat"
+    assert maps.map("cat").ndim == 2
+    with pytest.raises(ValueError, match="words: got 'fox'"):
+        maps.map("fox")
 
 
 def test_plots(diffusion):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -209,6 +210,30 @@ def test_sweep_report_shows_what_there_is(tables, tmp_path):
     page = Page(path.read_text(encoding="utf-8"))
     assert set(page.figures()) == {"ranking", "degradation_maps"}
     assert not any("corrected p" in text for text in page.text["th"])
+
+
+def test_sites_stand_in_the_order_of_execution(tables, tmp_path):
+    """Not in that of the rows, which is another one."""
+    executed = [site for site, _ in reversed(simulated.SITES)]
+    labels = [Names(executed, []).sites[site] for site in executed]
+    observations, discover, confirm = tables
+    study = analyse(observations, discover, confirm, sites=executed)
+    write_report(tmp_path / "study.html", title="A study", run_info={}, groups=[], result=study)
+    write_sweep_report(
+        tmp_path / "sweep.html", title="A sweep", run_info={}, sites=executed, observations=observations,
+        ablations=discover,
+    )  # fmt: skip
+    for name in ("study", "sweep"):
+        page = Page((tmp_path / f"{name}.html").read_text(encoding="utf-8"))
+        for figure in ("entropy_maps", "degradation_maps"):
+            for view in page.figures()[figure]:
+                assert view["layout"]["yaxis"]["ticktext"] == labels
+        # the sites table, then the heads of the table of entropies
+        text = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+        first_cells = re.findall(r'<th scope="row">([^<]+)</th>', text)
+        assert [cell for cell in first_cells if cell in labels] == labels
+        heads = [f"{label} h{head}" for label in labels for head in (0, 1)]
+        assert [cell for cell in first_cells if cell in heads][: len(heads)] == heads
 
 
 def test_reports_repeat(result, written, tmp_path):

@@ -1,6 +1,7 @@
 """`headscope study` on the bundled model: small, whole, and the same after any number of kills."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -8,10 +9,23 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from headscope import Scope
+from headscope.report.naming import Names
 from headscope.study.demonstration import STAGES, StudyConfig, is_study, report_study, run_study
 from headscope.sweep import Run
+from headscope.zoo import load_pipeline
 from kills import finish, kill_then_finish
 
+# the bundled model's sites, by hand
+EXECUTED = [
+    "down_blocks.1.attentions.0",
+    "down_blocks.2.attentions.0",
+    "mid_block.attentions.0",
+    "up_blocks.0.attentions.0",
+    "up_blocks.0.attentions.1",
+    "up_blocks.1.attentions.0",
+    "up_blocks.1.attentions.1",
+]
 SMALL = {
     "items": 3,
     "discover_items": 2,
@@ -40,6 +54,10 @@ def test_a_whole_study(tmp_path):
     assert "Demonstration" in text
     for group in ("faces_grey", "lfw", "photographs"):
         assert group in text
+    executed = [site.name for site in Scope(load_pipeline()).sites]
+    assert executed == EXECUTED
+    figure = json.loads(re.search(r'data-figure="entropy_maps">(.*?)</script>', text).group(1))  # type: ignore[union-attr]
+    assert figure[0]["layout"]["yaxis"]["ticktext"] == list(Names(executed, []).sites.values())
     found = tables(tmp_path / "study")
     observed = found["observe", "observations"]
     assert observed.height == 4 * 2 * 3 * 2 * 56
@@ -81,6 +99,8 @@ STUDY = """
 import json
 import sys
 from pathlib import Path
+from headscope import Scope
+from headscope.report.naming import Names
 from headscope.study.demonstration import StudyConfig, run_study
 print("ready", flush=True)
 run_study(StudyConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), progress=False)

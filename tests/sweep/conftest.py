@@ -1,8 +1,15 @@
-"""Tiny pipelines on disk, as `--model DIR` takes them, one of each family that sweeps know."""
+"""Tiny pipelines on disk, as `--model DIR` takes them, one of each family that sweeps know; and a finished run."""
+
+from pathlib import Path
 
 import pytest
 
 import tiny
+from headscope.sweep import SweepConfig, run_sweep
+from headscope.sweep.config import HeadSet
+from headscope.sweep.store import TABLES, TENSORS
+
+SITE = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
 FAMILIES = {
     "stable_diffusion": tiny.stable_diffusion,
@@ -25,3 +32,28 @@ def family_directory(tmp_path_factory):
         return saved[family]
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def run_of_every_kind(diffusion_directory, tmp_path_factory) -> Path:
+    """A finished run with a unit of every kind."""
+    folder = tmp_path_factory.mktemp("damage")
+    (folder / "prompts.txt").write_text("a red fox\na house\n")
+    config = SweepConfig(
+        model=diffusion_directory,
+        prompts=str(folder / "prompts.txt"),
+        splits=("confirm",),
+        items=1,
+        timesteps=(100,),
+        fills=("mean",),
+        scores=("loss", "generate"),
+        heads=((SITE, 0),),
+        sets=(HeadSet("two", heads=((SITE, 0), (SITE, 1))),),
+        reference_items=1,
+        generate_steps=1,
+        attribute=True,
+        cotangents=1,
+    )
+    run = run_sweep(config, folder / "run", progress=False)
+    assert {unit["kind"] for unit in run.units} == {*TABLES, *TENSORS}
+    return run.path

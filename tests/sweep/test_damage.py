@@ -3,48 +3,28 @@
 Bits are flipped one at a time, at random places, in every kind of file that a run has.
 """
 
+import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from headscope.cli import app
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.config import HeadSet
 from headscope.sweep.sheet import write_contact_sheets
 from headscope.sweep.store import EXECUTION, GENERATED, MANIFEST, TABLES, TENSORS, RunStore
 
-SITE = "mid_block.attentions.0.transformer_blocks.0.attn1"
 SHARDS = (*TABLES, *TENSORS)
 # the images that the generations are made of
 DRAWN = tuple(f"{kind}, images" for kind in GENERATED)
 
 
-@pytest.fixture(scope="module")
-def whole(diffusion_directory, tmp_path_factory) -> Path:
-    """A finished run with a unit of every kind."""
-    folder = tmp_path_factory.mktemp("damage")
-    (folder / "prompts.txt").write_text("a red fox\na house\n")
-    config = SweepConfig(
-        model=diffusion_directory,
-        prompts=str(folder / "prompts.txt"),
-        splits=("confirm",),
-        items=1,
-        timesteps=(100,),
-        fills=("mean",),
-        scores=("loss", "generate"),
-        heads=((SITE, 0),),
-        sets=(HeadSet("two", heads=((SITE, 0), (SITE, 1))),),
-        reference_items=1,
-        generate_steps=1,
-        attribute=True,
-        cotangents=1,
-    )
-    run = run_sweep(config, folder / "run", progress=False)
-    assert {unit["kind"] for unit in run.units} == set(SHARDS)
-    return run.path
+@pytest.fixture
+def whole(run_of_every_kind) -> Path:
+    return run_of_every_kind
 
 
 @pytest.fixture
@@ -127,6 +107,22 @@ def test_damaged_files_are_computed_anew(run, whole):
     assert "is damaged: its bytes don't give the checksum in it" in result.output
     result = CliRunner().invoke(app, ["sweep", "retry", str(run), "--quiet"])
     assert result.exit_code == 0, result.output
+    assert_as_before(run, whole)
+
+
+def assert_as_before(run: Path, whole: Path) -> None:
     assert Run.open(run).verify().sound
     for kind in (*SHARDS, *DRAWN):
         assert file_of(run, kind).read_bytes() == file_of(whole, kind).read_bytes()
+
+
+def test_a_run_that_is_gone_on_with_says_what_it_computes_anew(run, whole):
+    damaged = file_of(run, "ablations")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    config = SweepConfig.from_json(Run.open(run).manifest["config"])
+    (run / MANIFEST).write_text("{")
+    said = io.StringIO()
+    run_sweep(config, run, console=Console(file=said, width=1000))
+    assert f"{str(run / MANIFEST)!r} was damaged; written anew from the plan, results that are whole" in said.getvalue()
+    assert f"{str(damaged)!r} is damaged or lacks its images; computed anew" in said.getvalue()
+    assert_as_before(run, whole)

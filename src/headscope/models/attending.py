@@ -1,5 +1,6 @@
 """One attention call of an observed site: edited, computed by headscope's operator, recorded."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from headscope.models.editing import ActiveEdit, Combined, combine
 from headscope.models.forwards import Forward
-from headscope.models.layout import Geometry, Layout, layout_of
+from headscope.models.layout import Geometry, Given, Layout, Place, layout_of, place_of
 from headscope.models.maps import TokenRequest
 from headscope.models.recording import ENTROPY, HEAD_OUTPUT, Recording
 from headscope.models.sites import Site
@@ -65,7 +66,8 @@ class SiteFrame:
         self._last_interest = _Interest.of(scope, site.name)
         # of calls that were checked, by what they look like, while forwards have this geometry
         self._geometry: Geometry | None = None
-        self._layouts: dict[tuple, tuple[Layout, int]] = {}
+        self._places: dict[tuple, Place] = {}
+        self._layouts: dict[tuple, Layout] = {}
 
     def _interest(self) -> _Interest:
         interest = self._last_interest
@@ -107,7 +109,7 @@ class SiteFrame:
 
     def attend(
         self,
-        own_text: int,
+        given: Sequence[int],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -120,30 +122,26 @@ class SiteFrame:
         """What scaled_dot_product_attention returns, seen and edited; called where the site is `wanted`.
 
         Args:
-            own_text: how many text tokens the module was given.
+            given: the fields of a `Given`: what the module was given.
         """
         forward, interest = self._scope.running, self._interest()
         assert forward is not None
         if self._holds_frames(query, attn_mask):
             rows = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (query, key, value))
-            output = self.attend(own_text, *rows, None, dropout_p, is_causal, scale, enable_gqa)
+            output = self.attend(given, *rows, None, dropout_p, is_causal, scale, enable_gqa)
             return output.unflatten(0, query.shape[:2]).squeeze(2)
         if query.ndim == 3 and self._site.heads == 1:
             # one head without a dimension of its own
             mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
             heads = (tensor.unsqueeze(1) for tensor in (query, key, value))
-            return self.attend(own_text, *heads, mask, dropout_p, is_causal, scale, enable_gqa).squeeze(1)
+            return self.attend(given, *heads, mask, dropout_p, is_causal, scale, enable_gqa).squeeze(1)
         name = self._site.name
         repeated = forward.totals is not None
-        calls = forward.calls.get(name, 0)
-        forward.calls[name] = calls + 1
-        if forward.totals is not None:
-            calls %= max(1, forward.totals.get(name, 1))
         edits = [edit for edit in interest.edits if edit.acts_in(forward)]
         mapped = [entry for entry in interest.token_maps if entry.acts_in(forward)]
         if dropout_p:
             raise ValueError(f"site {name!r} uses attention dropout; put the model in eval mode to record or edit it")
-        layout, call = self._layout(query, key, forward, own_text, calls)
+        layout, call = self._layout(query, key, forward, Given(*map(int, given)))
         # a repetition takes the operator that ran the first time, so that it saves the same tensors
         recordings = () if repeated else interest.recordings
         for recording in recordings:
@@ -176,40 +174,46 @@ class SiteFrame:
         whole = self._site.heads == 1 and query.ndim == 4 and query.shape[1] != 1
         return whole and query.shape[3] == self._site.head_dim and attn_mask is None
 
-    def _layout(self, query: Tensor, key: Tensor, forward: Forward, own_text: int, calls: int) -> tuple[Layout, int]:
-        """How the call reads, and its number in the forward.
+    def _layout(self, query: Tensor, key: Tensor, forward: Forward, given: Given) -> tuple[Layout, int]:
+        """How the call reads, and its number in the forward, which is counted.
 
         Raises:
             ValueError: a call that doesn't fit what is known of the site and the forward.
         """
         if forward.geometry is not self._geometry:
             self._geometry = forward.geometry
+            self._places.clear()
             self._layouts.clear()
-        looks = (query.shape, key.shape[2], int(own_text), calls)
-        found = self._layouts.get(looks)
-        if found is None:
-            self._check(query, forward)
+        looks = (query.shape, key.shape[2], given)
+        place = self._places.get(looks)
+        if place is None:
+            place = self._places[looks] = self._place(query, forward, given)
+        call, first_sample = forward.count(self._site.name, place, given.attended)
+        layout = self._layouts.get((looks, first_sample))
+        if layout is None:
             rows, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-            layout = layout_of(self._site, forward.geometry, rows, queries, keys, int(own_text), calls)
-            found = self._layouts[looks] = (layout, calls // max(1, forward.batch // layout.samples))
-        return found
+            layout = layout_of(self._site, forward.geometry, rows, queries, keys, given, place, first_sample)
+            self._layouts[looks, first_sample] = layout
+        return layout, call
 
-    def _check(self, query: Tensor, forward: Forward) -> None:
-        name = self._site.name
+    def _place(self, query: Tensor, forward: Forward, given: Given) -> Place:
+        name, rows, batch = self._site.name, query.shape[0], forward.batch
         if query.ndim != 4:
             raise ValueError(f"site {name!r} calls attention with {query.ndim} dimensions, expected 4")
         if query.shape[1] != self._site.heads:
             raise ValueError(f"site {name!r} calls attention with {query.shape[1]} heads, expected {self._site.heads}")
-        if forward.geometry.packed and query.shape[0] != 1:
+        if forward.geometry.packed and rows != 1:
             raise ValueError(
-                f"site {name!r} calls attention on {query.shape[0]} rows, expected 1: the model's first tensor has no"
+                f"site {name!r} calls attention on {rows} rows, expected 1: the model's first tensor has no"
                 " dimension of samples, so its samples can't be told apart"
             )
-        if query.shape[0] % forward.batch and forward.batch % query.shape[0]:
+        place = place_of(batch, given, rows, query.shape[2])
+        fold = 0 if place is None else place.rows // place.samples
+        if place is None or rows % fold or place.first % fold or place.first + rows > place.rows:
             raise ValueError(
-                f"site {name!r} calls attention on {query.shape[0]} rows, expected a multiple or a part of the batch"
-                f" of {forward.batch}"
+                f"site {name!r} calls attention on {rows} rows, expected a multiple or a part of the batch of {batch}"
             )
+        return place
 
 
 def _by_name(requested: list[Statistic]) -> tuple[Statistic, ...]:

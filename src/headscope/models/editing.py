@@ -95,6 +95,8 @@ class ActiveEdit(Window):
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._gates: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.sites = frozenset(values)
+        # the branches that the edited sites' attention was of, in order
+        self._branches_met: dict[str, None] = {}
 
     @classmethod
     def build(
@@ -129,6 +131,10 @@ class ActiveEdit(Window):
         Raises:
             ValueError: the batch isn't made of one row per sample of the edit.
         """
+        if self.branches is not None:
+            for part, branch in enumerate(forward.branches):
+                if forward.samples_of(part, layout):
+                    self._branches_met[branch or "cond"] = None
         rows = _RowMap(forward, layout, query, name)
         values = self._values[name]
         if len(values) == 1:
@@ -139,6 +145,16 @@ class ActiveEdit(Window):
             by_row = [values[row % forward.samples] for row in range(forward.batch)]
             found = self._by_row(by_row, name, call, rows)
         return [rows.only(change, self.branches) for change in found]
+
+    def check_met(self) -> None:
+        super().check_met()
+        # perturbed attention, for one, is no attention at all where it is perturbed
+        for name in self.branches or ():
+            if self._branches_met and name not in self._branches_met:
+                listed = ", ".join(self._branches_met)
+                raise ValueError(
+                    f"branches: got {name!r}, in which none of the edited sites attends, expected some of {listed}"
+                )
 
     def _whole(self, value: Any, name: str, call: int, rows: "_RowMap") -> list[Change]:
         """One value for the whole batch."""
@@ -254,13 +270,13 @@ class _RowMap:
         if given == 1:
             return tensor
         if given == forward.batch * layout.fold and layout.fold > 1:
-            return tensor
+            return tensor[layout.first_sample * layout.fold :][: layout.samples * layout.fold]
         if given == forward.samples and given != forward.batch:
             tensor = tensor.repeat(len(forward.branches), *[1] * (tensor.ndim - 1))
         elif given != forward.batch:
             raise self.misfit(given)
         if layout.samples != forward.batch:
-            tensor = tensor[layout.first_sample : layout.first_sample + layout.samples]
+            tensor = tensor[layout.first_sample : layout.end_sample]
         return tensor if layout.fold == 1 else tensor.repeat_interleave(layout.fold, 0)
 
     def source(self, source: Recording | Resampled, quantity: str, site: str, call: int) -> Tensor:
@@ -268,11 +284,14 @@ class _RowMap:
         recording, chosen = (source.recording, source.chosen) if isinstance(source, Resampled) else (source, None)
         forward, layout = self.forward, self.layout
         pieces = []
-        for branch in forward.branches:
+        for part, branch in enumerate(forward.branches):
+            samples = forward.samples_of(part, layout)
+            if not samples:
+                continue
             key = Key(quantity, site, call, forward.single_timestep, branch)
             if chosen is None and recording.reduce == "mean":
                 found = recording.tensors.placed_mean(key, self.device, self._dtype)[None]
-                pieces.append(found.expand(forward.samples, -1, -1, -1, -1))
+                pieces.append(found.expand(len(samples), -1, -1, -1, -1))
                 continue
             found = recording.tensors.samples(key)
             picked = tuple(range(forward.samples)) if chosen is None else chosen
@@ -282,10 +301,10 @@ class _RowMap:
                     f"recording: {list(picked)} of its {found.shape[0]} samples were asked for by a batch of"
                     f" {forward.samples}, expected one recorded sample per sample"
                 )
-            pieces.append(found[list(picked)].to(self.device, self._dtype))
+            pieces.append(found[[picked[sample] for sample in samples]].to(self.device, self._dtype))
         # of a single branch, rows of a mean stay one row in memory
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return whole[layout.first_sample : layout.first_sample + layout.samples].flatten(0, 1)
+        return whole.flatten(0, 1)
 
     def row(self, change: Change, row: int) -> Change:
         """The change in one row of the batch, nothing in the others."""

@@ -2,15 +2,15 @@
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from headscope.models.layout import Geometry
+from headscope.models.layout import Geometry, Layout, Place
 
 # what a part of a denoiser's batch, or a pass of its own, can be: without the prompt; with it; with it and perturbed
 # attention; with it and some layers skipped; with it and without the other modality (sound, where there is a picture)
@@ -24,6 +24,9 @@ _PASSES = {
     "cond_modality": "modality",
     "uncond_modality": "modality",
 }
+# the call's own prompt; some pipelines take others for their further text encoders
+PROMPT = "prompt"
+_PROMPTS = (PROMPT, "prompt_2", "prompt_3")
 # parts of a batch that mean something else in every pipeline
 _PART = re.compile(r"part_\d+")
 
@@ -99,6 +102,22 @@ class Window:
             raise ValueError(f"branches: got {missing[0]!r}, which never ran in the context: expected some of {listed}")
 
 
+class Progress(NamedTuple):
+    """How far a site's attention is in a forward.
+
+    Attributes:
+        calls: how many attention calls there were, each over the whole batch: one to each sample make up one.
+        start: those before the walk over the batch that goes on.
+        samples: that runs of the module were given so far.
+        passes: calls that the run of the module that goes on has begun.
+    """
+
+    calls: int = 0
+    start: int = 0
+    samples: int = 0
+    passes: int = 0
+
+
 @dataclass(eq=False)
 class Forward:
     """One forward of the denoiser.
@@ -109,11 +128,12 @@ class Forward:
         timestep: [1] or [batch], on the model's device.
         branches: the guidance branch of each equal part of the batch, in order; None where there is no guidance.
         geometry: what is known of its tokens.
-        calls: attention calls of each site so far.
-        totals: all calls of each site, once the forward has ended. What still runs of it then runs a second time, for
+        calls: how far each site's attention is.
+        totals: how far it came, once the forward has ended. What still runs of it then runs a second time, for
             the backward of a checkpoint, and is not recorded again.
         schedule: what the pipeline's call iterates over, by which forwards of one call are told from another's.
         guided: the call had guidance branches, in this forward or an earlier one.
+        prompts: those that the pipeline was called with, by the name of the argument; None where no call is running.
     """
 
     index: int
@@ -121,10 +141,11 @@ class Forward:
     timestep: Tensor
     branches: tuple[str | None, ...]
     geometry: Geometry
-    calls: dict[str, int] = field(default_factory=dict)
-    totals: dict[str, int] | None = None
+    calls: dict[str, Progress] = field(default_factory=dict)
+    totals: dict[str, Progress] | None = None
     schedule: object = None
     guided: bool = False
+    prompts: Mapping[str, Sequence[str]] | None = None
 
     @property
     def batch(self) -> int:
@@ -147,6 +168,30 @@ class Forward:
     def step_since(self, first_forward: int) -> int:
         """The pipeline's step, or the number of forwards since `first_forward` where there is none."""
         return self.index - first_forward if self.step is None else self.step
+
+    def count(self, site: str, place: Place, attended: int) -> tuple[int, int]:
+        """The number of a site's attention call, which begins, and the first sample of the batch that it is of.
+
+        Args:
+            attended: rows of earlier calls in the same run of the site's module.
+        """
+        calls, start, samples, passes = self.calls.get(site, Progress())
+        if attended == 0 or place.alone:
+            if samples % self.batch == 0:
+                start = calls
+            samples, passes = samples + place.samples, 0
+        passes += place.first == 0
+        call = start + max(0, passes - 1)
+        self.calls[site] = Progress(max(calls, call + 1), start, samples, passes)
+        if self.totals is not None:
+            call %= max(1, self.totals.get(site, Progress()).calls)
+        fold = place.rows // place.samples
+        return call, (samples - place.samples) % self.batch + place.first // fold
+
+    def samples_of(self, part: int, layout: Layout) -> range:
+        """The samples of a branch, counted within it, that an attention call is of: all, some or none."""
+        first = part * self.samples
+        return range(max(layout.first_sample - first, 0), min(layout.end_sample - first, self.samples))
 
     def branch_of(self, sample: int) -> str | None:
         """The branch of the sample at a position of the whole batch."""
@@ -196,7 +241,19 @@ def begin_forward(
         before = None
     branches = _branches(pipeline, call, geometry.batch, arguments, cache_context, before)
     guided = branches != (None,) or (before is not None and before.guided)
-    return Forward(index, step, timestep, branches, geometry, schedule=schedule, guided=guided)
+    prompts = _prompts(call) if call else None
+    return Forward(index, step, timestep, branches, geometry, schedule=schedule, guided=guided, prompts=prompts)
+
+
+def _prompts(call: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The prompts in a pipeline's call, those that it has."""
+    given = {name: call.get(name) for name in _PROMPTS}
+    found = {name: (value,) if isinstance(value, str) else value for name, value in given.items()}
+    return {
+        name: tuple(texts)
+        for name, texts in found.items()
+        if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
+    }
 
 
 def _branches(
@@ -232,9 +289,10 @@ def _branches(
         return (None,)
     if parts == 1:
         return (_branch_of_text(call, arguments) if guided else "cond" if was_guided else None,)
-    if guided and parts == 2:
+    names = (*(["uncond"] if guided else []), "cond", *(["perturbed"] if _is_perturbed(pipeline, call) else []))
+    if parts == len(names):
         # a class-conditional pipeline appends the null class
-        return ("cond", "uncond") if "class_null" in call else ("uncond", "cond")
+        return names[::-1] if "class_null" in call else names
     if before is not None and len(before.branches) == parts:
         return before.branches
     # three and more mean something else in every pipeline
@@ -276,6 +334,12 @@ def _is_guided(pipeline: Any, call: Mapping[str, Any]) -> bool:
         return any(value is True for value in told)
     scale = call.get("guidance_scale")
     return isinstance(scale, (int, float)) and scale > 1
+
+
+def _is_perturbed(pipeline: Any, call: Mapping[str, Any]) -> bool:
+    """Whether the batch ends with the prompt's part once more, under perturbed attention."""
+    name = "do_perturbed_attention_guidance"
+    return call.get(name, getattr(pipeline, name, False)) is True
 
 
 def _running_call(pipeline: Any) -> Mapping[str, Any]:

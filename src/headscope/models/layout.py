@@ -28,6 +28,50 @@ class Segment(NamedTuple):
     stop: int
 
 
+class Given(NamedTuple):
+    """What an attention module was given in the run that goes on.
+
+    Attributes:
+        text: text tokens beside the image; 0 for none.
+        rows, tokens: of its first tensor; 0 where it isn't one of [rows, tokens, channels] or of images.
+        attended: the rows of its attention calls so far, in this run.
+    """
+
+    text: int = 0
+    rows: int = 0
+    tokens: int = 0
+    attended: int = 0
+
+
+class Place(NamedTuple):
+    """Which rows an attention call is of.
+
+    Attributes:
+        samples: how many samples of the batch this run of the module has.
+        rows: the rows that they are together.
+        first: the call's first row among those: a module may attend to one part of its rows after the other.
+        alone: the call tells nothing of the module's run, and counts as one by itself.
+    """
+
+    samples: int
+    rows: int
+    first: int
+    alone: bool = False
+
+
+def place_of(batch: int, given: Given, rows: int, queries: int) -> Place | None:
+    """Where a call on so many rows and queries is in a batch; None where that can't be told."""
+    own = given.rows
+    # with as many rows as samples, or as many queries as tokens, the module has not folded them otherwise
+    if rows < own and own % batch == 0 and (own == batch or rows % batch or queries == given.tokens):
+        return Place(batch, own, given.attended % own)
+    if rows % batch == 0:
+        return Place(batch, rows, 0)
+    if rows <= own < batch and batch % own == 0:
+        return Place(own, own, given.attended % own)
+    return Place(rows, rows, 0, alone=True) if batch % rows == 0 else None
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one attention call [rows, heads, queries, dim] reads.
@@ -49,6 +93,11 @@ class Layout:
     queries: tuple[Segment, ...]
     keys: tuple[Segment, ...]
     grid: tuple[int, int] | None
+
+    @property
+    def end_sample(self) -> int:
+        """The one after the last."""
+        return self.first_sample + self.samples
 
 
 @dataclass(frozen=True)
@@ -164,21 +213,17 @@ def _patch(config: Mapping[str, Any]) -> tuple[int | None, int]:
 
 @lru_cache(maxsize=4096)
 def layout_of(
-    site: Site, geometry: Geometry, rows: int, queries: int, keys: int, own_text: int, calls_before: int
+    site: Site, geometry: Geometry, rows: int, queries: int, keys: int, given: Given, place: Place, first_sample: int
 ) -> Layout:
     """The layout of an attention call.
 
     Args:
         rows, queries, keys: its sizes.
-        own_text: how many text tokens the attention module itself was given beside the image; 0 for none.
-        calls_before: attention calls of the site in this forward so far.
+        first_sample: the first sample that it is of.
     """
-    batch = geometry.batch
-    fold = rows // batch if rows % batch == 0 else 1
-    samples = rows // fold
-    first = (calls_before * samples) % batch if samples < batch and batch % samples == 0 else 0
-    segments = _query_segments(site, geometry, queries, keys, own_text, fold)
-    text = own_text or geometry.text
+    fold = place.rows // place.samples
+    segments = _query_segments(site, geometry, queries, keys, given, fold)
+    text = given.text or geometry.text
     if site.kind == "cross" and keys == text:
         key_segments = (Segment(TEXT, None, 0, keys),)
     else:
@@ -186,16 +231,19 @@ def layout_of(
     images = [segment for segment in segments if segment.group == IMAGE]
     folds_frames = fold > 1 and fold == geometry.frames and bool(images) and images[0].frame is None
     grid = geometry._grid_of_size(images[0].stop - images[0].start) if images else None
-    return Layout(samples, first, fold, folds_frames, segments, key_segments, grid)
+    return Layout(rows // fold, first_sample, fold, folds_frames, segments, key_segments, grid)
 
 
 def _query_segments(
-    site: Site, geometry: Geometry, queries: int, keys: int, own_text: int, fold: int
+    site: Site, geometry: Geometry, queries: int, keys: int, given: Given, fold: int
 ) -> tuple[Segment, ...]:
-    text = own_text or geometry.text
-    if site.kind == "joint" and queries == keys and 0 < text < queries and site.text_first is not None:
+    text = given.text or geometry.text
+    if site.kind == "joint" and queries == keys and site.text_first is not None:
+        # of a sample's text, some modules leave out what is padding
+        if given.text and 0 < queries - given.tokens < text:
+            text = queries - given.tokens
         image = queries - text
-        if _image_tokens(geometry, image):
+        if 0 < text < queries and _image_tokens(geometry, image):
             if site.text_first:
                 return Segment(TEXT, None, 0, text), *_image_segments(geometry, image, text)
             return *_image_segments(geometry, image, 0), Segment(TEXT, None, image, queries)

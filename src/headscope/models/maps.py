@@ -1,6 +1,7 @@
 """Which part of the picture attends to which token of the prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from headscope.models.forwards import Forward, Window
+from headscope.models.caches import Reused
+from headscope.models.forwards import PROMPT, Forward, Window
 from headscope.models.layout import IMAGE, TEXT, Layout
+from headscope.models.prompts import TOKENIZERS, Prompts
 from headscope.ops import GroupMass
 
 TokenKind = Literal["start", "word", "end", "padding", "unknown"]
@@ -37,22 +40,33 @@ class TokenMaps:
     each site's map resized to the finest one's grid (bilinear). Masses of all tokens, marks and padding included, sum
     to 1 at every place of a cross-attention.
 
+    Their words are those of the pipeline's call. A pipeline that doesn't give its prompts to a text encoder as they
+    are (it cleans them, or puts them into a template) leaves the tokens of that encoder "unknown".
+
     Attributes:
-        prompts: one per sample.
+        reused: the sites whose attention under the prompt a forward took from a cache of diffusers or skipped, as in
+            `Recording.reused`; they are not in the sums of those steps.
     """
 
-    def __init__(self, pipeline: Any, prompts: Sequence[str], heads: Mapping[str, Sequence[int]]) -> None:
-        self.prompts = tuple(prompts)
+    def __init__(self, pipeline: Any, prompts: Prompts, heads: Mapping[str, Sequence[int]]) -> None:
+        self._prompts = prompts
+        self.reused: list[Reused] = []
         self._pipeline = pipeline
         self._heads = heads
         self._sums: dict[str, Tensor] = {}  # [samples, tokens, height, width]
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Counter[int]] = {}  # by sample, how many heads of how many calls
         self._groups: dict[tuple, GroupMass] = {}
         # two contexts may ask for the same tokens
         self._name = f"token_mass_{id(self)}"
 
     def __repr__(self) -> str:
         return f"TokenMaps({len(self.prompts)} prompts, {len(self._sums)} sites)"
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One per sample; before the pipeline runs, those that were named."""
+        of_samples = self._prompts.of_samples
+        return self._prompts.named or () if of_samples is None else tuple(own[PROMPT] for own in of_samples)
 
     # what the scope does with it
 
@@ -68,25 +82,45 @@ class TokenMaps:
             self._groups[place] = GroupMass(groups.to(device), text.stop - text.start, name=self._name)
         return self._groups[place]
 
+    def saw(self, forward: Forward) -> None:
+        """Take note of a forward inside the context.
+
+        Raises:
+            ValueError: it isn't of the prompts that were named, or not of those before.
+        """
+        self._prompts.saw(forward)
+
     def add(self, forward: Forward, site: str, layout: Layout, mass: Tensor) -> None:
-        """Add one call's [rows, heads, queries, tokens]; of two guidance branches, the one that sees the prompt."""
-        if layout.fold != 1 or layout.samples != forward.batch:
-            raise ValueError(f"token maps: site {site!r} folds frames or samples apart, expected a picture per row")
+        """Add one call's [rows, heads, queries, tokens]; of several guidance branches, the one that sees the prompt."""
+        if layout.fold != 1:
+            raise ValueError(f"token maps: site {site!r} folds frames into its batch, expected a picture per row")
         branches = forward.branches
         if "cond" not in branches and branches != (None,):
             return
         part = 0 if branches == (None,) else branches.index("cond")
-        own = mass.detach()[part * forward.samples : (part + 1) * forward.samples]
-        if own.shape[0] % len(self.prompts):
-            raise ValueError(f"token maps: got {len(self.prompts)} prompts for a batch of {own.shape[0]} samples")
+        samples = forward.samples_of(part, layout)
+        if not samples:
+            return
+        first = part * forward.samples + samples.start - layout.first_sample
+        own = mass.detach()[first : first + len(samples)]
         heads = self._heads.get(site)
         own = own if heads is None else own[:, list(heads)]
         image = next(segment for segment in layout.queries if segment.group == IMAGE)
         grid = self._grid(forward, layout)
         assert grid is not None
         summed = own[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
-        self._sums[site] = self._sums[site] + summed if site in self._sums else summed
-        self._counts[site] = self._counts.get(site, 0) + own.shape[1]
+        if site not in self._sums:
+            # an ordinary tensor, which a later forward in another mode may add to
+            with torch.inference_mode(False):
+                self._sums[site] = summed.new_zeros(forward.samples, *summed.shape[1:])
+        if self._sums[site].shape[1:] != summed.shape[1:]:
+            raise ValueError(
+                f"token maps: site {site!r} meets {summed.shape[1]} text tokens in one sample and"
+                f" {self._sums[site].shape[1]} in another, expected prompts of one length"
+            )
+        self._sums[site][samples.start : samples.stop] += summed
+        heard = self._counts.setdefault(site, Counter())
+        heard.update(dict.fromkeys(samples, own.shape[1]))
 
     def _grid(self, forward: Forward, layout: Layout) -> tuple[int, int] | None:
         """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
@@ -107,10 +141,9 @@ class TokenMaps:
             ValueError: nothing was recorded.
             IndexError: there is no such sample.
         """
-        samples, count = self._require(sample)
-        # several images of a prompt follow each other
-        images = samples // len(self.prompts)
-        return label_tokens(self._pipeline, self.prompts[sample // images], count)
+        _, count = self._require(sample)
+        assert self._prompts.of_samples is not None
+        return label_tokens(self._pipeline, self._prompts.of_samples[sample], count, self._prompts.encoded)
 
     def positions(self, words: str, sample: int = 0) -> list[int]:
         """Where the prompt's words stand among the tokens.
@@ -146,9 +179,11 @@ class TokenMaps:
         for site in chosen:
             if site not in self._sums:
                 raise KeyError(f"sites: nothing was recorded at {site!r}, expected some of {', '.join(self.sites)}")
+            if not self._counts[site][sample]:
+                raise KeyError(f"sites: nothing of sample {sample} was recorded at {site!r}")
         if not chosen:
             raise ValueError(f"sites: got none, expected some of {', '.join(self.sites)}")
-        maps = [self._sums[site][sample, list(of)].sum(0) / self._counts[site] for site in chosen]
+        maps = [self._sums[site][sample, list(of)].sum(0) / self._counts[site][sample] for site in chosen]
         height, width = max((tuple(one.shape) for one in maps), key=lambda shape: shape[0] * shape[1])
         resized = [
             functional.interpolate(one[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
@@ -187,25 +222,66 @@ class TokenRequest(Window):
         self.maps = maps
         self.sites = sites
 
+    def saw(self, forward: Forward) -> None:
+        super().saw(forward)
+        self.maps.saw(forward)
 
-def label_tokens(pipeline: Any, prompt: str, count: int) -> list[Token]:
+
+def label_tokens(
+    pipeline: Any, prompts: Mapping[str, str], count: int, encoded: Mapping[str, Collection[tuple[int, ...]]]
+) -> list[Token]:
     """What stands at each of `count` text positions of the denoiser.
 
-    CLIP's tokens come first where there are T5's as well (SD3); "unknown" where no tokenizer explains the positions.
+    "unknown" where no tokenizer explains a position, or its encoder was given other tokens than the prompt's.
+
+    Args:
+        prompts: a sample's, by the name of the call's argument; a tokenizer without one of its own has "prompt".
+        encoded: by tokenizer, the rows of ids that its encoder was seen to be given.
     """
-    tokenizers = [getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
     found: list[Token] = []
-    clip = next((one for one in tokenizers if one is not None and one.bos_token_id is not None), None)
-    if clip is not None and clip.model_max_length <= count:
-        found += _labelled(clip, prompt, clip.model_max_length, 0)
-    other = next((one for one in tokenizers if one is not None and one.bos_token_id is None), None)
-    if other is not None and len(found) < count:
-        found += _labelled(other, prompt, count - len(found), len(found))
-    return found + [Token(position, "", "unknown") for position in range(len(found), count)]
+    for name, length in _encoders(pipeline, count, encoded):
+        tokenizer = getattr(pipeline, name)
+        prompt = prompts.get(name.replace("tokenizer", PROMPT), prompts[PROMPT])
+        # a word that stands for several embeddings
+        convert = getattr(pipeline, "maybe_convert_prompt", None)
+        prompt = convert(prompt, tokenizer) if convert else prompt
+        ids = tuple(tokenizer(prompt, truncation=True, max_length=length).input_ids)
+        rows = encoded.get(name)
+        if rows and not any(row[: len(ids)] == ids for row in rows):
+            found += _unknown(len(found), length)
+        else:
+            found += _labelled(tokenizer, ids, length, len(found))
+    return found + _unknown(len(found), count - len(found))
 
 
-def _labelled(tokenizer: Any, prompt: str, length: int, first: int) -> list[Token]:
-    ids = tokenizer(prompt, truncation=True, max_length=length).input_ids
+def _encoders(pipeline: Any, count: int, encoded: Mapping[str, Collection[tuple[int, ...]]]) -> list[tuple[str, int]]:
+    """Whose tokens make up the text positions, and how many they are: tokenizers by name, in order.
+
+    CLIP's come first where there are T5's as well (SD3); where CLIP gives a single vector, there are T5's alone (Flux).
+    """
+    tokenizers = {name: tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipeline, name, None)) is not None}
+    clip = next((name for name, one in tokenizers.items() if one.bos_token_id is not None), None)
+    other = next((name for name, one in tokenizers.items() if one.bos_token_id is None), None)
+    lengths = {len(row) for row in encoded.get(other or "", ())}
+    found = []
+    left = count
+    if clip is not None:
+        length = tokenizers[clip].model_max_length
+        # without T5's encoder, zeros stand in its tokens' place
+        alone = other is None or getattr(pipeline, other.replace("tokenizer", "text_encoder"), None) is None
+        if length == count or (length < count and (alone or count - length in lengths)):
+            found.append((clip, length))
+            left = count - length
+    if other is not None and left and (left in lengths or (clip is None and not lengths)):
+        found.append((other, left))
+    return found
+
+
+def _unknown(first: int, count: int) -> list[Token]:
+    return [Token(position, "", "unknown") for position in range(first, first + count)]
+
+
+def _labelled(tokenizer: Any, ids: Sequence[int], length: int, first: int) -> list[Token]:
     labels = []
     for place in range(length):
         if place >= len(ids):

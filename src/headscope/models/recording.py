@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope._files import local_path, write_atomic
+from headscope.models.caches import Reused
 from headscope.models.forwards import Forward
 from headscope.models.layout import ALL, Layout, Segment
 from headscope.models.tensors import HeadTensors, Key, Reduce
@@ -27,8 +28,12 @@ ENTROPY, NORMALISED = "entropy", "entropy_normalised"
 
 
 class Part(NamedTuple):
-    """The rows of one attention call that belong to one query group (and video frame)."""
+    """The rows of one attention call that belong to one query group (and video frame).
 
+    number: of the part within its forward, in the order of execution.
+    """
+
+    number: int
     forward: Forward
     step: int
     site: str
@@ -78,6 +83,8 @@ class Recording:
         statistics: their names.
         quantities: which of head_output, q, k and v are kept.
         reduce: "mean" (statistics over queries, tensors over samples), or None (each query and each sample).
+        reused: the sites that forwards went without, because a cache of diffusers had their attention or their layer
+            was skipped: (site, step, branch). Nothing of them is recorded in those forwards.
     """
 
     def __init__(self, requested: Sequence[Statistic], quantities: Sequence[str] = (), reduce: Reduce = "mean") -> None:
@@ -85,6 +92,7 @@ class Recording:
         self.statistics = tuple(statistic.name for statistic in requested)
         self.quantities = tuple(quantities)
         self.reduce: Reduce = reduce
+        self.reused: list[Reused] = []
         self.tensors = HeadTensors(reduce)
         # how many of the denoiser's forwards the scope had seen when the context was entered
         self.first_forward = 0
@@ -138,8 +146,10 @@ class Recording:
             if statistic.sums_over_queries:
                 # one number per key, of all queries together
                 total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
-                segment = Segment(ALL, None, 0, 0)
-                part = Part(forward, step, site, call, segment, layout.first_sample, layout.samples, heads, 0, keys)
+                segment, number = Segment(ALL, None, 0, 0), len(self._pending)
+                part = Part(
+                    number, forward, step, site, call, segment, layout.first_sample, layout.samples, heads, 0, keys
+                )
                 self._pending.append(_Rows(part, name, total[:, :, None]))
                 continue
             rows = {name: tensor}
@@ -147,9 +157,19 @@ class Recording:
                 rows[NORMALISED] = _normalised(tensor, valid_keys)
             for own, whole in rows.items():
                 for segment, piece in split_queries(whole, layout):
-                    queries = piece.shape[2]
+                    queries, number = piece.shape[2], len(self._pending)
                     part = Part(
-                        forward, step, site, call, segment, layout.first_sample, layout.samples, heads, queries, keys
+                        number,
+                        forward,
+                        step,
+                        site,
+                        call,
+                        segment,
+                        layout.first_sample,
+                        layout.samples,
+                        heads,
+                        queries,
+                        keys,
                     )
                     self._pending.append(_Rows(part, own, piece))
 
@@ -219,7 +239,9 @@ class Recording:
     # tables
 
     def to_arrow(self) -> "pyarrow.Table":
-        """A row per forward, attention call, query group, sample and head.
+        """A row per forward, attention call, query group, sample and head; calls in the order of execution.
+
+        What is in `reused` has none.
 
         Columns: forward (of the denoiser, since the context was entered), step (the pipeline's; the forward where no
         pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within its guidance
@@ -302,7 +324,12 @@ class Recording:
         parquet = require("pyarrow.parquet", "diffusers")
         save_tensors = require("safetensors.torch", "diffusers").save
         folder, identity = local_path("folder", folder), uuid4().hex
-        settings = {"statistics": self.statistics, "quantities": self.quantities, "reduce": self.reduce}
+        settings = {
+            "statistics": self.statistics,
+            "quantities": self.quantities,
+            "reduce": self.reduce,
+            "reused": self.reused,
+        }
         described = {"headscope": json.dumps(settings), "id": identity}
         tensors = {json.dumps(key): tensor for key, tensor in self.tensors.stored()}
         write_atomic(folder / TENSOR_FILE, save_tensors(tensors, metadata=described))
@@ -328,6 +355,8 @@ class Recording:
             settings = json.loads(described["headscope"])
             recording = cls((), settings["quantities"], settings["reduce"])
             recording.statistics = tuple(settings["statistics"])
+            # files of earlier versions don't say
+            recording.reused = [Reused(*entry) for entry in settings.get("reused", ())]
             for name in file.keys():  # noqa: SIM118
                 recording.tensors.put(Key(*json.loads(name)), file.get_tensor(name))
         recording._loaded = table

@@ -14,7 +14,7 @@ attention is an operator whose inside is not traced, so that recordings and edit
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
@@ -27,6 +27,8 @@ from headscope.ops.schema import LIBRARY
 
 # where a module under observation carries its number
 HANDLE = "_headscope_handle"
+# and what counts how often hooks of diffusers left it out, where there are any
+HOOKED = "_headscope_hooked"
 # torch counts its hooks' ids up from 0
 _HOOK_ID = -1
 
@@ -40,7 +42,7 @@ class Frame(Protocol):
 
     def attend(
         self,
-        own_text: int,
+        given: Sequence[int],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -70,7 +72,9 @@ class _Running(threading.local):
     """What runs in this thread.
 
     Attributes:
-        modules: the observed attention modules, innermost last: [handle, own text tokens, attention calls so far].
+        modules: the observed attention modules, innermost last: [handle, what it was given, attention calls so far,
+            whether it was told to leave its attention out]; the second is a list of the text tokens beside the image,
+            the rows and tokens of its own tensor, and the rows of its attention calls so far.
         watchers: the scopes whose denoiser is in its forward.
     """
 
@@ -177,7 +181,22 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     # with an image prompt (IP-Adapter) the text comes first
     text = text[0] if isinstance(text, tuple) else text
     own_text = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
-    _running.modules.append([module.__dict__[HANDLE], own_text, 0])
+    own = args[0] if args else kwargs.get("hidden_states")
+    rows = tokens = 0
+    if isinstance(own, Tensor) and own.ndim in (3, 4):
+        rows, tokens = own.shape[0], own.shape[1] if own.ndim == 3 else own.shape[2] * own.shape[3]
+    # so LTX2 is told by guiders that perturb every sample
+    left_out = kwargs.get("all_perturbed", False)
+    _running.modules.append([module.__dict__[HANDLE], [own_text, rows, tokens, 0], 0, left_out])
+
+
+def _next_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, list[int]]:
+    """The handle of the module that calls attention, and what it was given before this call."""
+    entry = _running.modules[-1]
+    entry[2] += 1
+    given = list(entry[1])
+    entry[1][3] += (args[0] if args else kwargs["query"]).shape[0]
+    return entry[0], given
 
 
 def _leave(module: nn.Module, args: tuple, output: Any) -> None:
@@ -187,8 +206,11 @@ def _leave(module: nn.Module, args: tuple, output: Any) -> None:
     while entry[0] is not handle:
         entry = _running.modules.pop()
     # after an exception in the module there is no output
-    if entry[2] == 0 and output is not None:
-        _silent(handle)
+    if entry[2] == 0 and output is not None and not entry[3]:
+        hooked = module.__dict__.get(HOOKED)
+        # what a cache gives in its place is listed when the forward ends
+        if hooked is None or not hooked.left_out:
+            _silent(handle)
 
 
 def _silent(handle: Tensor) -> None:
@@ -207,15 +229,14 @@ def _routed(*args: Any, **kwargs: Any) -> Tensor:
             for watcher in _running.watchers:
                 watcher.attention_outside()
         return _stock(*args, **kwargs)
-    entry = _running.modules[-1]
-    entry[2] += 1
+    handle, given = _next_call(args, kwargs)
     if torch.compiler.is_compiling():
-        return torch.ops.headscope.observed_attention(*_bound(*args, **kwargs), entry[0], entry[1])
-    frame = _frames_by_handle[id(entry[0])]
+        return torch.ops.headscope.observed_attention(*_bound(*args, **kwargs), handle, given)
+    frame = _frames_by_handle[id(handle)]
     if not frame.wanted():
         return _stock(*args, **kwargs)
     _refuse_replacement(frame)
-    return frame.attend(entry[1], *_bound(*args, **kwargs))
+    return frame.attend(given, *_bound(*args, **kwargs))
 
 
 # modes tell functions by identity, which compiled code doesn't keep
@@ -227,16 +248,15 @@ def _overridden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
             watcher.attention_outside()
         with _unrouted():
             return _stock(*args, **kwargs)
-    entry = _running.modules[-1]
-    entry[2] += 1
-    frame = _frames_by_handle[id(entry[0])]
+    handle, given = _next_call(args, kwargs)
+    frame = _frames_by_handle[id(handle)]
     if not frame.wanted():
         with _unrouted():
             return _stock(*args, **kwargs)
     _refuse_replacement(frame)
     for one in overrides.acting_classes(args, kwargs):
         frame.refuse(overrides.named(one))
-    beneath = overrides.Beneath(lambda *own, **options: frame.attend(entry[1], *_bound(*own, **options)))
+    beneath = overrides.Beneath(lambda *own, **options: frame.attend(given, *_bound(*own, **options)))
     with _unrouted(), beneath.placed():
         output = _stock(*args, **kwargs)
     if len(beneath.outputs) != 1 or beneath.outputs[0] is not output:
@@ -287,7 +307,7 @@ def _empty_output(query: Tensor, value: Tensor) -> Tensor:
     return torch.empty_permuted(shape, order, dtype=query.dtype, device=query.device)
 
 
-def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, handle, own_text) -> Tensor:
+def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, handle, given) -> Tensor:
     if query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "headscope can't record or edit inside a CUDA graph, whose replays run no Python; compile the model"
@@ -296,7 +316,7 @@ def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     frame = _frames[int(handle)]
     if frame.wanted():
         _refuse_replacement(frame)
-        output = frame.attend(own_text, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        output = frame.attend(given, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     else:
         output = _stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     # compiled code relies on the strides it was promised
@@ -304,7 +324,7 @@ def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     return output if output.stride() == promised.stride() else promised.copy_(output)
 
 
-def _observed_fake(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, handle, own_text) -> Tensor:
+def _observed_fake(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, handle, given) -> Tensor:
     return _empty_output(query, value)
 
 
@@ -318,7 +338,7 @@ def _no_backward(ctx, grad: Tensor):
 
 LIBRARY.define(
     "observed_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal,"
-    " float? scale, bool enable_gqa, Tensor handle, SymInt own_text) -> Tensor"
+    " float? scale, bool enable_gqa, Tensor handle, SymInt[] given) -> Tensor"
 )
 LIBRARY.impl("observed_attention", _observed, "CompositeExplicitAutograd")
 torch.library.register_fake("headscope::observed_attention", _observed_fake, lib=LIBRARY)

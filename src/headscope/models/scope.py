@@ -13,9 +13,11 @@ from torch import nn
 from headscope.models import routing
 from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
+from headscope.models.caches import HookWatch, Reused
 from headscope.models.editing import ActiveEdit, Edits, Fill
-from headscope.models.forwards import Forward, Window, begin_forward
+from headscope.models.forwards import Forward, Progress, Window, begin_forward
 from headscope.models.maps import TokenMaps, TokenRequest
+from headscope.models.prompts import Prompts
 from headscope.models.recording import Recording
 from headscope.models.sites import Site, Unseen, find_denoiser, find_sites
 from headscope.models.tasks import Task, TaskItem
@@ -57,7 +59,7 @@ class Scope:
 
     Attributes:
         denoiser: the module whose sites these are (the pipeline's unet or transformer).
-        sites: what can be recorded and edited.
+        sites: what can be recorded and edited, in the order in which a forward runs them.
         unseen: attention modules that can't be, with the reason. Recording with unseen sites raises unless
             `sites=` leaves them out.
         recordings, token_maps, edits: what is active, outer contexts first.
@@ -77,6 +79,7 @@ class Scope:
         self.token_maps: list[TokenRequest] = []
         self.edits: list[ActiveEdit] = []
         self._wrap: ForwardWrap | None = None
+        self._hooks: HookWatch | None = None
         self._modules: list[nn.Module] = []
         self._contexts = 0
         self._forwards = 0
@@ -117,7 +120,7 @@ class Scope:
         raise KeyError(f"site: got {name!r}, expected one of {', '.join(site.name for site in self.sites)}")
 
     def matching(self, pattern: str) -> list[str]:
-        """The names of the sites that a name or a pattern of shell style ("*.attn2") means, in the model's order.
+        """The names of the sites that a name or a pattern of shell style ("*.attn2") means, in the order of `sites`.
 
         Raises:
             KeyError: there is none, or one of them can't be seen.
@@ -178,7 +181,7 @@ class Scope:
     @contextmanager
     def record_tokens(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         *,
         sites: Sequence[str] | str | None = None,
         heads: Mapping[str, Sequence[int]] | None = None,
@@ -187,7 +190,9 @@ class Scope:
         """Record which part of the picture attends to which token of the prompt, under the branch that sees it.
 
         Args:
-            prompts: what the pipeline is called with, one per sample (or one for all).
+            prompts: by default those that the pipeline is called with. Where they're named (one per sample, or one for
+                all), they must be the same; where the pipeline gets their embeddings, or the denoiser is called
+                without it, they must be named, and a warning says that nothing compares them.
             sites: names or patterns; by default all where image queries meet text keys.
             heads: heads to sum over, by site name or pattern; all where none are named.
             steps: the pipeline's steps to sum over; all if None.
@@ -199,9 +204,10 @@ class Scope:
         """
         self._look_again()
         chosen = {name: own for pattern, own in (heads or {}).items() for name in self.matching(pattern)}
-        maps = TokenMaps(self._pipeline, [prompts] if isinstance(prompts, str) else prompts, chosen)
+        words = Prompts(self._pipeline, prompts)
+        maps = TokenMaps(self._pipeline, words, chosen)
         names = self._chosen(sites) if sites is not None else frozenset(self._by_name)
-        with self._context(self.token_maps, TokenRequest(maps, names, steps)):
+        with words.watching_encoders(), self._context(self.token_maps, TokenRequest(maps, names, steps)):
             yield maps
 
     @contextmanager
@@ -338,6 +344,7 @@ class Scope:
         for site in self.sites:
             routing.observe(modules[site.name], SiteFrame(self, site))
             self._modules.append(modules[site.name])
+        self._hooks = HookWatch(self.denoiser)
         self._wrap = ForwardWrap(self._called, self)
         routing.install()
 
@@ -352,21 +359,30 @@ class Scope:
         if self._wrap is not None:
             self._wrap.remove()
             self._wrap = None
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
         self.running = None
 
     def begin(self, args: tuple, kwargs: dict, cache_context: str | None) -> None:
-        arguments = dict(self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments)
-        arguments.pop("self", None)
-        arguments |= arguments.pop("kwargs", {})
+        arguments = self._named_arguments(args, kwargs)
         forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context, self.running)
         # one object for forwards that are alike, so that sites need not read each anew
         if self.running is not None and self.running.geometry.same_as(forward.geometry):
             forward.geometry = self.running.geometry
         self.running = forward
         self._forwards += 1
+        if self._hooks is not None:
+            self._hooks.begin(forward, arguments, self._named_arguments)
         for entry in (*self.edits, *self.token_maps):
             entry.saw(forward)
         routing.watch(self)
+
+    def _named_arguments(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """The denoiser's arguments by name."""
+        arguments = dict(self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments)
+        arguments.pop("self", None)
+        return arguments | arguments.pop("kwargs", {})
 
     def end(self, completed: bool) -> None:
         routing.unwatch(self)
@@ -381,9 +397,33 @@ class Scope:
         if forward is not None:
             # what runs again in a backward belongs to this forward still
             forward.totals = dict(forward.calls)
+            if completed:
+                self._note_missing(forward)
+
+    def _note_missing(self, forward: Forward) -> None:
+        """List what hooks of diffusers left out; what a cache gave in its place can't be edited any more."""
+        if self._hooks is None:
+            return
+        for site, branch, cache in self._hooks.missing(forward, self._by_name):
+            for entry in self.recordings:
+                if site in entry.sites:
+                    step = forward.step_since(entry.recording.first_forward)
+                    entry.recording.reused.append(Reused(site, step, branch))
+            for request in self.token_maps:
+                shown = site in request.maps.sites and branch in ("cond", None)
+                if shown and site in request.sites and request.acts_in(forward):
+                    step = forward.step_since(request.first_forward)
+                    request.maps.reused.append(Reused(site, step, branch))
+            for edit in self.edits:
+                named = edit.branches is None or (branch or "cond") in edit.branches
+                if cache is not None and site in edit.sites and edit.acts_in(forward) and named:
+                    raise RuntimeError(
+                        f"site {site!r} can't be edited in step {forward.step_since(edit.first_forward)}, for {cache}"
+                        " took its attention from a cache; edit other sites or steps, or disable the cache"
+                    )
 
     @contextmanager
-    def repeat(self, forward: Forward | None, calls: dict[str, int]) -> Iterator[None]:
+    def repeat(self, forward: Forward | None, calls: dict[str, Progress]) -> Iterator[None]:
         """Run a part of an earlier forward again as it ran then, without recording it a second time."""
         if self._contexts == 0:
             raise RuntimeError(

@@ -15,6 +15,8 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
+from headscope.models.order import execution_order
+
 # what code calls when its attention can be seen
 VISIBLE_CALLS = frozenset({"scaled_dot_product_attention", "dispatch_attention_fn", "multi_head_attention_forward"})
 # what code calls in transformers' models, whose configuration says which implementation that is
@@ -84,15 +86,21 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
-    """Every attention module, in the order of `named_modules()`."""
+    """Every attention module; those that can be seen in the order in which a forward reaches them."""
     sites, unseen = [], []
+    spread = getattr(denoiser, "_parallel_config", None) is not None
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
         is_attention = processor is not None and any(hasattr(module, attribute) for attribute in _HEAD_COUNTS)
         of_transformers = not is_attention and not _TRANSFORMERS_CALLS.isdisjoint(_own_names(type(module).forward))
         if not is_attention and not of_transformers and not _sees(type(module).forward, type(module)):
             continue
-        reason = _hidden(processor) if is_attention else _hidden_in_transformers(module) if of_transformers else None
+        if is_attention:
+            reason = _hidden(processor)
+        else:
+            reason = _hidden_in_transformers(module) if of_transformers else _mixing(module)
+        if spread:
+            reason = f"{type(denoiser).__name__} is spread over processes, each of which sees a part of its attention"
         if reason:
             unseen.append(Unseen(name, reason))
             continue
@@ -100,7 +108,8 @@ def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
         parent = denoiser.get_submodule(name.rpartition(".")[0])
         heads = _heads(module, parent)
         sites.append(Site(name, _kind(module, parent, text_first), heads, _inner_dim(module) // heads, text_first))
-    return sites, unseen
+    by_name = {site.name: site for site in sites}
+    return [by_name[name] for name in execution_order(denoiser, list(by_name))], unseen
 
 
 def _hidden(processor: object) -> str | None:
@@ -126,6 +135,14 @@ def _hidden_in_transformers(module: nn.Module) -> str | None:
         f"{type(module).__name__} uses transformers' {implementation} attention, not torch's"
         ' scaled_dot_product_attention (attn_implementation="sdpa")'
     )
+
+
+def _mixing(module: nn.Module) -> str | None:
+    """Why the samples of a module's attention can't be told apart, or None."""
+    # ControlNetUnion gives it samples first, and so attends from one sample to the next
+    if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+        return "MultiheadAttention takes its tokens first (batch_first=False), and its samples can't be told from them"
+    return None
 
 
 def _own_names(function: Callable[..., Any]) -> frozenset[str]:
@@ -239,7 +256,11 @@ def _joined_text_first(function: Callable[..., Any]) -> bool | None:
             continue
         if not isinstance(node.args[0], (ast.List, ast.Tuple)) or not _joins_tokens(node):
             continue
-        names = [getattr(element, "id", "") for element in node.args[0].elts]
+        # of one sample of it (query[i : i + 1]), too
+        elements = [
+            getattr(part, "value", part) if isinstance(part, ast.Subscript) else part for part in node.args[0].elts
+        ]
+        names = [getattr(element, "id", "") for element in elements]
         texts = [any(word in name for word in _TEXT_WORDS) for name in names]
         tokens = all(any(w in name for w in ("hidden_states", "query", "img", "txt", "text")) for name in names)
         if len(names) == 2 and tokens and texts[0] != texts[1]:

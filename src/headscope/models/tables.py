@@ -75,10 +75,12 @@ def build_table(recording: Recording) -> "pyarrow.Table":
 
 
 def _blocks(recording: Recording) -> dict[Part, dict[str, np.ndarray]]:
-    """Each part's columns, [samples * heads] or [samples * heads, numbers], in the order of the calls."""
+    """Each part's columns, [samples * heads] or [samples * heads, numbers], in the order of execution."""
     tensors = [tensor for entry in recording.reduced for tensor in (*entry.values, entry.rows) if tensor is not None]
     arrays = iter(_to_host(tensors))
     order: dict[tuple, Part] = {}
+    # reduced together were calls of one shape, wherever they are in the model
+    numbers: dict[tuple, int] = {}
     found: dict[tuple, dict[str, np.ndarray]] = defaultdict(dict)
     for entry in recording.reduced:
         values = {
@@ -88,8 +90,10 @@ def _blocks(recording: Recording) -> dict[Part, dict[str, np.ndarray]]:
         if entry.rows is not None:
             values[entry.name] = next(arrays)
         for index, part in enumerate(entry.parts):
-            place = (part.forward.index, part.site, part.call, part.segment)
+            # a site may attend to one sample after the other
+            place = (part.forward.index, part.site, part.call, part.segment, part.first_sample)
             order.setdefault(place, part)
+            numbers[place] = min(part.number, numbers.get(place, part.number))
             for name, array in values.items():
                 found[place][name] = array[index].reshape(part.samples * part.heads, *array.shape[3:])
             if entry.name == ENTROPY and part.keys > 1 and f"{NORMALISED}_mean" not in found[place]:
@@ -97,7 +101,7 @@ def _blocks(recording: Recording) -> dict[Part, dict[str, np.ndarray]]:
                 found[place][f"{NORMALISED}_mean"] = found[place]["entropy_mean"] / np.float32(np.log(part.keys))
             elif entry.name == ENTROPY:
                 found[place].setdefault(f"{NORMALISED}_mean", np.full(part.samples * part.heads, np.nan, np.float32))
-    places = sorted(order, key=lambda place: place[0])
+    places = sorted(order, key=lambda place: (place[0], numbers[place]))
     return {order[place]: found[place] for place in places}
 
 

@@ -90,18 +90,17 @@ class HeadTensors:
     def add(self, forward: Forward, quantity: str, site: str, call: int, layout: Layout, tensor: Tensor) -> None:
         """Keep one call's tensor [rows, heads, tokens, dim]."""
         rows = tensor.detach().unflatten(0, (layout.samples, layout.fold))
-        last = layout.first_sample + layout.samples
         for part, branch in enumerate(forward.branches):
-            start = max(part * forward.samples, layout.first_sample)
-            stop = min((part + 1) * forward.samples, last)
-            if stop <= start:
+            samples = forward.samples_of(part, layout)
+            if not samples:
                 continue
-            own = rows[start - layout.first_sample : stop - layout.first_sample]
+            start = part * forward.samples + samples.start
+            own = rows[start - layout.first_sample :][: len(samples)]
             if self.reduce == "mean":
                 own = own.sum(0, keepdim=True, dtype=torch.float64 if own.device.type == "cpu" else torch.float32)
             else:
                 own = own.clone()
-            self._pending.append(_Pending(forward, start, quantity, site, call, branch, own, stop - start))
+            self._pending.append(_Pending(forward, start, quantity, site, call, branch, own, len(samples)))
 
     def end_forward(self, forward: Forward) -> None:
         forwards = len({id(pending.forward) for pending in self._pending})
@@ -129,10 +128,16 @@ class HeadTensors:
             known = timesteps[id(entry.forward)]
             own = known if len(known) == 1 else known[entry.first_sample : entry.first_sample + entry.count]
             key = Key(entry.quantity, entry.site, entry.call, single(own), entry.branch)
-            if self.reduce == "mean" and key in self._kept:
-                self._kept[key] = [self._kept[key][0] + entry.rows]
+            kept = self._kept[key]
+            if kept and kept[0].shape[1:] != entry.rows.shape[1:]:
+                raise ValueError(
+                    f"recording: {key} has {entry.rows.shape[3]} tokens in one sample and {kept[0].shape[3]} in"
+                    " another, expected as many in all whose tensors are kept together (prompts of one length)"
+                )
+            if self.reduce == "mean" and kept:
+                kept[0] = kept[0] + entry.rows
             else:
-                self._kept[key].append(entry.rows)
+                kept.append(entry.rows)
             self._counts[key] += entry.count
 
     def kept(self) -> list[Key]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from headscope.models.forwards import Forward
+from headscope.models.forwards import Forward, Progress
 
 _ABSENT = object()
 
@@ -23,7 +23,7 @@ class Watched(Protocol):
 
     def end(self, completed: bool) -> None: ...
 
-    def repeat(self, forward: Forward | None, calls: dict[str, int]) -> AbstractContextManager[None]:
+    def repeat(self, forward: Forward | None, calls: dict[str, Progress]) -> AbstractContextManager[None]:
         """The context in which a checkpointed part of a forward runs again, after those calls of its sites."""
         ...
 

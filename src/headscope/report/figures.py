@@ -203,10 +203,8 @@ _MEASURES: tuple[tuple[str, str, str, str, str, Callable[..., str], str | None],
 
 
 def _heads(table: pl.DataFrame, names: Names) -> list[tuple[str, int]]:
-    """Heads in the network's order."""
-    order = {site: index for index, site in enumerate(names.sites)}
-    heads = table.select("site", "head").unique().iter_rows()
-    return sorted(heads, key=lambda row: (order.get(row[0], len(order)), row[1]))
+    """Heads in the order of execution."""
+    return sorted(table.select("site", "head").unique().iter_rows(), key=lambda row: (names.place(row[0]), row[1]))
 
 
 def _notes(names: Names, when: str, write: Callable[..., str] | None) -> pl.Expr:

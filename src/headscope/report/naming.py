@@ -22,15 +22,23 @@ class Names:
     """Short labels of sites and heads, and the colour and marker of every group.
 
     Labels of sites are shortened where that keeps them distinct.
+
+    Attributes:
+        sites: their labels, in the order in which they are shown.
     """
 
     def __init__(self, sites: Sequence[str], groups: Sequence[str]) -> None:
         short = {site: _shorten(site) for site in sites}
         self.sites = short if len(set(short.values())) == len(short) else {site: site for site in sites}
+        self._places = {site: place for place, site in enumerate(sites)}
         self._groups = list(groups)
 
     def head(self, site: str, head: int) -> str:
         return f"{self.sites.get(site, site)} h{head}"
+
+    def place(self, site: str) -> int:
+        """Where a site stands among all that are shown."""
+        return self._places.get(site, len(self._places))
 
     def colour(self, group: str) -> str:
         return COLOURS[self._groups.index(group) % len(COLOURS)]

@@ -9,6 +9,7 @@ import polars as pl
 from headscope.report.naming import Names, fitted, interval, number, percent, probability, significant
 from headscope.study.analysis import StudyResult
 from headscope.study.entropy import Contrast
+from headscope.study.further import Score
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def distance_table(ranking: pl.DataFrame, names: Names) -> Table:
 
 
 def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) -> Table:
-    """Every head's entropy, averaged over timesteps, groups side by side."""
+    """Every head's entropy, averaged over timesteps, groups side by side; sites in the order of execution."""
     overall = entropy.filter(pl.col("timestep").is_null() & pl.col("group").is_in(groups))
     found = {(row["site"], row["head"], row["group"], row["measure"]): row for row in overall.iter_rows(named=True)}
     normalised = overall.filter(pl.col("measure") == "normalised")
@@ -162,7 +163,8 @@ def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) ->
     middle = (normalised["high"] - normalised["low"]).median()
     write = fitted((0.0, middle if isinstance(middle, float) else None))
     rows = []
-    for site, head, keys in overall.select("site", "head", "keys").unique(maintain_order=True).iter_rows():
+    heads = overall.select("site", "head", "keys").unique(maintain_order=True).iter_rows()
+    for site, head, keys in sorted(heads, key=lambda row: (names.place(row[0]), row[1])):
         cells = [names.head(site, head), str(keys)]
         for group in groups:
             row = found.get((site, head, group, "normalised"))
@@ -174,6 +176,31 @@ def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) ->
     for group in groups:
         columns += [(f"{group}, H / ln K", True), (f"{group}, nats", True)]
     return Table("Entropy of every head, mean over timesteps, all observed sources (95 % interval).", columns, rows)
+
+
+def further_table(score: Score, names: Names) -> Table:
+    """A score of every set of heads, or of every head in the order of execution."""
+    write = percent if score.fraction else significant
+    of_sets = "edit" in score.values.columns
+    found = list(score.values.iter_rows(named=True))
+    if not of_sets:
+        found.sort(key=lambda row: (names.place(row["site"]), row["head"]))
+    rows = [
+        [
+            row["edit"] if of_sets else names.head(row["site"], row["head"]),
+            row["group"],
+            row["fill"],
+            write(row["value"]),
+            interval(row["low"], row["high"], write),
+            str(row["sources"]),
+        ]
+        for row in found
+    ]
+    columns = [("set of heads" if of_sets else "head", False), ("group", False), ("fill", False)]
+    columns += [("value", True), ("95 % interval", True), ("sources", True)]
+    when = "" if score.kind.endswith("generations") else ", mean over timesteps"
+    left_out = f" {score.infinite} infinite values are left out." if score.infinite else ""
+    return Table(f"{score.title} ({score.kind}){when}; exploratory.{left_out}", columns, rows)
 
 
 def sites_table(result: StudyResult, names: Names) -> Table:
@@ -198,4 +225,4 @@ def sites_table(result: StudyResult, names: Names) -> Table:
         for site in result.sites
     ]
     columns = [("label", False), ("module", False), ("heads", True), ("keys K", True), ("ln K, nats", True)]
-    return Table("Attention sites, in the order of the network; h0 is a site's first head.", columns, rows)
+    return Table("Attention sites, in the order of execution; h0 is a site's first head.", columns, rows)

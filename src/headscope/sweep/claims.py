@@ -9,6 +9,7 @@ Claims save work, they don't guard numbers: if two processes ever compute one un
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from headscope._files import write_first
+from headscope._files import read_plain, write_first
 from headscope.sweep.store import CLAIMS
 
 # seconds
@@ -172,9 +173,10 @@ def _written(claim: dict[str, Any]) -> bytes:
 
 def _content(file: Path) -> bytes | None:
     try:
-        return file.read_bytes()
-    except OSError:
-        return None
+        return read_plain(file)
+    except OSError as error:
+        # something else in a claim's place is a claim that can't be read
+        return b"" if error.errno == errno.EINVAL else None
 
 
 def _parsed(content: bytes) -> dict[str, Any] | None:

@@ -101,9 +101,11 @@ class Progress:
 
     def waiting(self, unit: Unit, what: str) -> None:
         """A unit that somebody else has claimed is all that is left to do for now."""
+        self.say(f"waiting for unit {unit.id[:12]} of {unit.kind}: {what}")
+
+    def say(self, what: str) -> None:
         if self._shown:
-            text = f"{self._title}: waiting for unit {unit.id[:12]} of {unit.kind}: {what}"
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(f"{self._title}: {what}", markup=False, highlight=False, soft_wrap=True)
 
     def state(self) -> dict[str, float | int | str | None]:
         """What a line of JSON says."""

@@ -1,5 +1,9 @@
 """Reading a run: its tables, how far it is, and whether its files are whole."""
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from headscope.sweep.store import (
     MANIFEST,
     TABLES,
     TENSORS,
-    check_inside,
+    check_folders,
     check_whole,
     file_problem,
     read_manifest,
@@ -29,6 +33,8 @@ from headscope.sweep.store import (
 
 # those that a report knows
 REPORTED = ("observations", "ablations", "generations")
+# threads that check files
+READERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,10 @@ class Run:
         """Open a run directory.
 
         Raises:
-            ValueError: it isn't one, its manifest is damaged, or a link leads out of it.
+            ValueError: it isn't one, its manifest is damaged, or a folder in it is a link.
         """
         path = local_path("run", path)
-        check_inside(path)
+        check_folders(path)
         manifest = read_manifest(path)
         return cls(path, manifest, manifest["units"])
 
@@ -168,18 +174,28 @@ class Run:
         for each row of the table, uint8.
 
         Raises:
-            ValueError: no unit of the run, or its file is missing or damaged.
+            ValueError: no unit of the run, or a file of it is missing or damaged.
         """
         if kind not in GENERATED or (kind, unit) not in self._known:
             raise ValueError(f"unit: got {kind}/{unit}, expected one of the run's with images")
-        path = unit_file(self.path, kind, unit).with_suffix(".safetensors")
-        check_whole(path)
-        return load_file(path)
+        table = unit_file(self.path, kind, unit)
+        path = table.with_suffix(".safetensors")
+        for file in (table, path):
+            check_whole(file)
+        images = load_file(path)
+        shapes = [images[name].shape for name in ("clean", "edited") if name in images]
+        fits = [len(shape) == 4 and shape[-1] == 3 and shape[1:] == shapes[0][1:] for shape in shapes] == [True, True]
+        rows = pq.read_metadata(table).num_rows
+        if not fits or any(image.dtype != np.uint8 for image in images.values()) or shapes[1][0] != rows:
+            raise ValueError(
+                f"run: {str(path)!r} holds no images of {rows} rows, expected uint8 [images, height, width, 3]"
+            )
+        return images
 
     def mend(self) -> None:
         """Let units that failed too often be tried again, and drop damaged files, so that they are computed anew."""
-        for unit in self.units:
-            (self.path / FAILURES / f"{unit['id']}.json").unlink(missing_ok=True)
+        for record in (self.path / FAILURES).glob("*.json"):
+            record.unlink()
         for name in self.verify().torn:
             (self.path / name).unlink()
 
@@ -222,8 +238,25 @@ class Run:
         for file in files:
             if file.stem not in units:
                 raise ValueError(f"run: {str(file)!r} isn't this run's; remove it")
-            check_whole(file)
+        # reading and checksums leave the interpreter's lock to others
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(_check_all, (files[first::READERS] for first in range(READERS))))
         return files
+
+
+@contextmanager
+def as_written(run: Run) -> Iterator[None]:
+    """Raises ValueError where the tables of a run, which may come from elsewhere, aren't as headscope writes them."""
+    try:
+        yield
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"run: the tables of {str(run.path)!r} aren't as headscope writes them ({reason})") from error
+
+
+def _check_all(files: list[Path]) -> None:
+    for file in files:
+        check_whole(file)
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -25,7 +25,7 @@ from headscope.sweep.memory import borrowed
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
 from headscope.sweep.run import Run
-from headscope.sweep.store import CLAIMS, RunStore
+from headscope.sweep.store import CLAIMS, RunStore, unit_file
 from headscope.sweep.worker import Execution, Opened, WorkOrder, work
 
 
@@ -87,6 +87,7 @@ def run_sweep(
         execution: further settings that change the speed alone.
         workers: who works on it; None for this process.
         progress: show progress: a bar on a terminal, a line of JSON every 15 seconds elsewhere.
+        console: where to, and where groups are named that have fewer items than a sweep takes by itself.
         pipeline: the model where it is one in memory, for this process only.
 
     Raises:
@@ -102,7 +103,7 @@ def run_sweep(
         raise ValueError(f"executor: got {workers.executor!r} with a model in memory, expected local, or a directory")
     shown = partial(Progress, title, enabled=progress, console=console)
     with terminable(), borrowed(pipeline) if pipeline is not None else nullcontext():
-        _run(config, path, execution, workers, shown, pipeline)
+        _run(config, path, execution, workers, shown, pipeline, console or Console(stderr=True))
     return Run.open(path)
 
 
@@ -113,16 +114,26 @@ def _run(
     workers: Workers,
     progress: Callable[[tuple[Unit, ...]], Progress],
     pipeline: Any,
+    console: Console,
 ) -> None:
     opened = Opened(config, execution, pipeline)
     store = opened.store(path)
+    # said without progress, too: it is about what the numbers are of
+    for note in opened.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     units = opened.plan.units
     session = uuid.uuid4().hex
     listed = store.listed()
     with progress(units) as shown:
+        if store.rebuilt:
+            shown.say(f"{store.rebuilt}; written anew from the plan, results that are whole are kept")
         for unit in units:
-            if (unit.kind, unit.id) in listed and store.has(unit.kind, unit.id):
-                shown.already(unit)
+            if (unit.kind, unit.id) in listed:
+                if store.has(unit.kind, unit.id):
+                    shown.already(unit)
+                else:
+                    file = str(unit_file(store.path, unit.kind, unit.id))
+                    shown.say(f"{file!r} is damaged or lacks its images; computed anew")
         if workers.executor == "local":
             work(opened.runner(store), session, shown)
         else:

@@ -12,12 +12,14 @@ CRC-32 finds every change of up to 32 bits in a row, and all but one in 4e9 othe
 guards against faulty disks and copies, not against forgers.
 """
 
+import errno
 import os
 import re
-import stat
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+
+from headscope._files import open_plain
 
 DIGITS = 8
 _MARK = b"headscope seal "
@@ -55,15 +57,16 @@ def problem(path: Path, name: str) -> str | None:
         OSError: it can't be read at all, for a reason that isn't its content.
     """
     try:
-        # a pipe in a file's place would block an ordinary open
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        file = open_plain(path)
     except FileNotFoundError:
         return "missing"
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # a pipe, a device, a folder
+        return "foreign"
     try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            return "foreign"
-        size = status.st_size
+        size = os.fstat(file).st_size
         start, end = _notes(path.suffix, size, lambda first, last: os.pread(file, last - first, first))
         seal = _found(os.pread(file, end - start, start), path.suffix)
         if seal is None:
@@ -72,6 +75,11 @@ def problem(path: Path, name: str) -> str | None:
         checksum = _crc32(file, place + DIGITS, size, _crc32(file, 0, place, 0))
         if seal[0][-DIGITS:] != b"%08x" % checksum:
             return "torn"
+    except OSError as error:
+        # a bad sector
+        if error.errno != errno.EIO:
+            raise
+        return "torn"
     finally:
         os.close(file)
     return None if seal[1] == name.encode() else "foreign"

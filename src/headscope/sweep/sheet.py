@@ -9,8 +9,8 @@ import polars as pl
 
 from headscope._extras import require
 from headscope._files import write_atomic
-from headscope.sweep.run import Run
-from headscope.sweep.store import check_whole, unit_file
+from headscope.sweep.run import Run, as_written
+from headscope.sweep.store import unit_file
 
 MARGIN = 4
 LABEL_HEIGHT = 14
@@ -34,13 +34,15 @@ def write_contact_sheets(run: Run, *, edits: int = 12, items: int = 8) -> list[P
         raise ValueError(f"run: {str(run.path)!r} has no generations, expected a sweep with the score generate")
     written = []
     for kind in kinds:
-        frame, images, clean = _read(run, kind)
-        for (group, fill), rows in frame.group_by("group", "fill", maintain_order=True):
-            path = run.path / f"contact-{kind}-{group}-{fill}.png"
-            if path.parent != run.path:
-                raise ValueError(f"run: a table of {str(run.path)!r} names the group {group!r}, expected one without /")
-            _write(path, _sheet(rows, images, clean, edits, items))
-            written.append(path)
+        with as_written(run):
+            frame, images, clean = _read(run, kind)
+            for (group, fill), rows in frame.group_by("group", "fill", maintain_order=True):
+                for name in (str(group), str(fill)):
+                    if "/" in name or "\0" in name:
+                        raise ValueError(f"run: a table of {str(run.path)!r} has {name!r}, expected a name without /")
+                path = run.path / f"contact-{kind}-{group}-{fill}.png"
+                _write(path, _sheet(rows, images, clean, edits, items))
+                written.append(path)
     return written
 
 
@@ -51,7 +53,6 @@ def _read(run: Run, kind: str) -> tuple[pl.DataFrame, dict[str, np.ndarray], dic
         file = unit_file(run.path, kind, unit["id"])
         if unit["kind"] != kind or not file.is_file():
             continue
-        check_whole(file)
         tensors = run.images(kind, unit["id"])
         images[unit["id"]], clean[unit["id"]] = tensors["edited"], tensors["clean"]
         frame = pl.read_parquet(file).with_columns(pl.col(pl.Categorical).cast(pl.String))

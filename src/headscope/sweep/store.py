@@ -12,6 +12,7 @@
     images/<unit>.safetensors           what the model drew for the prompts
     failures/<unit>.json                what went wrong with a unit, try by try
     claims/<unit>                       who is working on a unit now
+    jobs/                               what Slurm's jobs say
 
 A file is written under a temporary name, flushed to disk and renamed. A unit is done when its file is there and whole,
 as the checksum in it says (`seals`): all but the failures and claims, which hold no numbers, are sealed.
@@ -34,7 +35,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from headscope._files import write_atomic, write_first
+from headscope._files import read_plain, write_atomic, write_first
 from headscope.sweep import seals
 from headscope.sweep.fitting import Fit
 
@@ -46,9 +47,7 @@ TABLES = ("observations", "ablations", "generations", "attributions", "set_ablat
 TENSORS = ("reference", "images")
 # the tables with images beside them
 GENERATED = ("generations", "set_generations")
-FAILURES, CLAIMS = "failures", "claims"
-# where Slurm's jobs leave their output
-JOBS = "jobs"
+FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
 # in an identity, before the name of a function of the user's own
 CODE = "code of "
 _SEAL = "headscope.seal"
@@ -56,38 +55,62 @@ _SEAL = "headscope.seal"
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
+class DamagedManifest(ValueError):
+    """A manifest isn't what headscope wrote."""
+
+
 class RunStore:
     """The files of one run.
 
     Args:
-        units: what the manifest says of each unit; written when the run is new.
+        units: what the manifest says of each unit; written when the run is new, and where its manifest was damaged or
+            lost: the results there tell that it is this run.
+
+    Attributes:
+        rebuilt: why the manifest was written anew, None where it wasn't.
 
     Raises:
-        ValueError: the directory holds a run of another configuration, something that isn't a run, or a link that
-            leads out of it.
+        ValueError: the directory holds a run of another configuration, something that isn't a run, or a folder that is
+            a link.
     """
 
     def __init__(
         self, path: Path, identity: dict[str, Any], description: dict[str, Any], units: Sequence[dict[str, Any]] = ()
     ) -> None:
+        check_folders(path)
         self.path = path
-        check_inside(path)
+        self.rebuilt: str | None = None
         manifest = path / MANIFEST
+        content = _json({"format": FORMAT, "identity": identity, **description, "units": list(units)}, MANIFEST)
         if not manifest.is_file():
             # a run killed while its manifest was being written has left nothing but that
             strange = path.exists() and not (path.is_dir() and all(map(_is_beginning, path.iterdir())))
-            # of one whose manifest was lost, the results know the plan that they are of
-            results = {unit for _, unit in self.listed()}
-            strange = strange and not (results and results <= {unit["id"] for unit in units})
+            lost = strange and self._has_results_of(units)
             # another process may have begun the same run meanwhile
-            if strange and not manifest.is_file():
+            if strange and not lost and not manifest.is_file():
                 raise ValueError(
                     f"out: got {str(path)!r}, which holds something that isn't a headscope run; expected a new one"
                 )
             path.mkdir(parents=True, exist_ok=True)
             # of several processes that begin one, one's manifest stands, and the units are in it
-            write_first(manifest, _manifest({"format": FORMAT, "identity": identity, **description}, units))
-        _same_identity(path, read_manifest(path)["identity"], identity)
+            if write_first(manifest, content) and lost:
+                self.rebuilt = f"{str(manifest)!r} was missing"
+        try:
+            found = read_manifest(path)
+        except DamagedManifest as error:
+            if not self._has_results_of(units):
+                raise ValueError(
+                    f"out: {error}. Nothing there is of this configuration; choose another directory"
+                ) from None
+            write_atomic(manifest, content)
+            found = read_manifest(path)
+            self.rebuilt = f"{str(manifest)!r} was damaged"
+        _same_identity(path, found["identity"], identity)
+
+    def _has_results_of(self, units: Sequence[dict[str, Any]]) -> bool:
+        """Whether there are results in the directory, all of units of this plan: their ids are digests of it."""
+        results = {unit for _, unit in self.listed()}
+        return bool(results) and results <= {unit["id"] for unit in units}
 
     def table_path(self, kind: str, unit: str) -> Path:
         return self.path / kind / f"{unit}.parquet"
@@ -181,23 +204,17 @@ class RunStore:
         (self.path / FAILURES / f"{unit}.json").unlink(missing_ok=True)
 
 
-def check_inside(run: Path) -> None:
-    """Raises ValueError where a folder or file of a run directory is a link that leads out of it: what is written,
-    mended or removed in there would be somebody else's."""
-    inside = run.resolve()
-    for name in (MANIFEST, EXECUTION, *TABLES, *TENSORS, FAILURES, CLAIMS, JOBS):
-        place = run / name
-        if place.is_symlink() and not place.resolve().is_relative_to(inside):
-            raise ValueError(
-                f"run: {str(place)!r} is a link to {str(place.resolve())!r}, expected what lies in the run directory"
-                " itself (which may be a link)"
-            )
+def check_folders(run: Path) -> None:
+    """Raises ValueError where a folder of a run is a link: what is written or dropped there would be elsewhere."""
+    for name in (*TABLES, *TENSORS, FAILURES, CLAIMS, JOBS):
+        if (run / name).is_symlink():
+            raise ValueError(f"run: {str(run / name)!r} is a link, expected a folder of the run's own")
 
 
 def read_tries(file: Path) -> list[dict[str, Any]]:
     """A unit's record of what went wrong, try by try; empty where the file is none, as if it had not been tried."""
     try:
-        tries = json.loads(file.read_text(encoding="utf-8"))
+        tries = json.loads(read_plain(file))
     except (OSError, ValueError, RecursionError):
         return []
     return tries if isinstance(tries, list) and all(map(_is_try, tries)) else []
@@ -224,10 +241,7 @@ def unit_problem(run: Path, kind: str, unit: str) -> str | None:
 
 
 def file_problem(path: Path) -> str | None:
-    """What is wrong with a unit's file, read to its end: "missing", "torn" or "foreign" (as one that lies elsewhere is,
-    to which a link leads); None if nothing is."""
-    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.parent.resolve()):
-        return "foreign"
+    """What is wrong with a unit's file, read to its end: "missing", "torn" or "foreign"; None if nothing is."""
     return seals.problem(path, _name(path))
 
 
@@ -244,7 +258,12 @@ def check_whole(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Raises ValueError where there is no whole manifest of this format."""
+    """A run's manifest.
+
+    Raises:
+        DamagedManifest: it isn't whole.
+        ValueError: there is none, or one of another format.
+    """
     file = path / MANIFEST
     problem = seals.problem(file, MANIFEST)
     if problem == "missing":
@@ -262,9 +281,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
             )
         if problem is None and _is_manifest(manifest):
             return manifest
-    raise ValueError(
-        f"run: {str(file)!r} is damaged: it isn't what headscope wrote. Put a copy of it back, or remove it and give"
-        " the command that began the run again, which keeps all results that are whole"
+    raise DamagedManifest(
+        f"run: {str(file)!r} is damaged: it isn't what headscope wrote. The command that began the run writes it anew"
+        " and keeps all results that are whole"
     )
 
 
@@ -287,10 +306,6 @@ def _is_unit(unit: dict[str, Any]) -> bool:
         and "/" not in unit["group"]
         and all(isinstance(unit.get(name), int) for name in ("items", "forwards"))
     )
-
-
-def _manifest(content: dict[str, Any], units: Sequence[dict[str, Any]]) -> bytes:
-    return _json({**content, "units": list(units)}, MANIFEST)
 
 
 def _name(path: Path) -> str:
