@@ -17,6 +17,7 @@ import polars as pl
 from rich.console import Console
 
 from headscope._files import local_path, write_atomic
+from headscope._machine import checked_device
 from headscope.report.page import STUDY_CAVEATS, GroupInfo, write_report, write_sweep_report
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
@@ -70,6 +71,8 @@ class StudyConfig:
         unknown = [name for name in self.groups if name not in GROUPS]
         if unknown:
             raise ValueError(f"groups: got {', '.join(unknown)}, expected some of {', '.join(GROUPS)}")
+        # what its sweeps can't be refuses itself now, not when they begin
+        self.observe()
 
     @property
     def contrast(self) -> tuple[str, str]:
@@ -117,6 +120,7 @@ def run_study(
     """
     out = local_path("out", out)
     show: dict[str, Any] = {"batch": batch, "progress": progress, "console": console}
+    checked_device(config.device)
     _claim(out, config)
     run_sweep(config.observe(), out / "observe", title="entropy of every head", **show)
     discover = run_sweep(config.discover(), out / "discover", title="every head ablated", **show)
@@ -145,9 +149,15 @@ def _claim(out: Path, config: StudyConfig) -> None:
 def read_study(out: Path) -> dict[str, Any]:
     """The settings a study was started with."""
     try:
-        return json.loads((out / STUDY).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        settings = json.loads((out / STUDY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"study: {str(out / STUDY)!r} can't be read ({error})") from None
+    whole = isinstance(settings, dict) and all(
+        isinstance(settings.get(name), int) for name in ("heads_per_group", "seed")
+    )
+    if not whole:
+        raise ValueError(f"study: {str(out / STUDY)!r} holds no study's settings, expected what headscope study wrote")
+    return settings
 
 
 def report_study(out: Path) -> Path:
@@ -158,6 +168,8 @@ def report_study(out: Path) -> Path:
     """
     settings = read_study(local_path("out", out))
     runs = {stage: Run.open(out / stage) for stage in STAGES if (out / stage / "manifest.json").is_file()}
+    for run in runs.values():
+        _check_described(run)
     finished = {stage: run for stage, run in runs.items() if run.kinds}
     if "observe" not in finished:
         raise ValueError(f"study: {str(out)!r} has no finished unit yet, expected some results to report")
@@ -200,12 +212,13 @@ def report_sweep(path: Path) -> Path:
         ValueError: it isn't a run, has no finished unit, or its tables are damaged or of another shape.
     """
     run = Run.open(path)
+    _check_described(run)
     with as_written(run):
         tables = {kind: _text(run, kind) for kind in run.kinds}
         if not tables:
             raise ValueError(f"run: {str(path)!r} has no finished unit yet, expected some results to report")
         return write_sweep_report(
-            path / REPORT,
+            run.path / REPORT,
             title=f"Sweep of {_model_name(run.manifest)}",
             run_info=run_info(run.manifest),
             groups=group_infos(run.manifest),
@@ -213,6 +226,14 @@ def report_sweep(path: Path) -> Path:
             seed=run.manifest["config"]["seed"],
             **tables,
         )
+
+
+def _check_described(run: Run) -> None:
+    """Raises ValueError where a whole manifest, made elsewhere, doesn't say what a report shows."""
+    names = ("config", "sites", "groups", "device", "threads", "versions", "created", "timesteps", "forwards")
+    lacking = [name for name in names if name not in run.manifest]
+    if lacking:
+        raise ValueError(f"run: the manifest of {str(run.path)!r} lacks {', '.join(lacking)}, which reports show")
 
 
 def is_study(path: Path) -> bool:

@@ -1,6 +1,5 @@
 """Reading a run: its tables, how far it is, and whether its files are whole."""
 
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from headscope.sweep.store import (
     check_whole,
     file_problem,
     read_manifest,
+    read_tries,
     unit_file,
     unit_problem,
 )
@@ -163,7 +163,8 @@ class Run:
         for unit in unfinished:
             record = self.path / FAILURES / f"{unit}.json"
             if record.is_file():
-                failed[unit] = json.loads(record.read_text(encoding="utf-8"))[-1]["error"]
+                tries = read_tries(record)
+                failed[unit] = tries[-1]["error"] if tries else f"its record {str(record)!r} can't be read"
         running = {unit: owner for unit, owner in Claims(self.path).owners().items() if unit in set(unfinished)}
         return Status(units, (forwards[0], forwards[1]), failed, running)
 
