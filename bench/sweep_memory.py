@@ -51,7 +51,6 @@ def main() -> None:
     config = SweepConfig(
         # at many timesteps, so that the time is up before the work is done
         groups=("faces",),
-        items=2000,
         bands=200,
         observe=False,
         fills=("mean", "zero"),

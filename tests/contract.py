@@ -237,16 +237,31 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the contract says, float64, what an output may err by, and the largest finite |logit|."""
+    """What the contract says, float64, and what is needed to say how far a result may be from it.
+
+    Attributes:
+        output_tolerance: for each output.
+        reach: L of the statistics' bound, see statistic_tolerance.
+        largest_logit: the largest finite |logit|.
+        faint: [batch, heads, queries, groups], where a group's entropy can't be held to anything: its largest weight
+            is below 2^-96 of the row's, but not so far that nothing is left of it; 2^-900 in float64.
+    """
 
     output: Tensor
     output_tolerance: Tensor
     statistics: dict[str, Tensor]
+    reach: float
+    dim: int
     largest_logit: float
+    faint: Tensor | None
 
 
-def truth(inputs: Inputs) -> Truth:
-    """The contract in float64, row by row from its definition; shares no code with the library."""
+def truth(inputs: Inputs, *, precise: bool | None = None) -> Truth:
+    """The contract in float64, row by row from its definition; shares no code with the library.
+
+    `precise`: weights count however small they are beside their row's largest; by default those of float64 inputs do.
+    """
+    least = 0.0 if (inputs.query.dtype == torch.float64 if precise is None else precise) else 2.0**-126
     query, key, value = (tensor.double() for tensor in (inputs.query, inputs.key, inputs.value))
     groups = query.shape[1] // max(1, key.shape[1])
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -256,33 +271,51 @@ def truth(inputs: Inputs) -> Truth:
         scale = scale / inputs.temperature.double()[..., None, None]
     products = scale * torch.einsum("bhqd,bhkd->bhqk", query, key)
     allowed, added = _mask_parts(inputs, products)
+    # what is added on the way, whatever it comes to
+    sizes = torch.where(added > 0.5 * FINFO_MIN, added.abs(), 0.0)
     if inputs.key_bias is not None:
         bias = inputs.key_bias.double()[:, :, None]
         allowed = allowed & (bias != -math.inf)
-        added = added + torch.where(bias == -math.inf, 0.0, bias)
+        bias = torch.where(bias == -math.inf, 0.0, bias)
+        sizes = sizes + bias.abs()
+        # beside the lowest float a bias vanishes as well
+        added = torch.where(added > 0.5 * FINFO_MIN, added + bias, added)
     logits = torch.where(allowed, products + added, -math.inf)
     probabilities = _softmax(logits)
     factors = torch.ones(()) if inputs.key_scale is None else inputs.key_scale.double()[:, :, None]
     attention = torch.einsum("bhqk,bhkd->bhqd", probabilities * factors, value)
     dtype = inputs.query.dtype
-    error = attention_tolerance(query, key, value, scale, logits, probabilities, factors, dtype)
+    error = attention_tolerance(query, key, value, scale, sizes, logits, probabilities, factors, dtype)
     flat = torch.where(allowed, added, -math.inf)
     uniform = _softmax(flat)
     fill, fill_error = _fill(inputs, uniform * factors, value), 0.0
     if inputs.fill == "uniform":
-        fill_error = attention_tolerance(0 * query, key, value, scale, flat, uniform, factors, dtype)
+        fill_error = attention_tolerance(
+            torch.zeros_like(query), key, value, scale, sizes, flat, uniform, factors, dtype
+        )
     output = attention
     if inputs.gate is not None:
         gate = inputs.gate.double()[..., None, None]
         mixed = gate * attention + (1 - gate) * fill
         output = torch.where(gate == 1, attention, torch.where(gate == 0, fill, mixed))
         error = blend_tolerance(attention, error, gate, fill, fill_error, dtype)
-    finite = logits[logits.isfinite() & (logits > 0.5 * FINFO_MIN)].abs()
-    largest = float(finite.max()) if len(finite) else 0.0
-    return Truth(output, error, _statistics(inputs, logits, probabilities), largest)
+    counts = logits.isfinite() & (logits > 0.5 * FINFO_MIN)
+    lengths = (tensor.square().sum(-1, keepdim=True).sqrt().nan_to_num() for tensor in (query, key))
+    reach = torch.as_tensor(scale).abs() * next(lengths) * next(lengths).mT + sizes
+    statistics, faint = _statistics(inputs, logits, probabilities, least)
+    return Truth(
+        output, error, statistics, _largest(reach[counts]), query.shape[-1], _largest(logits[counts].abs()), faint
+    )
 
 
-def _statistics(inputs: Inputs, logits: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def _statistics(
+    inputs: Inputs, logits: Tensor, probabilities: Tensor, least: float
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Every statistic by name, and Truth.faint. A weight below `least` of its row's largest counts as nothing."""
     queries, keys = logits.shape[-2:]
     lowest = torch.full(logits.shape[:-1], -math.inf, dtype=torch.float64)
     zero = torch.zeros_like(lowest)
@@ -299,21 +332,26 @@ def _statistics(inputs: Inputs, logits: Tensor, probabilities: Tensor) -> dict[s
     values["key_mass"] = probabilities.sum(-2)
     offsets = (torch.arange(queries)[:, None] - torch.arange(keys)).abs()
     values["distance"] = (probabilities * offsets).sum(-1)
-    if inputs.groups is not None:
-        masses, entropies = [], []
-        for group in range(inputs.group_count):
-            member = (inputs.groups == group)[:, None, None]
-            # what float32 can't tell from nothing beside the row's largest counts as nothing
-            seen = member & ~(probabilities < 2.0**-126 * probabilities.amax(-1, keepdim=True)) if keys else member
-            own = torch.where(seen, probabilities, 0.0)
-            if bool(probabilities.isnan().any()):
-                own = torch.where(probabilities.isnan().any(-1, keepdim=True), math.nan, own)
-            mass = own.sum(-1)
-            masses.append(mass)
-            share = own / torch.where(mass == 0, 1.0, mass)[..., None]
-            entropies.append(torch.special.entr(share).sum(-1))
-        values["group_mass"], values["group_entropy"] = torch.stack(masses, -1), torch.stack(entropies, -1)
-    return values
+    if inputs.groups is None:
+        return values, None
+    masses, entropies, faint = [], [], []
+    largest = probabilities.amax(-1, keepdim=True) if keys else torch.zeros(*logits.shape[:-1], 1)
+    for group in range(inputs.group_count):
+        member = (inputs.groups == group)[:, None, None]
+        seen = member & ~(probabilities < least * largest)
+        own = torch.where(seen, probabilities, 0.0)
+        if bool(probabilities.isnan().any()):
+            own = torch.where(probabilities.isnan().any(-1, keepdim=True), math.nan, own)
+        mass = own.sum(-1)
+        masses.append(mass)
+        share = own / torch.where(mass == 0, 1.0, mass)[..., None]
+        entropies.append(torch.special.entr(share).sum(-1))
+        most = torch.where(member, probabilities, 0.0).amax(-1) if keys else mass
+        below = most / torch.where(largest[..., 0] == 0, 1.0, largest[..., 0])
+        # several keys may add up to the smallest weight
+        faint.append((below < 2.0**-96) & (below * keys > 0.5 * least) if least else below < 2.0**-900)
+    values["group_mass"], values["group_entropy"] = torch.stack(masses, -1), torch.stack(entropies, -1)
+    return values, torch.stack(faint, -1)
 
 
 def _mask_parts(inputs: Inputs, products: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,9 +364,8 @@ def _mask_parts(inputs: Inputs, products: Tensor) -> tuple[Tensor, Tensor]:
     if mask.dtype == torch.bool:
         return mask.expand(products.shape), torch.zeros_like(products)
     mask = mask.expand(products.shape)
-    if mask.shape[-1] and bool((mask == FINFO_MIN).all(-1).any()):
-        # torch adds in float32, where finfo.min swallows the logit: such a row is uniform
-        products[mask == FINFO_MIN] = 0.0
+    # torch adds in float32, where finfo.min swallows the logit: a row of it is uniform
+    products[(mask == FINFO_MIN) & ~products.isnan()] = 0.0
     return mask != -math.inf, torch.where(mask == -math.inf, 0.0, mask).double()
 
 
@@ -350,12 +387,15 @@ def _fill(inputs: Inputs, uniform: Tensor, value: Tensor) -> Tensor:
 
 
 def statistic_tolerance(expected: Truth, name: str = "entropy") -> float:
-    """1e-5 + 4 * 2^-24 * max |logit|, for every input dtype.
+    """1e-5 + 2^-23 * (2 + sqrt(dim)) * L for every input dtype; with L the
+    largest |scale| |query| |key| + |key_bias| + |mask|.
 
-    Sums that aren't bounded by about 1 have it relative to their largest value. In a group's entropy two terms of up
-    to ln 2^126 = 87 nats cancel, each known to a few units in its last place.
+    A logit is a sum of dim products that float32 rounds as often, each by 2^-24 of a partial sum, which is L at the
+    most: 2 sqrt(dim) of those are six standard deviations where the sum grows evenly to L, in whatever order. Sums that
+    aren't bounded by about 1 have the bound relative to their largest value. In a group's entropy two terms of up to
+    ln 2^126 = 87 nats cancel, each known to a few units in its last place.
     """
-    bound = 1e-5 + 4 * 2.0**-24 * expected.largest_logit
+    bound = 1e-5 + 2.0**-23 * (2 + math.sqrt(expected.dim)) * expected.reach
     if name in ("distance", "key_mass"):
         values = expected.statistics[name].nan_to_num()
         bound *= max(1.0, float(values.max())) if values.numel() else 1.0

@@ -193,7 +193,9 @@ class Problem:
             scale = scale / self.temperature.double().expand(self.rows[:2])[..., None, None]
         factors = torch.ones((), device=DEVICE) if self.key_scale is None else self.key_scale.double()[..., None, :]
         dtype = self.query.dtype
-        error = attention_tolerance(query, key, value, scale, self.logits(), self.weights(), factors, dtype)
+        error = attention_tolerance(
+            query, key, value, scale, self.added(), self.logits(), self.weights(), factors, dtype
+        )
         if self.gate is None:
             return error
         fill = torch.zeros((), device=DEVICE) if self.fill is None else self.fill.double()
@@ -258,11 +260,24 @@ class Problem:
         # 2^-96, with 26 bits below it left, or nothing at all
         return ~(nearest > 96 * math.log(2)) | (nearest == math.inf)
 
-    def largest_logit(self) -> float:
-        """The largest finite |logit|, that of the lowest float apart."""
-        finite = self.logits().nan_to_num(0, 0, 0)
-        finite = finite[finite > FINFO_MIN]
-        return finite.abs().max().item() if finite.numel() else 0.0
+    def added(self) -> Tensor:
+        """|key_bias| + |mask|, of the finite ones: [batch, heads, queries, keys]."""
+        sizes = torch.zeros((*self.rows, self.keys), dtype=torch.float64, device=DEVICE)
+        for tensor in (self.attn_mask, None if self.key_bias is None else self.key_bias[..., None, :]):
+            if tensor is not None and tensor.dtype != torch.bool:
+                sizes = sizes + torch.where(tensor.double() > 0.5 * FINFO_MIN, tensor.double().abs(), 0.0)
+        return sizes
+
+    def statistic_bound(self) -> float:
+        """The contract's: 1e-5 + 2^-23 * (2 + sqrt(dim)) * L, L = max |scale| |query| |key| + |key_bias| + |mask|."""
+        if not self.logits().numel():
+            return 1e-5
+        query, key = (tensor.double().square().sum(-1).sqrt().nan_to_num() for tensor in (self.query, self.key))
+        scale = torch.full((1,), abs(self.multiplier), device=DEVICE).double()
+        if self.temperature is not None:
+            scale = scale / self.temperature.double().min()
+        products = float(scale * query.max() * key.max())
+        return 1e-5 + 2.0**-23 * (2 + math.sqrt(self.query.shape[3])) * (products + float(self.added().max()))
 
     def check(self, statistics: tuple[str, ...] = SOME, configuration: ForwardConfiguration | None = None) -> None:
         """Output within what rounding explains, statistics within the contract's bound; NaN for NaN."""
@@ -280,7 +295,7 @@ class Problem:
 
     def check_statistic(self, name: str, value: Tensor) -> None:
         comparable = self.comparable(name)
-        bound = 1e-5 + 4 * 2**-24 * self.largest_logit()
+        bound = self.statistic_bound()
         torch.testing.assert_close(
             torch.where(torch.as_tensor(comparable, device=DEVICE), value.double(), 0.0),
             torch.where(torch.as_tensor(comparable, device=DEVICE), self.statistic(name), 0.0),
@@ -293,7 +308,7 @@ class Problem:
 
     def check_key_mass(self, configuration: ForwardConfiguration | None = None) -> None:
         """Within the contract's bound, times the mass where that is above 1."""
-        bound = 1e-5 + 4 * 2**-24 * self.largest_logit()
+        bound = self.statistic_bound()
         expected = self.weights().sum(-2)
         torch.testing.assert_close(
             self.key_mass(configuration).double() / expected.clamp(min=1),

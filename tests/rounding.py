@@ -2,9 +2,10 @@
 
 Each operation rounds its result by at most UNIT of it. Roundings are taken as independent and centred: those of sizes
 a_1, a_2, ... UNIT sum to more than CERTAINTY * UNIT * sqrt(sum a^2) with a chance below 2 exp(-CERTAINTY^2 / 2)
-(Hoeffding's inequality; uniform roundings of that size are 7 standard deviations away, a chance of 1e-11). The order of
-a sum and whether products are fused into it don't matter: in an order that doesn't know its n terms x, a sum s passes n
-partial sums of s^2 / 3 + |x|^2 / 6 each in the mean square (a random walk that ends in s); trees have smaller ones.
+(Hoeffding's inequality), 3e-8. The order of a sum and whether products are fused into it don't matter: in an order that
+doesn't know its n terms x, a sum s passes n partial sums of s^2 / 3 + |x|^2 / 6 each in the mean square (a random walk
+that ends in s). One order's may be larger by a factor, which is made up for by how loose the inequality is: for
+roundings that are spread evenly CERTAINTY is ten standard deviations. Trees have fewer and smaller partial sums.
 
 What all keys of a row share, such as a rounded scale, isn't independent, and is added as it is.
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 UNIT = 2.0**-24
-CERTAINTY = 4.0
+CERTAINTY = 6.0
 
 
 def sum_variance(total: Tensor, squares: Tensor, terms: int) -> Tensor:
@@ -27,16 +28,18 @@ def attention_tolerance(
     key: Tensor,
     value: Tensor,
     multiplier: Tensor | float,
+    added: Tensor,
     logits: Tensor,
     probabilities: Tensor,
     key_scale: Tensor | float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What the output may err by before gate and fill, [batch, heads, queries, dim_v].
+    """What the output may err by before gate and fill, [batch, heads, queries, dim_v]; of float64 inputs, in float64.
 
     Args:
         query, key, value: float64, with as many heads each.
         multiplier: scale / temperature, broadcastable to [batch, heads, queries, keys].
+        added: |key_bias| + |mask|, finite, and broadcastable likewise.
         logits, probabilities: [batch, heads, queries, keys], float64, -inf and 0 where masked.
         key_scale: broadcastable to the same.
         dtype: of the inputs: that of the weights where they meet the values, and of the output.
@@ -51,7 +54,7 @@ def attention_tolerance(
     highest = logits.amax(-1, keepdim=True)
     # the product; its temperature and its conversion to base 2; bias and mask; the maximum's offset; the power itself
     variance = sum_variance(products, squares, query.shape[-1]) + 2 * products.square()
-    variance += 2 * (logits.square() + (logits - products).square())
+    variance += 2 * (products.abs() + added).square()
     variance += highest.square() + (highest - logits).square() + 4
     variance = torch.where(counts, variance, 4.0)
     weighted = probabilities * key_scale
@@ -65,14 +68,22 @@ def attention_tolerance(
     total = total.clamp(min=0) + sum_variance(output, parts, terms)
     # the normaliser is a sum of positive terms
     total = total + (terms / 2 + 2) * output.square()
-    rounded = torch.finfo(dtype).eps / 2 / UNIT
-    if dtype != torch.float32:
+    unit = 2.0**-53 if dtype == torch.float64 else UNIT
+    rounded = torch.finfo(dtype).eps / 2 / unit
+    if rounded > 1:
         total = total + rounded**2 * parts
     # a scale that is off by one unit, or two with a temperature or another base
     shared = torch.where(counts, products, 0.0) * probabilities
     shared = ((shared * key_scale) @ value - output * shared.sum(-1, keepdim=True)).abs()
     # the output's own rounding, twice: weights and outputs that are truncated lose up to a whole unit each
-    return UNIT * (CERTAINTY * total.sqrt() + 3 * shared + 4 * rounded * output.abs())
+    error = unit * (CERTAINTY * total.sqrt() + 3 * shared + 4 * rounded * output.abs())
+    return error + smallest_step(dtype)
+
+
+def smallest_step(dtype: torch.dtype) -> float:
+    """What a result near 0 may be off by: float16's distance from 0 to the next number, and what others flush to 0."""
+    limits = torch.finfo(dtype)
+    return max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).smallest_normal)
 
 
 def blend_tolerance(
@@ -84,7 +95,7 @@ def blend_tolerance(
     dtype: torch.dtype,
 ) -> Tensor:
     """What gate * attention + (1 - gate) * fill may err by, where attention and fill do; 0 and 1 select."""
-    rounded = 2 * torch.finfo(dtype).eps
+    rounded, step = 2 * torch.finfo(dtype).eps, smallest_step(dtype)
     kept, filled = gate != 0, gate != 1
     error = torch.where(kept, gate.abs() * (attention_error + rounded * attention.abs()), 0.0)
-    return error + torch.where(filled, (1 - gate).abs() * (fill_error + rounded * fill.abs()), 0.0)
+    return step + error + torch.where(filled, (1 - gate).abs() * (fill_error + rounded * fill.abs()), 0.0)

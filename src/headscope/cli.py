@@ -74,8 +74,8 @@ def _escaped(text: str) -> str:
     from rich.markup import escape
 
     # names of files may be anything
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))
+    readable = text.encode("utf-8", "backslashreplace").decode()
+    return escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in readable))
 
 
 @app.command()
@@ -135,7 +135,10 @@ def sweep(
     attribute: Annotated[
         bool, typer.Option("--attribute", help="Every head's importance from a few backwards, beside the ablations.")
     ] = False,
-    items: Annotated[int, typer.Option(help="Items of each group and split.")] = 20,
+    items: Annotated[
+        int | None,
+        typer.Option(help="Items of each group and split, all of which must be there; default: 20, or what there is."),
+    ] = None,
     generate_steps: Annotated[int, typer.Option(help="Sampling steps of the generate score.")] = 10,
     out: Annotated[Path, typer.Option(help="The run directory; an unfinished run there is gone on with.")] = Path(
         "headscope-run"
@@ -235,6 +238,8 @@ def _print_estimate(estimate, workers: int) -> None:
     found = Table("kind", "units", "forwards of one image")
     for kind, (units, forwards) in estimate.units.items():
         found.add_row(kind, f"{units:,}", f"{forwards:,}")
+    for note in estimate.notes:
+        output.print(note, markup=False, highlight=False, soft_wrap=True)
     output.print(found)
     sharing = "nothing is shared between forwards"
     if estimate.shared is not None:

@@ -32,8 +32,8 @@ WITHOUT_HOOK_ENTRY = {
     "FrequencyDecoupledGuidance": "combines the predictions of plain passes, and needs kornia to be tested",
     "HookRegistry": "what hooks are kept in",
     "ModelHook": "what hooks are made of",
-    "apply_context_parallel": "attends over several processes, each with its own part of the tokens; not tested",
-    "apply_tensor_parallel": "keeps some of a site's heads in every process; not tested",
+    "apply_context_parallel": "a Scope refuses a model that `enable_parallelism` has spread over processes",
+    "apply_tensor_parallel": "a Scope refuses a model that `enable_parallelism` has spread over processes",
 }
 
 
@@ -143,9 +143,7 @@ _JOINT = {"model": "CogView4Transformer2DModel", "options": {"num_layers": 3}}
 _VIDEO = {"model": "CogVideoXTransformer3DModel", "options": {"num_layers": 2}}
 _WAN = {"model": "WanTransformer3DModel", "options": {"num_layers": 2}}
 _EVERY_PASS = "every pass of it"
-_SCORES = (
-    "where attention scores are skipped, AttentionScoreSkipFunctionMode stands for attention; other sites can be named"
-)
+_SCORES = "where scores are skipped, AttentionScoreSkipFunctionMode stands for attention; other sites are recorded"
 _MODE = r"diffusers\.hooks\.layer_skip\.AttentionScoreSkipFunctionMode"
 
 HOOKS: dict[str, HookCase] = {

@@ -1,4 +1,4 @@
-"""Writes docs/coverage.md: which diffusers classes work, and why the others don't.
+"""Writes docs/coverage.md: which diffusers classes work, why the others don't, and what hooks and guiders do to them.
 
 PYTHONPATH=src:kernels:tests python -m configurations.table
 """
@@ -11,6 +11,7 @@ import torch
 
 from configurations import CASES
 from configurations.examine import Examination, examine
+from configurations.hooks import HOOKS, WITHOUT_HOOK_ENTRY
 from configurations.reach import WITHOUT_ENTRY, reaching_classes
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -23,9 +24,12 @@ was checked for:
 
 - **output**: recording leaves the output as it was, to 1e-5 of its largest entry in float32 (or four times what two
   kernels of torch's own differ by, where a random model amplifies rounding more);
-- **entropies**: those recorded are those computed from the queries and keys that reached SDPA, to 1e-4 nats;
+- **entropies**: those recorded, sample by sample and head by head, are those computed from the queries and keys that
+  reached SDPA, to 1e-4 nats, and those of each sample when it runs alone;
 - **calls**: every SDPA call is recorded, or the module is listed in `scope.unseen`;
 - **removal**: removing a head gives what zeroing its slice of the attention output by hand gives.
+
+All of it in batches of one, two and three samples, but for classes that take only one.
 
 A module may call SDPA several times in one forward. `call` counts those from 0 in the order of the module's code
 (`where.call` in an edit): the text, then each image prompt, under an IP-Adapter; the image, then the text, in Wan with
@@ -36,11 +40,26 @@ A class that "never calls SDPA" has nothing to record: a `Scope` on it raises an
 unscaled logits, which diffusers computes with its eager processor; Kandinsky6SR and the LTX2 diffusion decoder attend
 within windows that they express as masks for torch's flex attention.
 
-"SDPA calls" counts those of one forward, "sites" the attention modules that a `Scope` finds; "-": nothing to check.
+"SDPA calls" counts those of one forward of two samples, "sites" the attention modules that a `Scope` finds; "-":
+nothing to check.
 `PYTHONPATH=src:kernels:tests python -m configurations.table` writes this page from `tests/configurations`.
 
 | class | SDPA calls | sites | output | entropies | calls | removal | remarks |
 |---|---|---|---|---|---|---|---|
+"""
+_HOOKS_HEAD = f"""## Hooks, caches and guiders
+
+Every public hook, cache and guider of diffusers {diffusers.__version__}, for a few steps of a tiny model, without a
+`Scope` and inside one. Where nothing is recorded or edited the outputs are the same bit by bit; and recording is
+
+- **recorded**: every attention call is in the table;
+- **reused**: what is computed is in the table, and what is taken from a cache or skipped is in `recording.reused`, by
+  site, step and branch: the two together are every site in every step. Editing what a cache has kept raises;
+- **refused**: something else stands in the place of a site's attention; recording or editing that site raises and
+  names it.
+
+| hook, cache or guider | a recording | how |
+|---|---|---|
 """
 
 
@@ -52,7 +71,7 @@ def main() -> None:
         print(name, file=sys.stderr)
         lines.append(row(name, examine(name, case)))
     lines += [without_entry(name) for name in sorted(WITHOUT_ENTRY)]
-    PAGE.write_text(head() + "\n".join(lines) + "\n")
+    PAGE.write_text(head() + "\n".join(lines) + "\n\n" + hooks())
 
 
 def head() -> str:
@@ -66,8 +85,21 @@ def row(name: str, found: Examination) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def outcome(line: str) -> list[str]:
+    """An entry's name and what came of it: the calls of a class may depend on how many samples there are."""
+    name, _, *rest = line.split(" | ")
+    return [name, *rest]
+
+
 def without_entry(name: str) -> str:
     return f"| {name} | - | - | - | - | - | - | {WITHOUT_ENTRY[name]} |"
+
+
+def hooks() -> str:
+    """The page's section on hooks, caches and guiders."""
+    lines = [f"| {name} | {case.outcome} | {case.says} |" for name, case in HOOKS.items()]
+    lines += [f"| {name} | - | {why} |" for name, why in sorted(WITHOUT_HOOK_ENTRY.items())]
+    return _HOOKS_HEAD + "\n".join(lines) + "\n"
 
 
 def remarks(found: Examination) -> list[str]:

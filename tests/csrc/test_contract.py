@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from contract import CASES, FINFO_MIN, Case, assert_close, make_inputs, statistic_tolerance, truth
+from contract import CASES, FINFO_MIN, Case, assert_close, make_inputs, truth
 
 # the types differ only where blocks are packed and results stored, so not every case is needed with every type
 LOW_PRECISION = (
@@ -135,8 +135,10 @@ def check(case, dtype, attend):
     expected = truth(inputs)
     output, statistics = attend(inputs)
     assert_close("output", output, expected.output, expected.output_tolerance)
+    # sums in pieces: four units in the last place of the largest logit, less than the contract allows
+    tolerance = 1e-5 + 4 * 2.0**-24 * expected.largest_logit
     for name, values in statistics.items():
-        assert_close(name, values, expected.statistics[name], statistic_tolerance(expected))
+        assert_close(name, values, expected.statistics[name], tolerance)
     # a removed head is only skipped where nothing is asked of it; entropy has a loop of its own
     without, _ = attend(inputs, statistics=())
     assert torch.equal(without.nan_to_num(), output.nan_to_num())

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import hooks
+from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig, hooks
 from diffusers.hooks import HookRegistry, ModelHook
 
 import tiny
 from configurations.hooks import HOOKS, STEPS, WITHOUT_HOOK_ENTRY, names_of_sites, noted, public_names
+from configurations.table import PAGE
+from configurations.table import hooks as hooks_section
 from headscope import Recording, Scope
 
 
@@ -31,6 +33,11 @@ def test_no_hook_and_no_guider_is_forgotten():
     assert {name.partition(",")[0] for name in HOOKS} | set(WITHOUT_HOOK_ENTRY) == public_names()
 
 
+def test_the_page_lists_every_hook_and_what_becomes_of_it():
+    """Each line is an entry, and each entry is run by the test below."""
+    assert PAGE.read_text().endswith(f"\n\n{hooks_section()}")
+
+
 # diffusers' own: what torch deprecates, and layers without weights
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", HOOKS)
@@ -43,8 +50,17 @@ def test_every_hook(name):
     assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
     model = case.build()
     if case.outcome == "refused":
-        with Scope(model).record("entropy"), pytest.raises(RuntimeError, match=case.named):
-            case.run(model)
+        refused = [site for site in names_of_sites(model) if ".1." in site]
+        for enter in (lambda scope: scope.record("entropy"), lambda scope: scope.edit({refused[0]: [0]})):
+            # a guider that is interrupted leaves its hooks behind
+            model = case.build()
+            with enter(Scope(model)), pytest.raises(RuntimeError, match=rf"{refused[0]!r} can't be .*{case.named}"):
+                case.run(model)
+        model = case.build()
+        with Scope(model).record("entropy", sites=sorted({*names_of_sites(model)} - {*refused})) as others:
+            outputs = case.run(model)
+        assert apart(outputs, expected) <= 1e-5 * max(1.0, max(float(one.abs().max()) for one in expected))
+        assert not others.reused
         return
     with Scope(model).record("entropy") as recording:
         outputs = case.run(model)
@@ -60,6 +76,8 @@ def test_every_hook(name):
     assert (case.outcome == "reused") == bool(recording.reused)
 
 
+# torch's own of meshgrid, once a process
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 def test_the_branch_that_faster_cache_estimates_is_listed_and_never_taken_for_the_other():
     """Step 1 has neither branch's attention, step 2 the one with the prompt, step 3 both."""
     case = HOOKS["FasterCacheConfig"]
@@ -138,6 +156,16 @@ def test_attention_that_goes_another_way_beneath_a_hook_is_an_error():
         model.transformer_blocks[0].attn.processor = Eager()
         with pytest.raises(RuntimeError, match="ran without torch's scaled_dot_product_attention"):
             case.run(model)
+
+
+@pytest.mark.parametrize("kind", ["context", "tensor"])
+def test_a_model_that_is_spread_over_processes_is_refused(kind):
+    """As `enable_parallelism` leaves it, which needs several processes."""
+    degree = ContextParallelConfig(ring_degree=2) if kind == "context" else TensorParallelConfig(tp_degree=2)
+    model = tiny.flux_transformer()
+    model._parallel_config = ParallelConfig(**{f"{kind}_parallel_config": degree})
+    with pytest.raises(ValueError, match=r"no attention site .*\n.*FluxTransformer2DModel is spread over processes"):
+        Scope(model)
 
 
 def chains(model):

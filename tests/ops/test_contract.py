@@ -1,10 +1,12 @@
 """Every backend keeps the numeric contract on every case."""
 
+import math
+
 import pytest
 import torch
 
 from contract import CASES, assert_close, make_inputs, statistic_tolerance, truth
-from headscope.ops import HeadEdit, attention
+from headscope.ops import GroupEntropy, HeadEdit, attention
 from ops.backends import require_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +67,20 @@ def test_known_entropies(backend):
     result = attention(query, keys, keys, scale=1.0, statistics=["entropy", "max_prob"], backend=backend)
     assert result.statistics["entropy"][0, 0].tolist() == pytest.approx([2.772588722239781, 0.0], abs=1e-6)
     assert result.statistics["max_prob"][0, 0].tolist() == pytest.approx([1 / 16, 1.0], abs=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
+def test_entropies_of_faint_groups(backend):
+    """Right at 2^-87 of the row's largest weight, 0 where float32 has no digits left, and never below 0."""
+    require_backend(backend)
+    key = torch.tensor([0.0, -60.0, -60.0, -90.0, -90.5, -70.1])[None, None, :, None]
+    groups = torch.tensor([0, 1, 1, 2, 2, 3])
+    statistics = [GroupEntropy(groups, 4)]
+    result = attention(torch.ones(1, 1, 1, 1), key, key, scale=1.0, statistics=statistics, backend=backend)
+    found = result.statistics["group_entropy"][0, 0, 0].tolist()
+    assert found[1] == pytest.approx(math.log(2), abs=3e-5)
+    assert found[0] == found[2] == 0.0
+    assert 0.0 <= found[3] < 3e-5
 
 
 @pytest.mark.parametrize("backend", ["reference", "portable", "cpu", "triton"])

@@ -56,7 +56,8 @@ def test_requests_that_do_not_fit_the_model(fields, message, ddpm_directory, tmp
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\n \n", "has no prompts"), (b"\xff\xfe\xff", "isn't UTF-8"), (b"a fox\n", "1 prompt")]
+    ("content", "message"),
+    [(b"\n \n", "has no prompts"), (b"\xff\xfe\xff", "isn't UTF-8"), (b"a fox\n", "has 1 item, expected at least 2")],
 )
 def test_prompt_files_that_cannot_be_used(content, message, diffusion_directory, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(content)
@@ -69,7 +70,7 @@ def test_unreadable_images_are_named(ddpm_directory, tmp_path):
     (tmp_path / "images").mkdir()
     for name in ("torn.png", "other.png"):
         (tmp_path / "images" / name).write_bytes(b"\x89PNG\r\n\x1a\n torn")
-    config = SweepConfig(model=ddpm_directory, groups=(f"mine={tmp_path / 'images'}",), items=2)
+    config = SweepConfig(model=ddpm_directory, groups=(f"mine={tmp_path / 'images'}",))
     with pytest.raises(ValueError, match=r"(torn|other)\.png"):
         run_sweep(config, tmp_path / "run", progress=False)
 

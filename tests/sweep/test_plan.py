@@ -114,13 +114,18 @@ def test_mistakes_in_a_file_are_named(text, message, tmp_path):
             {"heads": (("mid_block.attentions.0", 4),)},
             r"heads: got \('mid_block\.attentions\.0', 4\), expected heads of",
         ),
+        (
+            {"heads": (("mid_block.attentions.0", 1),), "sites": ("down_blocks.*",)},
+            r"heads: got \('mid_block\.attentions\.0', 1\), whose site isn't among the sites down_blocks",
+        ),
         ({"timesteps": (1000,)}, "timesteps: got 1000, expected 0 to 999"),
+        ({"bands": 999}, r"bands: got 999, whose middles are nearest to \d+ different timesteps"),
         ({"scores": ("generate",), "generate_steps": 1001}, "generate_steps: got 1001, expected at most 1000"),
         ({"device": "gpu"}, "device: got 'gpu', expected one that torch sees"),
         ({"device": "meta"}, "device: got 'meta', expected one that computes"),
         ({"groups": ("mine=nowhere",)}, "groups: got 'mine=nowhere': .*expected an existing folder"),
         ({"groups": ("mine=texts",)}, "groups: got 'mine=texts': .*holds no image, expected files ending in"),
-        ({"groups": ("mine=broken",)}, "the file 'a.png' of the group 'mine' can't be read"),
+        ({"groups": ("mine=broken",)}, "the file '[ab].png' of the group 'mine' can't be read"),
         ({"groups": ("mine=dataset",)}, "groups: got 'mine=dataset': .*lists no data files, expected what"),
         ({"groups": ("mine=texts.tar",)}, "groups: got 'mine=texts.tar': .*holds no image, expected members ending in"),
         ({"groups": ("mine=torn.tar",)}, "groups: got 'mine=torn.tar': .*can't be read as a tar"),
@@ -133,7 +138,8 @@ def test_what_cannot_be_run_is_named(fields, message, ddpm_directory, tmp_path, 
     for folder in ("texts", "broken", "dataset"):
         (tmp_path / folder).mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image")
-    (tmp_path / "broken" / "a.png").write_text("no image")
+    for name in ("a", "b"):
+        (tmp_path / "broken" / f"{name}.png").write_text("no image")
     (tmp_path / "dataset" / "state.json").write_text("{}")
     (tmp_path / "torn.tar").write_text("no tar")
     with tarfile.open(tmp_path / "texts.tar", "w") as archive:
@@ -453,14 +459,14 @@ def test_the_plan_counts_the_rows_that_run(family, ddpm_directory, diffusion_dir
         model=diffusion_directory if guided else ddpm_directory,
         groups=() if guided else ("lfw",),
         prompts=str(tmp_path / "prompts.txt") if guided else None,
-        items=2,
+        items=None if guided else 2,
         splits=("discover", "confirm") if guided else ("confirm",),
         timesteps=(300,),
         fills=("zero", "mean"),
         scores=("loss", "generate"),
         heads=((site, 1),),
         sets=(HeadSet("removed", heads=((site, 0),)), HeadSet("flat", heads=((site, 0),), temperature=2.0)),
-        reference_items=1,
+        reference_items=None if guided else 1,
         generate_steps=3,
         generate_window=(2, 3),
     )

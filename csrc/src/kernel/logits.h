@@ -13,7 +13,7 @@ constexpr int64_t MAX_KEY_BLOCK = 512;
 constexpr int64_t LOGIT_STRIDE = MAX_KEY_BLOCK + 16;
 
 // A dot product is summed in pieces of at most this many terms. One float32 sum of 160 terms errs by eight units in the
-// last place of a large logit; the contract allows four.
+// last place of a large logit, pieces by four.
 constexpr int64_t MAX_PIECE = 24;
 
 // queries [TILE_ROWS][length units], `stride` units apart . keys [length][VECTORS * LANES] -> logits

@@ -95,6 +95,8 @@ class ActiveEdit(Window):
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._gates: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.sites = frozenset(values)
+        # the branches that the edited sites' attention was of, in order
+        self._branches_met: dict[str, None] = {}
 
     @classmethod
     def build(
@@ -129,6 +131,10 @@ class ActiveEdit(Window):
         Raises:
             ValueError: the batch isn't made of one row per sample of the edit.
         """
+        if self.branches is not None:
+            for part, branch in enumerate(forward.branches):
+                if forward.samples_of(part, layout):
+                    self._branches_met[branch or "cond"] = None
         rows = _RowMap(forward, layout, query, name)
         values = self._values[name]
         if len(values) == 1:
@@ -139,6 +145,16 @@ class ActiveEdit(Window):
             by_row = [values[row % forward.samples] for row in range(forward.batch)]
             found = self._by_row(by_row, name, call, rows)
         return [rows.only(change, self.branches) for change in found]
+
+    def check_met(self) -> None:
+        super().check_met()
+        # perturbed attention, for one, is no attention at all where it is perturbed
+        for name in self.branches or ():
+            if self._branches_met and name not in self._branches_met:
+                listed = ", ".join(self._branches_met)
+                raise ValueError(
+                    f"branches: got {name!r}, in which none of the edited sites attends, expected some of {listed}"
+                )
 
     def _whole(self, value: Any, name: str, call: int, rows: "_RowMap") -> list[Change]:
         """One value for the whole batch."""
@@ -269,15 +285,13 @@ class _RowMap:
         forward, layout = self.forward, self.layout
         pieces = []
         for part, branch in enumerate(forward.branches):
-            # the call may be of some branches, or samples, alone
-            edges = (edge - part * forward.samples for edge in (layout.first_sample, layout.end_sample))
-            start, stop = (min(max(edge, 0), forward.samples) for edge in edges)
-            if start == stop:
+            samples = forward.samples_of(part, layout)
+            if not samples:
                 continue
             key = Key(quantity, site, call, forward.single_timestep, branch)
             if chosen is None and recording.reduce == "mean":
                 found = recording.tensors.placed_mean(key, self.device, self._dtype)[None]
-                pieces.append(found.expand(stop - start, -1, -1, -1, -1))
+                pieces.append(found.expand(len(samples), -1, -1, -1, -1))
                 continue
             found = recording.tensors.samples(key)
             picked = tuple(range(forward.samples)) if chosen is None else chosen
@@ -287,7 +301,7 @@ class _RowMap:
                     f"recording: {list(picked)} of its {found.shape[0]} samples were asked for by a batch of"
                     f" {forward.samples}, expected one recorded sample per sample"
                 )
-            pieces.append(found[list(picked)[start:stop]].to(self.device, self._dtype))
+            pieces.append(found[[picked[sample] for sample in samples]].to(self.device, self._dtype))
         # of a single branch, rows of a mean stay one row in memory
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return whole.flatten(0, 1)

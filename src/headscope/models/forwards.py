@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headscope.models.layout import Geometry, Place
+from headscope.models.layout import Geometry, Layout, Place
 
 # what a part of a denoiser's batch, or a pass of its own, can be: without the prompt; with it; with it and perturbed
 # attention; with it and some layers skipped; with it and without the other modality (sound, where there is a picture)
@@ -188,6 +188,11 @@ class Forward:
         fold = place.rows // place.samples
         return call, (samples - place.samples) % self.batch + place.first // fold
 
+    def samples_of(self, part: int, layout: Layout) -> range:
+        """The samples of a branch, counted within it, that an attention call is of: all, some or none."""
+        first = part * self.samples
+        return range(max(layout.first_sample - first, 0), min(layout.end_sample - first, self.samples))
+
     def branch_of(self, sample: int) -> str | None:
         """The branch of the sample at a position of the whole batch."""
         return self.branches[sample // self.samples]
@@ -284,9 +289,10 @@ def _branches(
         return (None,)
     if parts == 1:
         return (_branch_of_text(call, arguments) if guided else "cond" if was_guided else None,)
-    if guided and parts == 2:
+    names = (*(["uncond"] if guided else []), "cond", *(["perturbed"] if _is_perturbed(pipeline, call) else []))
+    if parts == len(names):
         # a class-conditional pipeline appends the null class
-        return ("cond", "uncond") if "class_null" in call else ("uncond", "cond")
+        return names[::-1] if "class_null" in call else names
     if before is not None and len(before.branches) == parts:
         return before.branches
     # three and more mean something else in every pipeline
@@ -328,6 +334,12 @@ def _is_guided(pipeline: Any, call: Mapping[str, Any]) -> bool:
         return any(value is True for value in told)
     scale = call.get("guidance_scale")
     return isinstance(scale, (int, float)) and scale > 1
+
+
+def _is_perturbed(pipeline: Any, call: Mapping[str, Any]) -> bool:
+    """Whether the batch ends with the prompt's part once more, under perturbed attention."""
+    name = "do_perturbed_attention_guidance"
+    return call.get(name, getattr(pipeline, name, False)) is True
 
 
 def _running_call(pipeline: Any) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """Which part of the picture attends to which token of the prompt."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,7 +54,7 @@ class TokenMaps:
         self._pipeline = pipeline
         self._heads = heads
         self._sums: dict[str, Tensor] = {}  # [samples, tokens, height, width]
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Counter[int]] = {}  # by sample, how many heads of how many calls
         self._groups: dict[tuple, GroupMass] = {}
         # two contexts may ask for the same tokens
         self._name = f"token_mass_{id(self)}"
@@ -97,13 +98,11 @@ class TokenMaps:
         if "cond" not in branches and branches != (None,):
             return
         part = 0 if branches == (None,) else branches.index("cond")
-        # the call may be of some branches, or samples, alone
-        edges = (edge - part * forward.samples for edge in (layout.first_sample, layout.end_sample))
-        start, stop = (min(max(edge, 0), forward.samples) for edge in edges)
-        if start == stop:
+        samples = forward.samples_of(part, layout)
+        if not samples:
             return
-        first = part * forward.samples + start - layout.first_sample
-        own = mass.detach()[first : first + stop - start]
+        first = part * forward.samples + samples.start - layout.first_sample
+        own = mass.detach()[first : first + len(samples)]
         heads = self._heads.get(site)
         own = own if heads is None else own[:, list(heads)]
         image = next(segment for segment in layout.queries if segment.group == IMAGE)
@@ -119,9 +118,9 @@ class TokenMaps:
                 f"token maps: site {site!r} meets {summed.shape[1]} text tokens in one sample and"
                 f" {self._sums[site].shape[1]} in another, expected prompts of one length"
             )
-        self._sums[site][start:stop] += summed
-        if start == 0:
-            self._counts[site] = self._counts.get(site, 0) + own.shape[1]
+        self._sums[site][samples.start : samples.stop] += summed
+        heard = self._counts.setdefault(site, Counter())
+        heard.update(dict.fromkeys(samples, own.shape[1]))
 
     def _grid(self, forward: Forward, layout: Layout) -> tuple[int, int] | None:
         """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
@@ -180,9 +179,11 @@ class TokenMaps:
         for site in chosen:
             if site not in self._sums:
                 raise KeyError(f"sites: nothing was recorded at {site!r}, expected some of {', '.join(self.sites)}")
+            if not self._counts[site][sample]:
+                raise KeyError(f"sites: nothing of sample {sample} was recorded at {site!r}")
         if not chosen:
             raise ValueError(f"sites: got none, expected some of {', '.join(self.sites)}")
-        maps = [self._sums[site][sample, list(of)].sum(0) / self._counts[site] for site in chosen]
+        maps = [self._sums[site][sample, list(of)].sum(0) / self._counts[site][sample] for site in chosen]
         height, width = max((tuple(one.shape) for one in maps), key=lambda shape: shape[0] * shape[1])
         resized = [
             functional.interpolate(one[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]

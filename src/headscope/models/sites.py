@@ -88,13 +88,19 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
     """Every attention module; those that can be seen in the order in which a forward reaches them."""
     sites, unseen = [], []
+    spread = getattr(denoiser, "_parallel_config", None) is not None
     for name, module in denoiser.named_modules():
         processor = getattr(module, "processor", None)
         is_attention = processor is not None and any(hasattr(module, attribute) for attribute in _HEAD_COUNTS)
         of_transformers = not is_attention and not _TRANSFORMERS_CALLS.isdisjoint(_own_names(type(module).forward))
         if not is_attention and not of_transformers and not _sees(type(module).forward, type(module)):
             continue
-        reason = _hidden(processor) if is_attention else _hidden_in_transformers(module) if of_transformers else None
+        if is_attention:
+            reason = _hidden(processor)
+        else:
+            reason = _hidden_in_transformers(module) if of_transformers else _mixing(module)
+        if spread:
+            reason = f"{type(denoiser).__name__} is spread over processes, each of which sees a part of its attention"
         if reason:
             unseen.append(Unseen(name, reason))
             continue
@@ -129,6 +135,14 @@ def _hidden_in_transformers(module: nn.Module) -> str | None:
         f"{type(module).__name__} uses transformers' {implementation} attention, not torch's"
         ' scaled_dot_product_attention (attn_implementation="sdpa")'
     )
+
+
+def _mixing(module: nn.Module) -> str | None:
+    """Why the samples of a module's attention can't be told apart, or None."""
+    # ControlNetUnion gives it samples first, and so attends from one sample to the next
+    if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+        return "MultiheadAttention takes its tokens first (batch_first=False), and its samples can't be told from them"
+    return None
 
 
 def _own_names(function: Callable[..., Any]) -> frozenset[str]:

@@ -90,18 +90,17 @@ class HeadTensors:
     def add(self, forward: Forward, quantity: str, site: str, call: int, layout: Layout, tensor: Tensor) -> None:
         """Keep one call's tensor [rows, heads, tokens, dim]."""
         rows = tensor.detach().unflatten(0, (layout.samples, layout.fold))
-        last = layout.end_sample
         for part, branch in enumerate(forward.branches):
-            start = max(part * forward.samples, layout.first_sample)
-            stop = min((part + 1) * forward.samples, last)
-            if stop <= start:
+            samples = forward.samples_of(part, layout)
+            if not samples:
                 continue
-            own = rows[start - layout.first_sample : stop - layout.first_sample]
+            start = part * forward.samples + samples.start
+            own = rows[start - layout.first_sample :][: len(samples)]
             if self.reduce == "mean":
                 own = own.sum(0, keepdim=True, dtype=torch.float64 if own.device.type == "cpu" else torch.float32)
             else:
                 own = own.clone()
-            self._pending.append(_Pending(forward, start, quantity, site, call, branch, own, stop - start))
+            self._pending.append(_Pending(forward, start, quantity, site, call, branch, own, len(samples)))
 
     def end_forward(self, forward: Forward) -> None:
         forwards = len({id(pending.forward) for pending in self._pending})

@@ -18,11 +18,13 @@ from rich.console import Console
 
 from headscope._files import local_path, write_atomic
 from headscope._machine import checked_device, memory_bytes
+from headscope.report.naming import listed
 from headscope.report.page import STUDY_CAVEATS, GroupInfo, write_report, write_sweep_report
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.run import as_written
+from headscope.sweep.config import SPLITS
+from headscope.sweep.run import REPORTED, as_written
 from headscope.zoo import GROUPS, open_group
 
 REPORT = "report.html"
@@ -34,6 +36,8 @@ TRAINING_CAVEAT = (
     " drawn faces come in colour and in grey, so it has met their shapes twice as often as photographed faces. These"
     " differ in more than being photographs, too: sensor noise, varied poses."
 )
+# what a set of heads may have done to it
+_EDITS = ("keep", "temperature", "key_bias", "key_scale")
 # how many images of each group the page shows
 SHOWN_IMAGES = 20
 
@@ -71,6 +75,17 @@ class StudyConfig:
         unknown = [name for name in self.groups if name not in GROUPS]
         if unknown:
             raise ValueError(f"groups: got {', '.join(unknown)}, expected some of {', '.join(GROUPS)}")
+        # the later stages', too, before the first begins
+        asked = [
+            ("items", (*self.groups, *self.contrast)),
+            *((f"{s}_items", self.contrast) for s in ("discover", "confirm")),
+        ]
+        for name, groups in asked:
+            least = min(len(open_group(group).indices(split)) for group in groups for split in SPLITS)
+            if getattr(self, name) > least:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)} of each split, expected at most the groups' {least}"
+                )
         # what its sweeps can't be refuses itself now, not when they begin
         self.observe()
 
@@ -214,7 +229,7 @@ def report_sweep(path: Path) -> Path:
     run = Run.open(path)
     _check_described(run)
     with as_written(run):
-        tables = {kind: _text(run, kind) for kind in run.kinds}
+        tables = {kind: _text(run, kind) for kind in run.tables}
         if not tables:
             raise ValueError(f"run: {str(path)!r} has no finished unit yet, expected some results to report")
         return write_sweep_report(
@@ -224,7 +239,8 @@ def report_sweep(path: Path) -> Path:
             groups=group_infos(run.manifest),
             sites=_sites(run),
             seed=run.manifest["config"]["seed"],
-            **tables,
+            others={kind: table for kind, table in tables.items() if kind not in REPORTED},
+            **{kind: table for kind, table in tables.items() if kind in REPORTED},
         )
 
 
@@ -250,6 +266,7 @@ def run_info(manifest: dict[str, Any]) -> dict[str, Any]:
     """What was run, in the order to show it."""
     config = manifest["config"]
     heads = sum(site["heads"] for site in manifest["sites"])
+    sets = {"Sets of heads": _sets(config["sets"])} if config["sets"] else {}
     return {
         "Model": f"{_model_name(manifest)}: {len(manifest['sites'])} attention sites, {heads} heads",
         "Model fingerprint": manifest["identity"]["model"][:16],
@@ -259,7 +276,20 @@ def run_info(manifest: dict[str, Any]) -> dict[str, Any]:
         "Noise replicate (seed)": config["seed"],
         "Timesteps": manifest["timesteps"],
         "Work": _work(manifest),
+        **sets,
     }
+
+
+def _sets(sets: list[dict[str, Any]]) -> str:
+    """What each set is: its sites and heads, and what is done to them."""
+    described = []
+    for chosen in sets:
+        heads = [f"{site} h{head}" for site, head in chosen["heads"]]
+        edits = [
+            f"{name} {listed(value)}" for name, value in chosen.items() if name in _EDITS and value not in (None, [])
+        ]
+        described.append(f"{chosen['name']}: {', '.join([*chosen['sites'], *heads])} ({', '.join(edits) or 'removed'})")
+    return "; ".join(described)
 
 
 def group_infos(manifest: dict[str, Any]) -> list[GroupInfo]:

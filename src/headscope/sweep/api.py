@@ -27,7 +27,7 @@ class Fields(TypedDict, total=False):
     groups: Sequence[str]
     prompts: str | None
     splits: Sequence[str]
-    items: int
+    items: int | None
     timesteps: Sequence[int] | None
     bands: int
     observe: bool
@@ -36,7 +36,7 @@ class Fields(TypedDict, total=False):
     heads: Sequence[tuple[str, int]] | None
     sites: Sequence[str]
     sets: Sequence[HeadSet | Mapping[str, Any]]
-    reference_items: int
+    reference_items: int | None
     generate_steps: int
     generate_window: tuple[int, int] | None
     image_scores: Sequence[str]

@@ -94,7 +94,7 @@ class SweepConfig:
         prompts: a UTF-8 text file with a prompt per line; they form the group "prompts", whose images are the model's
             own.
         splits: which splits of each group; "discover" is for selecting, "confirm" for testing.
-        items: how many items of each group and split.
+        items: how many items of each group and split, all of which must be there; None takes 20, or what there is.
         timesteps: of the model's scheduler; None takes `bands` of them, evenly spaced in log-SNR.
         bands: how many timesteps when none are given.
         observe: record each head's entropy at every item and timestep.
@@ -110,7 +110,8 @@ class SweepConfig:
         heads: (site, head) pairs to ablate, each in turn; None for all.
         sites: patterns of site names (* and ?) to which the heads to ablate are limited.
         sets: heads that are edited together, a row each beside the single heads'.
-        reference_items: how many items, disjoint from the swept ones, the mean fill is taken over.
+        reference_items: how many items, disjoint from the swept ones, the mean fill is taken over; None takes 16, or
+            what there is, and where all are swept by default, a quarter of those instead.
         generate_steps: sampling steps of "generate".
         generate_window: first step and the one after the last in which edits act; None for all steps.
         image_scores: of "generate" beside the distance: "mse", "psnr", "ssim" of the edited image against the clean
@@ -134,7 +135,7 @@ class SweepConfig:
     groups: tuple[str, ...] = ()
     prompts: str | None = None
     splits: tuple[str, ...] = SPLITS
-    items: int = 20
+    items: int | None = None
     timesteps: tuple[int, ...] | None = None
     bands: int = 3
     observe: bool = True
@@ -143,7 +144,7 @@ class SweepConfig:
     heads: tuple[tuple[str, int], ...] | None = None
     sites: tuple[str, ...] = ()
     sets: tuple[HeadSet, ...] = ()
-    reference_items: int = 16
+    reference_items: int | None = None
     generate_steps: int = 10
     generate_window: tuple[int, int] | None = None
     image_scores: tuple[str, ...] = ()
@@ -179,7 +180,7 @@ class SweepConfig:
         _subset("splits", self.splits, SPLITS)
         _subset("dtype", (self.dtype,), DTYPES)
         for name in ("items", "reference_items", "generate_steps", "bands", "cotangents"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.heads is not None and ((not self.heads and not self.sets) or len(set(self.heads)) != len(self.heads)):
             raise ValueError(f"heads: got {list(self.heads)}, expected (site, head) pairs, each once, or None for all")

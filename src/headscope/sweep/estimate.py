@@ -33,6 +33,7 @@ class Estimate:
         shared: how many times faster edited forwards are for taking over what the clean one computed, on average over
             the edited sites; None where nothing is shared, with `reason`.
         reason: why not.
+        notes: what the groups have less of than a sweep takes by itself.
     """
 
     units: dict[str, tuple[int, int]]
@@ -42,6 +43,7 @@ class Estimate:
     seconds: float
     shared: float | None
     reason: str | None
+    notes: list[str]
 
     @property
     def forwards(self) -> int:
@@ -76,7 +78,8 @@ def estimate_sweep(config: SweepConfig, execution: Execution | None = None) -> E
     with torch.inference_mode():
         activations = measured_bytes(opened.task.device, lambda: opened.forward(rows))
     activations += fit.clean * opened.sharing.kept
-    return Estimate(units, rows, weights, activations, seconds, whole / edited if edited != whole else None, reason)
+    faster = whole / edited if edited != whole else None
+    return Estimate(units, rows, weights, activations, seconds, faster, reason, opened.notes)
 
 
 def _edited_seconds(opened: Opened, rows: int, edited: list[frozenset[str]], whole: float) -> tuple[float, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from headscope._extras import require
 from headscope._machine import checked_device
 from headscope.models import PixelTask, Task
+from headscope.sweep.choosing import choose_items
 from headscope.sweep.config import IN_MEMORY, SPLITS, SweepConfig
 from headscope.sweep.memory import modules_of
 from headscope.sweep.sources import open_source
@@ -70,6 +72,7 @@ class GroupItems:
         description: what it is, for the report.
         swept: the items observed and edited.
         reference: items disjoint from them (by source too, where the group allows it), for the mean fill.
+        note: what is less than a sweep takes by itself, for a person to read; "" where nothing is.
         source_count: how many different sources the swept items come from.
     """
 
@@ -77,6 +80,7 @@ class GroupItems:
     description: str
     swept: tuple[SweptItem | PromptItem, ...]
     reference: tuple[SweptItem | PromptItem, ...]
+    note: str = ""
 
     @property
     def source_count(self) -> int:
@@ -167,7 +171,7 @@ def choose_timesteps(config: SweepConfig, task: Task) -> tuple[int, ...]:
     """The configured timesteps, or one per log-SNR band: evenly spaced from 3 to -3, the middles of fixed bands.
 
     Raises:
-        ValueError: a timestep that the scheduler doesn't have.
+        ValueError: a timestep that the scheduler doesn't have, or more bands than it has timesteps for.
     """
     if config.timesteps is not None:
         for timestep in config.timesteps:
@@ -176,7 +180,10 @@ def choose_timesteps(config: SweepConfig, task: Task) -> tuple[int, ...]:
         return config.timesteps
     log_snr = np.array([task.log_snr(timestep) for timestep in task.timesteps])
     wanted = np.linspace(3.0, -3.0, config.bands) if config.bands > 1 else np.zeros(1)
-    return tuple(dict.fromkeys(task.timesteps[int(np.abs(log_snr - value).argmin())] for value in wanted))
+    nearest = tuple(dict.fromkeys(task.timesteps[int(np.abs(log_snr - value).argmin())] for value in wanted))
+    if len(nearest) < config.bands:
+        raise ValueError(f"bands: got {config.bands}, whose middles are nearest to {len(nearest)} different timesteps")
+    return nearest
 
 
 def open_items(config: SweepConfig, task: Task) -> list[GroupItems]:
@@ -202,41 +209,23 @@ def _open_group(text: str, config: SweepConfig, size: int) -> GroupItems:
         group = open_source(name, path, size=size) if equals else open_group(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"groups: got {text!r}: {str(error).removeprefix('groups: ')}") from error
-    swept = [index for split in config.splits for index in _spread(group.indices(split), config.items)]
-    if not swept:
-        raise ValueError(f"groups: {name!r} has no items in the splits {', '.join(config.splits)}")
-    reference = _reference_indices(group, swept, config) if "mean" in config.fills else []
-    kept = [index for index in swept if index not in reference]
-    keep = (len(kept) + len(reference)) * size * size * 3 <= KEPT_BYTES
+    by_split = {split: group.indices(split) for split in config.splits}
+    chosen = choose_items(config, name, by_split, group.indices("train"), group.indices(), _spread)
+    keep = (len(chosen.swept) + len(chosen.reference)) * size * size * 3 <= KEPT_BYTES
     return GroupItems(
         name,
         group.description,
-        tuple(SweptItem(group, index, size, keep) for index in kept),
-        tuple(SweptItem(group, index, size, keep) for index in reference),
+        tuple(SweptItem(group, index, size, keep) for index in chosen.swept),
+        tuple(SweptItem(group, index, size, keep) for index in chosen.reference),
+        chosen.note,
     )
 
 
-def _spread(indices: list[int], count: int) -> list[int]:
+def _spread(indices: Sequence[int], count: int) -> list[int]:
     """At most `count` of the indices, evenly spaced, so that every source of a long list is met."""
     if len(indices) <= count:
         return list(indices)
     return [indices[position * len(indices) // count] for position in range(count)]
-
-
-def _reference_indices(group: ImageGroup, swept: list[int], config: SweepConfig) -> list[int]:
-    """Items for the mean fill: training items, else items that aren't swept, else a quarter of the swept ones."""
-    train = group.indices("train")
-    if train:
-        return _spread(train, config.reference_items)
-    taken = set(swept)
-    others = [index for index in group.indices() if index not in taken]
-    if others:
-        return _spread(others, config.reference_items)
-    if len(swept) < 2:
-        raise ValueError(
-            f"groups: {group.name!r} has {len(swept)} item, expected at least 2 for the mean fill's reference"
-        )
-    return _spread(swept, max(1, min(len(swept) // 4, config.reference_items)))
 
 
 def _fitted(image: np.ndarray, size: int) -> np.ndarray:
@@ -272,24 +261,23 @@ class PromptItem:
 
 
 def _open_prompts(path: Path, config: SweepConfig) -> GroupItems:
-    captions = list(dict.fromkeys(read_prompts(path)))
+    lines = read_prompts(path)
+    captions = list(dict.fromkeys(lines))
     if not captions:
         raise ValueError(f"prompts: {str(path)!r} has no prompts, expected one per line")
     # prompts carry no split of their own: every other line is for selecting, the rest for testing
     items = [PromptItem(index, caption, SPLITS[index % 2]) for index, caption in enumerate(captions)]
-    swept = [item for split in config.splits for item in [i for i in items if i.split == split][: config.items]]
-    if not swept:
-        raise ValueError(f"prompts: {str(path)!r} has no prompts in the splits {', '.join(config.splits)}")
-    reference: list[PromptItem] = []
-    if "mean" in config.fills:
-        others = [item for item in items if item not in swept]
-        if not others and len(swept) < 2:
-            raise ValueError(f"prompts: {str(path)!r} has 1 prompt, expected at least 2 for the mean fill's reference")
-        reference = (others or _spread_items(swept, max(1, len(swept) // 4)))[: config.reference_items]
-    kept = tuple(item for item in swept if item not in reference)
-    description = f"prompts of {path.name}; their images are the model's own"
-    return GroupItems(PROMPTS, description, kept, tuple(reference))
-
-
-def _spread_items(items: list[Any], count: int) -> list[Any]:
-    return [items[index] for index in _spread(list(range(len(items))), count)]
+    by_split = {split: [item.index for item in items if item.split == split] for split in config.splits}
+    every = range(len(items))
+    chosen = choose_items(config, PROMPTS, by_split, (), every, lambda members, count: members[:count])
+    notes = [chosen.note] if chosen.note else []
+    if len(lines) > len(captions):
+        repeated = len(lines) - len(captions)
+        notes.append(f"{PROMPTS}: {repeated} of {len(lines)} lines repeat an earlier one and are left out")
+    return GroupItems(
+        PROMPTS,
+        f"prompts of {path.name}; their images are the model's own",
+        tuple(items[index] for index in chosen.swept),
+        tuple(items[index] for index in chosen.reference),
+        "\n".join(notes),
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 import headscope
 from headscope.models import Site, Task
+from headscope.sweep.choosing import ITEMS, REFERENCE_ITEMS
 from headscope.sweep.config import IN_MEMORY, SweepConfig
 from headscope.sweep.items import GroupItems, PromptItem, choose_timesteps, model_fingerprint
 from headscope.sweep.memory import structure
@@ -223,6 +224,9 @@ def _heads(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[tuple[str, int
     if config.heads is None:
         return every
     _known(config.heads, sites, "heads")
+    for pair in config.heads:
+        if pair not in every:
+            raise ValueError(f"heads: got {pair}, whose site isn't among the sites {', '.join(config.sites)}")
     return tuple(pair for pair in every if pair in set(config.heads))
 
 
@@ -290,6 +294,9 @@ def _identity(
     scheduler = {name: value for name, value in task.scheduler.config.items() if not name.startswith("_")}
     identity = {
         **asked,
+        # what was taken for granted and what was asked for are the same
+        "items": config.items or ITEMS,
+        "reference_items": config.reference_items or REFERENCE_ITEMS,
         "version": headscope.__version__,
         "model": model_fingerprint(task),
         "scheduler": [type(task.scheduler).__name__, json.loads(json.dumps(scheduler, sort_keys=True, default=str))],

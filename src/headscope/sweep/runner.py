@@ -87,6 +87,7 @@ def run_sweep(
         execution: further settings that change the speed alone.
         workers: who works on it; None for this process.
         progress: show progress: a bar on a terminal, a line of JSON every 15 seconds elsewhere.
+        console: where to, and where groups are named that have fewer items than a sweep takes by itself.
         pipeline: the model where it is one in memory, for this process only.
 
     Raises:
@@ -102,7 +103,7 @@ def run_sweep(
         raise ValueError(f"executor: got {workers.executor!r} with a model in memory, expected local, or a directory")
     shown = partial(Progress, title, enabled=progress, console=console)
     with terminable(), borrowed(pipeline) if pipeline is not None else nullcontext():
-        _run(config, path, execution, workers, shown, pipeline)
+        _run(config, path, execution, workers, shown, pipeline, console or Console(stderr=True))
     return Run.open(path)
 
 
@@ -113,9 +114,13 @@ def _run(
     workers: Workers,
     progress: Callable[[tuple[Unit, ...]], Progress],
     pipeline: Any,
+    console: Console,
 ) -> None:
     opened = Opened(config, execution, pipeline)
     store = opened.store(path)
+    # said without progress, too: it is about what the numbers are of
+    for note in opened.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     units = opened.plan.units
     session = uuid.uuid4().hex
     listed = store.listed()

@@ -121,6 +121,11 @@ class Opened:
             denoiser.compile()
 
     @property
+    def notes(self) -> list[str]:
+        """What a person should know before work starts."""
+        return [group.note for group in self.groups if group.note]
+
+    @property
     def share(self) -> bool:
         """Whether edited forwards may take over work of clean ones."""
         return self.execution.share and not self.config.compile

@@ -13,6 +13,8 @@ import triton.language as tl
 from headscope_kernels.attention.statistics.contract import RowStatistic
 
 LN2 = tl.constexpr(0.6931471805599453)
+# the smallest float32 with all of its digits
+LEAST_MASS = tl.constexpr(2.0**-126)
 # as many groups as one pass accumulates: [queries, 128] float32, what a value of 128 channels takes
 MAXIMUM_GROUPS = 128
 
@@ -99,11 +101,13 @@ def group_entropy_update(
 
 @triton.jit
 def group_entropy_finish(accumulators, normaliser, max_logit, max_exponent, CONSTANTS: tl.constexpr):
-    """ln m - ln(2) t / m of every group, 0 for one without mass."""
+    """ln m - ln(2) t / m of every group, 0 for one without mass, or with too little to have digits."""
     mass, moment = accumulators
-    absent = mass == 0.0  # [queries, groups]
+    absent = mass < LEAST_MASS  # [queries, groups]
     mass = tl.where(absent, 1.0, mass)
-    return tl.where(absent, 0.0, LN2 * (tl.log2(mass) - moment / mass))
+    entropy = LN2 * (tl.log2(mass) - moment / mass)  # [queries, groups]
+    # of a single key it is 0 but for rounding; a NaN stays
+    return tl.where(absent | (entropy < 0.0), 0.0, entropy)
 
 
 def group_width(constants: tuple[int | float, ...]) -> int:

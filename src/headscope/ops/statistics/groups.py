@@ -95,7 +95,9 @@ class GroupMass(_Groups):
 class GroupEntropy(_Groups):
     """The entropy of p renormalised within each group, [batch, heads, queries, count]. Nats.
 
-    0 for a group without mass; in float32 that is one where all its weights are below 2^-126 of the row's largest.
+    0 for a group without mass. In float32 a weight below 2^-126 of the row's largest counts as nothing: a group is
+    right as long as its own largest weight is at least 2^-96 of the row's; a fainter one loses its faintest keys and,
+    on a GPU, digits of the others, and below 2^-126 it has an entropy of 0.
 
     Args, raises: as GroupMass.
     """
@@ -105,9 +107,18 @@ class GroupEntropy(_Groups):
     description = "entropy of p renormalised within each group"
 
     def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
-        members = self.members(tensors[0], probabilities.dtype)
-        mass = probabilities @ members
-        surprise = torch.special.entr(probabilities) @ members
+        if not logits.shape[-1]:
+            return logits.new_zeros((*logits.shape[:-1], int(self.constants[0])))
+        # weights relative to the row's largest, and their logarithms: small probabilities have few digits
+        largest = logits.detach().amax(-1, keepdim=True)
+        exponents = logits.detach() - torch.where(largest == -torch.inf, 0, largest)
+        # one NaN or infinity makes all of its row NaN; 0 * -inf would, too
+        exponents = exponents.masked_fill_(probabilities.isnan(), torch.nan).clamp_(min=-1e4)
+        weights = exponents.exp()
+        weights.masked_fill_(weights < torch.finfo(weights.dtype).tiny, 0)
+        members = self.members(tensors[0], weights.dtype)
+        mass, moment = weights @ members, exponents.mul_(weights) @ members
         empty = mass == 0
         safe = torch.where(empty, 1, mass)
-        return torch.where(empty, 0, surprise / safe + safe.log())
+        # of a single key it is 0 but for rounding
+        return torch.where(empty, 0, safe.log() - moment / safe).clamp(min=0)

@@ -1,0 +1,155 @@
+"""What was asked for is there, or is an error that says what is; what a sweep takes by itself is said."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from headscope.cli import app
+from headscope.study.demonstration import StudyConfig
+from headscope.sweep import Execution, SweepConfig, run_sweep
+from headscope.sweep.choosing import choose_items
+from headscope.sweep.items import load_task, open_items
+from headscope.sweep.worker import Opened
+
+
+def folder(path, count):
+    """A folder of so many images."""
+    path.mkdir()
+    for index in range(count):
+        Image.fromarray(np.full((16, 16, 3), index, np.uint8)).save(path / f"{index:02d}.png")
+    return f"mine={path}"
+
+
+@pytest.fixture(scope="module")
+def task(ddpm_directory):
+    return load_task(SweepConfig(model=ddpm_directory, groups=("faces",)))
+
+
+def taken(task, **fields):
+    """Numbers of swept items by split and of reference items, and the note."""
+    (group,) = open_items(SweepConfig(**fields), task)
+    splits = [item.split for item in group.swept]
+    assert not {item.key for item in group.swept} & {item.key for item in group.reference}
+    return splits.count("discover"), splits.count("confirm"), len(group.reference), group.note
+
+
+def test_bundled_groups_have_all_that_a_sweep_takes_by_itself(task):
+    assert taken(task, groups=("lfw",)) == (20, 20, 16, "")
+    assert taken(task, groups=("lfw",), items=20, reference_items=60) == (20, 20, 60, "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"items": 5000}, "items: got 5000 of each split, and 'lfw' has 20 in discover and 20 in confirm; expected at"),
+        ({"items": 21, "splits": ("confirm",)}, "items: got 21 of each split, and 'lfw' has 20 in confirm; expected"),
+        ({"reference_items": 61}, "reference_items: got 61, and 'lfw' has 60 beside the swept ones; expected at most"),
+    ],
+)
+def test_bundled_groups_that_have_less_are_errors(task, fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        taken(task, groups=("lfw",), **fields)
+
+
+def test_folders_that_have_less_are_errors(task, tmp_path):
+    mine = folder(tmp_path / "images", 13)
+    with pytest.raises(
+        ValueError, match=r"got 10 of each split, and 'mine' has 7 in discover and 6 in confirm; expected at most 6"
+    ):
+        taken(task, groups=(mine,), items=10, fills=("zero",))
+    assert taken(task, groups=(mine,), items=6, fills=("zero",)) == (6, 6, 0, "")
+    # one is left for the reference
+    assert taken(task, groups=(mine,), items=6)[:3] == (6, 6, 1)
+    assert "the mean fill is taken over 1 items (by default up to 16)" in taken(task, groups=(mine,), items=6)[3]
+    with pytest.raises(ValueError, match="reference_items: got 2, and 'mine' has 1 beside the swept ones"):
+        taken(task, groups=(mine,), items=6, reference_items=2)
+    even = folder(tmp_path / "even", 12)
+    message = "items: all that 'mine' has are swept, and the mean fill needs some beside them; expected at most 5 items"
+    with pytest.raises(ValueError, match=message):
+        taken(task, groups=(even,), items=6)
+    assert taken(task, groups=(even,), items=5)[:3] == (5, 5, 2)
+
+
+def test_by_default_what_there_is_is_taken_and_said(task, tmp_path):
+    mine = folder(tmp_path / "images", 12)
+    assert taken(task, groups=(mine,), fills=("zero",)) == (
+        6,
+        6,
+        0,
+        "mine: 6 in discover and 6 in confirm are all that it has (by default up to 20 of each are taken)",
+    )
+    discover, confirm, reference, note = taken(task, groups=(mine,))
+    assert (discover + confirm, reference) == (9, 3)
+    assert f"{discover} in discover and {confirm} in confirm are all" in note
+    assert "the mean fill is taken over 3 items" in note
+
+
+def test_a_split_that_is_empty_is_an_error_or_said(task, tmp_path):
+    mine = folder(tmp_path / "images", 1)
+    assert "1 in discover and 0 in confirm are all" in taken(task, groups=(mine,), fills=("zero",))[3]
+    with pytest.raises(ValueError, match="'mine' has 1 in discover and 0 in confirm; expected splits"):
+        taken(task, groups=(mine,), fills=("zero",), items=1)
+    with pytest.raises(ValueError, match="groups: 'mine' has no items in the splits confirm"):
+        taken(task, groups=(mine,), fills=("zero",), splits=("confirm",))
+
+
+def test_prompts_are_counted_alike():
+    config = SweepConfig(groups=("faces",), items=2, fills=("zero",))
+    by_split = {"discover": [0, 2], "confirm": [1]}
+    with pytest.raises(ValueError, match="'prompts' has 2 in discover and 1 in confirm; expected at most 1"):
+        choose_items(config, "prompts", by_split, (), range(3), lambda members, count: members[:count])
+
+
+def test_prompts_that_repeat_are_said(diffusion_directory, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a fox\na dog\na fox\na fox\n")
+    config = SweepConfig(model=diffusion_directory, prompts=str(tmp_path / "prompts.txt"), fills=("zero",))
+    (group,) = open_items(config, load_task(config))
+    assert [item.caption for item in group.swept] == ["a fox", "a dog"]
+    assert "prompts: 2 of 4 lines repeat an earlier one and are left out" in group.note.split("\n")
+
+
+def test_it_is_said_before_work_starts(ddpm_directory, tmp_path):
+    mine = folder(tmp_path / "images", 2)
+    asked = {"groups": (mine,), "timesteps": (60,), "fills": ("zero",), "sites": ("mid_block.*",), "observe": False}
+    text = io.StringIO()
+    run = run_sweep(
+        SweepConfig(model=ddpm_directory, **asked), tmp_path / "run", progress=False, console=Console(file=text)
+    )
+    note = "mine: 1 in discover and 1 in confirm are all that it has (by default up to 20 of each are taken)\n"
+    assert text.getvalue() == note
+    assert run.manifest["groups"][0]["items"] == 2
+    arguments = (
+        "sweep",
+        "--model",
+        ddpm_directory,
+        "--group",
+        mine,
+        "--timesteps",
+        "60",
+        "--fill",
+        "zero",
+        "--dry-run",
+    )
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    assert note in result.output
+
+
+def test_asking_for_what_is_taken_anyway_is_no_other_configuration(ddpm_directory):
+    asked = {"model": ddpm_directory, "groups": ("lfw",), "timesteps": (60,)}
+    one, two = (
+        Opened(SweepConfig(**asked, **numbers), Execution()).plan
+        for numbers in ({}, {"items": 20, "reference_items": 16})
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize("name", ["items", "discover_items", "confirm_items"])
+def test_a_study_counts_before_its_first_stage(name):
+    with pytest.raises(ValueError, match=f"{name}: got 21 of each split, expected at most the groups' 20"):
+        StudyConfig(**{name: 21})
