@@ -155,10 +155,11 @@ class Scope:
             sites: names or patterns of the sites to record; all by default, and then attention that the model calls
                 outside of them is an error.
             reduce: "mean" as said above; None keeps every query's statistic and every sample's tensors.
-            into: an earlier recording of the same statistics to go on with.
+            into: an earlier recording of the same statistics to go on with, made in this session.
 
         Raises:
-            ValueError: an unknown statistic or reduction, nothing to record, or unseen sites when all are asked for.
+            ValueError: an unknown statistic or reduction, nothing to record, a recording that can't be gone on with, or
+                unseen sites when all are asked for.
             KeyError: an unknown site.
             RuntimeError: another Scope is active on the model; from a forward, attention outside of all sites.
         """
@@ -171,8 +172,7 @@ class Scope:
         requested = requested_statistics([statistic for statistic in statistics if statistic not in QUANTITIES])
         recording = Recording(requested, quantities, reduce)
         if into is not None:
-            if not into.same_request(recording):
-                raise ValueError(f"into: got {into!r}, expected a recording of {', '.join(map(str, statistics))}")
+            into.check_continues(recording)
             recording = into
         entry = RecordRequest(recording, self._chosen(sites), sites is None)
         with self._context(self.recordings, entry):
@@ -318,12 +318,17 @@ class Scope:
         self._contexts += 1
         entries.append(entry)
         self.contexts_seen += 1
-        (entry.recording if isinstance(entry, RecordRequest) else entry).first_forward = self._forwards
+        if isinstance(entry, RecordRequest):
+            entry.recording.enter(self._forwards)
+        else:
+            entry.first_forward = self._forwards
         try:
             yield
         finally:
             # the newest of several equal entries
             del entries[max(index for index, other in enumerate(entries) if other is entry)]
+            if isinstance(entry, RecordRequest):
+                entry.recording.leave()
             self.contexts_seen += 1
             self._contexts -= 1
             if self._contexts == 0:
@@ -407,8 +412,7 @@ class Scope:
         for site, branch, cache in self._hooks.missing(forward, self._by_name):
             for entry in self.recordings:
                 if site in entry.sites:
-                    step = forward.step_since(entry.recording.first_forward)
-                    entry.recording.reused.append(Reused(site, step, branch))
+                    entry.recording.reused.append(Reused(site, entry.recording.step_of(forward), branch))
             for request in self.token_maps:
                 shown = site in request.maps.sites and branch in ("cond", None)
                 if shown and site in request.sites and request.acts_in(forward):
