@@ -407,6 +407,39 @@ def test_two_models_in_two_threads_do_not_meet(sample):
         assert np.allclose(first["entropy_mean"].to_numpy(), single["entropy_mean"].to_numpy(), atol=1e-6)
 
 
+def test_one_model_in_two_threads_is_refused(unet, sample):
+    """A thread's forward stands still while another one asks for its own."""
+    scope = Scope(unet)
+    refusals = []
+
+    def in_the_middle(module, args):
+        handle.remove()
+
+        def work():
+            with pytest.raises(RuntimeError, match="UNet2DModel runs in two threads inside a Scope") as refused:
+                run(unet, 2 * sample)
+            refusals.append(refused)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    with scope.record("entropy") as alone:
+        run(unet, sample)
+    handle = unet.mid_block.register_forward_pre_hook(in_the_middle)
+    with scope.record("entropy") as recording:
+        run(unet, sample)
+    assert len(refusals) == 1
+    assert recording.to_polars().equals(alone.to_polars())
+    # one after the other they are no trouble
+    with scope.record("entropy") as recording:
+        run(unet, sample)
+        thread = threading.Thread(target=run, args=(unet, sample))
+        thread.start()
+        thread.join()
+    assert set(recording.to_polars()["forward"]) == {0, 1}
+
+
 def test_what_cannot_be_seen_is_said(sample):
     model = tiny.ddpm().unet
     name = "mid_block.attentions.0"

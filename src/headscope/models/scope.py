@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,9 @@ class Scope:
         self._forwards = 0
         # the forward that runs, or ran last
         self.running: Forward | None = None
+        # the thread that a forward runs in, while one does
+        self._thread: int | None = None
+        self._thread_lock = threading.Lock()
         # counts up whenever a context is entered or left: what sites know of them then is out of date
         self.contexts_seen = 0
         self.sites: tuple[Site, ...]
@@ -367,9 +371,16 @@ class Scope:
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-        self.running = None
+        self.running = self._thread = None
 
     def begin(self, args: tuple, kwargs: dict, cache_context: str | None) -> None:
+        with self._thread_lock:
+            if self._thread not in (None, threading.get_ident()):
+                raise RuntimeError(
+                    f"{type(self.denoiser).__name__} runs in two threads inside a Scope, which can't tell their"
+                    " forwards apart; run one after the other, or a copy of the model with a Scope of its own in each"
+                )
+            self._thread = threading.get_ident()
         arguments = self._named_arguments(args, kwargs)
         forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context, self.running)
         # one object for forwards that are alike, so that sites need not read each anew
@@ -390,6 +401,10 @@ class Scope:
         return arguments | arguments.pop("kwargs", {})
 
     def end(self, completed: bool) -> None:
+        # after a forward that `begin` refused, another thread's still runs
+        if self._thread not in (None, threading.get_ident()):
+            return
+        self._thread = None
         routing.unwatch(self)
         forward = self.running
         for entry in self.recordings:
