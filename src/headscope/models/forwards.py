@@ -1,5 +1,6 @@
 """One forward of the denoiser: where in the pipeline it is, and which guidance branch each sample belongs to."""
 
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.models.layout import Geometry, Layout, Place
+from headscope.models.sites import find_denoiser
 
 # what a part of a denoiser's batch, or a pass of its own, can be: without the prompt; with it; with it and perturbed
 # attention; with it and some layers skipped; with it and without the other modality (sound, where there is a picture)
@@ -29,6 +31,8 @@ PROMPT = "prompt"
 _PROMPTS = (PROMPT, "prompt_2", "prompt_3")
 # parts of a batch that mean something else in every pipeline
 _PART = re.compile(r"part_\d+")
+# what a pipeline's call names how many images, videos, waveforms, ... it makes of each prompt
+_PER_PROMPT = re.compile(r"num_(images|videos|waveforms|designs)_per_prompt")
 
 
 def checked_branches(branches: Iterable[str] | None) -> tuple[str, ...] | None:
@@ -229,7 +233,7 @@ def begin_forward(
         timestep = (
             timestep.reshape(geometry.batch, -1)[:, 0] if timestep.numel() % geometry.batch == 0 else timestep[:1]
         )
-    call = _running_call(pipeline)
+    pipeline, call = _running_call(pipeline, denoiser)
     step = call["i"] if isinstance(call.get("i"), int) and "timesteps" in call else None
     # flow models are given a rescaled one
     scheduled = call.get("t")
@@ -239,7 +243,7 @@ def begin_forward(
     # schedulers make a new one for every call; one that is given again starts again
     if before is not None and (schedule is None or before.schedule is not schedule or (before.step or 0) > (step or 0)):
         before = None
-    branches = _branches(pipeline, call, geometry.batch, arguments, cache_context, before)
+    branches = _branches(pipeline, denoiser, call, geometry.batch, arguments, cache_context, before)
     guided = branches != (None,) or (before is not None and before.guided)
     prompts = _prompts(call) if call else None
     return Forward(index, step, timestep, branches, geometry, schedule=schedule, guided=guided, prompts=prompts)
@@ -258,6 +262,7 @@ def _prompts(call: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 def _branches(
     pipeline: Any,
+    denoiser: nn.Module,
     call: Mapping[str, Any],
     batch: int,
     arguments: Mapping[str, Any],
@@ -288,6 +293,7 @@ def _branches(
     if rest or parts == 0:
         return (None,)
     if parts == 1:
+        guided = guided and not _runs_once(pipeline, call, denoiser)
         return (_branch_of_text(call, arguments) if guided else "cond" if was_guided else None,)
     names = (*(["uncond"] if guided else []), "cond", *(["perturbed"] if _is_perturbed(pipeline, call) else []))
     if parts == len(names):
@@ -310,7 +316,7 @@ def _samples(call: Mapping[str, Any]) -> int | None:
     samples = call.get("batch_size")
     if not isinstance(samples, int) or samples < 1:
         return None
-    images = next((call[name] for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in call), None)
+    images = next((call[name] for name in call if _PER_PROMPT.fullmatch(name)), None)
     latents = call.get("latents")
     # some pipelines count the images of a prompt in
     if isinstance(latents, Tensor) and latents.ndim > 0 and latents.shape[0] == samples:
@@ -328,12 +334,26 @@ def _branch_of_text(call: Mapping[str, Any], arguments: Mapping[str, Any]) -> st
 
 
 def _is_guided(pipeline: Any, call: Mapping[str, Any]) -> bool:
+    told = _told_guided(pipeline, call)
+    scale = call.get("guidance_scale")
+    return told is True or (told is None and isinstance(scale, (int, float)) and scale > 1)
+
+
+def _told_guided(pipeline: Any, call: Mapping[str, Any]) -> bool | None:
+    """What the pipeline says of guidance in so many words; None where there is a scale at most."""
+    # the passes that a guider has asked for in this step
+    passes = call.get("guider_state")
+    if isinstance(passes, (list, tuple)):
+        return len(passes) > 1
     told = [call.get(name) for name in ("do_classifier_free_guidance", "do_true_cfg")]
     told.append(getattr(pipeline, "do_classifier_free_guidance", None))
-    if any(isinstance(value, bool) for value in told):
-        return any(value is True for value in told)
-    scale = call.get("guidance_scale")
-    return isinstance(scale, (int, float)) and scale > 1
+    return any(value is True for value in told) if any(isinstance(value, bool) for value in told) else None
+
+
+def _runs_once(pipeline: Any, call: Mapping[str, Any], denoiser: nn.Module) -> bool:
+    """Whether the scale, which alone speaks of guidance, is an input of a distilled denoiser."""
+    takes_scale = "guidance" in inspect.signature(type(denoiser).forward).parameters
+    return takes_scale and _told_guided(pipeline, call) is None
 
 
 def _is_perturbed(pipeline: Any, call: Mapping[str, Any]) -> bool:
@@ -342,11 +362,27 @@ def _is_perturbed(pipeline: Any, call: Mapping[str, Any]) -> bool:
     return call.get(name, getattr(pipeline, name, False)) is True
 
 
-def _running_call(pipeline: Any) -> Mapping[str, Any]:
-    """The local variables of the pipeline's call that this thread is inside of; empty if there is none."""
+def _running_call(pipeline: Any, denoiser: nn.Module) -> tuple[Any, Mapping[str, Any]]:
+    """The pipeline whose call this thread is inside of, and that call's local variables; empty if there is none.
+
+    Other pipelines may share the denoiser: those that `from_pipe` makes, or one inside of a combined pipeline.
+    """
     frame = sys._getframe(1) if pipeline is not None else None
     while frame is not None:
-        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline:
-            return frame.f_locals
+        if frame.f_code.co_name == "__call__":
+            owner = frame.f_locals.get("self")
+            if owner is pipeline or _is_denoiser_of(owner, denoiser):
+                return owner, frame.f_locals
         frame = frame.f_back
-    return {}
+    return pipeline, {}
+
+
+def _is_denoiser_of(owner: Any, denoiser: nn.Module) -> bool:
+    """Whether a pipeline's denoiser is that one, whatever is wrapped around it."""
+    if owner is None or isinstance(owner, nn.Module):
+        return False
+    try:
+        found = find_denoiser(owner)
+    except TypeError:
+        return False
+    return getattr(found, "_orig_mod", found) is denoiser
