@@ -1,6 +1,7 @@
 """Prompt-token maps, and statistics over the picture."""
 
 import re
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -249,3 +250,26 @@ def test_two_statistics_of_one_name_are_told_apart(diffusion):
         pytest.raises(ValueError, match="means different things"),
     ):
         diffusion.unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 32))
+
+
+def test_a_forward_that_fails_adds_nothing(diffusion):
+    class Stopped(Exception):
+        pass
+
+    def stop(module, args, output):
+        raise Stopped
+
+    scope = Scope(diffusion)
+    inputs = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 5, torch.randn(2, 77, 32))
+    found = []
+    for fails in (False, True):
+        with scope.record_tokens("a red fox") as maps, torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if fails:
+                handle = diffusion.unet.conv_out.register_forward_hook(stop)
+                with pytest.raises(Stopped):
+                    diffusion.unet(10 * inputs[0], *inputs[1:])
+                handle.remove()
+            diffusion.unet(*inputs)
+        found.append(torch.stack([maps.map([position], 1) for position in range(77)]))
+    assert torch.equal(*found)

@@ -414,6 +414,8 @@ class Scope:
                 entry.recording.end_forward(forward)
             else:
                 entry.recording.drop(forward)
+        for request in self.token_maps:
+            request.maps.end_forward(completed)
         if forward is not None:
             # what runs again in a backward belongs to this forward still
             forward.totals = dict(forward.calls)
