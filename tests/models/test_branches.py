@@ -223,3 +223,34 @@ def test_passes_that_a_pipelines_guider_asks_for(passes):
         pipeline(list(passes))
     branches = recording.to_polars().select("forward", "branch").unique().sort("forward")["branch"].cast(str).to_list()
     assert branches == (["cond", "uncond"] if len(passes) > 1 else [None])
+
+
+def test_passes_that_nothing_names_are_not_taken_for_each_other():
+    class Unnamed:
+        """Casts its text, so that nothing tells which is which."""
+
+        do_classifier_free_guidance = True
+
+        def __init__(self):
+            self.transformer = tiny.flux_transformer()
+
+        def __call__(self, batch_size, timesteps):
+            inputs = tiny.flux_inputs(batch_size)
+            texts = inputs.pop("encoder_hidden_states"), torch.zeros(batch_size, 5, 32)
+            for i in range(len(timesteps)):  # noqa: B007
+                for text in texts:
+                    with torch.inference_mode():
+                        self.transformer(**inputs, encoder_hidden_states=text.clone())
+
+    pipeline = Unnamed()
+    scope = Scope(pipeline)
+    with scope.record("entropy") as recording:
+        pipeline(2, [500.0, 400.0])
+    assert branches_by_step(recording) == {(step, f"part_{part}"): [0, 1] for step in range(2) for part in range(2)}
+    said = "'cond', which never ran in the context: expected some of part_0, part_1$"
+    with pytest.raises(ValueError, match=said), scope.edit({"*": [0]}, branches="cond"):
+        pipeline(2, [500.0])
+    with scope.record_tokens("a red fox", sites="*") as maps, pytest.warns(UserWarning, match="prompts: "):
+        pipeline(2, [500.0])
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        maps.map([0])

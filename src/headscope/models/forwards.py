@@ -294,7 +294,9 @@ def _branches(
         return (None,)
     if parts == 1:
         guided = guided and not _runs_once(pipeline, call, denoiser)
-        return (_branch_of_text(call, arguments) if guided else "cond" if was_guided else None,)
+        if guided:
+            return (_branch_of_text(call, arguments) or _next_part(call, before),)
+        return ("cond" if was_guided else None,)
     names = (*(["uncond"] if guided else []), "cond", *(["perturbed"] if _is_perturbed(pipeline, call) else []))
     if parts == len(names):
         # a class-conditional pipeline appends the null class
@@ -322,6 +324,12 @@ def _samples(call: Mapping[str, Any]) -> int | None:
     if isinstance(latents, Tensor) and latents.ndim > 0 and latents.shape[0] == samples:
         return samples
     return samples * int(images or 1)
+
+
+def _next_part(call: Mapping[str, Any], before: Forward | None) -> str:
+    """The name of a pass that nothing names, by its number among those of the step."""
+    last = before.branches[0] if before is not None and before.step == call.get("i") else None
+    return f"part_{int(last.removeprefix('part_')) + 1}" if last is not None and _PART.fullmatch(last) else "part_0"
 
 
 def _branch_of_text(call: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
