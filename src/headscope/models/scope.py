@@ -15,7 +15,7 @@ from headscope.models import routing
 from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
 from headscope.models.caches import HookWatch, Reused
-from headscope.models.editing import ActiveEdit, Edits, Fill
+from headscope.models.editing import ActiveEdit, Edits, Fill, check_heads
 from headscope.models.forwards import Forward, Progress, Window, begin_forward
 from headscope.models.maps import TokenMaps, TokenRequest
 from headscope.models.prompts import Prompts
@@ -203,14 +203,23 @@ class Scope:
 
         Raises:
             KeyError: an unknown site.
-            ValueError: at the context's end, steps that never ran.
-            TypeError: steps that are no range.
+            ValueError: no head of the site, or a head of a site that isn't recorded; at the context's end, steps that
+                never ran.
+            TypeError: steps that are no range, heads that are no numbers.
         """
         self._look_again()
-        chosen = {name: own for pattern, own in (heads or {}).items() for name in self.matching(pattern)}
+        names = self._chosen(sites) if sites is not None else frozenset(self._by_name)
+        chosen: dict[str, tuple[int, ...]] = {}
+        for pattern, own in (heads or {}).items():
+            if names.isdisjoint(self.matching(pattern)):
+                raise ValueError(f"heads: got {pattern!r}, which is not among the sites to record")
+            for name in self.matching(pattern):
+                check_heads(own, self.site(name), f"heads[{pattern!r}]")
+                chosen[name] = tuple(own)
+            if len(set(own)) != len(own) or not len(own):
+                raise ValueError(f"heads[{pattern!r}]: got {list(own)}, expected some heads, each once")
         words = Prompts(self._pipeline, prompts)
         maps = TokenMaps(self._pipeline, words, chosen)
-        names = self._chosen(sites) if sites is not None else frozenset(self._by_name)
         with words.watching_encoders(), self._context(self.token_maps, TokenRequest(maps, names, steps)):
             yield maps
 
