@@ -1,6 +1,8 @@
 """Scope on real diffusers models: what it records and edits is what the model does."""
 
 import threading
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -405,6 +407,14 @@ def test_two_models_in_two_threads_do_not_meet(sample):
         assert len(table) == 3 * len(single)
         first = table.filter(table["step"] == 0)
         assert np.allclose(first["entropy_mean"].to_numpy(), single["entropy_mean"].to_numpy(), atol=1e-6)
+
+
+def test_a_second_denoiser_is_said_to_be_unseen(unet):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Scope(SimpleNamespace(unet=unet, transformer_2=None, same=unet))
+    with pytest.warns(UserWarning, match="SimpleNamespace has another denoiser, 'unet_2', whose attention"):
+        Scope(SimpleNamespace(unet=unet, unet_2=tiny.ddpm().unet))
 
 
 def test_one_model_in_two_threads_is_refused(unet, sample):

@@ -3,6 +3,7 @@
 import inspect
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,9 @@ class Scope:
             `sites=` leaves them out.
         recordings, token_maps, edits: what is active, outer contexts first.
 
+    Warns:
+        UserWarning: the pipeline has a second denoiser (Wan 2.2 has one for its later steps), which isn't seen.
+
     Raises:
         TypeError: not a torch module, nor a pipeline with a unet or transformer.
         ValueError: the model has no attention site that can be seen.
@@ -75,6 +79,12 @@ class Scope:
         self._called = find_denoiser(pipeline_or_model)
         # torch.compile(model) is a module around the model
         self.denoiser: nn.Module = getattr(self._called, "_orig_mod", self._called)
+        for name in self._other_denoisers():
+            warnings.warn(
+                f"pipeline_or_model: {type(pipeline_or_model).__name__} has another denoiser, {name!r}, whose attention"
+                " this Scope neither records nor edits; a Scope of that model sees it",
+                stacklevel=2,
+            )
         self._signature = inspect.signature(type(self.denoiser).forward)
         self.recordings: list[RecordRequest] = []
         self.token_maps: list[TokenRequest] = []
@@ -103,6 +113,16 @@ class Scope:
         sites, unseen = find_sites(self.denoiser)
         self.sites, self.unseen = tuple(sites), tuple(unseen)
         self._by_name = {site.name: site for site in sites}
+
+    def _other_denoisers(self) -> list[str]:
+        """The pipeline's further models of the denoiser's class: some have one for noise and one for details."""
+        models = {} if self._pipeline is None else dict(getattr(self._pipeline, "__dict__", {}))
+        unwrapped = {name: getattr(model, "_orig_mod", model) for name, model in models.items()}
+        return [
+            name
+            for name, model in unwrapped.items()
+            if type(model) is type(self.denoiser) and model is not self.denoiser
+        ]
 
     def __repr__(self) -> str:
         heads = sum(site.heads for site in self.sites)
