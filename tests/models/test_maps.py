@@ -1,5 +1,6 @@
 """Prompt-token maps, and statistics over the picture."""
 
+import contextlib
 import re
 import warnings
 from types import SimpleNamespace
@@ -273,3 +274,12 @@ def test_a_forward_that_fails_adds_nothing(diffusion):
             diffusion.unet(*inputs)
         found.append(torch.stack([maps.map([position], 1) for position in range(77)]))
     assert torch.equal(*found)
+
+
+def test_pictures_of_two_sizes_have_no_map_together(diffusion):
+    said = r"has a picture of 4 x 2 places after one of 4 x 4 in one context"
+    site = next(site.name for site in Scope(diffusion).sites if site.kind == "cross" and "mid" in site.name)
+    with Scope(diffusion).record_tokens(sites=[site]):
+        for width, expected in ((16, contextlib.nullcontext()), (8, pytest.raises(ValueError, match=said))):
+            with expected:
+                diffusion("a red fox", num_inference_steps=1, height=16, width=width, output_type="latent")

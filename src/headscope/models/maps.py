@@ -134,6 +134,12 @@ class TokenMaps:
             # an ordinary tensor, which a later forward in another mode may add to
             with torch.inference_mode(False):
                 self._sums[site] = summed.new_zeros(batch, *summed.shape[1:])
+        before, now = tuple(self._sums[site].shape), tuple(summed.shape)
+        if before[2:] != now[2:]:
+            raise ValueError(
+                f"token maps: site {site!r} has a picture of {now[2]} x {now[3]} places after one of {before[2]} x"
+                f" {before[3]} in one context, expected pictures of one size, or a context for each"
+            )
         if self._sums[site].shape[1:] != summed.shape[1:]:
             raise ValueError(
                 f"token maps: site {site!r} meets {summed.shape[1]} text tokens in one sample and"
