@@ -7,7 +7,7 @@ import re
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,9 +23,10 @@ def local_path(field: str, path: str | os.PathLike[str]) -> Path:
         field: what the path is called where it was given.
 
     Raises:
-        ValueError: it is an address.
+        ValueError: it is an address, or its name isn't UTF-8.
     """
     text = os.fspath(path)
+    check_text(field, text)
     address = _ADDRESS.match(text)
     if address:
         written = text if "//" in address[0] else f"{address[1]}://{text[address.end() :]}"
@@ -35,6 +36,14 @@ def local_path(field: str, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def check_text(field: str, text: str) -> None:
+    """Raises ValueError where a name isn't UTF-8: tables and manifests hold no other text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{field}: got {os.fsencode(text)!r}, whose name isn't UTF-8, expected another name") from None
+
+
 def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     """Write a file so that a reader finds the old content or the new, never a part.
 
@@ -42,7 +51,26 @@ def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> Non
 
     Args:
         content: the bytes, or a function that writes them to an open file.
+
+    Raises:
+        OSError: it can't be written; names the file.
     """
+    with _naming(path):
+        _write_atomic(path, content)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the file that was to be written: of an open one the system says nothing, else the name aside."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -98,12 +126,17 @@ def write_first(path: Path, content: bytes, *, lasting: bool = True) -> bool:
         Whether this call wrote it.
 
     Raises:
-        OSError: it can't be written.
+        OSError: it can't be written; names the file.
     """
+    with _naming(path):
+        return _write_first(path, content, lasting)
+
+
+def _write_first(path: Path, content: bytes, lasting: bool) -> bool:
     aside = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         if lasting:
-            write_atomic(aside, content)
+            _write_atomic(aside, content)
         else:
             aside.write_bytes(content)
         try:

@@ -1,10 +1,15 @@
 """What numbers and speeds depend on: versions and devices."""
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import headscope
+
+if TYPE_CHECKING:
+    import torch
 
 
 def versions() -> dict[str, str]:
@@ -18,6 +23,24 @@ def versions() -> dict[str, str]:
     return found
 
 
+def checked_device(name: str) -> "torch.device":
+    """Raises ValueError where torch has no such device."""
+    import torch
+
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: got {name!r}, expected one that torch sees (it sees no CUDA device)")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).fill_(0.0)
+    # torch built without a kind of device asserts that it was
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: got {name!r}, expected one that torch sees ({reason})") from None
+    if device.type == "meta":
+        raise ValueError(f"device: got {name!r}, expected one that computes numbers")
+    return device
+
+
 def device_name(device: str) -> str:
     """The model name of a torch device, "cpu" or "cuda:1"."""
     import torch
@@ -25,6 +48,11 @@ def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor_name()
+
+
+def memory_bytes() -> int:
+    """The machine's memory, free or not."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def processor_name() -> str:

@@ -54,19 +54,28 @@ def _clear_errors() -> Iterator[None]:
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
         if os.environ.get("HEADSCOPE_TRACEBACK") == "1":
             raise
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        console.print(f"[bold red]error[/] {_escaped(str(text))}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error[/] {_escaped(_sentence(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as error:
         console.print("stopped; what is finished is kept, and the same command goes on from there")
         raise typer.Exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED) from None
 
 
+def _sentence(error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 def _escaped(text: str) -> str:
     """Text that a terminal shows as it is: neither markup nor characters that would steer it."""
     from rich.markup import escape
 
-    return escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text))
+    # names of files may be anything
+    readable = text.encode("utf-8", "backslashreplace").decode()
+    return escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in readable))
 
 
 @app.command()
@@ -327,7 +336,7 @@ def retry(
         from headscope.sweep import Run, SweepConfig
 
         run = Run.open(directory)
-        config = SweepConfig.from_json(run.manifest["config"])
+        config = SweepConfig.from_json(run.manifest.get("config"))
         run.mend()
         _run(config, directory, batch, workers, executor, address, job, quiet)
 

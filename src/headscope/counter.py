@@ -14,9 +14,18 @@ import math
 
 import numpy as np
 
-__all__ = ["counter_integers", "counter_normal", "counter_permutation", "counter_uniform"]
+__all__ = ["check_seed", "counter_integers", "counter_normal", "counter_permutation", "counter_uniform"]
 
 _KEY_DOMAIN = b"headscope.zoo.counter/1"
+
+# tables hold seeds in 32 bits
+_LARGEST_SEED = 2**31 - 1
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that results couldn't be labelled with."""
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ValueError(f"seed: got {seed}, expected 0 to {_LARGEST_SEED}")
 
 
 def _raw(key: tuple[str | int, ...], count: int) -> np.ndarray:

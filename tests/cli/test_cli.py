@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import headscope
 from headscope.cli import app
-from headscope.sweep import Run, runner
+from headscope.sweep import Run, runner, store
 from headscope.zoo import train
 
 
@@ -154,6 +154,37 @@ def test_a_group_s_address_is_refused():
             read("https://host/x")
 
 
+def test_settings_that_are_none_are_one_sentence(tmp_path):
+    """Of a study, a training run, and a manifest that was made elsewhere."""
+    sealed = store._json({"format": 2, "identity": {}, "units": []}, "manifest.json")
+    for name, content, arguments, message in (
+        ("study.json", b"[]", ("report",), "holds no study's settings"),
+        ("study.json", b"{", ("study", "--out"), "can't be read"),
+        ("recipe.json", b"[]", ("train", "--out"), "holds no recipe"),
+        ("recipe.json", b"{", ("train", "--out"), "can't be read"),
+        ("manifest.json", sealed, ("report",), "lacks config, sites"),
+        ("manifest.json", sealed, ("sweep", "retry"), "its manifest holds no configuration"),
+    ):
+        folder = tmp_path / f"{name}-{len(content)}"
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+        result = call(*arguments, folder)
+        assert result.exit_code == 2
+        assert message in result.output
+        assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for arguments, name in ((("study", "--out"), "study.json"), (("train", "--out"), "recipe.json")):
+        result = call(*arguments, tmp_path / name)
+        assert result.exit_code == 2
+        assert result.output == f"error {tmp_path / name / name}: No space left on device\n"
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_training_and_study_end_on_ctrl_c_and_sigterm(tmp_path, monkeypatch, number, status):
     """With a sentence and the status that shells know."""
@@ -186,6 +217,15 @@ def test_training_and_study_end_on_ctrl_c_and_sigterm(tmp_path, monkeypatch, num
         (("sweep", "--executor", "slurm", "--job", "fast"), "job: got 'fast', expected NAME=VALUE"),
         (("sweep", "--executor", "cloud"), "executor: got 'cloud', expected one of local"),
         (("train", "--steps", "0"), "steps: got 0, expected at least 1"),
+        (("sweep", "--seed", "3000000000"), "seed: got 3000000000, expected 0 to 2147483647"),
+        (("study", "--seed", "3000000000"), "seed: got 3000000000, expected 0 to 2147483647"),
+        (("train", "--seed", "-1"), "seed: got -1, expected 0 to 2147483647"),
+        (("study", "--dtype", "int8"), "dtype: got int8"),
+        (("study", "--device", "gpu"), "device: got 'gpu', expected one that torch sees"),
+        (("train", "--device", "gpu"), "device: got 'gpu', expected one that torch sees"),
+        (("bench", "--device", "gpu"), "device: got 'gpu', expected one that torch sees"),
+        (("sweep", "--out", "a\udcfe"), r"out: got b'a\xfe', whose name isn't UTF-8, expected another name"),
+        (("sweep", "status", "a\udcfe"), r"run: got b'a\xfe', whose name isn't UTF-8"),
     ],
 )
 def test_mistakes_get_one_line(arguments, message, tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ CASES = {
         {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2, "layers_per_block": 1},
         lambda: {"sample": normal(4, 3, 16, 16), "num_frames": 2},
         samples=2,
+        folded={"sample": 2},
     ),
     "AsymmetricAutoencoderKL": Case(
         {

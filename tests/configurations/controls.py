@@ -81,6 +81,7 @@ CASES = {
                 "conditioning_mask": ones(2, 1, 3, 8, 8),
             }
         ),
+        folded={"encoder_hidden_states": 3},
     ),
     "FluxControlNetModel": Case(
         FLUX, lambda: packed(4, 12) | {"pooled_projections": normal(2, 6), "controlnet_cond": normal(2, 12, 4)}
@@ -111,6 +112,7 @@ CASES = {
             "text_len_t5": 3,
         },
         lambda: hunyuan_dit() | {"controlnet_cond": normal(2, 4, 8, 8)},
+        shared=frozenset({"image_rotary_emb"}),
     ),
     "QwenImageControlNetModel": Case(
         QWEN,

@@ -3,10 +3,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
@@ -186,9 +188,10 @@ def watched(
             handle.remove()
 
 
-def examine(name: str, case: Case) -> Examination:
-    """Run every check on an entry."""
-    model = build(name, case)
+def examine(name: str, whole: Case, samples: int = 2) -> Examination:
+    """Run every check on an entry, in a batch of so many samples where it takes more than one."""
+    model = build(name, whole)
+    case = _with(whole, range(samples)) if whole.samples > 1 else whole
     found = Examination()
     stock = run(model, case)
     try:
@@ -224,11 +227,18 @@ def examine(name: str, case: Case) -> Examination:
         table = recording.to_polars()
         units = _units(inside, case.samples)
         found.recorded = _same_calls(units, table) or _refused(model, case, scope, found)
-        found.entropy = _same_entropies(units, table, case.samples)
+        found.entropy = same_entropies(units, table, case.samples)
+        if case.samples > 2:
+            found.entropy = found.entropy or _same_alone(model, whole, scope, named, stock, table, case.samples)
     except Exception as error:
         found.entropy = _short(error)
     found.removal = _removal(model, case, scope, inside, stock, tolerance)
     return found
+
+
+def _with(case: Case, samples: Sequence[int]) -> Case:
+    """The entry with some of its samples."""
+    return replace(case, samples=len(samples), inputs=partial(case.batch, samples))
 
 
 def _tolerance(model: nn.Module, case: Case, stock: Sequence[Tensor]) -> float:
@@ -239,7 +249,9 @@ def _tolerance(model: nn.Module, case: Case, stock: Sequence[Tensor]) -> float:
 def _count(model: nn.Module, calls: Sequence[Call], found: Examination) -> None:
     found.calls = len(calls)
     modules = dict(model.named_modules())
-    found.outside = Counter(type(modules[call.module]).__name__ for call in calls if call.site is None)
+    unseen = {entry.name for entry in find_sites(model)[1]}
+    outside = [call.module for call in calls if call.site is None and call.module not in unseen]
+    found.outside = Counter(type(modules[name]).__name__ for name in outside)
 
 
 def _short(error: Exception) -> str:
@@ -290,29 +302,75 @@ def _joined(entropies: Sequence[Tensor]) -> Tensor:
     return torch.cat([pad(entropy, (0, longest - entropy.shape[-1]), value=torch.nan) for entropy in entropies])
 
 
-def _same_entropies(units: Mapping[tuple[str, int], Tensor], table, samples: int) -> str:
-    """Compare the mean over queries of every site, call, sample and head."""
-    recorded = defaultdict(list)
+def same_entropies(units: Mapping[tuple[str, int], Tensor], table, samples: int) -> str:
+    """Compare what every query of every site, call, sample and head has, as the mean over queries."""
     columns = ("site", "call", "sample", "head", "queries", "entropy_mean")
-    for site, call, *values in table.select(columns).iter_rows():
-        recorded[str(site), call].append(values)
-    worst = 0.0
-    for unit, expected in units.items():
-        rows = recorded[unit]
-        if not rows:
-            return f"nothing recorded of call {unit[1]} of {unit[0]}"
-        shape = (1 + max(row[0] for row in rows), 1 + max(row[1] for row in rows))
-        if shape != (samples, expected.shape[1]):
-            return f"{unit[0]}: recorded as (samples, heads) {shape}, expected {(samples, expected.shape[1])}"
-        totals = torch.zeros(samples, expected.shape[1], dtype=torch.float64)
-        weights = torch.zeros_like(totals)
-        for sample, head, queries, mean in rows:
-            totals[sample, head] += queries * mean
-            weights[sample, head] += queries
+    parts: dict[tuple[str, int, int, int], list[tuple[int, float]]] = defaultdict(list)
+    for site, call, sample, head, queries, mean in table.select(columns).iter_rows():
+        parts[str(site), call, sample, head].append((queries, mean))
+    expected: dict[tuple[str, int, int, int], tuple[int, float]] = {}
+    for (site, call), entropy in units.items():
         # attention may have folded frames, windows or pixels into its batch, sample by sample
-        per_sample = expected.unflatten(0, (samples, -1)).nanmean((1, 3))
-        worst = max(worst, float((totals / weights - per_sample).abs().max()))
-    return "" if worst <= ENTROPY_TOLERANCE else f"entropies are off by {worst:.1e} nats"
+        by_sample = entropy.unflatten(0, (samples, -1))
+        for sample in range(samples):
+            for head in range(entropy.shape[1]):
+                own = by_sample[sample, :, head]
+                own = own[~own.isnan()]
+                expected[site, call, sample, head] = (own.numel(), float(own.mean()))
+    if parts.keys() != expected.keys():
+        missing, more = len(expected.keys() - parts.keys()), len(parts.keys() - expected.keys())
+        some = min(expected.keys() ^ parts.keys())
+        return f"{missing} of {len(expected)} rows (site, call, sample, head) missing and {more} too many, as {some}"
+    differences = []
+    for unit, (count, mean) in expected.items():
+        queries = sum(own for own, _ in parts[unit])
+        if queries != count:
+            return f"{unit}: {queries} queries recorded, expected {count}"
+        differences.append(abs(sum(own * value for own, value in parts[unit]) / queries - mean))
+    # what isn't a number is no small difference
+    if all(difference <= ENTROPY_TOLERANCE for difference in differences):
+        return ""
+    return f"entropies are off by {float(np.max(differences)):.1e} nats"
+
+
+def _same_alone(
+    model: nn.Module,
+    case: Case,
+    scope: Scope,
+    named: Sequence[str] | None,
+    stock: Sequence[Tensor],
+    table,
+    samples: int,
+) -> str:
+    """Compare every sample's rows with those of a run of that sample alone, where it gives the same output then."""
+    columns = ("sample", "site", "call", "head", "queries", "entropy_mean")
+    together: dict[tuple, list[tuple[int, float]]] = defaultdict(list)
+    for sample, *unit, queries, mean in table.select(columns).iter_rows():
+        together[sample, *unit].append((queries, mean))
+    for sample in range(samples):
+        one = _with(case, [sample])
+        with scope.record("entropy", sites=named) as recording:
+            output = run(model, one)
+        # losses are of all samples together; some classes give a list with a tensor for each
+        output = [tensor for tensor in output if tensor.ndim]
+        own = [
+            tensor.unflatten(0, (samples, -1))[sample] for tensor in stock if tensor.ndim and not len(tensor) % samples
+        ]
+        own = [stock[sample]] if not own and len(stock) == samples else own
+        if [part.shape for part in own] != [part.shape for part in output] or difference(
+            own, output
+        ) > OUTPUT_TOLERANCE:
+            continue
+        alone: dict[tuple, list[tuple[int, float]]] = defaultdict(list)
+        for _, *unit, queries, mean in recording.to_polars().select(columns).iter_rows():
+            alone[sample, *unit].append((queries, mean))
+        for unit, parts in alone.items():
+            means = [sum(queries * mean for queries, mean in each) for each in (parts, together[unit])]
+            counts = [sum(queries for queries, _ in each) for each in (parts, together[unit])]
+            # padding to the longest of the batch aside
+            if counts[0] == counts[1] and not abs(means[0] - means[1]) <= ENTROPY_TOLERANCE * counts[0]:
+                return f"{unit[1:]}: sample {sample} has what another has when it runs alone"
+    return ""
 
 
 def _removal(

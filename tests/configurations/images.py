@@ -421,6 +421,7 @@ CASES = {
             "pooled_embeds": normal(2, 8),
             "timesteps": steps(),
         },
+        layers_first=frozenset({"encoder_hidden_states_llama3"}),
     ),
     "HunyuanDiT2DModel": Case(
         {
@@ -438,6 +439,7 @@ CASES = {
             "text_len_t5": 3,
         },
         hunyuan_dit,
+        shared=frozenset({"image_rotary_emb"}),
     ),
     "HunyuanImageTransformer2DModel": Case(
         {

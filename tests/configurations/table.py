@@ -24,9 +24,12 @@ was checked for:
 
 - **output**: recording leaves the output as it was, to 1e-5 of its largest entry in float32 (or four times what two
   kernels of torch's own differ by, where a random model amplifies rounding more);
-- **entropies**: those recorded are those computed from the queries and keys that reached SDPA, to 1e-4 nats;
+- **entropies**: those recorded, sample by sample and head by head, are those computed from the queries and keys that
+  reached SDPA, to 1e-4 nats, and those of each sample when it runs alone;
 - **calls**: every SDPA call is recorded, or the module is listed in `scope.unseen`;
 - **removal**: removing a head gives what zeroing its slice of the attention output by hand gives.
+
+All of it in batches of one, two and three samples, but for classes that take only one.
 
 A module may call SDPA several times in one forward. `call` counts those from 0 in the order of the module's code
 (`where.call` in an edit): the text, then each image prompt, under an IP-Adapter; the image, then the text, in Wan with
@@ -37,7 +40,8 @@ A class that "never calls SDPA" has nothing to record: a `Scope` on it raises an
 unscaled logits, which diffusers computes with its eager processor; Kandinsky6SR and the LTX2 diffusion decoder attend
 within windows that they express as masks for torch's flex attention.
 
-"SDPA calls" counts those of one forward, "sites" the attention modules that a `Scope` finds; "-": nothing to check.
+"SDPA calls" counts those of one forward of two samples, "sites" the attention modules that a `Scope` finds; "-":
+nothing to check.
 `PYTHONPATH=src:kernels:tests python -m configurations.table` writes this page from `tests/configurations`.
 
 | class | SDPA calls | sites | output | entropies | calls | removal | remarks |
@@ -79,6 +83,12 @@ def row(name: str, found: Examination) -> str:
     marks = [_mark(getattr(found, check)) for check in ("output", "entropy", "recorded", "removal")]
     cells = [name, str(found.calls), str(found.sites), *marks, "; ".join(remarks(found))]
     return f"| {' | '.join(cells)} |"
+
+
+def outcome(line: str) -> list[str]:
+    """An entry's name and what came of it: the calls of a class may depend on how many samples there are."""
+    name, _, *rest = line.split(" | ")
+    return [name, *rest]
 
 
 def without_entry(name: str) -> str:

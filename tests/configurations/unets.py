@@ -87,6 +87,7 @@ CASES = {
             "motion_num_attention_heads": 2,
         },
         lambda: {"sample": normal(2, 4, 3, 8, 8), "timestep": 7, "encoder_hidden_states": normal(6, 5, 12)},
+        folded={"encoder_hidden_states": 3},
     ),
     "UNetSpatioTemporalConditionModel": Case(
         {
@@ -248,5 +249,6 @@ CASES = {
     "TransformerTemporalModel": Case(
         {"num_attention_heads": 2, "attention_head_dim": 4, "in_channels": 8, "norm_num_groups": 4},
         lambda: {"hidden_states": normal(6, 8, 4, 4), "timestep": steps(), "num_frames": 3},
+        folded={"hidden_states": 3},
     ),
 }

@@ -386,6 +386,7 @@ CASES = {
         _HUNYUAN_VIDEO
         | {"guidance_embeds": True, "has_image_proj": True, "image_proj_dim": 6, "has_clean_x_embedder": True},
         _framepack,
+        shared=frozenset({"indices_latents_clean", "indices_latents_history_2x"}),
     ),
     "HunyuanVideo15Transformer3DModel": Case(
         {
@@ -545,6 +546,7 @@ CASES = {
             "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
             "text_rope_pos": torch.arange(5),
         },
+        shared=frozenset({"visual_rope_pos"}),
     ),
     "Kandinsky6Transformer3DModel": Case(
         _KANDINSKY | {"visual_cond": False, "in_audio_dim": 4, "out_audio_dim": 4},
@@ -555,6 +557,7 @@ CASES = {
             "timestep": timesteps(),
             "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
         },
+        shared=frozenset({"visual_rope_pos"}),
     ),
     "Kandinsky6SRTransformer3DModel": Case(
         {

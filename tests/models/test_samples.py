@@ -9,6 +9,7 @@ import torch.nn.functional as functional
 from diffusers import MochiTransformer3DModel
 
 from headscope import Scope
+from headscope.models.sites import find_sites
 
 
 def attention_of(query, key):
@@ -113,6 +114,16 @@ def test_samples_that_do_not_run_have_no_rows():
         model(tokens, timestep=5.0)
     samples = recording.to_polars().group_by("forward", "call").agg(pl.col("sample").unique().sort()).sort("forward")
     assert samples.rows() == [(0, 0, [0, 1, 2]), (1, 0, [0, 1, 2])]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_that_takes_its_tokens_first_is_unseen(batch_first):
+    """What it is given may be samples first all the same, and then it attends from one sample to the next."""
+    sites, unseen = find_sites(torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2, batch_first=batch_first)))
+    assert [site.name for site in sites] == (["0"] if batch_first else [])
+    assert [(entry.name, "batch_first=False" in entry.reason) for entry in unseen] == (
+        [] if batch_first else [("0", True)]
+    )
 
 
 # Mochi attends to one sample after the other, without the padding of its text

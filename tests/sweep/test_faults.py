@@ -1,5 +1,6 @@
 """Whatever happens to a run, it ends with the undisturbed run's table."""
 
+import errno
 import json
 import os
 import resource
@@ -126,6 +127,21 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(ddpm_directory, tmp_path):
     assert list((tmp_path / "run" / CLAIMS).iterdir()) == []
     run_sweep(asked, tmp_path / "run", progress=False)
     assert_same_tables(tmp_path)
+
+
+def test_a_disk_without_room_for_the_manifest(ddpm_directory, tmp_path, monkeypatch):
+    """Is named with the file, and what is left of it doesn't stand in the way of the next run."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    asked = config(ddpm_directory, items=1, timesteps=(60,), fills=(), scores=())
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(DiskFull, match=r"to write results \(No space left on device: '.*run/manifest\.json'\)"):
+            run_sweep(asked, tmp_path / "run", progress=False)
+    assert list((tmp_path / "run").iterdir()) == []
+    assert run_sweep(asked, tmp_path / "run", progress=False).complete
 
 
 @pytest.mark.full

@@ -150,6 +150,27 @@ def test_what_cannot_be_run_is_named(fields, message, ddpm_directory, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "names no pipeline, expected what diffusers' save_pretrained writes"),
+        ("{}", "names no pipeline"),
+        ('{"_class_name": ["a", "b"]}', "names no pipeline"),
+        ("{", "can't be read"),
+        ('{"_class_name": "NoSuchPipeline"}', "names 'NoSuchPipeline', which diffusers [0-9.]+ doesn't have"),
+        ('{"_class_name": "DDPMPipeline"}', "can't be loaded: "),
+        ('{"_class_name": "DDPMPipeline", "unet": 3}', "can't be loaded: "),
+    ],
+)
+def test_what_is_no_pipeline_is_named(content, message, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"model: '{model}.*{message}"):
+        run_sweep(SweepConfig(model=str(model), groups=("faces",)), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_cross_attention_has_no_value_of_its_own(diffusion_directory, tmp_path):
     config = SweepConfig(model=diffusion_directory, groups=("faces",), items=1, fills=("identity",))
     with pytest.raises(ValueError, match=r"fills: got identity for '.*attn2'"):
@@ -172,6 +193,10 @@ def test_cross_attention_has_no_value_of_its_own(diffusion_directory, tmp_path):
         ({"scores": ("loss", "a:clean")}, "scores: got 'a:clean', expected a function whose name isn't taken"),
         ({"scores": ("a:f", "b:f")}, "scores: got 'a:f', expected a function whose name isn't taken"),
         ({"sets": (HeadSet("a", sites=("*",)),) * 2}, "sets: got the names a, a"),
+        ({"seed": 2**31}, "seed: got 2147483648, expected 0 to 2147483647"),
+        ({"seed": -1}, "seed: got -1, expected 0 to 2147483647"),
+        ({"groups": ("m\udcfe=folder",)}, r"groups: got b'm\\xfe=folder', whose name isn't UTF-8"),
+        ({"prompts": "p\udcfe"}, r"prompts: got b'p\\xfe', whose name isn't UTF-8"),
     ],
 )
 def test_impossible_values_are_named(fields, message):

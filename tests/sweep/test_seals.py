@@ -1,5 +1,6 @@
 """A file that isn't what was written is found, wherever the difference is."""
 
+import errno
 import io
 import os
 
@@ -78,6 +79,18 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     assert seals.problem(tmp_path / "folder.json", NAME) == "foreign"
     (tmp_path / "link.json").symlink_to("/dev/zero")
     assert seals.problem(tmp_path / "link.json", NAME) == "foreign"
+
+
+@pytest.mark.parametrize("name", ["pread", "preadv"])
+def test_a_bad_sector_is_damage(tmp_path, monkeypatch, name):
+    path = tmp_path / "file.parquet"
+    path.write_bytes(b"".join(seals.sealed(parquet(), ".parquet")))
+
+    def fail(*given):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, name, fail)
+    assert seals.problem(path, NAME) == "torn"
 
 
 def test_long_files_are_read_in_pieces(tmp_path, monkeypatch):

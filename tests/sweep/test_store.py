@@ -125,6 +125,7 @@ def test_unreadable_runs_say_why(tmp_path):
         [{**UNITS[0], "kind": "../ablations"}],
         [{**UNITS[0], "kind": ["ablations"]}],
         [{**UNITS[0], "forwards": "9"}],
+        [{**UNITS[0], "group": "../x"}],
     ],
 )
 def test_manifests_that_list_no_units_are_refused(tmp_path, units):
@@ -132,6 +133,43 @@ def test_manifests_that_list_no_units_are_refused(tmp_path, units):
     (tmp_path / MANIFEST).write_bytes(store_module._json({"format": 2, "identity": {}, "units": units}, MANIFEST))
     with pytest.raises(ValueError, match=r"manifest\.json' is damaged"):
         Run.open(tmp_path)
+
+
+def test_a_run_directory_may_be_a_link_itself(tmp_path):
+    RunStore(tmp_path / "run", IDENTITY, {}, UNITS).write_table("ablations", ABC, table())
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert Run.open(tmp_path / "link").complete
+
+
+def test_images_are_those_of_the_run_s_units(tmp_path):
+    RunStore(tmp_path, IDENTITY, {}, UNITS)
+    for kind, unit in (("generations", "../../x"), ("../x", ABC), ("ablations", ABC), ("generations", ABC)):
+        with pytest.raises(ValueError, match=f"unit: got {kind}/{unit}, expected one of the run's with images"):
+            Run.open(tmp_path).images(kind, unit)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b"3", b'"a"', b"[" * 100_000, b"\xff"])
+def test_what_is_no_manifest_is_one_sentence(tmp_path, content):
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json' (is damaged|has format None)") as error:
+        Run.open(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b"[3]", b"\xff", b'[{"error": "", "death": false}]'])
+def test_what_is_no_record_of_failures_is_none(tmp_path, content):
+    """The unit counts as not tried, and the next failure is recorded in its place."""
+    store = RunStore(tmp_path, IDENTITY, {}, UNITS)
+    record = tmp_path / "failures" / f"{ABC}.json"
+    record.parent.mkdir()
+    record.write_bytes(content)
+    assert store.failures() == {}
+    assert Run.open(tmp_path).status().failed == {ABC: f"its record {str(record)!r} can't be read"}
+    store.add_failure(ABC, "ValueError: no", "session")
+    assert [entry["error"] for entry in store.failures()[ABC]] == ["ValueError: no"]
+    record.write_bytes(content)
+    Run.open(tmp_path).mend()
+    assert not record.exists()
 
 
 def test_the_format_before_checksums_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from headscope._extras import require
 from headscope._files import local_path, write_atomic
-from headscope._machine import device_name, versions
+from headscope._machine import checked_device, device_name, versions
 from headscope.bench.denoisers import DENOISERS, Denoiser
 from headscope.bench.measure import call_seconds, step_counts, step_seconds
 from headscope.bench.ways import STOCK, ways_of
@@ -64,7 +64,7 @@ def run_bench(settings: Settings, out: Path, console: Console) -> Path:
 
     Writes out/models-<device>-<dtype>.json and .html; prints the table of everything in it.
     """
-    device = torch.device(settings.device).type
+    device = checked_device(settings.device).type
     path = local_path("out", out) / f"models-{device}-{settings.dtype}.json"
     record = json.loads(path.read_text()) if path.exists() else {"models": {}}
     for name in settings.models:

@@ -407,7 +407,7 @@ def _checked(value: Any, site: Site, name: str) -> list[Any]:
 
 
 def check_heads(heads: Iterable[int], site: Site, name: str) -> None:
-    """Raises TypeError or ValueError where those are no heads of the site."""
+    """Raises TypeError or ValueError for what is no head of the site; `name` is the argument's."""
     for head in heads:
         # a mask would be read as heads 0 and 1
         if isinstance(head, bool) or not isinstance(head, Integral):

@@ -193,7 +193,7 @@ class Scope:
         if reduce not in ("mean", None):
             raise ValueError(f'reduce: got {reduce!r}, expected "mean" or None')
         quantities = tuple(name for name in QUANTITIES if name in statistics)
-        requested = requested_statistics([statistic for statistic in statistics if statistic not in QUANTITIES])
+        requested = requested_statistics([name for name in statistics if name not in QUANTITIES], QUANTITIES)
         recording = Recording(requested, quantities, reduce)
         if into is not None:
             into.check_continues(recording)

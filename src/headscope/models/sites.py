@@ -95,7 +95,10 @@ def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
         of_transformers = not is_attention and not _TRANSFORMERS_CALLS.isdisjoint(_own_names(type(module).forward))
         if not is_attention and not of_transformers and not _sees(type(module).forward, type(module)):
             continue
-        reason = _hidden(processor) if is_attention else _hidden_in_transformers(module) if of_transformers else None
+        if is_attention:
+            reason = _hidden(processor)
+        else:
+            reason = _hidden_in_transformers(module) if of_transformers else _mixing(module)
         if spread:
             reason = f"{type(denoiser).__name__} is spread over processes, each of which sees a part of its attention"
         if reason:
@@ -132,6 +135,14 @@ def _hidden_in_transformers(module: nn.Module) -> str | None:
         f"{type(module).__name__} uses transformers' {implementation} attention, not torch's"
         ' scaled_dot_product_attention (attn_implementation="sdpa")'
     )
+
+
+def _mixing(module: nn.Module) -> str | None:
+    """Why the samples of a module's attention can't be told apart, or None."""
+    # ControlNetUnion gives it samples first, and so attends from one sample to the next
+    if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+        return "MultiheadAttention takes its tokens first (batch_first=False), and its samples can't be told from them"
+    return None
 
 
 def _own_names(function: Callable[..., Any]) -> frozenset[str]:
@@ -221,11 +232,15 @@ def _text_first(denoiser: nn.Module, name: str) -> bool | None:
 @cache
 def _calls(function: Callable[..., Any]) -> tuple[ast.Call, ...]:
     """Every call in a function's source; none where there is no source."""
+    return tuple(node for node in ast.walk(source_tree(function)) if isinstance(node, ast.Call))
+
+
+def source_tree(function: Callable[..., Any]) -> ast.Module:
+    """A function's source, parsed; empty where there is none."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        return ()
-    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Call))
+        return ast.Module([], [])
 
 
 def _always_flex(function: Callable[..., Any]) -> bool:

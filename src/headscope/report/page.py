@@ -1,7 +1,7 @@
 """One self-contained HTML page: no request leaves it, and it reads the same in ten years."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -80,6 +80,7 @@ def write_report(
         result=result,
         figures=_figures(result, names, order),
         tables=_tables(result, names, order),
+        further=[(score.title, score.definition, tables.further_table(score, names)) for score in result.further],
         caveats=[*caveats, *_caveats(result)],
         words=_words(),
         example=_example(result, names),
@@ -100,6 +101,7 @@ def write_sweep_report(
     observations: pl.DataFrame | None = None,
     ablations: pl.DataFrame | None = None,
     generations: pl.DataFrame | None = None,
+    others: Mapping[str, pl.DataFrame] | None = None,
     sites: Sequence[str] = (),
     seed: int = 0,
     label: str = "Sweep",
@@ -108,9 +110,9 @@ def write_sweep_report(
 ) -> Path:
     """Write the report of a plain sweep, from whichever of its tables there are. Otherwise as `write_report`.
 
-    sites: the model's, in the order of execution.
+    others: its further tables, by kind. sites: the model's, in the order of execution.
     """
-    result = analyse_sweep(observations, ablations, generations, sites=sites, seed=seed)
+    result = analyse_sweep(observations, ablations, generations, others=others, sites=sites, seed=seed)
     return write_report(
         path,
         title=title,

@@ -9,6 +9,7 @@ import polars as pl
 from headscope.report.naming import Names, fitted, interval, number, percent, probability, significant
 from headscope.study.analysis import StudyResult
 from headscope.study.entropy import Contrast
+from headscope.study.further import Score
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,31 @@ def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) ->
     for group in groups:
         columns += [(f"{group}, H / ln K", True), (f"{group}, nats", True)]
     return Table("Entropy of every head, mean over timesteps, all observed sources (95 % interval).", columns, rows)
+
+
+def further_table(score: Score, names: Names) -> Table:
+    """A score of every set of heads, or of every head in the order of execution."""
+    write = percent if score.fraction else significant
+    of_sets = "edit" in score.values.columns
+    found = list(score.values.iter_rows(named=True))
+    if not of_sets:
+        found.sort(key=lambda row: (names.place(row["site"]), row["head"]))
+    rows = [
+        [
+            row["edit"] if of_sets else names.head(row["site"], row["head"]),
+            row["group"],
+            row["fill"],
+            write(row["value"]),
+            interval(row["low"], row["high"], write),
+            str(row["sources"]),
+        ]
+        for row in found
+    ]
+    columns = [("set of heads" if of_sets else "head", False), ("group", False), ("fill", False)]
+    columns += [("value", True), ("95 % interval", True), ("sources", True)]
+    when = "" if score.kind.endswith("generations") else ", mean over timesteps"
+    left_out = f" {score.infinite} infinite values are left out." if score.infinite else ""
+    return Table(f"{score.title} ({score.kind}){when}; exploratory.{left_out}", columns, rows)
 
 
 def sites_table(result: StudyResult, names: Names) -> Table:

@@ -1,12 +1,13 @@
 """From the tables of a study's sweeps to its numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import polars as pl
 
 from headscope.study.ablation import confirm_heads, degradation_by_timestep, rank_distances, rank_heads, select_heads
 from headscope.study.entropy import Contrast, contrast_groups, entropy_by_group, entropy_by_head
+from headscope.study.further import Score, further_scores, unlabelled
 from headscope.study.inference import plain_text
 
 NATURAL, SYNTHETIC = "lfw", "faces_grey"
@@ -26,6 +27,8 @@ class StudyResult:
         ablation_timesteps: see `ablation.degradation_by_timestep`.
         ablation_confirm: see `ablation.confirm_heads`.
         generation_ranking: see `ablation.rank_distances`.
+        further: what a sweep measured beside these, see `further.further_scores`.
+        unshown: kind: columns of numbers that the report doesn't show.
         omitted: a section's name, and why it is absent.
     """
 
@@ -40,6 +43,8 @@ class StudyResult:
     ablation_timesteps: pl.DataFrame | None = None
     ablation_confirm: pl.DataFrame | None = None
     generation_ranking: pl.DataFrame | None = None
+    further: list[Score] = field(default_factory=list)
+    unshown: dict[str, list[str]] = field(default_factory=dict)
     omitted: dict[str, str] = field(default_factory=dict)
 
     def tables(self) -> dict[str, pl.DataFrame]:
@@ -117,23 +122,36 @@ def analyse_sweep(
     ablations: pl.DataFrame | None = None,
     generations: pl.DataFrame | None = None,
     *,
+    others: Mapping[str, pl.DataFrame] | None = None,
     sites: Sequence[str] = (),
     seed: int = 0,
 ) -> StudyResult:
     """The numbers of a plain sweep: entropies and rankings over the sources of all its splits, nothing selected.
 
     Without a selection on one split and a test on another, every ranking is exploratory and there are no p-values.
-    sites: the model's, in the order of execution.
+    others: the run's further tables by kind (attributions, set_ablations, set_generations). sites: the model's, in the
+    order of execution.
     """
+    every = {"observations": observations, "ablations": ablations, "generations": generations, **(others or {})}
+    filled = {kind: table for kind, table in every.items() if table is not None and len(table)}
     observations, ablations, generations = (_filled(table) for table in (observations, ablations, generations))
     return StudyResult(
-        **_described(sites, observations, ablations, generations),
+        **_described(sites, *(_filled(table) for table in filled.values())),
         entropy_heads=None if observations is None else entropy_by_head(observations, seed),
         entropy_groups=None if observations is None else entropy_by_group(observations, seed),
         ablation_ranking=None if ablations is None else rank_heads(ablations, (), seed),
         ablation_timesteps=None if ablations is None else degradation_by_timestep(ablations, seed),
         generation_ranking=None if generations is None else rank_distances(generations, seed),
+        further=further_scores(filled, seed),
+        unshown={} if observations is None else _unshown(observations),
     )
+
+
+def _unshown(observations: pl.DataFrame) -> dict[str, list[str]]:
+    """What was observed and isn't on the page: all but the means of entropies."""
+    shown = ("call", "queries", "keys", "grid_height", "grid_width", "entropy_mean", "entropy_normalised_mean")
+    rest = [name for name in unlabelled(observations) if name not in (*shown, "forward", "frame")]
+    return {"observations": rest} if rest else {}
 
 
 def _filled(table: pl.DataFrame | None) -> pl.DataFrame | None:
@@ -149,7 +167,15 @@ def _described(sites: Sequence[str], *tables: pl.DataFrame | None) -> dict:
     if not found:
         raise ValueError("tables: got no rows at all, expected observations or ablations")
     named = {
-        name: list(dict.fromkeys(value for table in found for value in table[name].unique(maintain_order=True)))
+        name: list(
+            dict.fromkeys(
+                value
+                for table in found
+                # sets of heads are of no single site
+                if name in table.columns
+                for value in table[name].unique(maintain_order=True)
+            )
+        )
         for name in ("group", "site")
     }
     timesteps = {int(value) for table in found if "timestep" in table.columns for value in table["timestep"].unique()}

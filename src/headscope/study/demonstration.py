@@ -17,12 +17,14 @@ import polars as pl
 from rich.console import Console
 
 from headscope._files import local_path, write_atomic
+from headscope._machine import checked_device, memory_bytes
+from headscope.report.naming import listed
 from headscope.report.page import STUDY_CAVEATS, GroupInfo, write_report, write_sweep_report
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.config import SPLITS
-from headscope.sweep.run import as_written
+from headscope.sweep.run import REPORTED, as_written
 from headscope.zoo import GROUPS, open_group
 
 REPORT = "report.html"
@@ -34,6 +36,8 @@ TRAINING_CAVEAT = (
     " drawn faces come in colour and in grey, so it has met their shapes twice as often as photographed faces. These"
     " differ in more than being photographs, too: sensor noise, varied poses."
 )
+# what a set of heads may have done to it
+_EDITS = ("keep", "temperature", "key_bias", "key_scale")
 # how many images of each group the page shows
 SHOWN_IMAGES = 20
 
@@ -82,6 +86,8 @@ class StudyConfig:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)} of each split, expected at most the groups' {least}"
                 )
+        # what its sweeps can't be refuses itself now, not when they begin
+        self.observe()
 
     @property
     def contrast(self) -> tuple[str, str]:
@@ -129,6 +135,7 @@ def run_study(
     """
     out = local_path("out", out)
     show: dict[str, Any] = {"batch": batch, "progress": progress, "console": console}
+    checked_device(config.device)
     _claim(out, config)
     run_sweep(config.observe(), out / "observe", title="entropy of every head", **show)
     discover = run_sweep(config.discover(), out / "discover", title="every head ablated", **show)
@@ -157,9 +164,15 @@ def _claim(out: Path, config: StudyConfig) -> None:
 def read_study(out: Path) -> dict[str, Any]:
     """The settings a study was started with."""
     try:
-        return json.loads((out / STUDY).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        settings = json.loads((out / STUDY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"study: {str(out / STUDY)!r} can't be read ({error})") from None
+    whole = isinstance(settings, dict) and all(
+        isinstance(settings.get(name), int) for name in ("heads_per_group", "seed")
+    )
+    if not whole:
+        raise ValueError(f"study: {str(out / STUDY)!r} holds no study's settings, expected what headscope study wrote")
+    return settings
 
 
 def report_study(out: Path) -> Path:
@@ -170,6 +183,8 @@ def report_study(out: Path) -> Path:
     """
     settings = read_study(local_path("out", out))
     runs = {stage: Run.open(out / stage) for stage in STAGES if (out / stage / "manifest.json").is_file()}
+    for run in runs.values():
+        _check_described(run)
     finished = {stage: run for stage, run in runs.items() if run.kinds}
     if "observe" not in finished:
         raise ValueError(f"study: {str(out)!r} has no finished unit yet, expected some results to report")
@@ -212,19 +227,29 @@ def report_sweep(path: Path) -> Path:
         ValueError: it isn't a run, has no finished unit, or its tables are damaged or of another shape.
     """
     run = Run.open(path)
+    _check_described(run)
     with as_written(run):
-        tables = {kind: _text(run, kind) for kind in run.kinds}
+        tables = {kind: _text(run, kind) for kind in run.tables}
         if not tables:
             raise ValueError(f"run: {str(path)!r} has no finished unit yet, expected some results to report")
         return write_sweep_report(
-            path / REPORT,
+            run.path / REPORT,
             title=f"Sweep of {_model_name(run.manifest)}",
             run_info=run_info(run.manifest),
             groups=group_infos(run.manifest),
             sites=_sites(run),
             seed=run.manifest["config"]["seed"],
-            **tables,
+            others={kind: table for kind, table in tables.items() if kind not in REPORTED},
+            **{kind: table for kind, table in tables.items() if kind in REPORTED},
         )
+
+
+def _check_described(run: Run) -> None:
+    """Raises ValueError where a whole manifest, made elsewhere, doesn't say what a report shows."""
+    names = ("config", "sites", "groups", "device", "threads", "versions", "created", "timesteps", "forwards")
+    lacking = [name for name in names if name not in run.manifest]
+    if lacking:
+        raise ValueError(f"run: the manifest of {str(run.path)!r} lacks {', '.join(lacking)}, which reports show")
 
 
 def is_study(path: Path) -> bool:
@@ -241,6 +266,7 @@ def run_info(manifest: dict[str, Any]) -> dict[str, Any]:
     """What was run, in the order to show it."""
     config = manifest["config"]
     heads = sum(site["heads"] for site in manifest["sites"])
+    sets = {"Sets of heads": _sets(config["sets"])} if config["sets"] else {}
     return {
         "Model": f"{_model_name(manifest)}: {len(manifest['sites'])} attention sites, {heads} heads",
         "Model fingerprint": manifest["identity"]["model"][:16],
@@ -250,7 +276,20 @@ def run_info(manifest: dict[str, Any]) -> dict[str, Any]:
         "Noise replicate (seed)": config["seed"],
         "Timesteps": manifest["timesteps"],
         "Work": _work(manifest),
+        **sets,
     }
+
+
+def _sets(sets: list[dict[str, Any]]) -> str:
+    """What each set is: its sites and heads, and what is done to them."""
+    described = []
+    for chosen in sets:
+        heads = [f"{site} h{head}" for site, head in chosen["heads"]]
+        edits = [
+            f"{name} {listed(value)}" for name, value in chosen.items() if name in _EDITS and value not in (None, [])
+        ]
+        described.append(f"{chosen['name']}: {', '.join([*chosen['sites'], *heads])} ({', '.join(edits) or 'removed'})")
+    return "; ".join(described)
 
 
 def group_infos(manifest: dict[str, Any]) -> list[GroupInfo]:
@@ -288,5 +327,18 @@ def _work(manifest: dict[str, Any]) -> str:
 
 
 def _text(run: Run, kind: str) -> pl.DataFrame:
-    """A run's table with its labels as strings."""
-    return run.table(kind).with_columns(pl.col(pl.Categorical).cast(pl.String)).collect()
+    """A run's table with its labels as strings.
+
+    Raises:
+        ValueError: it doesn't fit in memory. A small file may hold any number of equal rows.
+    """
+    table = run.table(kind)
+    rows = table.select(pl.len()).collect().item()
+    # numbers of 8 bytes and less, and texts of 16 and more
+    needed, there = 8 * rows * len(table.collect_schema()), memory_bytes()
+    if needed > there:
+        raise ValueError(
+            f"run: {kind} of {str(run.path)!r} has {rows:,} rows, about {needed / 2**30:,.1f} GiB; reports are made of"
+            f" tables that fit in the {there / 2**30:,.1f} GiB of this machine's memory"
+        )
+    return table.with_columns(pl.col(pl.Categorical).cast(pl.String)).collect()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from headscope._extras import require
-from headscope._files import local_path
+from headscope._files import check_text, local_path
+from headscope.counter import check_seed
 from headscope.zoo import GROUPS
 
 FILLS = ("mean", "zero", "uniform", "identity")
@@ -118,7 +119,7 @@ class SweepConfig:
             and returns a number for each image.
         attribute: every head's importance g and c at every item and timestep, from a few backwards, for each fill.
         cotangents: random vectors that c is estimated from.
-        seed: the noise replicate.
+        seed: the noise replicate, 0 to 2**31 - 1.
         device: where the model runs.
         dtype: the denoiser's dtype.
         autocast: "bfloat16" or "float16": the denoiser's forwards run under torch.autocast, its weights stay float32.
@@ -162,6 +163,7 @@ class SweepConfig:
         if not self.groups and self.prompts is None:
             raise ValueError("groups: got none and no prompts, expected zoo groups, NAME=DIR or a prompts file")
         for group in self.groups:
+            check_text("groups", group)
             name, equals, path = group.partition("=")
             if equals and not (name and path):
                 raise ValueError(f"groups: got {group!r}, expected a name and a path, NAME=PATH")
@@ -182,8 +184,7 @@ class SweepConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.heads is not None and ((not self.heads and not self.sets) or len(set(self.heads)) != len(self.heads)):
             raise ValueError(f"heads: got {list(self.heads)}, expected (site, head) pairs, each once, or None for all")
-        if self.seed < 0:
-            raise ValueError(f"seed: got {self.seed}, expected 0 or more")
+        check_seed(self.seed)
         if self.attribute and not self.fills:
             raise ValueError("fills: got none to attribute to, expected some")
         if not self.observe and not (self.fills and (self.scores or self.attribute)):
@@ -298,11 +299,18 @@ class SweepConfig:
         return cls.from_dict(values, str(path))
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "SweepConfig":
-        """A configuration that `as_dict` gave, after JSON; as in a manifest."""
-        values = {name: _tuples(value) for name, value in values.items()}
-        sets = tuple(HeadSet(**{name: _tuples(part) for name, part in chosen.items()}) for chosen in values["sets"])
-        return cls(**{**values, "sets": sets})
+    def from_json(cls, values: Any) -> "SweepConfig":
+        """A configuration that `as_dict` gave, after JSON; as in a manifest.
+
+        Raises:
+            ValueError: a value that can't be, or a field that this version doesn't know or that it lacks.
+        """
+        try:
+            values = {name: _tuples(value) for name, value in values.items()}
+            sets = tuple(HeadSet(**{name: _tuples(part) for name, part in chosen.items()}) for chosen in values["sets"])
+            return cls(**{**values, "sets": sets})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"run: its manifest holds no configuration of this version's sweeps ({error})") from None
 
 
 def _tuples(value: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from headscope._extras import require
+from headscope._machine import checked_device
 from headscope.models import PixelTask, Task
 from headscope.sweep.choosing import choose_items
 from headscope.sweep.config import IN_MEMORY, SPLITS, SweepConfig
@@ -99,35 +100,16 @@ def load_task(config: SweepConfig, pipeline: Any = None) -> Task:
         return _settled(pipeline)
     if config.model == IN_MEMORY:
         raise ValueError("model: this run's was in memory; call headscope.sweep with that pipeline and the same fields")
-    device = _device(config.device)
+    device = checked_device(config.device)
     dtype = getattr(torch, config.dtype)
     if config.model == "builtin":
         pipeline = load_pipeline()
         if dtype != torch.float32:
             pipeline.unet.to(dtype)
     else:
-        diffusers = require("diffusers", "diffusers")
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            config.model, dtype=dtype, local_files_only=True, use_safetensors=True, **_left_out(Path(config.model))
-        )
+        pipeline = _loaded(Path(config.model), dtype)
     pipeline.to(device)
     return _settled(pipeline)
-
-
-def _device(name: str) -> torch.device:
-    """Raises ValueError where torch has no such device."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got {name!r}, expected one that torch sees (it sees no CUDA device)")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).fill_(0.0)
-    # torch built without a kind of device asserts that it was
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device: got {name!r}, expected one that torch sees ({reason})") from None
-    if device.type == "meta":
-        raise ValueError(f"device: got {name!r}, expected one that computes numbers")
-    return device
 
 
 def _settled(pipeline: Any) -> Task:
@@ -138,10 +120,28 @@ def _settled(pipeline: Any) -> Task:
     return task
 
 
-def _left_out(model: Path) -> dict[str, None]:
-    """The parts that a pipeline was saved without: diffusers wants to hear of some, such as SD3's third encoder."""
-    parts = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
-    return {name: None for name, kind in parts.items() if kind == [None, None]}
+def _loaded(model: Path, dtype: torch.dtype) -> Any:
+    """Raises ValueError where it can't be."""
+    diffusers = require("diffusers", "diffusers")
+    file = model / "model_index.json"
+    try:
+        parts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {str(file)!r} can't be read ({error})") from None
+    if not isinstance(parts, dict) or not isinstance(parts.get("_class_name"), str):
+        raise ValueError(f"model: {str(file)!r} names no pipeline, expected what diffusers' save_pretrained writes")
+    if not hasattr(diffusers, parts["_class_name"]):
+        raise ValueError(
+            f"model: {str(file)!r} names {parts['_class_name']!r}, which diffusers {diffusers.__version__} doesn't have"
+        )
+    # the parts that a pipeline was saved without: diffusers wants to hear of some, such as SD3's third encoder
+    left_out = {name: None for name, kind in parts.items() if kind == [None, None]}
+    try:
+        return diffusers.DiffusionPipeline.from_pretrained(
+            str(model), dtype=dtype, local_files_only=True, use_safetensors=True, **left_out
+        )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"model: {str(model)!r} can't be loaded: {type(error).__name__}: {error}") from error
 
 
 def model_fingerprint(task: Task) -> str:

@@ -1,6 +1,5 @@
 """Reading a run: its tables, how far it is, and whether its files are whole."""
 
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from headscope.sweep.store import (
     check_whole,
     file_problem,
     read_manifest,
+    read_tries,
     unit_file,
     unit_problem,
 )
@@ -95,6 +95,7 @@ class Run:
         self.path = path
         self.manifest = manifest
         self.units = units
+        self._known = {(unit["kind"], unit["id"]) for unit in units}
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -163,7 +164,8 @@ class Run:
         for unit in unfinished:
             record = self.path / FAILURES / f"{unit}.json"
             if record.is_file():
-                failed[unit] = json.loads(record.read_text(encoding="utf-8"))[-1]["error"]
+                tries = read_tries(record)
+                failed[unit] = tries[-1]["error"] if tries else f"its record {str(record)!r} can't be read"
         running = {unit: owner for unit, owner in Claims(self.path).owners().items() if unit in set(unfinished)}
         return Status(units, (forwards[0], forwards[1]), failed, running)
 
@@ -172,8 +174,10 @@ class Run:
         for each row of the table, uint8.
 
         Raises:
-            ValueError: a file of the unit is missing or damaged.
+            ValueError: no unit of the run, or a file of it is missing or damaged.
         """
+        if kind not in GENERATED or (kind, unit) not in self._known:
+            raise ValueError(f"unit: got {kind}/{unit}, expected one of the run's with images")
         table = unit_file(self.path, kind, unit)
         path = table.with_suffix(".safetensors")
         for file in (table, path):

@@ -75,6 +75,11 @@ def problem(path: Path, name: str) -> str | None:
         checksum = _crc32(file, place + DIGITS, size, _crc32(file, 0, place, 0))
         if seal[0][-DIGITS:] != b"%08x" % checksum:
             return "torn"
+    except OSError as error:
+        # a bad sector
+        if error.errno != errno.EIO:
+            raise
+        return "torn"
     finally:
         os.close(file)
     return None if seal[1] == name.encode() else "foreign"

@@ -35,7 +35,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from headscope._files import write_atomic, write_first
+from headscope._files import read_plain, write_atomic, write_first
 from headscope.sweep import seals
 from headscope.sweep.fitting import Fit
 
@@ -70,7 +70,8 @@ class RunStore:
         rebuilt: why the manifest was written anew, None where it wasn't.
 
     Raises:
-        ValueError: the directory holds a run of another configuration, or something that isn't a run.
+        ValueError: the directory holds a run of another configuration, something that isn't a run, or a folder that is
+            a link.
     """
 
     def __init__(
@@ -179,8 +180,9 @@ class RunStore:
         """Of every unit that went wrong, its tries, first to last."""
         found = {}
         for file in sorted((self.path / FAILURES).glob("*.json")):
-            with contextlib.suppress(OSError, ValueError):
-                found[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+            tries = read_tries(file)
+            if tries:
+                found[file.stem] = tries
         return found
 
     def add_failure(self, unit: str, error: str, session: str, death: bool = False) -> None:
@@ -207,6 +209,22 @@ def check_folders(run: Path) -> None:
     for name in (*TABLES, *TENSORS, FAILURES, CLAIMS, JOBS):
         if (run / name).is_symlink():
             raise ValueError(f"run: {str(run / name)!r} is a link, expected a folder of the run's own")
+
+
+def read_tries(file: Path) -> list[dict[str, Any]]:
+    """A unit's record of what went wrong, try by try; empty where the file is none, as if it had not been tried."""
+    try:
+        tries = json.loads(read_plain(file))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return tries if isinstance(tries, list) and all(map(_is_try, tries)) else []
+
+
+def _is_try(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("death"), bool):
+        return False
+    texts = [entry.get(name) for name in ("error", "session")]
+    return all(isinstance(text, str) for text in texts) and bool(entry["error"].strip())
 
 
 def unit_file(run: Path, kind: str, unit: str) -> Path:
@@ -285,6 +303,7 @@ def _is_unit(unit: dict[str, Any]) -> bool:
         and isinstance(unit.get("id"), str)
         and _ID.fullmatch(unit["id"]) is not None
         and isinstance(unit.get("group"), str)
+        and "/" not in unit["group"]
         and all(isinstance(unit.get(name), int) for name in ("items", "forwards"))
     )
 

@@ -6,6 +6,8 @@ import datetime
 import errno
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -140,9 +142,11 @@ class Opened:
 
         Raises:
             ValueError: it holds something else.
+            DiskFull: there is no room for it.
         """
         units = [{**asdict(unit), "items": len(unit.items)} for unit in self.plan.units]
-        return RunStore(out, self.plan.identity, self.describe(), units)
+        with room():
+            return RunStore(out, self.plan.identity, self.describe(), units)
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of a run beside its identity."""
@@ -197,7 +201,8 @@ class Opened:
             return Fit(self.execution.rows, self.execution.rows)
         if store is None:
             return self._measured_fit()
-        return store.fit() or store.fit(self._measured_fit()) or Fit(1, 1)
+        with room():
+            return store.fit() or store.fit(self._measured_fit()) or Fit(1, 1)
 
     def _measured_fit(self) -> Fit:
         with torch.inference_mode():
@@ -242,17 +247,25 @@ def work(runner: UnitRunner, session: str, report: Report) -> None:
         DiskFull: no results can be written.
     """
     share = _Share(runner, session, report)
+    with room():
+        try:
+            share.work()
+        finally:
+            share.close()
+
+
+@contextmanager
+def room() -> Iterator[None]:
+    """Raises DiskFull where there is none for what is written in here."""
     try:
-        share.work()
+        yield
     except OSError as error:
-        if not _is_full(error):
+        if not _is_full(error) or isinstance(error, DiskFull):
             raise
+        where = f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
         raise DiskFull(
-            error.errno,
-            f"out: no room to write results ({error.strerror}); make some and run the same command again",
+            error.errno, f"out: no room to write results ({where}); make some and run the same command again"
         ) from error
-    finally:
-        share.close()
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -25,9 +25,9 @@ from safetensors.torch import save as serialise
 
 from headscope._extras import require
 from headscope._files import local_path, write_atomic
-from headscope._machine import device_name
+from headscope._machine import checked_device, device_name
 from headscope._signals import terminable
-from headscope.counter import counter_integers, counter_normal, counter_permutation, counter_uniform
+from headscope.counter import check_seed, counter_integers, counter_normal, counter_permutation, counter_uniform
 from headscope.zoo.groups import GROUPS, ImageGroup, open_group
 from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, build_model, build_scheduler
 
@@ -61,6 +61,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         local_path("out", self.out)
+        check_seed(self.seed)
         if not self.groups or any(name not in GROUPS for name in self.groups):
             raise ValueError(f"groups: got {self.groups}, expected names among {', '.join(GROUPS)}")
         if self.batch < 1 or self.batch % len(self.groups):
@@ -103,6 +104,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 def _train(config: TrainConfig) -> TrainResult:
     out = Path(config.out)
+    checked_device(config.device)
     out.mkdir(parents=True, exist_ok=True)
     _check_recipe(out, config.recipe())
     state = _State(config)
@@ -141,7 +143,12 @@ def _check_recipe(out: Path, recipe: dict[str, Any]) -> None:
     if not file.exists():
         write_atomic(file, json.dumps(recipe, indent=2).encode())
         return
-    recorded = json.loads(file.read_text())
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"out: {str(file)!r} can't be read ({error})") from None
+    if not isinstance(recorded, dict):
+        raise ValueError(f"out: {str(file)!r} holds no recipe, expected what headscope train wrote")
     differing = sorted(name for name in recipe.keys() | recorded.keys() if recipe.get(name) != recorded.get(name))
     if differing:
         listed = "; ".join(f"{name}: recorded {recorded.get(name)!r}, now {recipe.get(name)!r}" for name in differing)

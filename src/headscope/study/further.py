@@ -1,0 +1,145 @@
+"""What a sweep measured beside entropies, the loss without single heads and the distance of drawn images.
+
+Sets of heads that were edited together, further scores (the distance of predictions, the error of the implied clean
+image, those of drawn images, those of the user's own) and attributions. Nothing is ranked or tested.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import polars as pl
+
+from headscope.study.ablation import DISTANCE
+from headscope.study.inference import ABSOLUTE, MEAN, RELATIVE, degradations, means, plain_text
+
+# columns that say what a row is about
+LABELS = (
+    *("item", "group", "source_id", "split", "replicate", "timestep", "site", "head", "edit", "fill"),
+    *("steps", "first_step", "end_step"),
+)
+# what other sections of the report show
+_SHOWN = {"ablations": ("clean", "edited"), "generations": ("distance",)}
+_PAIRS = {"clean": ("clean", "edited"), "x0_clean": ("x0_clean", "x0_edited")}
+
+
+class Score(NamedTuple):
+    """One column, or pair of them, of a run's table.
+
+    Attributes:
+        kind: the table.
+        name: of the column or pair.
+        title: what it is.
+        definition: how it is averaged, and its unit.
+        fraction: whether it is written as a percentage.
+        values: group, fill, site and head or edit, value, low, high, sources, exploratory.
+        infinite: how many of the table's values were infinite and left out.
+    """
+
+    kind: str
+    name: str
+    title: str
+    definition: str
+    fraction: bool
+    values: pl.DataFrame
+    infinite: int = 0
+
+
+def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Score]:
+    """Everything in a run's tables that has a number for each edit and no section of its own; sets of heads first.
+
+    Args:
+        tables: by kind; see `headscope.sweep.Run.tables`.
+        seed: of the resampling.
+    """
+    found = []
+    for kind, table in sorted(tables.items(), key=lambda entry: not entry[0].startswith("set_")):
+        # an observation is of no edit
+        if "fill" not in table.columns or not len(table):
+            continue
+        rows = plain_text(table)
+        edited = kind.removeprefix("set_")
+        for first, pair in _PAIRS.items():
+            if first in rows.columns and first not in _SHOWN.get(kind, ()):
+                paired = rows.with_columns(pl.col(pair[0]).alias("clean"), pl.col(pair[1]).alias("edited"))
+                found += _degradation(kind, first, paired, seed)
+        for name in unlabelled(rows):
+            if any(name in pair for pair in _PAIRS.values()) or name in _SHOWN.get(kind, ()):
+                continue
+            infinite = int(rows[name].is_infinite().sum()) if rows[name].dtype.is_float() else 0
+            finite = rows.with_columns(
+                pl.when(pl.col(name).is_infinite()).then(None).otherwise(pl.col(name)).alias(name)
+            )
+            values = _each(finite, lambda own, name=name: means(own, name, _by(own), _bands(own), seed))
+            found.append(Score(kind, name, _title(edited, name), _definition(edited, name), False, values, infinite))
+    return found
+
+
+def unlabelled(table: pl.DataFrame) -> list[str]:
+    """The columns of numbers."""
+    return [name for name, kind in table.schema.items() if name not in LABELS and kind.is_numeric()]
+
+
+def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int) -> list[Score]:
+    of = "the loss" if first == "clean" else "the error of the clean image that the prediction implies (x0)"
+    tables: list[list[pl.DataFrame]] = [[], []]
+    for group_fill, own in rows.group_by("group", "fill", maintain_order=True):
+        for part, table in zip(tables, degradations(own, _by(own), _bands(own), seed, test=False), strict=True):
+            part.append(_labelled(table.drop("p_value"), group_fill))
+    relative, absolute = (pl.concat(part) for part in tables)
+    name = "loss" if first == "clean" else "x0"
+    return [
+        Score(kind, f"{name}_relative", f"Relative degradation of {of}", RELATIVE, True, relative),
+        Score(kind, f"{name}_absolute", f"Absolute degradation of {of}", ABSOLUTE, False, absolute),
+    ]
+
+
+def _each(rows: pl.DataFrame, estimate) -> pl.DataFrame:
+    """The estimates of every group and fill."""
+    return pl.concat(
+        _labelled(estimate(own), group_fill)
+        for group_fill, own in rows.group_by("group", "fill", maintain_order=True)
+    )  # fmt: skip
+
+
+def _labelled(table: pl.DataFrame, group_fill: tuple[object, ...]) -> pl.DataFrame:
+    group, fill = group_fill
+    return table.select(pl.lit(group).alias("group"), pl.lit(fill).alias("fill"), pl.all())
+
+
+def _by(rows: pl.DataFrame) -> list[str]:
+    return ["edit"] if "edit" in rows.columns else ["site", "head"]
+
+
+def _bands(rows: pl.DataFrame) -> str | None:
+    return "timestep" if "timestep" in rows.columns else None
+
+
+def _title(edited: str, name: str) -> str:
+    if name == "distance":
+        of = "prediction" if edited == "ablations" else "drawn image"
+        return f"Distance of the {of} from the clean one"
+    titles = {
+        "mse": "Mean squared error of the drawn image against the clean one (mse)",
+        "psnr": "Peak signal-to-noise ratio of the drawn image against the clean one (psnr)",
+        "ssim": "Structural similarity of the drawn image to the clean one (ssim)",
+    }
+    if edited == "attributions":
+        titles = {
+            "loss": "Loss of the whole model",
+            "g": "First-order cost of removing a head (g)",
+            "c": "Gauss-Newton term of the second order (c)",
+            "importance": "Importance (g + c)",
+            "integrated": "Gradient integrated along the path of all gates",
+        }
+    return titles.get(name, f"{name}, a score of the user's own")
+
+
+def _definition(edited: str, name: str) -> str:
+    if name == "distance" and edited == "generations":
+        return DISTANCE
+    if name == "distance":
+        return f"Mean squared difference of the two predictions. {MEAN}"
+    units = {"psnr": "In dB. ", "mse": "Pixel values from 0 to 1. ", "ssim": "1 is the same image. "}
+    if edited == "attributions":
+        units = dict.fromkeys(("loss", "g", "c", "importance", "integrated"), "In units of the loss. ")
+    return units.get(name, "") + MEAN

@@ -1,0 +1,127 @@
+"""What a sweep measured beside the report's own sections: means by hand, all of it on the page."""
+
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+
+from headscope.report import write_sweep_report
+from headscope.report.naming import percent, significant
+from headscope.study import inference
+from headscope.study.demonstration import report_sweep
+from headscope.study.further import further_scores
+from headscope.sweep import HeadSet, SweepConfig, run_sweep
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Fewer draws: what is tested here does not hang on them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "RESAMPLES", 99)
+        yield
+
+
+def rows(**columns):
+    """Two sources of two items at two timesteps, of one group and fill; columns [sources, items, timesteps]."""
+    source, item, timestep = (index.ravel() for index in np.indices((2, 2, 2)))
+    return pl.DataFrame(
+        {
+            "item": 2 * source + item,
+            "group": "lfw",
+            "source_id": [f"s{number}" for number in source],
+            "split": "confirm",
+            "replicate": 0,
+            "timestep": np.array([100, 500])[timestep],
+            "fill": "zero",
+            **{name: np.asarray(values).reshape(8) for name, values in columns.items()},
+        }
+    )
+
+
+CLEAN = np.arange(1.0, 9.0).reshape(2, 2, 2)
+CHANGE = np.array([[[0.1, 0.2], [0.3, 0.4]], [[0.5, -0.2], [0.1, 0.0]]])
+OWN = np.array([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, np.inf]]])
+
+
+def test_means_by_hand():
+    tables = {
+        "ablations": rows(clean=CLEAN, edited=CLEAN + CHANGE, own=OWN).with_columns(site=pl.lit("mid"), head=3),
+        "set_ablations": rows(clean=CLEAN, edited=CLEAN + CHANGE).with_columns(edit=pl.lit("pair")),
+        "observations": rows(entropy_mean=CLEAN).drop("fill"),
+    }
+    found = {(score.kind, score.name): score for score in further_scores(tables)}
+    # the loss without single heads has a section of its own
+    assert list(found) == [("set_ablations", "loss_relative"), ("set_ablations", "loss_absolute"), ("ablations", "own")]
+    change, clean = CHANGE.mean(1), CLEAN.mean(1)
+    relative = found["set_ablations", "loss_relative"]
+    assert relative.fraction
+    assert relative.values["edit"].to_list() == ["pair"]
+    assert relative.values["value"].item() == pytest.approx((change.sum(0) / clean.sum(0)).mean())
+    assert found["set_ablations", "loss_absolute"].values["value"].item() == pytest.approx(change.mean())
+    own = found["ablations", "own"]
+    # of the source with an infinite value at a timestep, the other item counts
+    assert own.values["value"].item() == pytest.approx(np.mean([[2.0, 3.0], [6.0, 6.0]]))
+    assert own.values.select("group", "fill", "site", "head", "sources").row(0) == ("lfw", "zero", "mid", 3, 2)
+    assert own.infinite == 1
+
+
+def test_images_and_attributions_have_their_titles():
+    tables = {
+        "set_generations": rows(distance=CLEAN, psnr=CLEAN).with_columns(edit=pl.lit("pair")),
+        "generations": rows(distance=CLEAN, ssim=CLEAN).with_columns(site=pl.lit("mid"), head=3),
+        "attributions": rows(loss=CLEAN, g=CHANGE, c=CLEAN, importance=OWN).with_columns(site=pl.lit("mid"), head=3),
+    }
+    titles = [(score.kind, score.title) for score in further_scores(tables)]
+    assert titles == [
+        ("set_generations", "Distance of the drawn image from the clean one"),
+        ("set_generations", "Peak signal-to-noise ratio of the drawn image against the clean one (psnr)"),
+        ("generations", "Structural similarity of the drawn image to the clean one (ssim)"),
+        ("attributions", "Loss of the whole model"),
+        ("attributions", "First-order cost of removing a head (g)"),
+        ("attributions", "Gauss-Newton term of the second order (c)"),
+        ("attributions", "Importance (g + c)"),
+    ]
+
+
+def test_what_is_not_shown_is_named(tmp_path):
+    observed = rows(entropy_mean=CLEAN, entropy_normalised_mean=CLEAN / 9, entropy_std=CHANGE, max_prob_mean=CHANGE)
+    observed = observed.drop("fill").with_columns(
+        site=pl.lit("mid"), head=0, query_group=pl.lit("image"), queries=64, keys=64, call=0
+    )
+    page = write_sweep_report(tmp_path / "r.html", title="x", run_info={}, observations=observed).read_text()
+    assert "not on this page: entropy_std, max_prob_mean (observations)." in page
+
+
+SCORES = """
+def largest_error(edited, clean, target, inputs):
+    return (edited - clean).abs().flatten(1).amax(1)
+"""
+
+
+def test_a_run_of_sets_and_own_scores_is_on_the_page(ddpm_directory, tmp_path, monkeypatch):
+    (tmp_path / "scores_of_mine.py").write_text(SCORES)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = SweepConfig(
+        model=ddpm_directory,
+        groups=("lfw",),
+        items=2,
+        timesteps=(60,),
+        observe=False,
+        fills=("zero",),
+        heads=(),
+        scores=("loss", "scores_of_mine:largest_error"),
+        sets=(HeadSet("middle & <b>", sites=("mid_block.*",)), HeadSet("warm", sites=("*",), temperature=2.0)),
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    sys.modules.pop("scores_of_mine")
+    page = report_sweep(tmp_path / "run").read_text()
+    assert "middle &amp; &lt;b&gt;: mid_block.* (removed); warm: * (temperature 2)" in page
+    table = run.table("set_ablations").with_columns(pl.col("edit").cast(pl.String)).collect()
+    for edit, shown in (("middle & <b>", "middle &amp; &lt;b&gt;"), ("warm", "warm")):
+        own = table.filter(edit=edit)
+        degradation = float(own["edited"].to_numpy().sum() / own["clean"].to_numpy().sum() - 1)
+        for value in (percent(degradation), significant(own["largest_error"].mean())):
+            cells = f'<th scope="row">{shown}</th><td>lfw</td><td>zero</td><td class="number">{value}<'
+            assert cells in page, value
+    assert "largest_error, a score of the user&#39;s own (set_ablations), mean over timesteps; exploratory." in page
