@@ -5,7 +5,10 @@ import torch
 from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlPipeline,
     FluxImg2ImgPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionInstructPix2PixPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
@@ -267,3 +270,94 @@ def test_a_pass_of_guidance_that_is_not_told_is_unknown():
         said = "'cond', which never ran in the context: expected some of unknown"
         with pytest.raises(ValueError, match=said), scope.edit({site: [0]}, branches="cond"):
             pipeline(2)
+
+
+def test_other_pipelines_may_share_the_denoiser():
+    pipeline = tiny.stable_diffusion()
+    other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    options = {"image": torch.rand(2, 3, 16, 16), "num_inference_steps": 4, "strength": 0.5, "output_type": "latent"}
+    scope = Scope(pipeline)
+    site = next(site.name for site in scope.sites if site.kind == "cross")
+    with scope.record("entropy", sites=[site]) as recording, scope.record_tokens(sites=[site]) as maps:
+        other(PROMPTS, **options)
+    assert branches_by_step(recording) == {(s, branch): [0, 1] for s in range(2) for branch in ("uncond", "cond")}
+    assert list(maps.prompts) == PROMPTS
+
+
+def test_a_pipeline_inside_of_another_one():
+    class Combined:
+        def __init__(self, inner):
+            self.unet = inner.unet
+            self.inner = inner
+
+        def __call__(self, prompts, **options):
+            batch_size = len(prompts) + 1
+            return self.inner(prompts[:batch_size], **options)
+
+    pipeline = Combined(tiny.stable_diffusion())
+    with Scope(pipeline).record("entropy") as recording:
+        pipeline(PROMPTS, num_inference_steps=2, guidance_scale=5.0, output_type="latent")
+    assert branches_by_step(recording) == {(s, branch): [0, 1] for s in range(2) for branch in ("uncond", "cond")}
+
+
+def test_a_scale_that_is_an_input_of_the_denoiser_is_no_guidance():
+    flux = tiny.flux(guidance=True)
+    # diffusers would put defaults back into what its configuration names there
+    config = {**flux.transformer.config, "in_channels": 32, "out_channels": 16, "_use_default_values": []}
+    names = ("vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pipeline = FluxControlPipeline(
+        transformer=FluxTransformer2DModel.from_config(config).eval(),
+        **{name: getattr(flux, name) for name in names},
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    with Scope(pipeline).record("entropy") as recording:
+        pipeline(
+            "a red fox",
+            control_image=torch.rand(1, 3, 16, 16),
+            height=16,
+            width=16,
+            num_inference_steps=2,
+            guidance_scale=30.0,
+            max_sequence_length=16,
+            output_type="latent",
+        )
+    assert branches_by_step(recording) == {(step, None): [0] for step in range(2)}
+
+
+def test_several_waveforms_of_a_prompt():
+    """Sound pipelines name them so."""
+
+    class Sound:
+        do_classifier_free_guidance = True
+
+        def __init__(self):
+            self.unet = tiny.stable_diffusion().unet
+
+        def __call__(self, batch_size, num_waveforms_per_prompt):
+            latents = torch.randn(batch_size * num_waveforms_per_prompt, 4, 8, 8)
+            with torch.inference_mode():
+                self.unet(torch.cat([latents] * 2), 5, torch.randn(2 * len(latents), 7, 32))
+
+    pipeline = Sound()
+    with Scope(pipeline).record("entropy") as recording:
+        pipeline(1, 2)
+    assert branches_by_step(recording) == {(0, branch): [0, 1] for branch in ("uncond", "cond")}
+
+
+@pytest.mark.parametrize("passes", [("pred_cond", "pred_uncond"), ("pred_cond",)])
+def test_passes_that_a_pipelines_guider_asks_for(passes):
+    class Guided:
+        def __init__(self):
+            self.transformer = tiny.flux_transformer()
+
+        def __call__(self, guider_state, batch_size=2):
+            for name in guider_state:
+                with self.transformer.cache_context(name), torch.inference_mode():
+                    self.transformer(**tiny.flux_inputs(batch_size))
+
+    pipeline = Guided()
+    with Scope(pipeline).record("entropy") as recording:
+        pipeline(list(passes))
+    branches = recording.to_polars().select("forward", "branch").unique().sort("forward")["branch"].cast(str).to_list()
+    assert branches == (["cond", "uncond"] if len(passes) > 1 else [None])

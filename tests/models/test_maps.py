@@ -1,6 +1,8 @@
 """Prompt-token maps, and statistics over the picture."""
 
+import contextlib
 import re
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -249,3 +251,35 @@ def test_two_statistics_of_one_name_are_told_apart(diffusion):
         pytest.raises(ValueError, match="means different things"),
     ):
         diffusion.unet(torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 32))
+
+
+def test_a_forward_that_fails_adds_nothing(diffusion):
+    class Stopped(Exception):
+        pass
+
+    def stop(module, args, output):
+        raise Stopped
+
+    scope = Scope(diffusion)
+    inputs = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 5, torch.randn(2, 77, 32))
+    found = []
+    for fails in (False, True):
+        with scope.record_tokens("a red fox") as maps, torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if fails:
+                handle = diffusion.unet.conv_out.register_forward_hook(stop)
+                with pytest.raises(Stopped):
+                    diffusion.unet(10 * inputs[0], *inputs[1:])
+                handle.remove()
+            diffusion.unet(*inputs)
+        found.append(torch.stack([maps.map([position], 1) for position in range(77)]))
+    assert torch.equal(*found)
+
+
+def test_pictures_of_two_sizes_have_no_map_together(diffusion):
+    said = r"has a picture of 4 x 2 places after one of 4 x 4 in one context"
+    site = next(site.name for site in Scope(diffusion).sites if site.kind == "cross" and "mid" in site.name)
+    with Scope(diffusion).record_tokens(sites=[site]):
+        for width, expected in ((16, contextlib.nullcontext()), (8, pytest.raises(ValueError, match=said))):
+            with expected:
+                diffusion("a red fox", num_inference_steps=1, height=16, width=width, output_type="latent")

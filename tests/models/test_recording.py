@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -163,3 +164,37 @@ def test_steps_are_the_pipelines_in_every_call(diffusion):
             diffusion("a red fox", latents=latents, num_inference_steps=2, output_type="latent")
     table = recording.to_polars().select("forward", "step").unique().sort("forward")
     assert list(table.iter_rows()) == [(0, 0), (1, 1), (2, 0), (3, 1)]
+
+
+def test_a_recording_goes_on_in_another_context(unet, sample):
+    scope = Scope(unet)
+    apart = []
+    for factor in (1, 2):
+        with scope.record("entropy") as single:
+            run(unet, factor * sample, 400)
+        apart.append(single.to_polars())
+    with scope.record("entropy") as recording:
+        run(unet, sample, 400)
+    # other forwards come before it in the second
+    with scope.edit({scope.sites[0].name: []}):
+        run(unet, sample, 400)
+        with scope.record("entropy", into=recording):
+            run(unet, 2 * sample, 400)
+    table = recording.to_polars()
+    assert table["forward"].to_list() == table["step"].to_list() == [0] * len(apart[0]) + [1] * len(apart[1])
+    together = pl.concat(apart)
+    assert table.drop("forward", "step").equals(together.drop("forward", "step"))
+
+
+def test_recordings_that_cannot_go_on(unet, sample, tmp_path):
+    scope = Scope(unet)
+    with scope.record("head_output") as recording:
+        run(unet, sample, 400)
+        with pytest.raises(ValueError, match=r"into: .*active still"), scope.record("head_output", into=recording):
+            pass
+    with pytest.raises(ValueError, match=r"recording of head_output, reduce=None$"):
+        scope.record("head_output", reduce=None, into=recording).__enter__()
+    recording.save(tmp_path)
+    for read in (Recording.load(tmp_path), Recording.from_tensors(recording.to_tensors())):
+        with pytest.raises(ValueError, match=r"into: .*read from a file"), scope.record("head_output", into=read):
+            pass

@@ -1,6 +1,8 @@
 """Scope on real diffusers models: what it records and edits is what the model does."""
 
 import threading
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -407,6 +409,47 @@ def test_two_models_in_two_threads_do_not_meet(sample):
         assert np.allclose(first["entropy_mean"].to_numpy(), single["entropy_mean"].to_numpy(), atol=1e-6)
 
 
+def test_a_second_denoiser_is_said_to_be_unseen(unet):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Scope(SimpleNamespace(unet=unet, transformer_2=None, same=unet))
+    with pytest.warns(UserWarning, match="SimpleNamespace has another denoiser, 'unet_2', whose attention"):
+        Scope(SimpleNamespace(unet=unet, unet_2=tiny.ddpm().unet))
+
+
+def test_one_model_in_two_threads_is_refused(unet, sample):
+    """A thread's forward stands still while another one asks for its own."""
+    scope = Scope(unet)
+    refusals = []
+
+    def in_the_middle(module, args):
+        handle.remove()
+
+        def work():
+            with pytest.raises(RuntimeError, match="UNet2DModel runs in two threads inside a Scope") as refused:
+                run(unet, 2 * sample)
+            refusals.append(refused)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    with scope.record("entropy") as alone:
+        run(unet, sample)
+    handle = unet.mid_block.register_forward_pre_hook(in_the_middle)
+    with scope.record("entropy") as recording:
+        run(unet, sample)
+    assert len(refusals) == 1
+    assert recording.to_polars().equals(alone.to_polars())
+    # one after the other they are no trouble
+    with scope.record("entropy") as recording:
+        run(unet, sample)
+        thread = threading.Thread(target=run, args=(unet, sample))
+        thread.start()
+        thread.join()
+    assert set(recording.to_polars()["forward"]) == {0, 1}
+
+
 def test_what_cannot_be_seen_is_said(sample):
     model = tiny.ddpm().unet
     name = "mid_block.attentions.0"
@@ -475,6 +518,11 @@ def test_attention_outside_of_every_site_is_left_out_by_naming_sites():
         (lambda s: s.edit({"mid_block.attentions.0": [4]}), ValueError, "got head 4, expected 0 to 3"),
         (lambda s: s.edit({"mid_block.attentions.0": [0]}, fill="average"), ValueError, "fill: got 'average'"),
         (lambda s: s.edit([]), ValueError, "edits: got an empty sequence"),
+        (lambda s: s.edit({"mid_block.attentions.0": [True, False]}), TypeError, "got head True of type bool"),
+        (lambda s: s.record_tokens("a", heads={"mid*": [-1]}), ValueError, "got head -1, expected 0 to 3"),
+        (lambda s: s.record_tokens("a", heads={"mid*": [1, 1]}), ValueError, "expected some heads, each once"),
+        (lambda s: s.record_tokens("a", heads={"mid*": []}), ValueError, "expected some heads, each once"),
+        (lambda s: s.record_tokens("a", sites="down*", heads={"mid*": [1]}), ValueError, "not among the sites"),
         (lambda s: s.edit({"mid_block.attentions.0": [0]}, steps=3), TypeError, "steps: got int"),
         (lambda s: s.edit({"mid_block.attentions.0": HeadEdit()}), ValueError, "HeadEdit without a gate"),
     ],

@@ -18,6 +18,8 @@ from headscope.models.sites import source_tree
 # other modality (sound, where there is a picture); without it and with the picture to edit; which isn't told
 BRANCHES = ("uncond", "cond", "perturbed", "skip", "modality", "image", "unknown")
 # parts of a batch that the pipeline's source doesn't name
+# what a pipeline's call names how many images, videos, waveforms, ... it makes of each prompt
+_PER_PROMPT = re.compile(r"num_(images|videos|waveforms|designs)_per_prompt")
 _PART = re.compile(r"part_\d+")
 # what pipelines and guiders call other passes than the first two
 _PASSES = {
@@ -113,6 +115,10 @@ def branches_of(
 
 def _told_guidance(pipeline: Any, call: Mapping[str, Any]) -> bool | None:
     """Whether the pipeline says that there is guidance; None where it says nothing."""
+    # the passes that a guider has asked for in this step
+    passes = call.get("guider_state")
+    if isinstance(passes, (list, tuple)):
+        return len(passes) > 1
     told = [call.get(name) for name in ("do_classifier_free_guidance", "do_true_cfg")]
     told.append(getattr(pipeline, "do_classifier_free_guidance", None))
     said = [value for value in told if isinstance(value, bool)]
@@ -134,7 +140,7 @@ def _samples(call: Mapping[str, Any]) -> int | None:
     samples = call.get("batch_size")
     if not isinstance(samples, int) or samples < 1:
         return None
-    images = next((call[name] for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in call), None)
+    images = next((call[name] for name in call if _PER_PROMPT.fullmatch(name)), None)
     latents = call.get("latents")
     # some pipelines count the images of a prompt in
     if isinstance(latents, Tensor) and latents.ndim > 0 and latents.shape[0] == samples:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -406,8 +407,11 @@ def _checked(value: Any, site: Site, name: str) -> list[Any]:
 
 
 def check_heads(heads: Iterable[int], site: Site, name: str) -> None:
-    """Raises ValueError for a head that the site doesn't have; `name` is the argument's."""
+    """Raises TypeError or ValueError for what is no head of the site; `name` is the argument's."""
     for head in heads:
+        # a mask would be read as heads 0 and 1
+        if isinstance(head, bool) or not isinstance(head, Integral):
+            raise TypeError(f"{name}: got head {head!r} of type {type(head).__name__}, expected the heads' numbers")
         if not 0 <= head < site.heads:
             raise ValueError(f"{name}: got head {head}, expected 0 to {site.heads - 1}")
 

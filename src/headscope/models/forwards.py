@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headscope.models.branches import branches_of, checked_branches
 from headscope.models.layout import Geometry, Layout, Place
+from headscope.models.sites import find_denoiser
 
 # the call's own prompt; some pipelines take others for their further text encoders
 PROMPT = "prompt"
@@ -193,7 +194,7 @@ def begin_forward(
         timestep = (
             timestep.reshape(geometry.batch, -1)[:, 0] if timestep.numel() % geometry.batch == 0 else timestep[:1]
         )
-    call = _running_call(pipeline)
+    pipeline, call = _running_call(pipeline, denoiser)
     step = call["i"] if isinstance(call.get("i"), int) and "timesteps" in call else None
     # flow models are given a rescaled one
     scheduled = call.get("t")
@@ -222,11 +223,27 @@ def _prompts(call: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _running_call(pipeline: Any) -> Mapping[str, Any]:
-    """The local variables of the pipeline's call that this thread is inside of; empty if there is none."""
+def _running_call(pipeline: Any, denoiser: nn.Module) -> tuple[Any, Mapping[str, Any]]:
+    """The pipeline whose call this thread is inside of, and that call's local variables; empty if there is none.
+
+    Other pipelines may share the denoiser: those that `from_pipe` makes, or one inside of a combined pipeline.
+    """
     frame = sys._getframe(1) if pipeline is not None else None
     while frame is not None:
-        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipeline:
-            return frame.f_locals
+        if frame.f_code.co_name == "__call__":
+            owner = frame.f_locals.get("self")
+            if owner is pipeline or _is_denoiser_of(owner, denoiser):
+                return owner, frame.f_locals
         frame = frame.f_back
-    return {}
+    return pipeline, {}
+
+
+def _is_denoiser_of(owner: Any, denoiser: nn.Module) -> bool:
+    """Whether a pipeline's denoiser is that one, whatever is wrapped around it."""
+    if owner is None or isinstance(owner, nn.Module):
+        return False
+    try:
+        found = find_denoiser(owner)
+    except TypeError:
+        return False
+    return getattr(found, "_orig_mod", found) is denoiser

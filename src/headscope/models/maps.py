@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -33,6 +33,16 @@ class Token:
     kind: TokenKind
 
 
+class _Piece(NamedTuple):
+    """What one attention call adds to a site's sums: [samples, tokens, height, width], summed over so many heads."""
+
+    site: str
+    batch: int
+    samples: range
+    summed: Tensor
+    heads: int
+
+
 class TokenMaps:
     """The attention mass that image queries give to each token of the prompt, summed over heads and steps.
 
@@ -55,6 +65,8 @@ class TokenMaps:
         self._heads = heads
         self._sums: dict[str, Tensor] = {}  # [samples, tokens, height, width]
         self._counts: dict[str, Counter[int]] = {}  # by sample, how many heads of how many calls
+        # of the forward that runs
+        self._pending: list[_Piece] = []
         self._groups: dict[tuple, GroupMass] = {}
         # two contexts may ask for the same tokens
         self._name = f"token_mass_{id(self)}"
@@ -109,10 +121,25 @@ class TokenMaps:
         grid = self._grid(forward, layout)
         assert grid is not None
         summed = own[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
+        self._pending.append(_Piece(site, forward.samples, samples, summed, own.shape[1]))
+
+    def end_forward(self, completed: bool) -> None:
+        """Keep what the forward gave; nothing of one that did not end."""
+        pending, self._pending = self._pending, []
+        for piece in pending if completed else ():
+            self._keep(*piece)
+
+    def _keep(self, site: str, batch: int, samples: range, summed: Tensor, heads: int) -> None:
         if site not in self._sums:
             # an ordinary tensor, which a later forward in another mode may add to
             with torch.inference_mode(False):
-                self._sums[site] = summed.new_zeros(forward.samples, *summed.shape[1:])
+                self._sums[site] = summed.new_zeros(batch, *summed.shape[1:])
+        before, now = tuple(self._sums[site].shape), tuple(summed.shape)
+        if before[2:] != now[2:]:
+            raise ValueError(
+                f"token maps: site {site!r} has a picture of {now[2]} x {now[3]} places after one of {before[2]} x"
+                f" {before[3]} in one context, expected pictures of one size, or a context for each"
+            )
         if self._sums[site].shape[1:] != summed.shape[1:]:
             raise ValueError(
                 f"token maps: site {site!r} meets {summed.shape[1]} text tokens in one sample and"
@@ -120,7 +147,7 @@ class TokenMaps:
             )
         self._sums[site][samples.start : samples.stop] += summed
         heard = self._counts.setdefault(site, Counter())
-        heard.update(dict.fromkeys(samples, own.shape[1]))
+        heard.update(dict.fromkeys(samples, heads))
 
     def _grid(self, forward: Forward, layout: Layout) -> tuple[int, int] | None:
         """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""

@@ -30,11 +30,14 @@ ENTROPY, NORMALISED = "entropy", "entropy_normalised"
 class Part(NamedTuple):
     """The rows of one attention call that belong to one query group (and video frame).
 
-    number: of the part within its forward, in the order of execution.
+    Attributes:
+        number: of the part within its forward, in the order of execution.
+        forward_number: of the forward within the recording, over all its contexts.
     """
 
     number: int
     forward: Forward
+    forward_number: int
     step: int
     site: str
     call: int
@@ -96,11 +99,17 @@ class Recording:
         self.tensors = HeadTensors(reduce)
         # how many of the denoiser's forwards the scope had seen when the context was entered
         self.first_forward = 0
+        # the forwards of earlier contexts, where it goes on in a new one, and those of all so far
+        self._forwards_before = 0
+        self._forwards = 0
+        self._active = False
         self.reduced: list[Reduced] = []
         self._pending: list[_Rows] = []
         self._calls = 0
         self._calls_in_forward = 0
         self._loaded: Any = None
+        # made of a file's means, which don't say of how many samples they are
+        self._read = False
 
     def __len__(self) -> int:
         """The number of attention calls recorded."""
@@ -116,6 +125,36 @@ class Recording:
 
     def same_request(self, other: "Recording") -> bool:
         return (self.statistics, self.quantities, self.reduce) == (other.statistics, other.quantities, other.reduce)
+
+    def check_continues(self, asked: "Recording") -> None:
+        """Raises ValueError unless this recording can go on with what another one was asked for."""
+        request = ", ".join([*asked.statistics, *asked.quantities])
+        if not self.same_request(asked):
+            raise ValueError(f"into: got {self!r}, expected a recording of {request}, reduce={asked.reduce!r}")
+        if self._active:
+            raise ValueError(f"into: got {self!r}, whose context is active still, expected one that has ended")
+        if self._read:
+            raise ValueError(
+                f"into: got {self!r}, which was read from a file and doesn't say how many samples its means are of,"
+                " expected one of this session"
+            )
+
+    def enter(self, first_forward: int) -> None:
+        """A context begins, after so many of the scope's forwards."""
+        self.first_forward = first_forward
+        self._forwards_before = self._forwards
+        self._active = True
+
+    def leave(self) -> None:
+        """The context has ended."""
+        self._active = False
+
+    def step_of(self, forward: Forward) -> int:
+        """The pipeline's step, or the number of the forward where no pipeline counts."""
+        return self._number_of(forward) if forward.step is None else forward.step
+
+    def _number_of(self, forward: Forward) -> int:
+        return self._forwards_before + forward.index - self.first_forward
 
     def count_call(self) -> None:
         self._calls_in_forward += 1
@@ -137,7 +176,7 @@ class Recording:
                 [rows, heads, keys].
             valid_keys: how many keys each row may see, an int or broadcastable to [rows, heads, queries].
         """
-        step = forward.step_since(self.first_forward)
+        step, forward_number = self.step_of(forward), self._number_of(forward)
         for statistic in self.requested:
             name, tensor = statistic.name, values[statistic.name]
             if tensor.requires_grad:
@@ -148,7 +187,18 @@ class Recording:
                 total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
                 segment, number = Segment(ALL, None, 0, 0), len(self._pending)
                 part = Part(
-                    number, forward, step, site, call, segment, layout.first_sample, layout.samples, heads, 0, keys
+                    number,
+                    forward,
+                    forward_number,
+                    step,
+                    site,
+                    call,
+                    segment,
+                    layout.first_sample,
+                    layout.samples,
+                    heads,
+                    0,
+                    keys,
                 )
                 self._pending.append(_Rows(part, name, total[:, :, None]))
                 continue
@@ -161,6 +211,7 @@ class Recording:
                     part = Part(
                         number,
                         forward,
+                        forward_number,
                         step,
                         site,
                         call,
@@ -175,6 +226,7 @@ class Recording:
 
     def end_forward(self, forward: Forward) -> None:
         """Reduce what the forward gave: calls of one shape in one go."""
+        self._forwards = self._number_of(forward) + 1
         self._calls += self._calls_in_forward
         self._calls_in_forward = 0
         alike: dict[tuple, list[_Rows]] = {}
@@ -188,6 +240,7 @@ class Recording:
 
     def drop(self, forward: Forward) -> None:
         """Forget a forward that did not end."""
+        self._forwards = self._number_of(forward) + 1
         self._pending = []
         self._calls_in_forward = 0
         self.tensors.drop(forward)
@@ -243,17 +296,16 @@ class Recording:
 
         What is in `reused` has none.
 
-        Columns: forward (of the denoiser, since the context was entered), step (the pipeline's; the forward where no
-        pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within its guidance
-        branch), branch ("uncond", "cond", "perturbed", "skip", "modality", "image", "part_0", "part_1", ... where the
-        pipeline's source doesn't name a part of the batch, "unknown"; null where there is no guidance), head,
-        query_group ("image", "text", "frame", or "all" where the model doesn't tell), frame (of a video, else null),
-        queries, keys, grid_height and grid_width (those queries, row by row; null where the model doesn't tell), and
-        for each statistic its mean, std
-        (population form), min and max over those queries (nats for entropy, logsumexp and max_logit; 0..1 for
-        max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row divided by its own; null where
-        rows see a single key. Statistics of several numbers are lists. With reduce=None a column of the statistic's own
-        name holds the list of every query's value.
+        Columns: forward (of the denoiser, since the context was entered; `into` counts on), step (the pipeline's; the
+        forward where no pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within
+        its guidance branch), branch ("uncond", "cond", "perturbed", "skip", "modality", "image", "part_0", "part_1",
+        ... where the pipeline's source doesn't name a part of the batch, "unknown"; null where there is no guidance),
+        head, query_group ("image", "text", "frame", or "all" where the model doesn't tell), frame (of a video, else
+        null), queries, keys, grid_height and grid_width (those queries, row by row; null where the model doesn't tell),
+        and for each statistic its mean, std (population form), min and max over those queries (nats for entropy,
+        logsumexp and max_logit; 0..1 for max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row
+        divided by its own; null where rows see a single key. Statistics of several numbers are lists. With reduce=None
+        a column of the statistic's own name holds the list of every query's value.
         """
         from headscope.models.tables import build_table
 
@@ -359,7 +411,7 @@ class Recording:
             recording.reused = [Reused(*entry) for entry in settings.get("reused", ())]
             for name in file.keys():  # noqa: SIM118
                 recording.tensors.put(Key(*json.loads(name)), file.get_tensor(name))
-        recording._loaded = table
+        recording._loaded, recording._read = table, True
         return recording
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -376,6 +428,7 @@ class Recording:
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Recording":
         """A recording of mean head outputs that `to_tensors` wrote."""
         recording = cls((), (HEAD_OUTPUT,))
+        recording._read = True
         for name, tensor in tensors.items():
             site, call, timestep, branch = name.split("|")
             key = Key(HEAD_OUTPUT, site, int(call), float(timestep), branch or None)

@@ -2,6 +2,8 @@
 
 import inspect
 import sys
+import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,6 +66,9 @@ class Scope:
             `sites=` leaves them out.
         recordings, token_maps, edits: what is active, outer contexts first.
 
+    Warns:
+        UserWarning: the pipeline has a second denoiser (Wan 2.2 has one for its later steps), which isn't seen.
+
     Raises:
         TypeError: not a torch module, nor a pipeline with a unet or transformer.
         ValueError: the model has no attention site that can be seen.
@@ -74,6 +79,12 @@ class Scope:
         self._called = find_denoiser(pipeline_or_model)
         # torch.compile(model) is a module around the model
         self.denoiser: nn.Module = getattr(self._called, "_orig_mod", self._called)
+        for name in self._other_denoisers():
+            warnings.warn(
+                f"pipeline_or_model: {type(pipeline_or_model).__name__} has another denoiser, {name!r}, whose attention"
+                " this Scope neither records nor edits; a Scope of that model sees it",
+                stacklevel=2,
+            )
         self._signature = inspect.signature(type(self.denoiser).forward)
         self.recordings: list[RecordRequest] = []
         self.token_maps: list[TokenRequest] = []
@@ -85,6 +96,9 @@ class Scope:
         self._forwards = 0
         # the forward that runs, or ran last
         self.running: Forward | None = None
+        # the thread that a forward runs in, while one does
+        self._thread: int | None = None
+        self._thread_lock = threading.Lock()
         # counts up whenever a context is entered or left: what sites know of them then is out of date
         self.contexts_seen = 0
         self.sites: tuple[Site, ...]
@@ -99,6 +113,16 @@ class Scope:
         sites, unseen = find_sites(self.denoiser)
         self.sites, self.unseen = tuple(sites), tuple(unseen)
         self._by_name = {site.name: site for site in sites}
+
+    def _other_denoisers(self) -> list[str]:
+        """The pipeline's further models of the denoiser's class: some have one for noise and one for details."""
+        models = {} if self._pipeline is None else dict(getattr(self._pipeline, "__dict__", {}))
+        unwrapped = {name: getattr(model, "_orig_mod", model) for name, model in models.items()}
+        return [
+            name
+            for name, model in unwrapped.items()
+            if type(model) is type(self.denoiser) and model is not self.denoiser
+        ]
 
     def __repr__(self) -> str:
         heads = sum(site.heads for site in self.sites)
@@ -155,10 +179,11 @@ class Scope:
             sites: names or patterns of the sites to record; all by default, and then attention that the model calls
                 outside of them is an error.
             reduce: "mean" as said above; None keeps every query's statistic and every sample's tensors.
-            into: an earlier recording of the same statistics to go on with.
+            into: an earlier recording of the same statistics to go on with, made in this session.
 
         Raises:
-            ValueError: an unknown statistic or reduction, nothing to record, or unseen sites when all are asked for.
+            ValueError: an unknown statistic or reduction, nothing to record, a recording that can't be gone on with, or
+                unseen sites when all are asked for.
             KeyError: an unknown site.
             RuntimeError: another Scope is active on the model; from a forward, attention outside of all sites.
         """
@@ -171,8 +196,7 @@ class Scope:
         requested = requested_statistics([name for name in statistics if name not in QUANTITIES], QUANTITIES)
         recording = Recording(requested, quantities, reduce)
         if into is not None:
-            if not into.same_request(recording):
-                raise ValueError(f"into: got {into!r}, expected a recording of {', '.join(map(str, statistics))}")
+            into.check_continues(recording)
             recording = into
         entry = RecordRequest(recording, self._chosen(sites), sites is None)
         with self._context(self.recordings, entry):
@@ -199,16 +223,23 @@ class Scope:
 
         Raises:
             KeyError: an unknown site.
-            ValueError: a head out of range; at the context's end, steps that never ran.
-            TypeError: steps that are no range.
+            ValueError: no head of the site, or a head of a site that isn't recorded; at the context's end, steps that
+                never ran.
+            TypeError: steps that are no range, heads that are no numbers.
         """
         self._look_again()
-        chosen = {name: own for pattern, own in (heads or {}).items() for name in self.matching(pattern)}
-        for name, own in chosen.items():
-            check_heads(own, self.site(name), f"heads[{name!r}]")
+        names = self._chosen(sites) if sites is not None else frozenset(self._by_name)
+        chosen: dict[str, tuple[int, ...]] = {}
+        for pattern, own in (heads or {}).items():
+            if names.isdisjoint(self.matching(pattern)):
+                raise ValueError(f"heads: got {pattern!r}, which is not among the sites to record")
+            for name in self.matching(pattern):
+                check_heads(own, self.site(name), f"heads[{pattern!r}]")
+                chosen[name] = tuple(own)
+            if len(set(own)) != len(own) or not len(own):
+                raise ValueError(f"heads[{pattern!r}]: got {list(own)}, expected some heads, each once")
         words = Prompts(self._pipeline, prompts)
         maps = TokenMaps(self._pipeline, words, chosen)
-        names = self._chosen(sites) if sites is not None else frozenset(self._by_name)
         with words.watching_encoders(), self._context(self.token_maps, TokenRequest(maps, names, steps)):
             yield maps
 
@@ -320,12 +351,17 @@ class Scope:
         self._contexts += 1
         entries.append(entry)
         self.contexts_seen += 1
-        (entry.recording if isinstance(entry, RecordRequest) else entry).first_forward = self._forwards
+        if isinstance(entry, RecordRequest):
+            entry.recording.enter(self._forwards)
+        else:
+            entry.first_forward = self._forwards
         try:
             yield
         finally:
             # the newest of several equal entries
             del entries[max(index for index, other in enumerate(entries) if other is entry)]
+            if isinstance(entry, RecordRequest):
+                entry.recording.leave()
             self.contexts_seen += 1
             self._contexts -= 1
             if self._contexts == 0:
@@ -364,9 +400,16 @@ class Scope:
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-        self.running = None
+        self.running = self._thread = None
 
     def begin(self, args: tuple, kwargs: dict, cache_context: str | None) -> None:
+        with self._thread_lock:
+            if self._thread not in (None, threading.get_ident()):
+                raise RuntimeError(
+                    f"{type(self.denoiser).__name__} runs in two threads inside a Scope, which can't tell their"
+                    " forwards apart; run one after the other, or a copy of the model with a Scope of its own in each"
+                )
+            self._thread = threading.get_ident()
         arguments = self._named_arguments(args, kwargs)
         forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context, self.running)
         # one object for forwards that are alike, so that sites need not read each anew
@@ -387,6 +430,10 @@ class Scope:
         return arguments | arguments.pop("kwargs", {})
 
     def end(self, completed: bool) -> None:
+        # after a forward that `begin` refused, another thread's still runs
+        if self._thread not in (None, threading.get_ident()):
+            return
+        self._thread = None
         routing.unwatch(self)
         forward = self.running
         for entry in self.recordings:
@@ -396,6 +443,8 @@ class Scope:
                 entry.recording.end_forward(forward)
             else:
                 entry.recording.drop(forward)
+        for request in self.token_maps:
+            request.maps.end_forward(completed)
         if forward is not None:
             # what runs again in a backward belongs to this forward still
             forward.totals = dict(forward.calls)
@@ -409,8 +458,7 @@ class Scope:
         for site, branch, cache in self._hooks.missing(forward, self._by_name):
             for entry in self.recordings:
                 if site in entry.sites:
-                    step = forward.step_since(entry.recording.first_forward)
-                    entry.recording.reused.append(Reused(site, step, branch))
+                    entry.recording.reused.append(Reused(site, entry.recording.step_of(forward), branch))
             for request in self.token_maps:
                 shown = site in request.maps.sites and branch in ("cond", None)
                 if shown and site in request.sites and request.acts_in(forward):

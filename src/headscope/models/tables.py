@@ -28,7 +28,6 @@ def build_table(recording: Recording) -> "pyarrow.Table":
     parts = list(blocks)
     sizes = np.array([part.samples * part.heads for part in parts])
     timesteps = _timesteps([part.forward for part in parts])
-    first = recording.first_forward
 
     def spread(values: list, dtype) -> np.ndarray:
         return np.repeat(np.array(values, dtype), sizes)
@@ -52,7 +51,7 @@ def build_table(recording: Recording) -> "pyarrow.Table":
     )  # one per sample
     frames = spread([-1 if part.segment.frame is None else part.segment.frame for part in parts], np.int16)
     columns = {
-        "forward": pa.array(spread([part.forward.index - first for part in parts], np.int32)),
+        "forward": pa.array(spread([part.forward_number for part in parts], np.int32)),
         "step": pa.array(spread([part.step for part in parts], np.int32)),
         "timestep": pa.array(np.repeat(at, per_sample)),
         "site": words([part.site for part in parts]),
@@ -91,7 +90,7 @@ def _blocks(recording: Recording) -> dict[Part, dict[str, np.ndarray]]:
             values[entry.name] = next(arrays)
         for index, part in enumerate(entry.parts):
             # a site may attend to one sample after the other
-            place = (part.forward.index, part.site, part.call, part.segment, part.first_sample)
+            place = (part.forward_number, part.site, part.call, part.segment, part.first_sample)
             order.setdefault(place, part)
             numbers[place] = min(part.number, numbers.get(place, part.number))
             for name, array in values.items():
