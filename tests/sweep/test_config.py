@@ -30,6 +30,9 @@ from headscope.sweep import SweepConfig, run_sweep
         ({"graphs": True, "compile": True, "device": "cuda"}, "graphs: got true with compile"),
         ({"compile": True, "attribute": True}, "compile: got true with attribute"),
         ({"compile": True, "scores": ("generate",), "generate_window": (1, 2)}, "compile: got true with a generate_wi"),
+        ({"fills": (), "heads": (("mid", 0),)}, "heads: got some without anything done to them"),
+        ({"scores": (), "sites": ("mid*",)}, "sites: got some without anything done to them"),
+        ({"fills": ("zero",), "reference_items": 3}, "reference_items: got 3 without the mean fill"),
         ({"model": "nowhere"}, "model: got 'nowhere', expected \"builtin\" or a directory"),
     ],
 )
@@ -45,6 +48,8 @@ def test_bad_fields(fields, message):
         ({"groups": ("mine=nowhere",)}, "nowhere"),
         ({"groups": ("faces",), "timesteps": (1000,)}, "timesteps: got 1000, expected 0 to 999"),
         ({"groups": ("faces",), "heads": (("mid_block.attentions.0", 9),)}, "heads: got"),
+        ({"groups": ("faces",), "scores": (), "attribute": True, "heads": (("mid", 0),)}, "heads: got"),
+        ({"groups": ("faces",), "scores": (), "attribute": True, "sites": ("mid",)}, "sites: got 'mid'"),
         ({"groups": ("faces",), "prompts": "nowhere.txt"}, "prompts: got"),
     ],
 )

@@ -543,6 +543,17 @@ def test_attributions_are_those_of_the_scope(ddpm_directory, tmp_path):
         np.testing.assert_allclose(joined[name], joined[f"{name}_right"], rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_attributions_alone_are_of_the_sites_asked_for(ddpm_directory):
+    """Without an ablation beside them, too."""
+    config = SweepConfig(
+        model=ddpm_directory, groups=("lfw",), items=1, fills=("zero",), scores=(), observe=False, attribute=True,
+        sites=("mid_block.*",),
+    )  # fmt: skip
+    plan = Opened(config, Execution()).plan
+    assert {unit.kind for unit in plan.units} == {"attributions"}
+    assert {site for site, _ in plan.heads} == {"mid_block.attentions.0"}
+
+
 def test_contact_sheets_show_the_images_that_were_kept(ddpm_directory, tmp_path):
     config = SweepConfig(
         model=ddpm_directory,

@@ -107,8 +107,8 @@ class SweepConfig:
             clean prediction, the target (tensors [rows, ...] on the device) and the inputs (`headscope.models.tasks`'s
             NoisyInputs: sample, timestep, conditioning, target), and returns a number for each row, which become a
             column of the function's name.
-        heads: (site, head) pairs to ablate, each in turn; None for all.
-        sites: patterns of site names (* and ?) to which the heads to ablate are limited.
+        heads: (site, head) pairs to ablate, each in turn; None for all. Attributions are of all heads of their sites.
+        sites: patterns of site names (* and ?) to which the heads to ablate or attribute to are limited.
         sets: heads that are edited together, a row each beside the single heads'.
         reference_items: how many items, disjoint from the swept ones, the mean fill is taken over; None takes 16, or
             what there is, and where all are swept by default, a quarter of those instead.
@@ -191,6 +191,7 @@ class SweepConfig:
             raise ValueError(
                 "fills: got nothing to observe and nothing to ablate, expected observe, or fills and scores"
             )
+        self._check_used()
         if self.timesteps is not None and len(set(self.timesteps)) != len(self.timesteps):
             raise ValueError(f"timesteps: got {list(self.timesteps)}, expected each once")
         if self.timesteps == ():
@@ -213,6 +214,19 @@ class SweepConfig:
         names = [chosen.name for chosen in self.sets]
         if len(set(names)) != len(names):
             raise ValueError(f"sets: got the names {', '.join(names)}, expected each once")
+
+    def _check_used(self) -> None:
+        """Raises ValueError where something is asked for that nothing of the sweep would look at."""
+        edits = bool(self.fills and (self.scores or self.attribute))
+        for name in ("heads", "sites"):
+            if getattr(self, name) and not edits:
+                raise ValueError(
+                    f"{name}: got some without anything done to them, expected fills and either scores or attribute"
+                )
+        if self.reference_items is not None and not (edits and "mean" in self.fills):
+            raise ValueError(
+                f"reference_items: got {self.reference_items} without the mean fill, which is taken over them"
+            )
 
     def _check_generation(self) -> None:
         for name in self.image_scores:

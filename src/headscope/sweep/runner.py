@@ -58,6 +58,13 @@ class Workers:
             raise ValueError(f"workers: got {self.count}, expected at least 1")
         if self.executor == "local" and self.count != 1:
             raise ValueError(f"workers: got {self.count} in this process, expected 1, or another executor")
+        # what nobody would look at was meant for another
+        if self.address is not None and self.executor != "ray":
+            raise ValueError(f"address: got {self.address!r} with the executor {self.executor}, expected it with ray")
+        if self.parameters and self.executor != "slurm":
+            raise ValueError(
+                f"job: got {', '.join(self.parameters)} with the executor {self.executor}, expected them with slurm"
+            )
 
 
 def run_sweep(
