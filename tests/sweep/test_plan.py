@@ -1,6 +1,7 @@
 """What is asked, from Python or TOML, and the units it becomes."""
 
 import json
+import math
 import tarfile
 from functools import wraps
 from io import BytesIO
@@ -202,6 +203,25 @@ def test_cross_attention_has_no_value_of_its_own(diffusion_directory, tmp_path):
 def test_impossible_values_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         SweepConfig(**{"groups": ("faces",), **fields})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("keep", 1e39),
+        ("keep", math.nan),
+        ("temperature", 1e-50),
+        ("temperature", 1e39),
+        ("temperature", math.nan),
+        ("key_bias", (0.0, 1e39)),
+        ("key_bias", (-1e39,)),
+        ("key_scale", (-1e39,)),
+    ],
+)
+def test_numbers_that_float32_does_not_hold_are_refused(field, value):
+    """They would be applied as infinite ones, or as 0."""
+    with pytest.raises(ValueError, match=f"sets: 'a': {field}: got .*, expected"):
+        HeadSet("a", sites=("*",), **{field: value})
 
 
 def test_a_set_needs_a_name_and_heads():

@@ -26,6 +26,8 @@ SPLITS = ("discover", "confirm")
 # the model of a run that was given a pipeline instead of a directory
 IN_MEMORY = "in memory"
 DTYPES = ("float32", "bfloat16", "float16")
+# of float32, in which edits are applied: one beyond would be infinite, a temperature below 0
+_LARGEST, _SMALLEST = (2.0 - 2.0**-23) * 2.0**127, 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,18 @@ class HeadSet:
             raise ValueError(f"sets: {self.name!r} has neither sites nor heads, expected some")
         if len(set(self.heads)) != len(self.heads):
             raise ValueError(f"sets: {self.name!r} names a head twice, expected each once")
-        if self.keep is not None and not math.isfinite(self.keep):
-            raise ValueError(f"sets: {self.name!r}: keep: got {self.keep}, expected a finite number")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ValueError(f"sets: {self.name!r}: temperature: got {self.temperature}, expected a number above 0")
+        if self.keep is not None and not _is_float32(self.keep):
+            raise ValueError(f"sets: {self.name!r}: keep: got {self.keep}, expected a finite number of float32")
+        if self.temperature is not None and not (self.temperature >= _SMALLEST and _is_float32(self.temperature)):
+            raise ValueError(
+                f"sets: {self.name!r}: temperature: got {self.temperature}, expected a number above 0 of float32"
+            )
         for number in self.key_bias:
-            if not number < math.inf:
+            if number != -math.inf and not _is_float32(number):
                 raise ValueError(f"sets: {self.name!r}: key_bias: got {number}, expected finite numbers or -inf")
         for number in self.key_scale:
-            if not math.isfinite(number):
-                raise ValueError(f"sets: {self.name!r}: key_scale: got {number}, expected finite numbers")
+            if not _is_float32(number):
+                raise ValueError(f"sets: {self.name!r}: key_scale: got {number}, expected finite numbers of float32")
 
     @property
     def gate(self) -> float:
@@ -358,6 +362,10 @@ def _own(field: str, names: tuple[str, ...]) -> None:
             raise ValueError(f"{field}: got {name!r}, expected module:function")
         if column in COLUMNS or columns.count(column) > 1:
             raise ValueError(f"{field}: got {name!r}, expected a function whose name isn't taken by another column")
+
+
+def _is_float32(number: float) -> bool:
+    return abs(number) <= _LARGEST
 
 
 def _subset(name: str, values: tuple[str, ...], allowed: tuple[str, ...], *, empty: bool = False) -> None:
