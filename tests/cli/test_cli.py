@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import headscope
 from headscope.cli import app
-from headscope.sweep import Run, runner, store
+from headscope.sweep import Run, SweepConfig, run_sweep, runner, store
 from headscope.zoo import train
 
 
@@ -183,6 +184,21 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         result = call(*arguments, tmp_path / name)
         assert result.exit_code == 2
         assert result.output == f"error {tmp_path / name / name}: No space left on device\n"
+
+
+def test_a_report_does_without_an_image_that_cannot_be_read(ddpm_directory, tmp_path):
+    """The sweep had no use for it, or it came later."""
+    for level in range(4):
+        Image.new("RGB", (32, 32), (level, 0, 0)).save(tmp_path / f"{level}.png")
+    config = SweepConfig(
+        model=ddpm_directory, groups=(f"mine={tmp_path}",), items=1, timesteps=(60,), fills=(), scores=()
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    for level in range(4):
+        (tmp_path / f"{level}.png").write_bytes(b"torn")
+    result = call("report", run.path)
+    assert result.exit_code == 0, result.output
+    assert "mine" in (run.path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -7,6 +7,7 @@ tables/     the numbers of the page, as CSV
 report.html
 """
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -299,11 +300,9 @@ def group_infos(manifest: dict[str, Any]) -> list[GroupInfo]:
     for group in manifest["groups"]:
         images = np.zeros((0, 1, 1, 3), np.uint8)
         if group["name"] in folders:
-            try:
+            # a folder may be gone by now, or hold an image that the sweep had no use for and that can't be read
+            with contextlib.suppress(ValueError, OSError):
                 opened = open_group(group["name"], folders[group["name"]] or None)
-            except (ValueError, OSError):
-                opened = None
-            if opened is not None:
                 indices = opened.indices("confirm")
                 chosen = indices[:: max(1, len(indices) // SHOWN_IMAGES)][:SHOWN_IMAGES]
                 images = np.stack([opened.item(index).image for index in chosen]) if chosen else images
