@@ -167,13 +167,16 @@ class RunStore:
         agree to the last bit. The first to measure decides; None where nobody has."""
         file = self.path / EXECUTION
         if measured is not None:
-            if seals.problem(file, EXECUTION) == "torn":
+            if file.is_file() and self.fit() is None:
                 file.unlink(missing_ok=True)
             write_first(file, _json({"rows": measured.rows, "clean": measured.clean}, EXECUTION))
         if seals.problem(file, EXECUTION) is not None:
             return None
         found = json.loads(file.read_text())
-        return Fit(int(found["rows"]), int(found["clean"]))
+        rows, clean = found.get("rows"), found.get("clean")
+        # a whole one may have been made elsewhere; of no rows, work would never end
+        whole = all(isinstance(number, int) for number in (rows, clean)) and rows >= 1 and clean >= 0
+        return Fit(rows, clean) if whole else None
 
     def failures(self) -> dict[str, list[dict[str, Any]]]:
         """Of every unit that went wrong, its tries, first to last."""
