@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline
+from diffusers import (
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 
 import tiny
 from headscope import Scope
+from headscope.models.branches import _named_parts
 
 PROMPTS = ["a red fox", "a blue boat"]
 
@@ -127,3 +135,135 @@ def test_the_pass_that_skips_layers():
     with scope.edit({kept: [0]}, branches="skip"):
         edited = pipeline(PROMPTS, latents=latents(), **options).images
     assert not torch.equal(edited, stock)
+
+
+def first_step(recording):
+    """{branch: entropies of the first step, in one order}"""
+    table = recording.to_polars()
+    table = table.filter(table["step"] == 0).sort("site", "call", "sample", "head", "query_group")
+    return {
+        branch: table.filter(table["branch"].cast(str) == branch)["entropy_mean"].to_numpy()
+        for branch in table["branch"].cast(str).unique()
+    }
+
+
+def changed(pipeline, one, other):
+    """The branches whose entropies at the first step differ between two calls."""
+    found = []
+    for options in (one, other):
+        with Scope(pipeline).record(
+            "entropy", sites="*attention*" if hasattr(pipeline, "transformer") else None
+        ) as seen:
+            pipeline(**options)
+        found.append(first_step(seen))
+    assert found[0].keys() == found[1].keys()
+    return {name for name in found[0] if abs(found[0][name] - found[1][name]).max() > 1e-4}, set(found[0])
+
+
+def test_texts_in_lists_are_told_one_by_one():
+    """Z-Image puts the prompt first, and may leave guidance out at some steps."""
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=12,
+        axes_dims=[4, 6, 6],
+        axes_lens=[64, 32, 32],
+    ).eval()
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny.autoencoder(),
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    prompt, negative, other = (3 * torch.randn(5, 12, generator=generator) for _ in range(3))
+    options = {
+        "prompt_embeds": [prompt],
+        "negative_prompt_embeds": [negative],
+        "guidance_scale": 5.0,
+        "num_inference_steps": 2,
+        "height": 16,
+        "width": 16,
+        "latents": torch.randn(1, 4, 8, 8, generator=generator),
+        "output_type": "latent",
+    }
+    assert changed(pipeline, options, options | {"negative_prompt_embeds": [other]}) == ({"uncond"}, {"cond", "uncond"})
+    assert changed(pipeline, options, options | {"prompt_embeds": [other]}) == ({"cond"}, {"cond", "uncond"})
+    with Scope(pipeline).record("entropy", sites="*attention*") as recording:
+        pipeline(**options, cfg_truncation=0.4)
+    assert set(branches_by_step(recording)) == {(0, "cond"), (0, "uncond"), (1, "cond")}
+
+
+def test_parts_are_told_by_what_the_pipelines_source_calls_them():
+    """InstructPix2Pix puts the prompt first, then the picture without it, then neither."""
+    components = tiny.stable_diffusion().components
+    components["unet"] = tiny.conditional_unet(
+        in_channels=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    components["scheduler"] = DDPMScheduler()
+    pipeline = StableDiffusionInstructPix2PixPipeline(**components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    pictures = [torch.rand(1, 3, 16, 16, generator=generator) for _ in range(2)]
+    options = {
+        "prompt": "a red fox",
+        "image": pictures[0],
+        "num_inference_steps": 1,
+        "guidance_scale": 5.0,
+        "image_guidance_scale": 1.5,
+        "output_type": "latent",
+        "latents": latents(1),
+    }
+    every = {"cond", "image", "uncond"}
+    assert changed(pipeline, options, options | {"prompt": "a blue boat on a lake"}) == ({"cond"}, every)
+    assert changed(pipeline, options, options | {"image": pictures[1]}) == ({"cond", "image"}, every)
+
+
+def test_the_source_of_a_call():
+    def call(self):
+        negative_embeds, embeds = self.prompt_embeds.chunk(2)
+        first, second = self.noise.chunk(2)
+        noise_text, noise_negative = self.noise.chunk(2)
+        noise_uncond, noise_cond = torch.split(self.noise, 2)
+        eps_cond, eps_uncond, eps_image, rest = torch.split(self.eps, 1, dim=0)
+        predictions = noise_text, noise_negative, noise_uncond, noise_cond, eps_cond, eps_uncond, eps_image, rest
+        return negative_embeds, embeds, first, second, predictions
+
+    assert _named_parts(call) == {2: ("cond", "uncond"), 4: ("cond", "uncond", "image", "part_3")}
+
+
+def test_a_pass_of_guidance_that_is_not_told_is_unknown():
+    class Pipeline:
+        """Guidance in passes of their own, by texts that it doesn't name."""
+
+        do_classifier_free_guidance = True
+
+        def __init__(self):
+            self.transformer = tiny.sd3_transformer()
+
+        def __call__(self, batch_size):
+            for text in (1.0, -1.0):
+                inputs = tiny.sd3_inputs(batch_size)
+                self.transformer(**inputs | {"encoder_hidden_states": text * inputs["encoder_hidden_states"]})
+
+    pipeline = Pipeline()
+    scope = Scope(pipeline)
+    site = scope.sites[0].name
+    with torch.inference_mode():
+        with scope.record("entropy") as recording:
+            pipeline(2)
+        assert set(recording.to_polars()["branch"].cast(str)) == {"unknown"}
+        said = "'cond', which never ran in the context: expected some of unknown"
+        with pytest.raises(ValueError, match=said), scope.edit({site: [0]}, branches="cond"):
+            pipeline(2)

@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from headscope import Scope
-from headscope.models.forwards import BRANCHES
+from headscope.models.branches import BRANCHES
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +115,13 @@ def test_what_was_recorded_is_listed(diffusion, site):
         maps.map([0], sample=1)
     with pytest.raises(IndexError, match="sample: got -1, expected 0 to 0"):
         maps.tokens(-1)
+
+
+def test_statistics_and_heads(diffusion, site):
+    scope = Scope(diffusion)
+    with pytest.raises(ValueError, match=r"got 'entropi', expected some of .*entropy.* head_output, q, k, v$"):  # noqa: SIM117
+        with scope.record("entropi"):
+            pass
+    with pytest.raises(ValueError, match=r"heads\['.*'\]: got head 4, expected 0 to 3"):  # noqa: SIM117
+        with scope.record_tokens("a red fox", heads={site: [0, 4]}):
+            pass

@@ -6,6 +6,7 @@ prints them by name. A call depends on its number only, so that one that errs ca
 """
 
 import argparse
+import contextlib
 import math
 import os
 import random
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from contract import FINFO_MIN, Inputs, Truth, statistic_tolerance, truth
-from headscope.ops import attention
+from headscope.ops import attention, cpu_library
 
 BACKENDS = ("reference", "portable", "cpu", "triton")
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
@@ -220,9 +221,9 @@ class Tally:
         return "\n".join(lines)
 
 
-def run(backend: str, numbers: Iterable[int]) -> Tally:
-    """Every call of these numbers through a backend."""
-    tally = Tally()
+def run(backend: str, numbers: Iterable[int], tally: Tally | None = None) -> Tally:
+    """Every call of these numbers through a backend, into a tally."""
+    tally = Tally() if tally is None else tally
     for number in numbers:
         tally.add(number, ratios(draw(number, backend), backend))
     return tally
@@ -233,10 +234,16 @@ def main() -> int:
     parser.add_argument("--backend", choices=BACKENDS, required=True)
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="the number of the first call")
+    parser.add_argument("--library", help="the cpu backend's, such as one built with sanitizers")
     options = parser.parse_args()
+    if options.library:
+        cpu_library.library_path = lambda: options.library
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    tally = run(options.backend, range(options.first, options.first + options.calls))
+    tally = Tally()
+    # Ctrl-C ends it with what was found so far
+    with contextlib.suppress(KeyboardInterrupt):
+        run(options.backend, range(options.first, options.first + options.calls), tally)
     print(tally)
     for name, numbers in tally.past.items():
         print(f"past the bound of {name}: calls {', '.join(map(str, numbers[:20]))}")

@@ -8,14 +8,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from headscope.cli import app
 from headscope.sweep import Run, SweepConfig, run_sweep
+from headscope.sweep.claims import Claims
 from headscope.sweep.sheet import write_contact_sheets
-from headscope.sweep.store import EXECUTION, GENERATED, MANIFEST, TABLES, TENSORS, RunStore
+from headscope.sweep.store import CLAIMS, EXECUTION, FAILURES, GENERATED, MANIFEST, TABLES, TENSORS, RunStore
 
 SHARDS = (*TABLES, *TENSORS)
 # the images that the generations are made of
@@ -91,6 +93,42 @@ def test_a_flipped_bit_is_found_before_its_file_is_used(run, kind):
 @pytest.mark.parametrize("kind", [*SHARDS, *DRAWN, MANIFEST, EXECUTION])
 def test_every_flipped_bit_is_found_before_its_file_is_used(run, kind):
     flip_bits(run, kind, 400)
+
+
+@pytest.mark.parametrize("folder", [FAILURES, CLAIMS])
+def test_flipped_bits_where_no_numbers_are_change_none(run, folder):
+    """Records of failures and claims aren't sealed: damaged ones say something else, or nothing."""
+    expected = run_tables(run)
+    unit = Run.open(run).units[-1]
+    file = min((run / unit["kind"]).iterdir())
+    file.unlink()
+    store = RunStore(run, Run.open(run).manifest["identity"], {})
+    claims = Claims(run, "theirs")
+    assert claims.take(unit["id"])
+    store.add_failure(unit["id"], "ValueError: a cosmic ray", "theirs")
+    path = run / folder / (f"{unit['id']}.json" if folder == FAILURES else unit["id"])
+    content = path.read_bytes()
+    for place in range(0, len(content), 3):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        status = Run.open(run).status()
+        assert set(status.failed) == {unit["id"]}
+        assert set(status.running) <= {unit["id"]}
+        store.failures()
+        Claims(run, "ours").waits()
+    path.write_bytes(content)
+    claims.close()
+    result = CliRunner().invoke(app, ["sweep", "retry", str(run), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert {kind: table.equals(expected[kind]) for kind, table in run_tables(run).items()} == dict.fromkeys(
+        TABLES, True
+    )
+
+
+def run_tables(run: Path) -> dict[str, pl.DataFrame]:
+    opened = Run.open(run)
+    return {kind: opened.table(kind).collect() for kind in opened.tables}
 
 
 def test_damaged_files_are_computed_anew(run, whole):

@@ -135,6 +135,19 @@ def test_manifests_that_list_no_units_are_refused(tmp_path, units):
         Run.open(tmp_path)
 
 
+def test_a_run_directory_may_be_a_link_itself(tmp_path):
+    RunStore(tmp_path / "run", IDENTITY, {}, UNITS).write_table("ablations", ABC, table())
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert Run.open(tmp_path / "link").complete
+
+
+def test_images_are_those_of_the_run_s_units(tmp_path):
+    RunStore(tmp_path, IDENTITY, {}, UNITS)
+    for kind, unit in (("generations", "../../x"), ("../x", ABC), ("ablations", ABC), ("generations", ABC)):
+        with pytest.raises(ValueError, match=f"unit: got {kind}/{unit}, expected one of the run's with images"):
+            Run.open(tmp_path).images(kind, unit)
+
+
 @pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b"3", b'"a"', b"[" * 100_000, b"\xff"])
 def test_what_is_no_manifest_is_one_sentence(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)

@@ -392,7 +392,7 @@ def _checked(value: Any, site: Site, name: str) -> list[Any]:
     if isinstance(value, Patch):
         if value.q is value.k is value.v is None:
             raise ValueError(f"{name}: got a Patch of nothing, expected q, k or v")
-        _check_heads(value.heads or (), site, name)
+        check_heads(value.heads or (), site, name)
         return [value]
     if callable(value):
         return [value]
@@ -400,12 +400,13 @@ def _checked(value: Any, site: Site, name: str) -> list[Any]:
         raise TypeError(f"{name}: got {type(value).__name__}, expected heads, a HeadEdit, a Patch or a function")
     members = list(value)
     if all(isinstance(member, int) for member in members):
-        _check_heads(members, site, name)
+        check_heads(members, site, name)
         return [tuple(members)]
     return [one for member in members for one in _checked(member, site, name)]
 
 
-def _check_heads(heads: Iterable[int], site: Site, name: str) -> None:
+def check_heads(heads: Iterable[int], site: Site, name: str) -> None:
+    """Raises ValueError for a head that the site doesn't have; `name` is the argument's."""
     for head in heads:
         if not 0 <= head < site.heads:
             raise ValueError(f"{name}: got head {head}, expected 0 to {site.heads - 1}")

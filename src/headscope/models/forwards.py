@@ -1,6 +1,5 @@
 """One forward of the denoiser: where in the pipeline it is, and which guidance branch each sample belongs to."""
 
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,47 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from headscope.models.branches import branches_of, checked_branches
 from headscope.models.layout import Geometry, Layout, Place
 
-# what a part of a denoiser's batch, or a pass of its own, can be: without the prompt; with it; with it and perturbed
-# attention; with it and some layers skipped; with it and without the other modality (sound, where there is a picture)
-BRANCHES = ("uncond", "cond", "perturbed", "skip", "modality")
-# what pipelines and guiders call other passes than the first two
-_PASSES = {
-    "cond_skip": "skip",
-    "cond_seg": "perturbed",
-    "cond_stg": "perturbed",
-    "uncond_stg": "perturbed",
-    "cond_modality": "modality",
-    "uncond_modality": "modality",
-}
 # the call's own prompt; some pipelines take others for their further text encoders
 PROMPT = "prompt"
 _PROMPTS = (PROMPT, "prompt_2", "prompt_3")
-# parts of a batch that mean something else in every pipeline
-_PART = re.compile(r"part_\d+")
-
-
-def checked_branches(branches: Iterable[str] | None) -> tuple[str, ...] | None:
-    """The branches that a caller named; a string is one of them.
-
-    Raises:
-        TypeError: not strings.
-        ValueError: none, or a name that no branch has.
-    """
-    if branches is None:
-        return None
-    if not isinstance(branches, Iterable):
-        raise TypeError(f"branches: got {type(branches).__name__}, expected names of branches, or None for all")
-    names = (branches,) if isinstance(branches, str) else tuple(branches)
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"branches: got an entry of type {type(name).__name__}, expected names")
-        if name not in BRANCHES and not _PART.fullmatch(name):
-            raise ValueError(f"branches: got {name!r}, expected some of {', '.join(BRANCHES)}, part_0, part_1, ...")
-    if not names:
-        raise ValueError(f"branches: got none, expected some of {', '.join(BRANCHES)}, or None for all")
-    return names
 
 
 class Window:
@@ -239,8 +203,10 @@ def begin_forward(
     # schedulers make a new one for every call; one that is given again starts again
     if before is not None and (schedule is None or before.schedule is not schedule or (before.step or 0) > (step or 0)):
         before = None
-    branches = _branches(pipeline, call, geometry.batch, arguments, cache_context, before)
-    guided = branches != (None,) or (before is not None and before.guided)
+    earlier = None if before is None else before.branches
+    was_guided = before is not None and before.guided
+    branches = branches_of(pipeline, call, geometry.batch, arguments, cache_context, earlier, was_guided)
+    guided = branches != (None,) or was_guided
     prompts = _prompts(call) if call else None
     return Forward(index, step, timestep, branches, geometry, schedule=schedule, guided=guided, prompts=prompts)
 
@@ -254,92 +220,6 @@ def _prompts(call: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         for name, texts in found.items()
         if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts)
     }
-
-
-def _branches(
-    pipeline: Any,
-    call: Mapping[str, Any],
-    batch: int,
-    arguments: Mapping[str, Any],
-    cache_context: str | None,
-    before: Forward | None,
-) -> tuple[str | None, ...]:
-    """The branch of each equal part of a denoiser's batch; (None,) where there is no guidance.
-
-    Told from the pipeline's own running call: its guidance property outlives the call.
-
-    Args:
-        before: an earlier forward of the same call. A step callback may switch guidance off half way; what is left is
-            the branch that it was before.
-    """
-    # a pass of skip-layer guidance (SD3)
-    if arguments.get("skip_layers") is not None:
-        return ("skip",)
-    guided, was_guided = _is_guided(pipeline, call), before is not None and before.guided
-    if cache_context is not None and cache_context != "cond_uncond":
-        name = _branch_of_pass(cache_context)
-        # the only pass there is
-        alone = name == "cond" and call and not (guided or was_guided)
-        return (None,) if alone else (name,)
-    samples = _samples(call)
-    if samples is None:
-        return (None,)
-    parts, rest = divmod(batch, samples)
-    if rest or parts == 0:
-        return (None,)
-    if parts == 1:
-        return (_branch_of_text(call, arguments) if guided else "cond" if was_guided else None,)
-    names = (*(["uncond"] if guided else []), "cond", *(["perturbed"] if _is_perturbed(pipeline, call) else []))
-    if parts == len(names):
-        # a class-conditional pipeline appends the null class
-        return names[::-1] if "class_null" in call else names
-    if before is not None and len(before.branches) == parts:
-        return before.branches
-    # three and more mean something else in every pipeline
-    return tuple(f"part_{part}" for part in range(parts)) if guided else (None,)
-
-
-def _branch_of_pass(name: str) -> str:
-    """The branch of a pass that a pipeline, or a guider of a modular one, runs and names by itself."""
-    name = name.removeprefix("pred_")
-    return _PASSES.get(name, name)
-
-
-def _samples(call: Mapping[str, Any]) -> int | None:
-    """The samples of one branch, None where no pipeline's call says it."""
-    samples = call.get("batch_size")
-    if not isinstance(samples, int) or samples < 1:
-        return None
-    images = next((call[name] for name in ("num_images_per_prompt", "num_videos_per_prompt") if name in call), None)
-    latents = call.get("latents")
-    # some pipelines count the images of a prompt in
-    if isinstance(latents, Tensor) and latents.ndim > 0 and latents.shape[0] == samples:
-        return samples
-    return samples * int(images or 1)
-
-
-def _branch_of_text(call: Mapping[str, Any], arguments: Mapping[str, Any]) -> str | None:
-    """The branch of a pass without a name under guidance, by what the pipeline's call calls the text it is given."""
-    text = arguments.get("encoder_hidden_states")
-    names = [name for name, value in call.items() if value is text] if isinstance(text, Tensor) else []
-    if any("prompt_embeds" in name and "negative" not in name for name in names):
-        return "cond"
-    return "uncond" if any("negative" in name or "uncond" in name for name in names) else None
-
-
-def _is_guided(pipeline: Any, call: Mapping[str, Any]) -> bool:
-    told = [call.get(name) for name in ("do_classifier_free_guidance", "do_true_cfg")]
-    told.append(getattr(pipeline, "do_classifier_free_guidance", None))
-    if any(isinstance(value, bool) for value in told):
-        return any(value is True for value in told)
-    scale = call.get("guidance_scale")
-    return isinstance(scale, (int, float)) and scale > 1
-
-
-def _is_perturbed(pipeline: Any, call: Mapping[str, Any]) -> bool:
-    """Whether the batch ends with the prompt's part once more, under perturbed attention."""
-    name = "do_perturbed_attention_guidance"
-    return call.get(name, getattr(pipeline, name, False)) is True
 
 
 def _running_call(pipeline: Any) -> Mapping[str, Any]:

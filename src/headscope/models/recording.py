@@ -245,11 +245,11 @@ class Recording:
 
         Columns: forward (of the denoiser, since the context was entered), step (the pipeline's; the forward where no
         pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within its guidance
-        branch), branch ("uncond", "cond", "perturbed", "skip", "modality", or "part_0", "part_1", ... where only the
-        pipeline knows what a part of the batch is; null where there is no guidance), head, query_group ("image",
-        "text", "frame", or "all" where the model doesn't tell), frame (of a video, else null), queries, keys,
-        grid_height and
-        grid_width (those queries, row by row; null where the model doesn't tell), and for each statistic its mean, std
+        branch), branch ("uncond", "cond", "perturbed", "skip", "modality", "image", "part_0", "part_1", ... where the
+        pipeline's source doesn't name a part of the batch, "unknown"; null where there is no guidance), head,
+        query_group ("image", "text", "frame", or "all" where the model doesn't tell), frame (of a video, else null),
+        queries, keys, grid_height and grid_width (those queries, row by row; null where the model doesn't tell), and
+        for each statistic its mean, std
         (population form), min and max over those queries (nats for entropy, logsumexp and max_logit; 0..1 for
         max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row divided by its own; null where
         rows see a single key. Statistics of several numbers are lists. With reduce=None a column of the statistic's own

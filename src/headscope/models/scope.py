@@ -14,7 +14,7 @@ from headscope.models import routing
 from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
 from headscope.models.caches import HookWatch, Reused
-from headscope.models.editing import ActiveEdit, Edits, Fill
+from headscope.models.editing import ActiveEdit, Edits, Fill, check_heads
 from headscope.models.forwards import Forward, Progress, Window, begin_forward
 from headscope.models.maps import TokenMaps, TokenRequest
 from headscope.models.prompts import Prompts
@@ -168,7 +168,7 @@ class Scope:
         if reduce not in ("mean", None):
             raise ValueError(f'reduce: got {reduce!r}, expected "mean" or None')
         quantities = tuple(name for name in QUANTITIES if name in statistics)
-        requested = requested_statistics([statistic for statistic in statistics if statistic not in QUANTITIES])
+        requested = requested_statistics([name for name in statistics if name not in QUANTITIES], QUANTITIES)
         recording = Recording(requested, quantities, reduce)
         if into is not None:
             if not into.same_request(recording):
@@ -199,11 +199,13 @@ class Scope:
 
         Raises:
             KeyError: an unknown site.
-            ValueError: at the context's end, steps that never ran.
+            ValueError: a head out of range; at the context's end, steps that never ran.
             TypeError: steps that are no range.
         """
         self._look_again()
         chosen = {name: own for pattern, own in (heads or {}).items() for name in self.matching(pattern)}
+        for name, own in chosen.items():
+            check_heads(own, self.site(name), f"heads[{name!r}]")
         words = Prompts(self._pipeline, prompts)
         maps = TokenMaps(self._pipeline, words, chosen)
         names = self._chosen(sites) if sites is not None else frozenset(self._by_name)

@@ -232,11 +232,15 @@ def _text_first(denoiser: nn.Module, name: str) -> bool | None:
 @cache
 def _calls(function: Callable[..., Any]) -> tuple[ast.Call, ...]:
     """Every call in a function's source; none where there is no source."""
+    return tuple(node for node in ast.walk(source_tree(function)) if isinstance(node, ast.Call))
+
+
+def source_tree(function: Callable[..., Any]) -> ast.Module:
+    """A function's source, parsed; empty where there is none."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        return ()
-    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Call))
+        return ast.Module([], [])
 
 
 def _always_flex(function: Callable[..., Any]) -> bool:

@@ -18,7 +18,7 @@ import polars as pl
 from rich.console import Console
 
 from headscope._files import local_path, write_atomic
-from headscope._machine import checked_device
+from headscope._machine import checked_device, memory_bytes
 from headscope.report.naming import listed
 from headscope.report.page import STUDY_CAVEATS, GroupInfo, write_report, write_sweep_report
 from headscope.study.ablation import select_heads
@@ -326,5 +326,18 @@ def _work(manifest: dict[str, Any]) -> str:
 
 
 def _text(run: Run, kind: str) -> pl.DataFrame:
-    """A run's table with its labels as strings."""
-    return run.table(kind).with_columns(pl.col(pl.Categorical).cast(pl.String)).collect()
+    """A run's table with its labels as strings.
+
+    Raises:
+        ValueError: it doesn't fit in memory. A small file may hold any number of equal rows.
+    """
+    table = run.table(kind)
+    rows = table.select(pl.len()).collect().item()
+    # numbers of 8 bytes and less, and texts of 16 and more
+    needed, there = 8 * rows * len(table.collect_schema()), memory_bytes()
+    if needed > there:
+        raise ValueError(
+            f"run: {kind} of {str(run.path)!r} has {rows:,} rows, about {needed / 2**30:,.1f} GiB; reports are made of"
+            f" tables that fit in the {there / 2**30:,.1f} GiB of this machine's memory"
+        )
+    return table.with_columns(pl.col(pl.Categorical).cast(pl.String)).collect()

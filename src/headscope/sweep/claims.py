@@ -193,7 +193,7 @@ def _parsed(content: bytes) -> dict[str, Any] | None:
     texts = ("host", "machine", "session", "token")
     if not isinstance(claim, dict) or not all(isinstance(claim.get(name), str) for name in texts):
         return None
-    fits = isinstance(claim.get("process"), int) and isinstance(claim.get("began"), (str, type(None)))
+    fits = isinstance(claim.get("process"), int) and isinstance(claim.get("began", 0), (str, type(None)))
     return claim if fits else None
 
 

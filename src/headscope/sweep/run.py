@@ -95,6 +95,7 @@ class Run:
         self.path = path
         self.manifest = manifest
         self.units = units
+        self._known = {(unit["kind"], unit["id"]) for unit in units}
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -173,8 +174,10 @@ class Run:
         for each row of the table, uint8.
 
         Raises:
-            ValueError: a file of the unit is missing or damaged.
+            ValueError: no unit of the run, or a file of it is missing or damaged.
         """
+        if kind not in GENERATED or (kind, unit) not in self._known:
+            raise ValueError(f"unit: got {kind}/{unit}, expected one of the run's with images")
         table = unit_file(self.path, kind, unit)
         path = table.with_suffix(".safetensors")
         for file in (table, path):

@@ -35,7 +35,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from headscope._files import write_atomic, write_first
+from headscope._files import read_plain, write_atomic, write_first
 from headscope.sweep import seals
 from headscope.sweep.fitting import Fit
 
@@ -70,7 +70,8 @@ class RunStore:
         rebuilt: why the manifest was written anew, None where it wasn't.
 
     Raises:
-        ValueError: the directory holds a run of another configuration, or something that isn't a run.
+        ValueError: the directory holds a run of another configuration, something that isn't a run, or a folder that is
+            a link.
     """
 
     def __init__(
@@ -216,7 +217,7 @@ def check_folders(run: Path) -> None:
 def read_tries(file: Path) -> list[dict[str, Any]]:
     """A unit's record of what went wrong, try by try; empty where the file is none, as if it had not been tried."""
     try:
-        tries = json.loads(file.read_text(encoding="utf-8"))
+        tries = json.loads(read_plain(file))
     except (OSError, ValueError, RecursionError):
         return []
     return tries if isinstance(tries, list) and all(map(_is_try, tries)) else []

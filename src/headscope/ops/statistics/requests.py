@@ -7,8 +7,13 @@ from torch import Tensor
 from headscope.ops.statistics.statistic import CLASSES, STATISTICS, Statistic, restore
 
 
-def requested_statistics(statistics: Sequence[str | Statistic] | str | Statistic) -> tuple[Statistic, ...]:
+def requested_statistics(
+    statistics: Sequence[str | Statistic] | str | Statistic, others: Sequence[str] = ()
+) -> tuple[Statistic, ...]:
     """The statistics asked for, in that order.
+
+    Args:
+        others: names that the caller takes besides, to be listed in errors.
 
     Raises:
         TypeError: an entry is neither a name nor a Statistic.
@@ -35,8 +40,8 @@ def requested_statistics(statistics: Sequence[str | Statistic] | str | Statistic
                 f"statistics: {entry!r} needs arguments, expected a {CLASSES[entry].__name__}(...) in place of its name"
             )
         else:
-            others = [f"{cls.__name__}(...)" for key, cls in CLASSES.items() if key not in STATISTICS]
-            expected = ", ".join(sorted(STATISTICS) + sorted(others))
+            with_arguments = [f"{cls.__name__}(...)" for key, cls in CLASSES.items() if key not in STATISTICS]
+            expected = ", ".join([*sorted(STATISTICS), *sorted(with_arguments), *others])
             raise ValueError(f"statistics: got {entry!r}, expected some of {expected}")
         if statistic.name in names:
             raise ValueError(
