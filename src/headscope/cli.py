@@ -174,6 +174,9 @@ def sweep(
         unused = [name for name, given in (("score", score), ("fill", fill and not attribute)) if no_ablation and given]
         if unused:
             raise ValueError(f"{unused[0]}: got some beside --no-ablation, expected one or the other")
+        drawn = prompts or (not no_ablation and "generate" in (score or ()))
+        if _given(context, "generate_steps") and not drawn:
+            raise ValueError("generate_steps: got some without the score generate and without prompts, expected either")
         groups = tuple(group) if group else (() if prompts else ("faces", "faces_grey", "lfw", "photographs"))
         config = SweepConfig(
             model=model,
