@@ -9,7 +9,7 @@ from typing import Any
 
 from headscope._extras import require
 from headscope._files import check_text, local_path
-from headscope.counter import check_seed
+from headscope.counter import check_seed, check_whole
 from headscope.zoo import GROUPS
 
 FILLS = ("mean", "zero", "uniform", "identity")
@@ -184,6 +184,8 @@ class SweepConfig:
         _subset("splits", self.splits, SPLITS)
         _subset("dtype", (self.dtype,), DTYPES)
         for name in ("items", "reference_items", "generate_steps", "bands", "cotangents"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.heads is not None and ((not self.heads and not self.sets) or len(set(self.heads)) != len(self.heads)):
@@ -195,6 +197,8 @@ class SweepConfig:
             raise ValueError(
                 "fills: got nothing to observe and nothing to ablate, expected observe, or fills and scores"
             )
+        for timestep in self.timesteps or ():
+            check_whole("timesteps", timestep)
         self._check_used()
         if self.timesteps is not None and len(set(self.timesteps)) != len(self.timesteps):
             raise ValueError(f"timesteps: got {list(self.timesteps)}, expected each once")
