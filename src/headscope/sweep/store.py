@@ -236,11 +236,12 @@ def unit_file(run: Path, kind: str, unit: str) -> Path:
 
 
 def unit_problem(run: Path, kind: str, unit: str) -> str | None:
-    """Why a unit isn't done: its file is "missing", "torn" or "foreign"; None if it is."""
+    """Why a unit isn't done: its file, or the images beside it, are "missing", "torn" or "foreign"; None if it is."""
     path = unit_file(run, kind, unit)
-    if kind in GENERATED and not path.with_suffix(".safetensors").is_file():
-        return "missing"
-    return file_problem(path)
+    found = file_problem(path)
+    if found is None and kind in GENERATED:
+        return file_problem(path.with_suffix(".safetensors"))
+    return found
 
 
 def file_problem(path: Path) -> str | None:
