@@ -188,8 +188,11 @@ def _moved_first(aside: Path, path: Path) -> bool:
 
 def _holds(path: Path, content: bytes) -> bool:
     try:
-        return path.read_bytes() == content
-    except FileNotFoundError:
+        return read_plain(path) == content
+    except OSError as error:
+        # gone by now, or something else in its place
+        if error.errno not in (errno.ENOENT, errno.EINVAL):
+            raise
         return False
 
 

@@ -171,6 +171,12 @@ def sweep(
                 raise ValueError(f"plan: got {asked[0]} beside it, expected it in the file")
             _run(SweepConfig.from_toml(plan), out, batch, workers, executor, address, job, quiet, dry_run)
             return
+        unused = [name for name, given in (("score", score), ("fill", fill and not attribute)) if no_ablation and given]
+        if unused:
+            raise ValueError(f"{unused[0]}: got some beside --no-ablation, expected one or the other")
+        drawn = prompts or (not no_ablation and "generate" in (score or ()))
+        if _given(context, "generate_steps") and not drawn:
+            raise ValueError("generate_steps: got some without the score generate and without prompts, expected either")
         groups = tuple(group) if group else (() if prompts else ("faces", "faces_grey", "lfw", "photographs"))
         config = SweepConfig(
             model=model,
@@ -203,17 +209,18 @@ def _run(config, out: Path, batch, workers: int, executor, address, job, quiet: 
     from headscope.sweep import Execution, Workers, run_sweep
 
     local_path("out", out)
+    chosen = executor or ("local" if workers == 1 else "processes")
+    workforce = Workers(chosen, workers, address=address, parameters=_job_parameters(job or []))
     if dry_run:
         from headscope.sweep.estimate import estimate_sweep
 
         _print_estimate(estimate_sweep(config, Execution(rows=batch)), workers)
         return
-    chosen = executor or ("local" if workers == 1 else "processes")
     run = run_sweep(
         config,
         out,
         batch=batch,
-        workers=Workers(chosen, workers, address=address, parameters=_job_parameters(job or [])),
+        workers=workforce,
         progress=not quiet,
         console=console,
     )

@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-__all__ = ["check_seed", "counter_integers", "counter_normal", "counter_permutation", "counter_uniform"]
+__all__ = ["check_seed", "check_whole", "counter_integers", "counter_normal", "counter_permutation", "counter_uniform"]
 
 _KEY_DOMAIN = b"headscope.zoo.counter/1"
 
@@ -22,8 +22,15 @@ _KEY_DOMAIN = b"headscope.zoo.counter/1"
 _LARGEST_SEED = 2**31 - 1
 
 
+def check_whole(name: str, number: object) -> None:
+    """Raises ValueError for what counts nothing: 2.5, True, "2"."""
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ValueError(f"{name}: got {number!r}, expected a whole number")
+
+
 def check_seed(seed: int) -> None:
     """Raises ValueError for a seed that results couldn't be labelled with."""
+    check_whole("seed", seed)
     if not 0 <= seed <= _LARGEST_SEED:
         raise ValueError(f"seed: got {seed}, expected 0 to {_LARGEST_SEED}")
 

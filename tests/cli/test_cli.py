@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import headscope
 from headscope.cli import app
-from headscope.sweep import Run, runner, store
+from headscope.sweep import Run, SweepConfig, run_sweep, runner, store
 from headscope.zoo import train
 
 
@@ -185,6 +186,21 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         assert result.output == f"error {tmp_path / name / name}: No space left on device\n"
 
 
+def test_a_report_does_without_an_image_that_cannot_be_read(ddpm_directory, tmp_path):
+    """The sweep had no use for it, or it came later."""
+    for level in range(4):
+        Image.new("RGB", (32, 32), (level, 0, 0)).save(tmp_path / f"{level}.png")
+    config = SweepConfig(
+        model=ddpm_directory, groups=(f"mine={tmp_path}",), items=1, timesteps=(60,), fills=(), scores=()
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    for level in range(4):
+        (tmp_path / f"{level}.png").write_bytes(b"torn")
+    result = call("report", run.path)
+    assert result.exit_code == 0, result.output
+    assert "mine" in (run.path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_training_and_study_end_on_ctrl_c_and_sigterm(tmp_path, monkeypatch, number, status):
     """With a sentence and the status that shells know."""
@@ -216,6 +232,17 @@ def test_training_and_study_end_on_ctrl_c_and_sigterm(tmp_path, monkeypatch, num
         (("sweep", "--workers", "0"), "workers: got 0, expected at least 1"),
         (("sweep", "--executor", "slurm", "--job", "fast"), "job: got 'fast', expected NAME=VALUE"),
         (("sweep", "--executor", "cloud"), "executor: got 'cloud', expected one of local"),
+        (("sweep", "--dry-run", "--workers", "0"), "workers: got 0, expected at least 1"),
+        (("sweep", "--address", "head:6379"), "address: got 'head:6379' with the executor local, expected it with ray"),
+        (
+            ("sweep", "--workers", "2", "--job", "a=1"),
+            "job: got a with the executor processes, expected them with slurm",
+        ),
+        (("sweep", "--no-ablation", "--fill", "zero"), "fill: got some beside --no-ablation"),
+        (("sweep", "--no-ablation", "--attribute", "--score", "x0"), "score: got some beside --no-ablation"),
+        (("sweep", "--generate-steps", "5"), "generate_steps: got some without the score generate and without prompts"),
+        (("train", "--minutes", "nan"), "minutes: got nan, expected at least 0"),
+        (("train", "--minutes", "-1"), "minutes: got -1.0, expected at least 0"),
         (("train", "--steps", "0"), "steps: got 0, expected at least 1"),
         (("sweep", "--seed", "3000000000"), "seed: got 3000000000, expected 0 to 2147483647"),
         (("study", "--seed", "3000000000"), "seed: got 3000000000, expected 0 to 2147483647"),

@@ -344,6 +344,23 @@ def test_the_pipeline_is_left_as_it_was(name, request):
     pipeline.watermark = None
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["pixel", "latent"])
+def test_images_that_are_none_are_an_error(name, broken, request):
+    """As 8-bit pixels they would be black or white, and as good as any."""
+    task = request.getfixturevalue(name)
+    last = next(task.pipeline.vae.decoder.parameters() if name == "latent" else task.denoiser.conv_out.parameters())
+    with torch.no_grad():
+        kept = last.clone()
+        last[0] = broken
+    try:
+        with pytest.raises(ValueError, match=r"generate: the model made NaN or infinite pixels in torch\.float32"):
+            task.generate(pictures(1), steps=1)
+    finally:
+        with torch.no_grad():
+            last.copy_(kept)
+
+
 def test_bad_items_get_one_clear_error(pixel):
     with pytest.raises(ValueError, match="'test/x' has no image"):
         pixel.prepare([Picture("test/x", None)])

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -13,6 +14,7 @@ from headscope.report import GroupInfo, write_report, write_sweep_report
 from headscope.report.images import sheet
 from headscope.report.naming import Names, fitted, number, percent, probability, significant
 from headscope.study import analyse, inference, select_heads
+from headscope.study.analysis import analyse_sweep
 from study import simulated
 
 EVIL = '<img src=x onerror=alert(1)></script><script>alert("&")'
@@ -210,6 +212,28 @@ def test_sweep_report_shows_what_there_is(tables, tmp_path):
     page = Page(path.read_text(encoding="utf-8"))
     assert set(page.figures()) == {"ranking", "degradation_maps"}
     assert not any("corrected p" in text for text in page.text["th"])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("every", [False, True])
+def test_losses_that_are_no_numbers_are_left_out_and_counted(broken, every, tmp_path):
+    """Of a model that overflowed; the clean loss beside them doesn't count either."""
+    labels = {"group": "faces", "split": "confirm", "replicate": 0, "timestep": 100, "site": "mid", "fill": "zero"}
+    rows = [
+        {**labels, "item": item, "source_id": f"s{item}", "head": head, "clean": item + 1.0, "edited": 2.0 * item + 2}
+        for item in range(4)
+        for head in range(2)
+    ]
+    for row in rows:
+        if row["head"] == 1 and (every or row["item"] == 3):
+            row["edited"] = broken
+    path = tmp_path / "report.html"
+    write_sweep_report(path, title="t", run_info={}, ablations=pl.DataFrame(rows))
+    count = 4 if every else 1
+    assert f"left out of every mean: {count} of ablations.clean. A head" in path.read_text()
+    ranking = analyse_sweep(ablations=pl.DataFrame(rows)).ablation_ranking.sort("head")
+    assert ranking["value"].to_list() == [1.0, None if every else 1.0]
+    assert ranking["absolute"].to_list() == [2.5, None if every else 2.0]
 
 
 def test_sites_stand_in_the_order_of_execution(tables, tmp_path):

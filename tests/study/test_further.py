@@ -63,7 +63,7 @@ def test_means_by_hand():
     # of the source with an infinite value at a timestep, the other item counts
     assert own.values["value"].item() == pytest.approx(np.mean([[2.0, 3.0], [6.0, 6.0]]))
     assert own.values.select("group", "fill", "site", "head", "sources").row(0) == ("lfw", "zero", "mid", 3, 2)
-    assert own.infinite == 1
+    assert own.left_out == 1
 
 
 def test_images_and_attributions_have_their_titles():

@@ -175,11 +175,16 @@ def test_a_container_of_the_same_name_is_another_machine(tmp_path, clock):
     assert isinstance(ours.take("unit"), dict)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"null", b'{"host": "elsewh', b"\xff\xfe", b'{"host": 1}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[1]", b"null", b'{"host": "elsewh', b"\xff\xfe", b'{"host": 1}', b"[" * 100_000, None]
+)
 def test_what_is_no_claim_is_taken_over_after_as_long(tmp_path, clock, content):
     file = tmp_path / "claims" / "unit"
     file.parent.mkdir()
-    file.write_bytes(content)
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
     ours = Claims(tmp_path)
     assert ours.take("unit") is False
     assert list(ours.owners()) == ["unit"]

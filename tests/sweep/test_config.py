@@ -2,7 +2,7 @@
 
 import pytest
 
-from headscope.sweep import SweepConfig, run_sweep
+from headscope.sweep import SweepConfig, Workers, run_sweep
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,10 @@ from headscope.sweep import SweepConfig, run_sweep
         ({"dtype": "int8"}, "dtype: got int8"),
         ({"items": 0}, "items: got 0, expected at least 1"),
         ({"seed": -1}, "seed: got -1"),
+        ({"seed": True}, "seed: got True, expected a whole number"),
+        ({"items": 1.5}, "items: got 1.5, expected a whole number"),
+        ({"bands": "3"}, "bands: got '3', expected a whole number"),
+        ({"timesteps": (60.0,)}, "timesteps: got 60.0, expected a whole number"),
         ({"heads": ()}, "heads: got"),
         ({"heads": (("mid", 0), ("mid", 0))}, "each once"),
         ({"timesteps": (5, 5)}, "timesteps: got"),
@@ -30,6 +34,9 @@ from headscope.sweep import SweepConfig, run_sweep
         ({"graphs": True, "compile": True, "device": "cuda"}, "graphs: got true with compile"),
         ({"compile": True, "attribute": True}, "compile: got true with attribute"),
         ({"compile": True, "scores": ("generate",), "generate_window": (1, 2)}, "compile: got true with a generate_wi"),
+        ({"fills": (), "heads": (("mid", 0),)}, "heads: got some without anything done to them"),
+        ({"scores": (), "sites": ("mid*",)}, "sites: got some without anything done to them"),
+        ({"fills": ("zero",), "reference_items": 3}, "reference_items: got 3 without the mean fill"),
         ({"model": "nowhere"}, "model: got 'nowhere', expected \"builtin\" or a directory"),
     ],
 )
@@ -45,6 +52,8 @@ def test_bad_fields(fields, message):
         ({"groups": ("mine=nowhere",)}, "nowhere"),
         ({"groups": ("faces",), "timesteps": (1000,)}, "timesteps: got 1000, expected 0 to 999"),
         ({"groups": ("faces",), "heads": (("mid_block.attentions.0", 9),)}, "heads: got"),
+        ({"groups": ("faces",), "scores": (), "attribute": True, "heads": (("mid", 0),)}, "heads: got"),
+        ({"groups": ("faces",), "scores": (), "attribute": True, "sites": ("mid",)}, "sites: got 'mid'"),
         ({"groups": ("faces",), "prompts": "nowhere.txt"}, "prompts: got"),
     ],
 )
@@ -76,5 +85,8 @@ def test_unreadable_images_are_named(ddpm_directory, tmp_path):
 
 
 def test_batch_must_be_positive(ddpm_directory, tmp_path):
-    with pytest.raises(ValueError, match="batch: got 0"):
-        run_sweep(SweepConfig(model=ddpm_directory, groups=("faces",)), tmp_path, batch=0)
+    for batch in (0, 1.5, True, "2"):
+        with pytest.raises(ValueError, match=f"batch: got {batch!r}, expected"):
+            run_sweep(SweepConfig(model=ddpm_directory, groups=("faces",)), tmp_path, batch=batch)
+    with pytest.raises(ValueError, match=r"workers: got 2\.0, expected a whole number"):
+        Workers("processes", 2.0)

@@ -55,14 +55,14 @@ def assert_named_not_used(path: Path, kind: str, file: Path) -> None:
         assert store.fit() is None
         return
     assert run.verify().torn == [f"{file.parent.name}/{file.name}"]
+    done, every = run.status().units[file.parent.name]
+    assert done == every - 1
+    assert not run.complete
+    assert not store.has(file.parent.name, file.stem)
     if kind in DRAWN:
         with pytest.raises(ValueError, match=rf"{file.name}' is damaged"):
             write_contact_sheets(run)
         return
-    done, every = run.status().units[kind]
-    assert done == every - 1
-    assert not run.complete
-    assert not store.has(kind, file.stem)
     with pytest.raises(ValueError, match=rf"{file.name}' is damaged"):
         store.read_tensors(kind, file.stem) if kind in TENSORS else run.table(kind)
 

@@ -225,6 +225,31 @@ def test_no_text_of_a_run_is_markup_in_its_report(run, outside):
         assert [element for element in after if element[0] == tag] == [e for e in before if e[0] == tag]
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *((("config", "groups"), value) for value in ([5], "faces", None)),
+        (("config", "sets"), [{"name": "a", "sites": [1], "heads": []}]),
+        (("config", "sets"), [{"name": "a", "sites": [], "heads": [["mid"]]}]),
+        *((("config", "seed"), value) for value in ("0", -1, None)),
+        *((("config", "model"), value) for value in (5, "\ud800")),
+        (("config",), []),
+        (("identity", "model"), {}),
+        (("sites",), [{"name": "mid", "heads": "2"}]),
+        (("groups",), [None]),
+        (("forwards",), "many"),
+    ],
+)
+def test_manifests_of_another_shape_are_an_error_in_words(run, outside, place, value):
+    entries = {place[0]: value if len(place) == 1 else {**manifest_of(run)[place[0]], place[1]: value}}
+    rewrite_manifest(run, **entries)
+    said = call("report", run).replace("\n", "")
+    expected = "expected 0 to" if value == -1 else f"says something else of {place[0]} than headscope writes"
+    assert said.startswith("error")
+    assert expected in said
+    assert not (run / "report.html").exists()
+
+
 class Runs:
     """Pickled, it writes a file when it is read."""
 

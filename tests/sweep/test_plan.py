@@ -1,6 +1,7 @@
 """What is asked, from Python or TOML, and the units it becomes."""
 
 import json
+import math
 import tarfile
 from functools import wraps
 from io import BytesIO
@@ -202,6 +203,25 @@ def test_cross_attention_has_no_value_of_its_own(diffusion_directory, tmp_path):
 def test_impossible_values_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         SweepConfig(**{"groups": ("faces",), **fields})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("keep", 1e39),
+        ("keep", math.nan),
+        ("temperature", 1e-50),
+        ("temperature", 1e39),
+        ("temperature", math.nan),
+        ("key_bias", (0.0, 1e39)),
+        ("key_bias", (-1e39,)),
+        ("key_scale", (-1e39,)),
+    ],
+)
+def test_numbers_that_float32_does_not_hold_are_refused(field, value):
+    """They would be applied as infinite ones, or as 0."""
+    with pytest.raises(ValueError, match=f"sets: 'a': {field}: got .*, expected"):
+        HeadSet("a", sites=("*",), **{field: value})
 
 
 def test_a_set_needs_a_name_and_heads():
@@ -407,13 +427,54 @@ def test_webdataset_tars(tmp_path):
         open_source("mine", str(tmp_path / "nothing-*.tar"), 16)
 
 
+def write_tar(path, names):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for level, name in enumerate(names):
+            member, content = tarfile.TarInfo(name), png(level)
+            member.size = len(content)
+            archive.addfile(member, BytesIO(content))
+
+
+def test_tars_of_one_name_are_all_read(tmp_path):
+    """In different folders; a name that is alone stays as it is."""
+    for folder in ("a", "b"):
+        write_tar(tmp_path / folder / "part.tar", ["0.png", "1.png"])
+    group = open_source("mine", str(tmp_path / "*" / "part.tar"), 8)
+    assert group.sources() == ["a/part.tar/0", "a/part.tar/1", "b/part.tar/0", "b/part.tar/1"]
+    assert open_source("mine", str(tmp_path / "a" / "*.tar"), 8).sources() == ["part.tar/0", "part.tar/1"]
+
+
+def test_tars_that_are_counted_up_are_all_there(tmp_path):
+    for number in (0, 2):
+        write_tar(tmp_path / f"part-{number}[x].tar", ["0.png"])
+    with pytest.raises(
+        FileNotFoundError, match=r"part-1\[x\]\.tar' isn't there, expected existing tar files, all of \{0\.\.2\}"
+    ):
+        open_source("mine", str(tmp_path / "part-{0..2}[x].tar"), 8)
+    assert open_source("mine", str(tmp_path / "part-{0..0}[x].tar"), 8).sources() == ["part-0[x].tar/0"]
+
+
+def test_an_image_that_a_tar_holds_twice_is_an_error(tmp_path):
+    write_tar(tmp_path / "part.tar", ["0.png", "0.png"])
+    with pytest.raises(ValueError, match=r"part\.tar' holds '0\.png' twice, expected each once"):
+        open_source("mine", str(tmp_path / "part.tar"), 8)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"splits": []}', '{"splits": [1]}'])
+def test_a_dictionary_of_datasets_without_splits_is_named(content, tmp_path):
+    (tmp_path / "dataset_dict.json").write_text(content)
+    with pytest.raises(ValueError, match=r"dataset_dict\.json' lists no splits"):
+        open_source("mine", str(tmp_path), 8)
+
+
 def test_hugging_face_datasets_on_disk(tmp_path):
     """The files that `Dataset.save_to_disk` writes: an Arrow stream and state.json."""
     images = pa.array(
-        [{"bytes": png(level), "path": None} for level in (5, 6, 7)],
+        [*({"bytes": png(level), "path": None} for level in (5, 6, 7)), None, {"bytes": None, "path": None}],
         pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
     )
-    table = pa.table({"image": images, "caption": ["a", "b", "c"]})
+    table = pa.table({"image": images, "caption": ["a", "b", "c", "d", "e"]})
     with (
         pa.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as file,
         pa.ipc.new_stream(file, table.schema) as writer,
@@ -421,9 +482,12 @@ def test_hugging_face_datasets_on_disk(tmp_path):
         writer.write_table(table)
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     group = open_source("mine", str(tmp_path), 8)
-    assert len(group) == 3
+    assert len(group) == 5
     assert group.item(2).caption == "c"
     assert group.item(2).image[0, 0].tolist() == [7, 0, 0]
+    for index in (3, 4):
+        with pytest.raises(ValueError, match=f"image 'row-000000{index}' of 'mine' can't be read: the row has none"):
+            group.item(index)
 
 
 def test_dry_runs_write_nothing_and_count_what_a_run_does(ddpm_directory, tmp_path, monkeypatch):
@@ -541,6 +605,17 @@ def test_attributions_are_those_of_the_scope(ddpm_directory, tmp_path):
     for name in ("g", "c"):
         scale = float(expected[name].abs().max())
         np.testing.assert_allclose(joined[name], joined[f"{name}_right"], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_attributions_alone_are_of_the_sites_asked_for(ddpm_directory):
+    """Without an ablation beside them, too."""
+    config = SweepConfig(
+        model=ddpm_directory, groups=("lfw",), items=1, fills=("zero",), scores=(), observe=False, attribute=True,
+        sites=("mid_block.*",),
+    )  # fmt: skip
+    plan = Opened(config, Execution()).plan
+    assert {unit.kind for unit in plan.units} == {"attributions"}
+    assert {site for site, _ in plan.heads} == {"mid_block.attentions.0"}
 
 
 def test_contact_sheets_show_the_images_that_were_kept(ddpm_directory, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import headscope
-from headscope.sweep.scores import checked_score, code_of
+from headscope.models.tasks import NoisyInputs
+from headscope.sweep.scores import checked_score, code_of, image_scores, own_scores
 
 SCORE = """
 def largest(edited, clean, target, inputs):
@@ -158,6 +159,7 @@ def test_real_numbers_of_every_kind_are_taken(values, expected):
         ([torch.tensor(1 + 2j), torch.tensor(3 + 0j)], "numbers of dtype complex64, expected real ones"),
         (["1.5", "2"], "numbers of dtype <U3, expected real ones"),
         ([None, object()], "list, expected real numbers"),
+        ([10**400, 1], "list, expected real numbers"),
         ([[1.0], [1.0, 2.0]], "list, expected real numbers"),
         (np.array(["2020-01-01", "2020-01-02"], "datetime64[D]"), "numbers of dtype datetime64"),
         ([1.0, 2.0, 3.0], r"an array \[3\], expected \[2\]"),
@@ -167,6 +169,25 @@ def test_real_numbers_of_every_kind_are_taken(values, expected):
 def test_other_scores_are_refused_by_name(values, given):
     with pytest.raises(ValueError, match=rf"^image_scores: mine gave {given}"):
         checked_score("mine", values, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        ("StopIteration()", ValueError, "my_scores:bad raised StopIteration: "),
+        ("KeyError('mask')", ValueError, "my_scores:bad raised KeyError: 'mask'"),
+        # fewer rows may fit
+        ("MemoryError('too many')", MemoryError, "too many"),
+    ],
+)
+def test_errors_of_scores_say_whose_they_are(write, error, expected, message):
+    write("my_scores", f"def bad(*given):\n    raise {error}\n")
+    sample = torch.zeros(2, 3)
+    inputs = NoisyInputs(sample, 0, {}, sample)
+    with pytest.raises(expected, match=message):
+        own_scores(["my_scores:bad"])["bad"](sample, sample, inputs)
+    with pytest.raises(expected, match=message):
+        image_scores(["my_scores:bad"])["bad"](np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 2, 2, 3), np.uint8))
 
 
 def test_a_complex_score_ends_the_run(ddpm_directory, tmp_path, write):

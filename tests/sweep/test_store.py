@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from headscope._files import write_atomic
-from headscope.sweep import Run
+from headscope.sweep import Run, seals
 from headscope.sweep import store as store_module
 from headscope.sweep.fitting import Fit
 from headscope.sweep.store import EXECUTION, MANIFEST, RunStore
@@ -213,6 +213,16 @@ def test_how_many_rows_go_at_once_is_measured_again_where_that_was_lost(tmp_path
     assert store.fit(Fit(64, 8)) == store.fit(Fit(3, 3)) == store.fit() == Fit(64, 8)
     file = tmp_path / EXECUTION
     file.write_bytes(file.read_bytes().replace(b"64", b"24"))
+    assert store.fit() is None
+    assert store.fit(Fit(32, 4)) == store.fit() == Fit(32, 4)
+
+
+@pytest.mark.parametrize("content", [{"rows": 0, "clean": 0}, {"rows": -3, "clean": 1}, {"rows": "8", "clean": 1}, {}])
+def test_how_many_rows_go_at_once_is_measured_again_where_it_is_none(tmp_path, content):
+    """Whole, so made elsewhere: of no rows, work would never end."""
+    store = RunStore(tmp_path, IDENTITY, {}, UNITS)
+    text = json.dumps({"seal": seals.blank(EXECUTION), **content})
+    (tmp_path / EXECUTION).write_bytes(b"".join(seals.sealed(text.encode(), ".json")))
     assert store.fit() is None
     assert store.fit(Fit(32, 4)) == store.fit() == Fit(32, 4)
 

@@ -18,7 +18,7 @@ from headscope.report import figures, findings, tables
 from headscope.report.charts import Figure, View
 from headscope.report.images import sheet
 from headscope.report.naming import Names, listed
-from headscope.study import ablation, entropy, inference
+from headscope.study import ablation, entropy, finite, inference
 from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult, analyse_sweep
 
@@ -234,7 +234,7 @@ def _words() -> dict[str, Any]:
 
 def _caveats(result: StudyResult) -> list[str]:
     """What a reader must not conclude, as far as it follows from the tables."""
-    found = []
+    found = finite.caveats(result.left_out)
     if "lfw" in result.groups:
         found.append(
             "The LFW photographs come without identities; each is counted as its own source. If a person appears twice,"

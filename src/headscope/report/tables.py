@@ -199,7 +199,7 @@ def further_table(score: Score, names: Names) -> Table:
     columns = [("set of heads" if of_sets else "head", False), ("group", False), ("fill", False)]
     columns += [("value", True), ("95 % interval", True), ("sources", True)]
     when = "" if score.kind.endswith("generations") else ", mean over timesteps"
-    left_out = f" {score.infinite} infinite values are left out." if score.infinite else ""
+    left_out = f" {score.left_out} values that are infinite or NaN are left out." if score.left_out else ""
     return Table(f"{score.title} ({score.kind}){when}; exploratory.{left_out}", columns, rows)
 
 

@@ -7,10 +7,12 @@ import polars as pl
 
 from headscope.study.ablation import confirm_heads, degradation_by_timestep, rank_distances, rank_heads, select_heads
 from headscope.study.entropy import Contrast, contrast_groups, entropy_by_group, entropy_by_head
+from headscope.study.finite import finite
 from headscope.study.further import Score, further_scores, unlabelled
 from headscope.study.inference import plain_text
 
 NATURAL, SYNTHETIC = "lfw", "faces_grey"
+_ENTROPIES = ("entropy_mean", "entropy_normalised_mean")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class StudyResult:
         further: what a sweep measured beside these, see `further.further_scores`.
         unshown: kind: columns of numbers that the report doesn't show.
         omitted: a section's name, and why it is absent.
+        left_out: "kind.column": how many of its numbers aren't finite; they are in no mean.
     """
 
     groups: list[str]
@@ -46,6 +49,7 @@ class StudyResult:
     further: list[Score] = field(default_factory=list)
     unshown: dict[str, list[str]] = field(default_factory=dict)
     omitted: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def tables(self) -> dict[str, pl.DataFrame]:
         """The tables there are, by name, in columns that CSV can hold."""
@@ -88,6 +92,11 @@ def analyse(
         discover = _filled(discover.filter(pl.col("split") == "discover"))
     if confirm is not None:
         confirm = _filled(confirm.filter(pl.col("split") == "confirm"))
+    left_out: dict[str, int] = {}
+    observations = _finite("observations", observations, _ENTROPIES, left_out)
+    discover, confirm = (
+        _finite(kind, table, ("clean",), left_out) for kind, table in (("discover", discover), ("confirm", confirm))
+    )
     omitted: dict[str, str] = {}
     contrast: Contrast | None = None
     if observations is None:
@@ -114,6 +123,7 @@ def analyse(
         ablation_timesteps=None if discover is None else degradation_by_timestep(discover, seed),
         ablation_confirm=None if confirm is None else confirm_heads(confirm, ranking, seed),
         omitted=omitted,
+        left_out=left_out,
     )
 
 
@@ -134,7 +144,10 @@ def analyse_sweep(
     """
     every = {"observations": observations, "ablations": ablations, "generations": generations, **(others or {})}
     filled = {kind: table for kind, table in every.items() if table is not None and len(table)}
-    observations, ablations, generations = (_filled(table) for table in (observations, ablations, generations))
+    left_out: dict[str, int] = {}
+    observations = _finite("observations", _filled(observations), _ENTROPIES, left_out)
+    ablations = _finite("ablations", _filled(ablations), ("clean",), left_out)
+    generations = _finite("generations", _filled(generations), ("distance",), left_out)
     return StudyResult(
         **_described(sites, *(_filled(table) for table in filled.values())),
         entropy_heads=None if observations is None else entropy_by_head(observations, seed),
@@ -144,12 +157,13 @@ def analyse_sweep(
         generation_ranking=None if generations is None else rank_distances(generations, seed),
         further=further_scores(filled, seed),
         unshown={} if observations is None else _unshown(observations),
+        left_out=left_out,
     )
 
 
 def _unshown(observations: pl.DataFrame) -> dict[str, list[str]]:
     """What was observed and isn't on the page: all but the means of entropies."""
-    shown = ("call", "queries", "keys", "grid_height", "grid_width", "entropy_mean", "entropy_normalised_mean")
+    shown = ("call", "queries", "keys", "grid_height", "grid_width", *_ENTROPIES)
     rest = [name for name in unlabelled(observations) if name not in (*shown, "forward", "frame")]
     return {"observations": rest} if rest else {}
 
@@ -159,6 +173,18 @@ def _filled(table: pl.DataFrame | None) -> pl.DataFrame | None:
     if table is None or not len(table):
         return None
     return plain_text(table if "split" in table.columns else table.with_columns(split=pl.lit("all")))
+
+
+def _finite(
+    kind: str, table: pl.DataFrame | None, names: Sequence[str], left_out: dict[str, int]
+) -> pl.DataFrame | None:
+    """The table without what isn't finite in some columns, which are counted in `left_out`."""
+    for name in names:
+        if table is not None:
+            table, count = finite(table, name)
+            if count:
+                left_out[f"{kind}.{name}"] = count
+    return table
 
 
 def _described(sites: Sequence[str], *tables: pl.DataFrame | None) -> dict:

@@ -7,6 +7,7 @@ tables/     the numbers of the page, as CSV
 report.html
 """
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from headscope._files import local_path, write_atomic
 from headscope._machine import checked_device, memory_bytes
+from headscope.counter import check_seed
 from headscope.report.naming import listed
 from headscope.report.page import STUDY_CAVEATS, GroupInfo, write_report, write_sweep_report
 from headscope.study.ablation import select_heads
@@ -38,6 +40,25 @@ TRAINING_CAVEAT = (
 )
 # what a set of heads may have done to it
 _EDITS = ("keep", "temperature", "key_bias", "key_scale")
+# what reports read of a manifest: see `_fits`
+_DESCRIPTION: dict[str, Any] = {
+    "identity": {"model": str},
+    "config": {
+        "model": str,
+        "dtype": str,
+        "seed": int,
+        "groups": [str],
+        "sets": [{"name": str, "sites": [str], "heads": [(str, int)]}],
+    },
+    "sites": [{"name": str, "heads": int}],
+    "groups": [{"name": str, "description": str, "items": object}],
+    "device": str,
+    "threads": object,
+    "versions": dict,
+    "created": str,
+    "timesteps": list,
+    "forwards": int,
+}
 # how many images of each group the page shows
 SHOWN_IMAGES = 20
 
@@ -246,10 +267,34 @@ def report_sweep(path: Path) -> Path:
 
 def _check_described(run: Run) -> None:
     """Raises ValueError where a whole manifest, made elsewhere, doesn't say what a report shows."""
-    names = ("config", "sites", "groups", "device", "threads", "versions", "created", "timesteps", "forwards")
-    lacking = [name for name in names if name not in run.manifest]
+    lacking = [name for name in _DESCRIPTION if name not in run.manifest]
     if lacking:
         raise ValueError(f"run: the manifest of {str(run.path)!r} lacks {', '.join(lacking)}, which reports show")
+    for name, shape in _DESCRIPTION.items():
+        if not _fits(run.manifest[name], shape):
+            raise ValueError(
+                f"run: the manifest of {str(run.path)!r} says something else of {name} than headscope writes, which"
+                " reports show"
+            )
+    check_seed(run.manifest["config"]["seed"])
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Whether JSON is of a shape: a type, a list of one shape, a tuple of one for each part, or one for each key."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(name in value and _fits(value[name], own) for name, own in shape.items())
+    if isinstance(shape, tuple):
+        return (
+            isinstance(value, list)
+            and len(value) == len(shape)
+            and all(_fits(part, own) for part, own in zip(value, shape, strict=True))
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(part, shape[0]) for part in value)
+    if shape is str and isinstance(value, str):
+        # JSON can say halves of characters, which no page and no table holds
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, shape)
 
 
 def is_study(path: Path) -> bool:
@@ -299,11 +344,9 @@ def group_infos(manifest: dict[str, Any]) -> list[GroupInfo]:
     for group in manifest["groups"]:
         images = np.zeros((0, 1, 1, 3), np.uint8)
         if group["name"] in folders:
-            try:
+            # a folder may be gone by now, or hold an image that the sweep had no use for and that can't be read
+            with contextlib.suppress(ValueError, OSError):
                 opened = open_group(group["name"], folders[group["name"]] or None)
-            except (ValueError, OSError):
-                opened = None
-            if opened is not None:
                 indices = opened.indices("confirm")
                 chosen = indices[:: max(1, len(indices) // SHOWN_IMAGES)][:SHOWN_IMAGES]
                 images = np.stack([opened.item(index).image for index in chosen]) if chosen else images

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import polars as pl
 
 from headscope.study.ablation import DISTANCE
+from headscope.study.finite import PAIRS, finite
 from headscope.study.inference import ABSOLUTE, MEAN, RELATIVE, degradations, means, plain_text
 
 # columns that say what a row is about
@@ -19,7 +20,6 @@ LABELS = (
 )
 # what other sections of the report show
 _SHOWN = {"ablations": ("clean", "edited"), "generations": ("distance",)}
-_PAIRS = {"clean": ("clean", "edited"), "x0_clean": ("x0_clean", "x0_edited")}
 
 
 class Score(NamedTuple):
@@ -32,7 +32,7 @@ class Score(NamedTuple):
         definition: how it is averaged, and its unit.
         fraction: whether it is written as a percentage.
         values: group, fill, site and head or edit, value, low, high, sources, exploratory.
-        infinite: how many of the table's values were infinite and left out.
+        left_out: how many of the table's values were infinite or NaN, and left out.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Score(NamedTuple):
     definition: str
     fraction: bool
     values: pl.DataFrame
-    infinite: int = 0
+    left_out: int = 0
 
 
 def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Score]:
@@ -58,19 +58,17 @@ def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Sc
             continue
         rows = plain_text(table)
         edited = kind.removeprefix("set_")
-        for first, pair in _PAIRS.items():
+        for first, pair in PAIRS.items():
             if first in rows.columns and first not in _SHOWN.get(kind, ()):
-                paired = rows.with_columns(pl.col(pair[0]).alias("clean"), pl.col(pair[1]).alias("edited"))
-                found += _degradation(kind, first, paired, seed)
+                whole, left_out = finite(rows, first)
+                paired = whole.with_columns(pl.col(pair[0]).alias("clean"), pl.col(pair[1]).alias("edited"))
+                found += _degradation(kind, first, paired, seed, left_out)
         for name in unlabelled(rows):
-            if any(name in pair for pair in _PAIRS.values()) or name in _SHOWN.get(kind, ()):
+            if any(name in pair for pair in PAIRS.values()) or name in _SHOWN.get(kind, ()):
                 continue
-            infinite = int(rows[name].is_infinite().sum()) if rows[name].dtype.is_float() else 0
-            finite = rows.with_columns(
-                pl.when(pl.col(name).is_infinite()).then(None).otherwise(pl.col(name)).alias(name)
-            )
-            values = _each(finite, lambda own, name=name: means(own, name, _by(own), _bands(own), seed))
-            found.append(Score(kind, name, _title(edited, name), _definition(edited, name), False, values, infinite))
+            whole, left_out = finite(rows, name)
+            values = _each(whole, lambda own, name=name: means(own, name, _by(own), _bands(own), seed))
+            found.append(Score(kind, name, _title(edited, name), _definition(edited, name), False, values, left_out))
     return found
 
 
@@ -79,7 +77,7 @@ def unlabelled(table: pl.DataFrame) -> list[str]:
     return [name for name, kind in table.schema.items() if name not in LABELS and kind.is_numeric()]
 
 
-def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int) -> list[Score]:
+def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int, left_out: int) -> list[Score]:
     of = "the loss" if first == "clean" else "the error of the clean image that the prediction implies (x0)"
     tables: list[list[pl.DataFrame]] = [[], []]
     for group_fill, own in rows.group_by("group", "fill", maintain_order=True):
@@ -88,8 +86,8 @@ def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int) -> list[S
     relative, absolute = (pl.concat(part) for part in tables)
     name = "loss" if first == "clean" else "x0"
     return [
-        Score(kind, f"{name}_relative", f"Relative degradation of {of}", RELATIVE, True, relative),
-        Score(kind, f"{name}_absolute", f"Absolute degradation of {of}", ABSOLUTE, False, absolute),
+        Score(kind, f"{name}_relative", f"Relative degradation of {of}", RELATIVE, True, relative, left_out),
+        Score(kind, f"{name}_absolute", f"Absolute degradation of {of}", ABSOLUTE, False, absolute, left_out),
     ]
 
 

@@ -229,7 +229,12 @@ def degradations(
     `by` must name the timestep. Returns two tables of the columns of `by`, value, low, high, p_value, sources,
     exploratory; the relative one is a fraction (0.25 is 25 %), the absolute one in units of the loss.
     """
-    rows = rows.with_columns((pl.col("edited") - pl.col("clean")).alias("change"))
+    change = pl.col("edited") - pl.col("clean")
+    # of a pair that isn't one of numbers, the clean loss doesn't count either
+    rows = rows.with_columns(
+        pl.when(change.is_finite()).then(column).alias(name)
+        for name, column in (("change", change), ("clean", pl.col("clean")))
+    )
     table = source_means(rows, ["change", "clean"], by, bands)
     change, clean = table.values
     counts = table.counts()

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -75,7 +76,11 @@ class Claims:
             write_first(file, aside.read_bytes(), lasting=False)
             return False
         finally:
-            aside.unlink(missing_ok=True)
+            if aside.is_dir() and not aside.is_symlink():
+                # no process's claim, so nobody's
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink(missing_ok=True)
 
     def release(self, unit: str) -> None:
         """Give up a claim, unless somebody has taken it over meanwhile."""
@@ -183,7 +188,7 @@ def _parsed(content: bytes) -> dict[str, Any] | None:
     """What a claim says; None where that isn't one."""
     try:
         claim = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     texts = ("host", "machine", "session", "token")
     if not isinstance(claim, dict) or not all(isinstance(claim.get(name), str) for name in texts):

@@ -9,7 +9,7 @@ from typing import Any
 
 from headscope._extras import require
 from headscope._files import check_text, local_path
-from headscope.counter import check_seed
+from headscope.counter import check_seed, check_whole
 from headscope.zoo import GROUPS
 
 FILLS = ("mean", "zero", "uniform", "identity")
@@ -26,6 +26,8 @@ SPLITS = ("discover", "confirm")
 # the model of a run that was given a pipeline instead of a directory
 IN_MEMORY = "in memory"
 DTYPES = ("float32", "bfloat16", "float16")
+# of float32, in which edits are applied: one beyond would be infinite, a temperature below 0
+_LARGEST, _SMALLEST = (2.0 - 2.0**-23) * 2.0**127, 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,18 @@ class HeadSet:
             raise ValueError(f"sets: {self.name!r} has neither sites nor heads, expected some")
         if len(set(self.heads)) != len(self.heads):
             raise ValueError(f"sets: {self.name!r} names a head twice, expected each once")
-        if self.keep is not None and not math.isfinite(self.keep):
-            raise ValueError(f"sets: {self.name!r}: keep: got {self.keep}, expected a finite number")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ValueError(f"sets: {self.name!r}: temperature: got {self.temperature}, expected a number above 0")
+        if self.keep is not None and not _is_float32(self.keep):
+            raise ValueError(f"sets: {self.name!r}: keep: got {self.keep}, expected a finite number of float32")
+        if self.temperature is not None and not (self.temperature >= _SMALLEST and _is_float32(self.temperature)):
+            raise ValueError(
+                f"sets: {self.name!r}: temperature: got {self.temperature}, expected a number above 0 of float32"
+            )
         for number in self.key_bias:
-            if not number < math.inf:
+            if number != -math.inf and not _is_float32(number):
                 raise ValueError(f"sets: {self.name!r}: key_bias: got {number}, expected finite numbers or -inf")
         for number in self.key_scale:
-            if not math.isfinite(number):
-                raise ValueError(f"sets: {self.name!r}: key_scale: got {number}, expected finite numbers")
+            if not _is_float32(number):
+                raise ValueError(f"sets: {self.name!r}: key_scale: got {number}, expected finite numbers of float32")
 
     @property
     def gate(self) -> float:
@@ -107,8 +111,8 @@ class SweepConfig:
             clean prediction, the target (tensors [rows, ...] on the device) and the inputs (`headscope.models.tasks`'s
             NoisyInputs: sample, timestep, conditioning, target), and returns a number for each row, which become a
             column of the function's name.
-        heads: (site, head) pairs to ablate, each in turn; None for all.
-        sites: patterns of site names (* and ?) to which the heads to ablate are limited.
+        heads: (site, head) pairs to ablate, each in turn; None for all. Attributions are of all heads of their sites.
+        sites: patterns of site names (* and ?) to which the heads to ablate or attribute to are limited.
         sets: heads that are edited together, a row each beside the single heads'.
         reference_items: how many items, disjoint from the swept ones, the mean fill is taken over; None takes 16, or
             what there is, and where all are swept by default, a quarter of those instead.
@@ -180,6 +184,8 @@ class SweepConfig:
         _subset("splits", self.splits, SPLITS)
         _subset("dtype", (self.dtype,), DTYPES)
         for name in ("items", "reference_items", "generate_steps", "bands", "cotangents"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.heads is not None and ((not self.heads and not self.sets) or len(set(self.heads)) != len(self.heads)):
@@ -191,6 +197,9 @@ class SweepConfig:
             raise ValueError(
                 "fills: got nothing to observe and nothing to ablate, expected observe, or fills and scores"
             )
+        for timestep in self.timesteps or ():
+            check_whole("timesteps", timestep)
+        self._check_used()
         if self.timesteps is not None and len(set(self.timesteps)) != len(self.timesteps):
             raise ValueError(f"timesteps: got {list(self.timesteps)}, expected each once")
         if self.timesteps == ():
@@ -213,6 +222,19 @@ class SweepConfig:
         names = [chosen.name for chosen in self.sets]
         if len(set(names)) != len(names):
             raise ValueError(f"sets: got the names {', '.join(names)}, expected each once")
+
+    def _check_used(self) -> None:
+        """Raises ValueError where something is asked for that nothing of the sweep would look at."""
+        edits = bool(self.fills and (self.scores or self.attribute))
+        for name in ("heads", "sites"):
+            if getattr(self, name) and not edits:
+                raise ValueError(
+                    f"{name}: got some without anything done to them, expected fills and either scores or attribute"
+                )
+        if self.reference_items is not None and not (edits and "mean" in self.fills):
+            raise ValueError(
+                f"reference_items: got {self.reference_items} without the mean fill, which is taken over them"
+            )
 
     def _check_generation(self) -> None:
         for name in self.image_scores:
@@ -344,6 +366,10 @@ def _own(field: str, names: tuple[str, ...]) -> None:
             raise ValueError(f"{field}: got {name!r}, expected module:function")
         if column in COLUMNS or columns.count(column) > 1:
             raise ValueError(f"{field}: got {name!r}, expected a function whose name isn't taken by another column")
+
+
+def _is_float32(number: float) -> bool:
+    return abs(number) <= _LARGEST
 
 
 def _subset(name: str, values: tuple[str, ...], allowed: tuple[str, ...], *, empty: bool = False) -> None:

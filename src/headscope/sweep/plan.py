@@ -217,8 +217,8 @@ def _needs_images(group: GroupItems) -> bool:
 
 
 def _heads(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[tuple[str, int], ...]:
-    """The single heads to ablate, in the order of the model's sites."""
-    if not config.fills or not config.scores or config.heads == ():
+    """The single heads to ablate or attribute to, in the order of the model's sites."""
+    if not config.fills or not (config.scores or config.attribute) or config.heads == ():
         return ()
     every = _matching(sites, config.sites or ("*",), "sites")
     if config.heads is None:
@@ -249,6 +249,7 @@ def _check_identity(
     if "identity" not in config.fills:
         return
     edited = {name for name, _ in heads} | {name for chosen in sets for name in chosen.sites}
+    # sets alone are edited, and all heads attributed to
     if config.attribute and not heads:
         edited = {site.name for site in sites}
     for site in sites:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from headscope._files import local_path
 from headscope._signals import terminable
+from headscope.counter import check_whole
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.executors import EXECUTORS
 from headscope.sweep.executors.member import Watch
@@ -54,10 +55,18 @@ class Workers:
     def __post_init__(self) -> None:
         if self.executor not in EXECUTORS:
             raise ValueError(f"executor: got {self.executor!r}, expected one of {', '.join(EXECUTORS)}")
+        check_whole("workers", self.count)
         if self.count < 1:
             raise ValueError(f"workers: got {self.count}, expected at least 1")
         if self.executor == "local" and self.count != 1:
             raise ValueError(f"workers: got {self.count} in this process, expected 1, or another executor")
+        # what nobody would look at was meant for another
+        if self.address is not None and self.executor != "ray":
+            raise ValueError(f"address: got {self.address!r} with the executor {self.executor}, expected it with ray")
+        if self.parameters and self.executor != "slurm":
+            raise ValueError(
+                f"job: got {', '.join(self.parameters)} with the executor {self.executor}, expected them with slurm"
+            )
 
 
 def run_sweep(

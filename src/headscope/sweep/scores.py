@@ -3,7 +3,8 @@
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headscope._extras import require
+from headscope.sweep.fitting import is_out_of_memory
 
 ImageScore = Callable[[np.ndarray, np.ndarray], Any]
 
@@ -42,7 +44,24 @@ def _named(name: str) -> ImageScore:
     if ":" not in name:
         require("torchmetrics", "sweep")
         return lambda clean, edited: _torchmetrics(name, clean, edited)
-    return imported("image_scores", name)
+    score = imported("image_scores", name)
+
+    def run(clean: np.ndarray, edited: np.ndarray) -> Any:
+        with _naming("image_scores", name):
+            return score(clean, edited)
+
+    return run
+
+
+@contextmanager
+def _naming(field: str, name: str) -> Iterator[None]:
+    """Errors of the user's own code say whose they are; memory that ran out stays what it is, fewer rows are tried."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{field}: {name} raised {type(error).__name__}: {error}") from error
 
 
 def imported(field: str, name: str) -> Callable[..., Any]:
@@ -118,7 +137,7 @@ def checked_score(name: str, values: Any, count: int, field: str = "image_scores
         found = np.asarray(values)
         # lists of a library's own numbers, such as 0-dimensional tensors
         found = found.astype(np.float64) if found.dtype == object else found
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{field}: {name} gave {type(values).__name__}, expected real numbers ({error})") from None
     if found.dtype.kind not in "biuf":
         raise ValueError(f"{field}: {name} gave numbers of dtype {found.dtype}, expected real ones")
@@ -139,7 +158,8 @@ def own_scores(names: Sequence[str]) -> dict[str, Callable[[Tensor, Tensor, Any]
         def run(edited: Tensor, clean: Tensor, inputs: Any) -> np.ndarray:
             # copies: what one score does in place, others would see
             own = replace(inputs, sample=inputs.sample.clone(), target=inputs.target.clone())
-            values = score(edited.clone(), clean.clone(), own.target, own)
+            with _naming("scores", name):
+                values = score(edited.clone(), clean.clone(), own.target, own)
             return checked_score(name, values, len(edited), "scores")
 
         return run

@@ -97,6 +97,8 @@ class DatasetGroup(_NamedGroup):
                 f"groups: {str(path / 'state.json')!r} lists no data files, expected what Dataset.save_to_disk writes"
             ) from None
         tables = []
+        if not files or not all(isinstance(file, str) for file in files):
+            raise ValueError(f"groups: {str(path / 'state.json')!r} lists no data files, expected some")
         for file in files:
             # mapped, not read: the images of a large dataset stay on disk
             tables.append(ipc.open_stream(pa.memory_map(str(path / file))).read_all())
@@ -113,9 +115,11 @@ class DatasetGroup(_NamedGroup):
         super().__init__(name, [f"row-{index:07d}" for index in range(len(self._table))], size)
 
     def _content(self, index: int) -> tuple[bytes, str]:
-        entry = self._table[self._image][index].as_py()
-        encoded = entry["bytes"]
+        entry = self._table[self._image][index].as_py() or {}
+        encoded = entry.get("bytes")
         if encoded is None:
+            if not entry.get("path"):
+                raise ValueError("the row has none")
             encoded = (self._folder / entry["path"]).read_bytes()
         caption = self._table[self._caption][index].as_py() if self._caption else ""
         return encoded, _first(caption)
@@ -129,7 +133,13 @@ def _first(caption: Any) -> str:
 def _one_of_dictionary(path: Path) -> Path:
     if not (path / "dataset_dict.json").is_file():
         return path
-    splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+    file = path / "dataset_dict.json"
+    try:
+        splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
+    except (ValueError, KeyError, TypeError):
+        splits = None
+    if not isinstance(splits, list) or not splits or not all(isinstance(split, str) for split in splits):
+        raise ValueError(f"groups: {str(file)!r} lists no splits, expected what DatasetDict.save_to_disk writes")
     if "train" not in splits and len(splits) != 1:
         raise ValueError(f"groups: {str(path)!r} holds {', '.join(splits)}; name the folder of one of them")
     return path / ("train" if "train" in splits else splits[0])
@@ -149,6 +159,7 @@ class TarGroup(_NamedGroup):
         if not files:
             raise FileNotFoundError(f"groups: got {pattern!r}, expected existing tar files")
         samples: dict[str, dict[str, tuple[str, int, int]]] = {}
+        names = _told_apart(files)
         for file in files:
             try:
                 with tarfile.open(file, "r:") as archive:
@@ -156,8 +167,10 @@ class TarGroup(_NamedGroup):
                         if member.isfile():
                             folder, _, base = member.name.rpartition("/")
                             stem, _, suffix = base.partition(".")
-                            key = f"{Path(file).name}/{folder}/{stem}" if folder else f"{Path(file).name}/{stem}"
+                            key = f"{names[file]}/{folder}/{stem}" if folder else f"{names[file]}/{stem}"
                             place = (file, member.offset_data, member.size)
+                            if suffix.lower() in samples.get(key, {}):
+                                raise ValueError(f"groups: {file!r} holds {member.name!r} twice, expected each once")
                             samples.setdefault(key, {})[suffix.lower()] = place
             except tarfile.TarError as error:
                 raise ValueError(f"groups: {file!r} can't be read as a tar ({error})") from error
@@ -197,15 +210,30 @@ def _read(place: tuple[str, int, int]) -> bytes:
         return opened.read(size)
 
 
+def _told_apart(files: list[str]) -> dict[str, str]:
+    """The files' names; where several folders have one of a name, with as many of the folders as tell them apart."""
+    depth, longest = 1, max(len(Path(file).parts) for file in files)
+    while depth < longest and len({Path(file).parts[-depth:] for file in files}) < len(files):
+        depth += 1
+    return {file: "/".join(Path(file).parts[-depth:]) for file in files}
+
+
 def expanded(pattern: str) -> list[str]:
-    """The files that a pattern with {first..last}, * and ? names, sorted."""
+    """The files that a pattern with {first..last}, * and ? names, sorted.
+
+    Raises:
+        FileNotFoundError: one of the files that {first..last} counts up isn't there.
+    """
     braces = _BRACES.search(pattern)
     if braces:
         first, last = braces.groups()
-        numbers = range(int(first), int(last) + 1)
-        return [
-            file
-            for number in numbers
-            for file in expanded(f"{pattern[: braces.start()]}{number:0{len(first)}d}{pattern[braces.end() :]}")
-        ]
-    return sorted(glob.glob(pattern))
+        found = []
+        for number in range(int(first), int(last) + 1):
+            one = f"{pattern[: braces.start()]}{number:0{len(first)}d}{pattern[braces.end() :]}"
+            files = expanded(one)
+            if not files:
+                raise FileNotFoundError(f"groups: {one!r} isn't there, expected existing tar files, all of {braces[0]}")
+            found += files
+        return list(dict.fromkeys(found))
+    # brackets are part of a name
+    return sorted(glob.glob(pattern.replace("[", "[[]")))

@@ -168,13 +168,16 @@ class RunStore:
         agree to the last bit. The first to measure decides; None where nobody has."""
         file = self.path / EXECUTION
         if measured is not None:
-            if seals.problem(file, EXECUTION) == "torn":
+            if file.is_file() and self.fit() is None:
                 file.unlink(missing_ok=True)
             write_first(file, _json({"rows": measured.rows, "clean": measured.clean}, EXECUTION))
         if seals.problem(file, EXECUTION) is not None:
             return None
         found = json.loads(file.read_text())
-        return Fit(int(found["rows"]), int(found["clean"]))
+        rows, clean = found.get("rows"), found.get("clean")
+        # a whole one may have been made elsewhere; of no rows, work would never end
+        whole = all(isinstance(number, int) for number in (rows, clean)) and rows >= 1 and clean >= 0
+        return Fit(rows, clean) if whole else None
 
     def failures(self) -> dict[str, list[dict[str, Any]]]:
         """Of every unit that went wrong, its tries, first to last."""
@@ -233,11 +236,12 @@ def unit_file(run: Path, kind: str, unit: str) -> Path:
 
 
 def unit_problem(run: Path, kind: str, unit: str) -> str | None:
-    """Why a unit isn't done: its file is "missing", "torn" or "foreign"; None if it is."""
+    """Why a unit isn't done: its file, or the images beside it, are "missing", "torn" or "foreign"; None if it is."""
     path = unit_file(run, kind, unit)
-    if kind in GENERATED and not path.with_suffix(".safetensors").is_file():
-        return "missing"
-    return file_problem(path)
+    found = file_problem(path)
+    if found is None and kind in GENERATED:
+        return file_problem(path.with_suffix(".safetensors"))
+    return found
 
 
 def file_problem(path: Path) -> str | None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from headscope._machine import device_name, versions
+from headscope.counter import check_whole
 from headscope.models import Scope, Task
 from headscope.models.tasks import NoisyInputs
 from headscope.sweep.behind import ReadAhead, WriteBehind
@@ -58,6 +59,8 @@ class Execution:
 
     def __post_init__(self) -> None:
         for field, value in (("batch", self.rows), ("threads", self.threads)):
+            if value is not None:
+                check_whole(field, value)
             if value is not None and value < 1:
                 raise ValueError(f"{field}: got {value}, expected at least 1")
 

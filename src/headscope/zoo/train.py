@@ -74,6 +74,9 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
+        if self.minutes is not None and not self.minutes >= 0:
+            raise ValueError(f"minutes: got {self.minutes}, expected at least 0")
+
     def recipe(self) -> dict[str, Any]:
         """What determines the numbers, as JSON values: no path, no limit."""
         kept = {name: value for name, value in asdict(self).items() if name not in _NOT_RECIPE}

@@ -28,7 +28,19 @@ def to_signed(items: Sequence[TaskItem], size: int) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
 
 
+def check_pixels(images: Tensor | np.ndarray, dtype: torch.dtype) -> None:
+    """Raises ValueError where a model of that dtype made an image that is none: as integers its pixels would be black,
+    and its distance from another a number like any."""
+    if not bool((abs(images) < np.inf).all()):
+        raise ValueError(f"generate: the model made NaN or infinite pixels in {dtype}; float32 may not")
+
+
 def to_images(sample: Tensor) -> np.ndarray:
-    """[items, 3, height, width] in [-1, 1] as uint8 [items, height, width, 3]."""
+    """[items, 3, height, width] in [-1, 1] as uint8 [items, height, width, 3].
+
+    Raises:
+        ValueError: a pixel is NaN or infinite.
+    """
+    check_pixels(sample, sample.dtype)
     scaled = sample.float().clamp(-1, 1).add(1.0).mul(127.5).round()
     return scaled.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headscope.models.tasks.images import to_signed
+from headscope.models.tasks.images import check_pixels, to_signed
 from headscope.models.tasks.task import Prepared, Task, TaskItem, parameters
 
 # parts of a pipeline that change its images after they are made, which no distance should see: a checker that blackens
@@ -91,8 +91,7 @@ class LatentTask(Task):
                 num_inference_steps=steps,
                 output_type="np",
             ).images
-        if not np.isfinite(images).all():
-            raise ValueError(f"generate: the model made NaN or infinite pixels in {self.dtype}; float32 may not")
+        check_pixels(images, self.dtype)
         return np.rint(images * 255).astype(np.uint8)
 
     @abstractmethod
