@@ -272,6 +272,29 @@ def test_a_pass_of_guidance_that_is_not_told_is_unknown():
             pipeline(2)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_passes_of_a_pipeline_that_has_nothing_but_a_scale(same):
+    """As Kandinsky 5 runs them; a pipeline that converts its texts leaves no trace of which one it was."""
+
+    class Pipeline:
+        def __init__(self):
+            self.transformer = tiny.sd3_transformer()
+
+        def __call__(self, batch_size, guidance_scale):
+            inputs = tiny.sd3_inputs(batch_size)
+            prompt_embeds = inputs["encoder_hidden_states"]
+            negative_prompt_embeds = -prompt_embeds if guidance_scale > 1 else None
+            for text in (prompt_embeds, negative_prompt_embeds):
+                if text is not None:
+                    self.transformer(**inputs | {"encoder_hidden_states": text if same else text.clone()})
+
+    pipeline = Pipeline()
+    for scale, expected in ((5.0, ["cond", "uncond"] if same else ["unknown"]), (1.0, [None])):
+        with torch.inference_mode(), Scope(pipeline).record("entropy") as recording:
+            pipeline(2, scale)
+        assert recording.to_polars()["branch"].cast(str).unique().sort().to_list() == expected
+
+
 def test_other_pipelines_may_share_the_denoiser():
     pipeline = tiny.stable_diffusion()
     other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)

@@ -18,9 +18,9 @@ from headscope.models.sites import source_tree
 # other modality (sound, where there is a picture); without it and with the picture to edit; which isn't told
 BRANCHES = ("uncond", "cond", "perturbed", "skip", "modality", "image", "unknown")
 # parts of a batch that the pipeline's source doesn't name
+_PART = re.compile(r"part_\d+")
 # what a pipeline's call names how many images, videos, waveforms, ... it makes of each prompt
 _PER_PROMPT = re.compile(r"num_(images|videos|waveforms|designs)_per_prompt")
-_PART = re.compile(r"part_\d+")
 # what pipelines and guiders call other passes than the first two
 _PASSES = {
     "cond_skip": "skip",
@@ -96,7 +96,7 @@ def branches_of(
     if samples is None or rest or parts == 0:
         return ("unknown",) if told else (None,)
     if parts == 1:
-        if told:
+        if told or (told is None and _is_above_one(call.get("guidance_scale")) and _has_negative_text(call)):
             return (_branch_of_text(call, arguments) or "unknown",)
         return ("cond" if was_guided else None,)
     guided = told or (told is None and _is_above_one(call.get("guidance_scale")))
@@ -127,6 +127,12 @@ def _told_guidance(pipeline: Any, call: Mapping[str, Any]) -> bool | None:
 
 def _is_above_one(scale: Any) -> bool:
     return isinstance(scale, (int, float)) and scale > 1
+
+
+def _has_negative_text(call: Mapping[str, Any]) -> bool:
+    """Whether the call holds the text of a pass without the prompt; a guidance that is embedded has none."""
+    names = [name for name, value in call.items() if isinstance(value, Tensor)]
+    return any("negative" in name and "embeds" in name for name in names)
 
 
 def _is_perturbed(pipeline: Any, call: Mapping[str, Any]) -> bool:
