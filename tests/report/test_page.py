@@ -231,7 +231,9 @@ def test_losses_that_are_no_numbers_are_left_out_and_counted(broken, every, tmp_
     write_sweep_report(path, title="t", run_info={}, ablations=pl.DataFrame(rows))
     count = 4 if every else 1
     assert f"left out of every mean: {count} of ablations.clean. A head" in path.read_text()
-    ranking = analyse_sweep(ablations=pl.DataFrame(rows)).ablation_ranking.sort("head")
+    ranking = analyse_sweep(ablations=pl.DataFrame(rows)).ablation_ranking
+    assert ranking is not None
+    ranking = ranking.sort("head")
     assert ranking["value"].to_list() == [1.0, None if every else 1.0]
     assert ranking["absolute"].to_list() == [2.5, None if every else 2.0]
 
