@@ -206,7 +206,7 @@ def test_training_and_study_end_on_ctrl_c_and_sigterm(tmp_path, monkeypatch, num
     """With a sentence and the status that shells know."""
 
     def ended(*_):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
 
     monkeypatch.setattr(train, "_TrainingImages", ended)
     monkeypatch.setattr(runner, "_run", ended)

@@ -260,7 +260,7 @@ def test_sigterm_puts_away_what_was_computed(ddpm_directory, tmp_path, monkeypat
 
     def run(self, unit, advance):
         if len(done) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         run_unit(self, unit, advance)
         done.append(unit.id)
 
@@ -281,7 +281,7 @@ def test_an_interrupt_in_place_of_sigterm_s_is_sigterm(monkeypatch):
 
     def waits() -> None:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None
 
@@ -300,7 +300,7 @@ def test_a_handler_of_the_program_s_own_stays(ddpm_directory, tmp_path):
     try:
         asked = config(ddpm_directory, items=1, timesteps=(60,), fills=(), scores=())
         with terminable():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         run_sweep(asked, tmp_path / "run", progress=False)
         assert heard == [signal.SIGTERM]
     finally:
