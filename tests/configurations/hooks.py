@@ -29,7 +29,6 @@ Outcome = Literal["recorded", "reused", "refused"]
 # public names that need no entry, and why
 WITHOUT_HOOK_ENTRY = {
     "BaseGuidance": "what guiders are made of",
-    "FrequencyDecoupledGuidance": "combines the predictions of plain passes, and needs kornia to be tested",
     "HookRegistry": "what hooks are kept in",
     "ModelHook": "what hooks are made of",
     "apply_context_parallel": "a Scope refuses a model that `enable_parallelism` has spread over processes",
@@ -277,6 +276,9 @@ HOOKS: dict[str, HookCase] = {
     "ClassifierFreeGuidance": HookCase("recorded", _EVERY_PASS, guider=_guider("ClassifierFreeGuidance")),
     "ClassifierFreeZeroStarGuidance": HookCase(
         "recorded", _EVERY_PASS, guider=_guider("ClassifierFreeZeroStarGuidance")
+    ),
+    "FrequencyDecoupledGuidance": HookCase(
+        "recorded", _EVERY_PASS, **_JOINT, guider=_guider("FrequencyDecoupledGuidance", guidance_scales=[5.0, 3.0])
     ),
     "LTX2Guidance": HookCase(
         "reused",
