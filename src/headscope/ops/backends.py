@@ -45,8 +45,12 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# looked up once: it costs more than a small kernel, and torch 2.11 can't trace it
+_TRITON_INSTALLED = all(find_spec(name) is not None for name in ("triton", "headscope_kernels"))
+
+
 def _triton_unavailable() -> str | None:
-    if find_spec("triton") is None or find_spec("headscope_kernels") is None:
+    if not _TRITON_INSTALLED:
         return "triton isn't installed"
     if torch.cuda.is_available() or _interpreted():
         return None
