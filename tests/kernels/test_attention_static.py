@@ -85,6 +85,8 @@ EVERYTHING = ["entropy", *FREE, "collision_entropy", "distance"]
 EVERY_EDIT = {"fill": True, "temperature": True, "key_bias": True, "key_scale": True, "saved": True}
 # configs.py says why these spill on sm_90 all the same: dtype and dim, bytes
 KNOWN_SPILLS = {("bfloat16", 512): 64, ("float32", 128): 256, ("float32", 16): 8}
+# and these beside groups: dtype and groups, bytes
+KNOWN_SPILLS_OF_GROUPS = {("bfloat16", 128): 8, ("float32", 16): 16}
 
 PADDED = {"block_queries": 128, "block_keys": 128, "num_warps": 8, "dim_widths": [64], "value_widths": [64]}
 # compiled together, as starting a process takes as long as several kernels
@@ -216,4 +218,7 @@ def test_every_spill_has_a_reason(dtype: str):
     problems += [{"dim": 64, "statistics": ["group_mass"], "groups": groups} for groups in (16, 77, 128)]
     problems += [{"dim": 64, "statistics": ["group_entropy"], "groups": 16}]
     for problem, result in zip(problems, reports([{**problem, "dtype": dtype} for problem in problems]), strict=True):
-        assert result["spill_bytes"] <= KNOWN_SPILLS.get((dtype, problem["dim"]), 0), (problem, result)
+        known = KNOWN_SPILLS.get((dtype, problem["dim"]), 0)
+        if "groups" in problem:
+            known = KNOWN_SPILLS_OF_GROUPS.get((dtype, problem["groups"]), 0)
+        assert result["spill_bytes"] <= known, (problem, result)

@@ -2,12 +2,10 @@
 
 import json
 import multiprocessing
-import queue
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -18,6 +16,7 @@ from headscope.sweep import Run, seals
 from headscope.sweep import store as store_module
 from headscope.sweep.fitting import Fit
 from headscope.sweep.store import EXECUTION, MANIFEST, RunStore
+from sweep.races import begin_many, share
 
 IDENTITY = {"seed": 0, "timesteps": [1, 2]}
 ABC, DEF = "abc".ljust(64, "0"), "def".ljust(64, "0")
@@ -227,24 +226,6 @@ def test_how_many_rows_go_at_once_is_measured_again_where_it_is_none(tmp_path, c
     assert store.fit(Fit(32, 4)) == store.fit() == Fit(32, 4)
 
 
-def begin(path: Path, seed: int) -> str:
-    """What comes of beginning a run whose units have the seed in their ids."""
-    units = [{**UNITS[0], "id": f"{seed:02d}{number:062d}"} for number in range(50)]
-    try:
-        RunStore(path, {"seed": seed}, {}, units)
-    except ValueError as error:
-        return str(error)
-    return "begun"
-
-
-def begin_many(paths: Sequence[Path], seed: int, meet, found) -> None:
-    outcomes = []
-    for path in paths:
-        meet.wait()
-        outcomes.append(begin(path, seed))
-    found.put((seed, outcomes))
-
-
 def assert_one_begun(paths: Sequence[Path], outcomes: dict[int, list[str]]) -> None:
     for path, one, two in zip(paths, outcomes[1], outcomes[2], strict=True):
         winner, refused = (1, two) if one == "begun" else (2, one)
@@ -255,26 +236,21 @@ def assert_one_begun(paths: Sequence[Path], outcomes: dict[int, list[str]]) -> N
         assert {unit["id"][:2] for unit in run.units} == {f"{winner:02d}"}
 
 
-def raced(paths: Sequence[Path], worker: Any, context: Any) -> dict[int, list[str]]:
+def raced(paths: Sequence[Path], executor: Executor) -> dict[int, list[str]]:
     """Two of them begin a run in each of the directories at the same time."""
-    meet, found = context.Barrier(2), context.SimpleQueue()
-    workers = [worker(target=begin_many, args=(paths, seed, meet, found)) for seed in (1, 2)]
-    for each in workers:
-        each.start()
-    outcomes = dict(found.get() for _ in workers)
-    for each in workers:
-        each.join()
-    return outcomes
+    with executor:
+        begun = {seed: executor.submit(begin_many, paths, seed) for seed in (1, 2)}
+        return {seed: outcomes.result() for seed, outcomes in begun.items()}
 
 
 def test_of_two_that_begin_a_run_one_does(tmp_path):
     paths = [tmp_path / str(number) for number in range(20)]
-    context = SimpleNamespace(Barrier=threading.Barrier, SimpleQueue=queue.SimpleQueue)
-    assert_one_begun(paths, raced(paths, threading.Thread, context))
+    assert_one_begun(paths, raced(paths, ThreadPoolExecutor(2, initializer=share, initargs=(threading.Barrier(2),))))
 
 
 @pytest.mark.full
 def test_of_two_processes_that_begin_a_run_one_does(tmp_path):
     paths = [tmp_path / str(number) for number in range(500)]
     context = multiprocessing.get_context("spawn")
-    assert_one_begun(paths, raced(paths, context.Process, context))
+    executor = ProcessPoolExecutor(2, context, initializer=share, initargs=(context.Barrier(2),))
+    assert_one_begun(paths, raced(paths, executor))
