@@ -96,7 +96,7 @@ def _beside_groups(configuration: ForwardConfiguration, columns: int) -> Forward
 
     What still spills on sm_90: 128 groups beside an output of 256 (88 bytes, outside of the loop), and both group
     statistics of 128 groups in one call, whose 384 columns of 64 rows are 96 registers of each thread. Since tiles at
-    borders are pipelined, also 128 groups beside an output of 64 in 16 bits (8 bytes), and the entropies of 16 groups in
+    borders are pipelined, also 128 groups beside an output of 64 in 16 bits (8 bytes), and entropies of 16 groups in
     exact float32 (16 bytes).
     """
     # two to six matrix operands made of a tile's weights are live at once
