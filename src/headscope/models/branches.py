@@ -4,7 +4,6 @@ Told from the pipeline's running call and its source. No pipeline of diffusers i
 """
 
 import ast
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from headscope.models.sites import source_tree
+from headscope.models.source import source_tree
 
 # without the prompt; with it; with it and perturbed attention; with it and some layers skipped; with it and without the
 # other modality (sound, where there is a picture); without it and with the picture to edit; which isn't told
@@ -194,7 +193,7 @@ def _holds(value: Any, text: Tensor) -> bool:
 def _named_parts(function: Callable[..., Any]) -> dict[int, tuple[str, ...]]:
     """By their number, the branches of the parts that the source of a pipeline's call takes a prediction apart into."""
     found: dict[int, tuple[str, ...]] = {}
-    for node in ast.walk(source_tree(inspect.unwrap(function))):
+    for node in ast.walk(source_tree(function)):
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Tuple):
             continue
         whole = _taken_apart(node.value)

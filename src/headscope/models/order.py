@@ -7,12 +7,13 @@ turns to first, and which lists of children it walks through side by side.
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
+
+from headscope.models.source import source_tree
 
 # calls that look at a module without running it
 _LOOKS = frozenset({"len", "hasattr", "getattr", "isinstance"})
@@ -106,11 +107,7 @@ def _with_methods(kind: type, name: str, within: frozenset[str]) -> Iterator[Tur
 @cache
 def _turns_of(function: Callable[..., Any]) -> tuple[Turn, ...]:
     """The attributes of self that a function's code names, in its order; () where there is no source."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    except (OSError, TypeError, SyntaxError):
-        return ()
-    return tuple(_Reader().turns(tree))
+    return tuple(_Reader().turns(source_tree(function)))
 
 
 class _Reader:

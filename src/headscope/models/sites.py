@@ -6,7 +6,6 @@ scaled_dot_product_attention. No class of diffusers is known by name.
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from headscope.models.order import execution_order
+from headscope.models.source import source_tree
 
 # what code calls when its attention can be seen
 VISIBLE_CALLS = frozenset({"scaled_dot_product_attention", "dispatch_attention_fn", "multi_head_attention_forward"})
@@ -233,14 +233,6 @@ def _text_first(denoiser: nn.Module, name: str) -> bool | None:
 def _calls(function: Callable[..., Any]) -> tuple[ast.Call, ...]:
     """Every call in a function's source; none where there is no source."""
     return tuple(node for node in ast.walk(source_tree(function)) if isinstance(node, ast.Call))
-
-
-def source_tree(function: Callable[..., Any]) -> ast.Module:
-    """A function's source, parsed; empty where there is none."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return ast.Module([], [])
 
 
 def _always_flex(function: Callable[..., Any]) -> bool:
