@@ -177,6 +177,13 @@ class Recording:
             valid_keys: how many keys each row may see, an int or broadcastable to [rows, heads, queries].
         """
         step, forward_number = self.step_of(forward), self._number_of(forward)
+
+        def part_of(segment: Segment, heads: int, queries: int) -> Part:
+            number, first, samples = len(self._pending), layout.first_sample, layout.samples
+            return Part(
+                number, forward, forward_number, step, site, call, segment, first, samples, heads, queries, keys
+            )
+
         for statistic in self.requested:
             name, tensor = statistic.name, values[statistic.name]
             if tensor.requires_grad:
@@ -185,21 +192,7 @@ class Recording:
             if statistic.sums_over_queries:
                 # one number per key, of all queries together
                 total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
-                segment, number = Segment(ALL, None, 0, 0), len(self._pending)
-                part = Part(
-                    number,
-                    forward,
-                    forward_number,
-                    step,
-                    site,
-                    call,
-                    segment,
-                    layout.first_sample,
-                    layout.samples,
-                    heads,
-                    0,
-                    keys,
-                )
+                part = part_of(Segment(ALL, None, 0, 0), heads, 0)
                 self._pending.append(_Rows(part, name, total[:, :, None]))
                 continue
             rows = {name: tensor}
@@ -207,21 +200,7 @@ class Recording:
                 rows[NORMALISED] = _normalised(tensor, valid_keys)
             for own, whole in rows.items():
                 for segment, piece in split_queries(whole, layout):
-                    queries, number = piece.shape[2], len(self._pending)
-                    part = Part(
-                        number,
-                        forward,
-                        forward_number,
-                        step,
-                        site,
-                        call,
-                        segment,
-                        layout.first_sample,
-                        layout.samples,
-                        heads,
-                        queries,
-                        keys,
-                    )
+                    part = part_of(segment, heads, piece.shape[2])
                     self._pending.append(_Rows(part, own, piece))
 
     def end_forward(self, forward: Forward) -> None:
