@@ -38,10 +38,17 @@ def local_path(field: str, path: str | os.PathLike[str]) -> Path:
 
 def check_text(field: str, text: str) -> None:
     """Raises ValueError where a name isn't UTF-8: tables and manifests hold no other text."""
+    if not is_utf8(text):
+        raise ValueError(f"{field}: got {os.fsencode(text)!r}, whose name isn't UTF-8, expected another name")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text can be written as such: names of files may hold any bytes, which Python keeps as half characters."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{field}: got {os.fsencode(text)!r}, whose name isn't UTF-8, expected another name") from None
+        return False
+    return True
 
 
 def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from headscope._files import local_path, write_atomic
+from headscope._files import is_utf8, local_path, write_atomic
 from headscope._machine import checked_device, memory_bytes
 from headscope.counter import check_seed
 from headscope.report.naming import listed
@@ -293,7 +293,7 @@ def _fits(value: Any, shape: Any) -> bool:
         return isinstance(value, list) and all(_fits(part, shape[0]) for part in value)
     if shape is str and isinstance(value, str):
         # JSON can say halves of characters, which no page and no table holds
-        return not any("\ud800" <= character <= "\udfff" for character in value)
+        return is_utf8(value)
     return isinstance(value, shape)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from headscope._extras import require
-from headscope._files import local_path
+from headscope._files import is_utf8, local_path
 from headscope._images import read_image, read_square
 from headscope.counter import counter_permutation, counter_uniform
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
@@ -329,12 +329,8 @@ class FolderGroup(ImageGroup):
 def check_names(names: list[str]) -> None:
     """Raises ValueError for the first name that isn't UTF-8: tables and manifests hold no other text."""
     for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"path: the name of the file {os.fsencode(name)!r} isn't UTF-8, expected it renamed"
-            ) from None
+        if not is_utf8(name):
+            raise ValueError(f"path: the name of the file {os.fsencode(name)!r} isn't UTF-8, expected it renamed")
 
 
 GROUPS: dict[str, Callable[[], ImageGroup]] = {
