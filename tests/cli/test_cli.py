@@ -157,7 +157,7 @@ def test_a_group_s_address_is_refused():
 
 def test_settings_that_are_none_are_one_sentence(tmp_path):
     """Of a study, a training run, and a manifest that was made elsewhere."""
-    sealed = store._json({"format": 2, "identity": {}, "units": []}, "manifest.json")
+    sealed = store.seals.to_json({"format": 2, "identity": {}, "units": []}, "manifest.json")
     for name, content, arguments, message in (
         ("study.json", b"[]", ("report",), "holds no study's settings"),
         ("study.json", b"{", ("study", "--out"), "can't be read"),

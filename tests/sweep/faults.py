@@ -48,7 +48,7 @@ def claimants(run: Path, seconds: float = 120.0) -> Iterator[int]:
         for file in (run / CLAIMS).glob("[!.]*"):
             # it may be gone by now
             with contextlib.suppress(OSError, ValueError):
-                yield json.loads(file.read_text())["process"]
+                yield json.loads(file.read_bytes().rpartition(b"\n")[0])["process"]
 
 
 def undisturbed(config: SweepConfig, path: Path) -> Path:

@@ -1,8 +1,9 @@
 """Who works on a unit: one at a time, and nobody for ever."""
 
+import datetime
 import io
-import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -83,11 +84,18 @@ def test_a_claim_that_was_taken_over_is_not_released(tmp_path):
     assert list(other.owners()) == ["unit"]
 
 
-def claimed_by(folder, **owner) -> None:
+def said_by(file) -> dict:
+    """What a claim says of its owner."""
+    claim = module._parsed(file.read_bytes(), file.name)
+    assert claim is not None
+    return claim
+
+
+def claimed_by(folder, unit="unit", **owner) -> None:
     """A claim that somebody else has left."""
     stranger = Claims(folder, "theirs")
     stranger._owner |= owner
-    assert stranger.take("unit") is True
+    assert stranger.take(unit) is True
 
 
 def test_a_dead_process_of_this_machine_loses_its_claim_at_once(tmp_path):
@@ -99,7 +107,7 @@ def test_a_dead_process_of_this_machine_loses_its_claim_at_once(tmp_path):
     owner = ours.take("unit")
     assert isinstance(owner, dict)
     assert owner["session"] == "theirs"
-    assert json.loads((tmp_path / "claims" / "unit").read_text())["process"] == os.getpid()
+    assert said_by(tmp_path / "claims" / "unit")["process"] == os.getpid()
 
 
 def test_a_number_that_another_process_has_now_is_no_owner(tmp_path):
@@ -144,8 +152,8 @@ def clock(monkeypatch):
 def counted(folder) -> None:
     """The owner of the claim counts on in it."""
     file = folder / "claims" / "unit"
-    claim = json.loads(file.read_text())
-    file.write_bytes(module._written({**claim, "counted": int(claim["counted"]) + 1}))
+    sealed, _, count = file.read_bytes().rpartition(b"\n")
+    file.write_bytes(sealed + module._last_line(int(count) + 1))
 
 
 @pytest.mark.parametrize("age", [-86400.0, 0.0, 86400.0])
@@ -176,7 +184,7 @@ def test_a_container_of_the_same_name_is_another_machine(tmp_path, clock):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[1]", b"null", b'{"host": "elsewh', b"\xff\xfe", b'{"host": 1}', b"[" * 100_000, None]
+    "content", [b"", b"[1]", b"null", b'{"host": "elsewh', b"\xff\xfe", b'{"host": 1}', b"[" * 100_000, b"sealed", None]
 )
 def test_what_is_no_claim_is_taken_over_after_as_long(tmp_path, clock, content):
     file = tmp_path / "claims" / "unit"
@@ -184,7 +192,8 @@ def test_what_is_no_claim_is_taken_over_after_as_long(tmp_path, clock, content):
     if content is None:
         file.mkdir()
     else:
-        file.write_bytes(content)
+        # whole, so made elsewhere
+        file.write_bytes(module._written({"host": 1}, "unit") if content == b"sealed" else content)
     ours = Claims(tmp_path)
     assert ours.take("unit") is False
     assert list(ours.owners()) == ["unit"]
@@ -200,16 +209,14 @@ def test_claims_are_counted_on_while_their_owner_works(tmp_path, monkeypatch):
     ours = Claims(tmp_path)
     ours.take("unit")
     file = tmp_path / "claims" / "unit"
-    first = json.loads(file.read_bytes())
+    first = said_by(file)
     until = time.monotonic() + 20
-    while int(json.loads(file.read_bytes())["counted"]) < 3 and time.monotonic() < until:
+    while int(file.read_bytes()[-12:]) < 3 and time.monotonic() < until:
         time.sleep(0.01)
-    later = json.loads(file.read_bytes())
-    assert int(later.pop("counted")) >= 3
-    first.pop("counted")
-    assert later == first
+    assert int(file.read_bytes()[-12:]) >= 3
+    assert said_by(file) == first
     # a claim that is somebody else's by now isn't
-    stolen = json.dumps({**first, "token": "another", "counted": ""}).encode()
+    stolen = module._written({**first, "token": "another"}, "unit")
     file.write_bytes(stolen)
     time.sleep(0.1)
     assert file.read_bytes() == stolen
@@ -221,14 +228,20 @@ def test_who_is_waited_for_and_how_long(tmp_path):
     ours, sibling, here = Claims(tmp_path, "ours"), Claims(tmp_path, "ours"), Claims(tmp_path, "other")
     sibling.take("sibling's")
     here.take("here")
+    since = said_by(tmp_path / "claims" / "unit")["since"]
+    now = datetime.datetime.now(datetime.UTC)
+    assert 0 <= (now - datetime.datetime.fromisoformat(since)).total_seconds() < 60
+    begun = said_by(tmp_path / "claims" / "here")["since"]
     assert ours.waits() == {
-        "unit": "process 7 of the machine elsewhere has claimed it; should that claim stay as it is for 120 s, its work"
-        " is done here",
-        "here": f"process {os.getpid()} of this machine has claimed it",
+        "unit": f"process 7 of the machine elsewhere has claimed it since {since}; should that claim stay as it is for"
+        " 120 s, its work is done here",
+        "here": f"process {os.getpid()} of the machine {socket.gethostname()} has claimed it since {begun}",
     }
     owners = ours.owners()
-    assert owners["here"].endswith(f", process {os.getpid()}")
-    assert owners["unit"] == "elsewhere, process 7 (from another machine it can't be told whether it still works)"
+    assert owners["here"].endswith(f", process {os.getpid()}, since {begun}")
+    assert owners["unit"] == (
+        f"elsewhere, process 7, since {since} (from another machine it can't be told whether it still works)"
+    )
 
 
 def test_a_run_says_at_once_whom_it_waits_for(ddpm_directory, tmp_path, monkeypatch):
@@ -237,14 +250,12 @@ def test_a_run_says_at_once_whom_it_waits_for(ddpm_directory, tmp_path, monkeypa
     asked = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60,), fills=(), scores=())
     opened = Opened(asked, Execution(rows=1))
     unit, store = opened.plan.units[0], opened.store(tmp_path / "run")
-    claimed_by(store.path, host="elsewhere", process=7)
-    file = store.path / CLAIMS / "unit"
-    file.rename(file.with_name(unit.id))
+    claimed_by(store.path, unit.id, host="elsewhere", process=7)
     tomorrow = time.time() + 86400
-    os.utime(file.with_name(unit.id), (tomorrow, tomorrow))
+    os.utime(store.path / CLAIMS / unit.id, (tomorrow, tomorrow))
     text = io.StringIO()
     run = run_sweep(asked, store.path, console=Console(file=text))
-    told = f"sweep: waiting for unit {unit.id[:12]} of observations: process 7 of the machine elsewhere has claimed it;"
+    told = f"sweep: waiting for unit {unit.id[:12]} of observations: process 7 of the machine elsewhere has claimed it "
     assert text.getvalue().count(told) == 1
     assert run.complete
 

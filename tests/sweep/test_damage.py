@@ -5,6 +5,7 @@ Bits are flipped one at a time, at random places, in every kind of file that a r
 
 import io
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.claims import Claims
 from headscope.sweep.sheet import write_contact_sheets
 from headscope.sweep.store import CLAIMS, EXECUTION, FAILURES, GENERATED, MANIFEST, TABLES, TENSORS, RunStore
+from headscope.sweep.worker import TRIES
 
 SHARDS = (*TABLES, *TENSORS)
 # the images that the generations are made of
@@ -95,35 +97,82 @@ def test_every_flipped_bit_is_found_before_its_file_is_used(run, kind):
     flip_bits(run, kind, 400)
 
 
-@pytest.mark.parametrize("folder", [FAILURES, CLAIMS])
-def test_flipped_bits_where_no_numbers_are_change_none(run, folder):
-    """Records of failures and claims aren't sealed: damaged ones say something else, or nothing."""
-    expected = run_tables(run)
-    unit = Run.open(run).units[-1]
-    file = min((run / unit["kind"]).iterdir())
-    file.unlink()
+def records(run: Path, tries: int) -> tuple[Path, Path]:
+    """The record of a unit that failed so often and isn't done, and the claim of a process that works on it."""
+    unit = min((run / "attributions").iterdir())
+    unit.unlink()
     store = RunStore(run, Run.open(run).manifest["identity"], {})
-    claims = Claims(run, "theirs")
-    assert claims.take(unit["id"])
-    store.add_failure(unit["id"], "ValueError: a cosmic ray", "theirs")
-    path = run / folder / (f"{unit['id']}.json" if folder == FAILURES else unit["id"])
-    content = path.read_bytes()
-    for place in range(0, len(content), 3):
+    assert Claims(run, "theirs").take(unit.stem) is True
+    for _ in range(tries):
+        store.add_failure(unit.stem, "ValueError: a cosmic ray", "theirs")
+    return run / FAILURES / f"{unit.stem}.json", run / CLAIMS / unit.stem
+
+
+def damages(content: bytes, times: int) -> Iterator[bytes]:
+    """A file with a bit flipped, each in turn, and what else becomes of one."""
+    random = np.random.default_rng(0)
+    for place in random.integers(0, len(content), times).tolist():
         flipped = bytearray(content)
-        flipped[place] ^= 1 << place % 8
-        path.write_bytes(flipped)
-        status = Run.open(run).status()
-        assert set(status.failed) == {unit["id"]}
-        assert set(status.running) <= {unit["id"]}
-        store.failures()
-        Claims(run, "ours").waits()
-    path.write_bytes(content)
-    claims.close()
-    result = CliRunner().invoke(app, ["sweep", "retry", str(run), "--quiet"])
-    assert result.exit_code == 0, result.output
-    assert {kind: table.equals(expected[kind]) for kind, table in run_tables(run).items()} == dict.fromkeys(
-        TABLES, True
-    )
+        flipped[place] ^= 1 << int(random.integers(8))
+        yield bytes(flipped)
+    yield from (b"", content[: len(content) // 2], b"\xff\xfe", b"not JSON", b"[1]", b"null")
+
+
+def flip_records(run: Path, times: int) -> None:
+    record, claim = records(run, TRIES)
+    unit = record.stem
+    said = Run.open(run).status()
+    assert said.failed[unit] == "ValueError: a cosmic ray"
+    store, ours = RunStore(run, Run.open(run).manifest["identity"], {}), Claims(run, "ours")
+    whole = record.read_bytes()
+    for content in damages(whole, times):
+        record.write_bytes(content)
+        opened = Run.open(run)
+        assert opened.status().failed == {unit: f"its record {str(record)!r} is damaged: counts as untried"}
+        assert opened.verify().torn == [f"{FAILURES}/{record.name}"]
+        assert store.failures() == {}
+    record.write_bytes(whole)
+    whole = claim.read_bytes()
+    for content in damages(whole, times):
+        claim.write_bytes(content)
+        running, torn = Run.open(run).status().running, Run.open(run).verify().torn
+        if content[:-12] == whole[:-12]:
+            # all but the count
+            assert (running, torn) == (said.running, [])
+            continue
+        assert running == {unit: "somebody whose claim can't be read"}
+        assert torn == [f"{CLAIMS}/{unit}"]
+        assert f"its claim {str(claim)!r} can't be read" in ours.waits()[unit]
+
+
+def test_a_flipped_bit_in_a_record_or_claim_is_found(run):
+    flip_records(run, 20)
+
+
+@pytest.mark.full
+def test_every_flipped_bit_in_a_record_or_claim_is_found(run):
+    flip_records(run, 400)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_units_of_damaged_records_and_claims_are_done(run, again):
+    """By whoever goes on with the run, and by retry; nobody waits for a claim that retry has dropped."""
+    expected = run_tables(run)
+    record, claim = records(run, TRIES)
+    record.write_bytes(record.read_bytes()[:-1])
+    if again:
+        claim.write_bytes(claim.read_bytes()[:-20])
+        result = CliRunner().invoke(app, ["sweep", "retry", str(run), "--quiet"])
+        assert result.exit_code == 0, result.output
+    else:
+        claim.unlink()
+        said = io.StringIO()
+        config = SweepConfig.from_json(Run.open(run).manifest["config"])
+        run_sweep(config, run, console=Console(file=said, width=1000))
+        assert f"{str(record)!r} is damaged; what failed there counts as untried" in said.getvalue()
+    assert Run.open(run).verify().sound
+    found = run_tables(run)
+    assert {kind: table.equals(expected[kind]) for kind, table in found.items()} == dict.fromkeys(TABLES, True)
 
 
 def run_tables(run: Path) -> dict[str, pl.DataFrame]:

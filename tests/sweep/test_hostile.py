@@ -93,7 +93,7 @@ def manifest_of(run: Path) -> dict:
 
 def rewrite_manifest(run: Path, **entries: object) -> None:
     content = {name: value for name, value in manifest_of(run).items() if name != "seal"}
-    (run / MANIFEST).write_bytes(files._json({**content, **entries}, MANIFEST))
+    (run / MANIFEST).write_bytes(files.seals.to_json({**content, **entries}, MANIFEST))
 
 
 def store_of(run: Path) -> RunStore:
@@ -216,7 +216,7 @@ def test_no_text_of_a_run_is_markup_in_its_report(run, outside):
         site["name"] += EVIL
     manifest["config"]["seed"], manifest["timesteps"] = 0, [EVIL]
     del manifest["seal"]
-    (run / MANIFEST).write_bytes(files._json(manifest, MANIFEST))
+    (run / MANIFEST).write_bytes(files.seals.to_json(manifest, MANIFEST))
     assert "report.html" in looked_at(run, outside)["report"].replace("\n", "")
     assert "alert" in (run / "report.html").read_text()
     after = Scripts(run / "report.html").elements
@@ -342,7 +342,9 @@ def test_what_files_say_doesn_t_steer_the_terminal(run, outside):
     unit = next(unit["id"] for unit in manifest_of(run)["units"] if unit["kind"] == "ablations")
     (run / "ablations" / f"{unit}.parquet").unlink()
     (run / FAILURES).mkdir(exist_ok=True)
-    (run / FAILURES / f"{unit}.json").write_text(json.dumps([{"error": steering, "death": False, "session": ""}]))
+    tries = [{"error": steering, "death": False, "session": ""}]
+    record = files.seals.to_json({"tries": tries}, f"{FAILURES}/{unit}.json")
+    (run / FAILURES / f"{unit}.json").write_bytes(record)
     (run / "ablations" / f"{steering.replace('/', '')}.parquet").write_text("")
     for text in looked_at(run, outside).values():
         assert not set(text) & set("\x1b\x07\u202e")

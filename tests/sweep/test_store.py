@@ -13,7 +13,6 @@ import torch
 
 from headscope._files import write_atomic
 from headscope.sweep import Run, seals
-from headscope.sweep import store as store_module
 from headscope.sweep.fitting import Fit
 from headscope.sweep.store import EXECUTION, MANIFEST, RunStore
 from sweep.races import begin_many, share
@@ -129,7 +128,7 @@ def test_unreadable_runs_say_why(tmp_path):
 )
 def test_manifests_that_list_no_units_are_refused(tmp_path, units):
     """One that was made elsewhere, whole as its checksum says, may say anything."""
-    (tmp_path / MANIFEST).write_bytes(store_module._json({"format": 2, "identity": {}, "units": units}, MANIFEST))
+    (tmp_path / MANIFEST).write_bytes(seals.to_json({"format": 2, "identity": {}, "units": units}, MANIFEST))
     with pytest.raises(ValueError, match=r"manifest\.json' is damaged"):
         Run.open(tmp_path)
 
@@ -155,15 +154,18 @@ def test_what_is_no_manifest_is_one_sentence(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b"[3]", b"\xff", b'[{"error": "", "death": false}]'])
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{}", b"[3]", b"\xff", b"", {"tries": []}, {"tries": [3]}, {}])
 def test_what_is_no_record_of_failures_is_none(tmp_path, content):
     """The unit counts as not tried, and the next failure is recorded in its place."""
     store = RunStore(tmp_path, IDENTITY, {}, UNITS)
     record = tmp_path / "failures" / f"{ABC}.json"
     record.parent.mkdir()
+    if isinstance(content, dict):
+        # whole, so made elsewhere
+        content = seals.to_json(content, f"failures/{ABC}.json")
     record.write_bytes(content)
     assert store.failures() == {}
-    assert Run.open(tmp_path).status().failed == {ABC: f"its record {str(record)!r} can't be read"}
+    assert Run.open(tmp_path).status().failed == {ABC: f"its record {str(record)!r} is damaged: counts as untried"}
     store.add_failure(ABC, "ValueError: no", "session")
     assert [entry["error"] for entry in store.failures()[ABC]] == ["ValueError: no"]
     record.write_bytes(content)
@@ -220,8 +222,7 @@ def test_how_many_rows_go_at_once_is_measured_again_where_that_was_lost(tmp_path
 def test_how_many_rows_go_at_once_is_measured_again_where_it_is_none(tmp_path, content):
     """Whole, so made elsewhere: of no rows, work would never end."""
     store = RunStore(tmp_path, IDENTITY, {}, UNITS)
-    text = json.dumps({"seal": seals.blank(EXECUTION), **content})
-    (tmp_path / EXECUTION).write_bytes(b"".join(seals.sealed(text.encode(), ".json")))
+    (tmp_path / EXECUTION).write_bytes(seals.to_json(content, EXECUTION))
     assert store.fit() is None
     assert store.fit(Fit(32, 4)) == store.fit() == Fit(32, 4)
 

@@ -1,16 +1,16 @@
 """Who works on which unit, so that several processes, on several machines, can share a run directory.
 
-A claim is a small file named after the unit, made only where none is. It says who made it, and its owner counts on in
-it while it works. A claim whose owner is gone may be taken over: on this machine that is known at once; of another
-machine's, and of one that can't be read, once it has stayed as it is for two minutes. These are minutes of the process
-that waits, from its first look at the claim: clocks of different machines and file servers are never compared.
+A claim is a small file named after the unit, made only where none is. It is sealed JSON that says who made it, and a
+number below, on which its owner counts while it works. A claim whose owner is gone may be taken over: on this machine
+that is known at once; of another machine's, and of one that can't be read, once it has stayed as it is for two minutes.
+These are minutes of the process that waits, from its first look at the claim: clocks of different machines and file
+servers are never compared.
 
 Claims save work, they don't guard numbers: if two processes ever compute one unit, both write the same file.
 """
 
 import contextlib
-import errno
-import json
+import datetime
 import os
 import shutil
 import socket
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope._files import read_plain, write_first
+from headscope.sweep import seals
 from headscope.sweep.store import CLAIMS
 
 # seconds
@@ -70,7 +71,7 @@ class Claims:
             if not aside.exists():
                 return False
         try:
-            if _token(_content(aside)) == owner.get("token"):
+            if _token(_content(aside), unit) == owner.get("token"):
                 return owner if self._make(file) else False
             # somebody was quicker, and this is the claim that they have made since
             write_first(file, aside.read_bytes(), lasting=False)
@@ -86,7 +87,7 @@ class Claims:
         """Give up a claim, unless somebody has taken it over meanwhile."""
         file = self._folder / unit
         claim = self._held.pop(file, None)
-        if claim is not None and _token(_content(file)) == claim["token"]:
+        if claim is not None and _token(_content(file), unit) == claim["token"]:
             file.unlink(missing_ok=True)
 
     def owners(self) -> dict[str, str]:
@@ -96,7 +97,7 @@ class Claims:
             if owner is None:
                 found[file.name] = "somebody whose claim can't be read"
                 continue
-            found[file.name] = f"{owner['host']}, process {owner['process']}"
+            found[file.name] = f"{owner['host']}, process {owner['process']}, since {owner['since']}"
             if not self._is_here(owner):
                 found[file.name] += " (from another machine it can't be told whether it still works)"
         return found
@@ -109,10 +110,16 @@ class Claims:
             if owner is None:
                 found[file.name] = f"its claim {str(file)!r} can't be read{patience}"
             elif owner["session"] != self._owner["session"]:
-                here = self._is_here(owner)
-                place = "this machine" if here else f"the machine {owner['host']}"
-                found[file.name] = f"process {owner['process']} of {place} has claimed it{'' if here else patience}"
+                found[file.name] = (
+                    f"process {owner['process']} of the machine {owner['host']} has claimed it since {owner['since']}"
+                    f"{'' if self._is_here(owner) else patience}"
+                )
         return found
+
+    def damaged(self) -> list[Path]:
+        """The claims that can't be read."""
+        contents = {file: _content(file) for file in self._files()}
+        return [file for file, said in contents.items() if said is not None and _parsed(said, file.name) is None]
 
     def close(self) -> None:
         """Release what is held."""
@@ -121,8 +128,10 @@ class Claims:
             self.release(file.name)
 
     def _make(self, file: Path) -> bool:
-        claim = {**self._owner, "token": uuid.uuid4().hex, "counted": 0}
-        if file.exists() or not write_first(file, _written(claim), lasting=False):
+        # by this machine's clock, for people: nothing is decided by it
+        since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        claim = {**self._owner, "since": since, "token": uuid.uuid4().hex}
+        if file.exists() or not write_first(file, _written(claim, file.name), lasting=False):
             return False
         self._held[file] = claim
         self._watched.pop(file.name, None)
@@ -132,23 +141,27 @@ class Claims:
         return True
 
     def _count(self) -> None:
+        counted = 0
         while not self._stop.wait(COUNTED_EVERY):
+            counted += 1
             for file, claim in list(self._held.items()):
                 with contextlib.suppress(OSError), file.open("r+b") as opened:
-                    if _token(opened.read()) == claim["token"]:
-                        claim["counted"] += 1
-                        opened.seek(0)
-                        # as long as before: nothing is cut off, whenever it is read
-                        opened.write(_written(claim))
+                    content = opened.read()
+                    if _token(content, file.name) == claim["token"]:
+                        opened.seek(content.rindex(b"\n"))
+                        opened.write(_last_line(counted))
 
     def _claimed(self) -> list[tuple[Path, dict[str, Any] | None]]:
         """All claims but those whose owner is gone, with their owners."""
         found = []
-        for file in sorted(self._folder.glob("[!.]*")):
+        for file in self._files():
             content = _content(file)
             if content is not None and self._abandoned(file) is None:
-                found.append((file, _parsed(content)))
+                found.append((file, _parsed(content, file.name)))
         return found
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("[!.]*"))
 
     def _is_here(self, owner: dict[str, Any]) -> bool:
         """Whether this process can look up whether that one runs."""
@@ -160,7 +173,7 @@ class Claims:
         if content is None:
             self._watched.pop(file.name, None)
             return None
-        owner = _parsed(content)
+        owner = _parsed(content, file.name)
         if owner is not None and self._is_here(owner):
             return owner if _beginning(owner["process"]) != owner["began"] else None
         now = time.monotonic()
@@ -172,34 +185,43 @@ class Claims:
         return (owner or {"session": ""}) if now - since > ABANDONED_AFTER else None
 
 
-def _written(claim: dict[str, Any]) -> bytes:
-    return json.dumps({**claim, "counted": f"{claim['counted']:012d}"}).encode()
+def _written(claim: dict[str, Any], unit: str) -> bytes:
+    return seals.to_json(claim, _name(unit)) + _last_line(0)
+
+
+def _last_line(number: int) -> bytes:
+    """A claim's last line, which is written over and always as long: nothing is cut off, whenever it is read."""
+    return b"\n%012d" % number
+
+
+def _name(unit: str) -> str:
+    """What a unit's claim is sealed under."""
+    return f"{CLAIMS}/{unit}"
 
 
 def _content(file: Path) -> bytes | None:
+    """A claim's content; None where there is none, empty where something is there and can't be read."""
     try:
         return read_plain(file)
-    except OSError as error:
-        # something else in a claim's place is a claim that can't be read
-        return b"" if error.errno == errno.EINVAL else None
+    except FileNotFoundError:
+        return b"" if file.is_symlink() else None
+    except OSError:
+        return b""
 
 
-def _parsed(content: bytes) -> dict[str, Any] | None:
-    """What a claim says; None where that isn't one."""
-    try:
-        claim = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    texts = ("host", "machine", "session", "token")
-    if not isinstance(claim, dict) or not all(isinstance(claim.get(name), str) for name in texts):
+def _parsed(content: bytes, unit: str) -> dict[str, Any] | None:
+    """What a unit's claim says; None where that isn't one."""
+    claim = seals.from_json(content.rpartition(b"\n")[0], _name(unit))
+    texts = ("host", "machine", "session", "token", "since")
+    if claim is None or not all(isinstance(claim.get(name), str) for name in texts):
         return None
     fits = isinstance(claim.get("process"), int) and isinstance(claim.get("began", 0), (str, type(None)))
     return claim if fits else None
 
 
-def _token(content: bytes | None) -> str | None:
+def _token(content: bytes | None, unit: str) -> str | None:
     """What tells one claim of a unit from every other."""
-    claim = _parsed(content) if content is not None else None
+    claim = _parsed(content, unit) if content is not None else None
     return claim["token"] if claim is not None else None
 
 

@@ -1,6 +1,7 @@
 """Reading a run: its tables, how far it is, and whether its files are whole."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from headscope.sweep.store import (
     TENSORS,
     check_folders,
     check_whole,
+    damaged_failures,
     file_problem,
     read_manifest,
     read_tries,
@@ -65,7 +67,8 @@ class Verification:
     Attributes:
         rows: kind: rows of its finished units.
         missing: units without a file, as kind/unit.
-        torn: files that aren't whole: the next run into the directory computes them again.
+        torn: files that aren't whole: the next run into the directory computes them again, and takes units for untried
+            or unclaimed whose record of failures or claim is one.
         foreign: files that aren't this run's.
         leftovers: temporary files of processes that were killed.
     """
@@ -163,9 +166,11 @@ class Run:
         failed = {}
         for unit in unfinished:
             record = self.path / FAILURES / f"{unit}.json"
-            if record.is_file():
-                tries = read_tries(record)
-                failed[unit] = tries[-1]["error"] if tries else f"its record {str(record)!r} can't be read"
+            tries = read_tries(record)
+            if tries is None:
+                failed[unit] = f"its record {str(record)!r} is damaged: counts as untried"
+            elif tries:
+                failed[unit] = tries[-1]["error"]
         running = {unit: owner for unit, owner in Claims(self.path).owners().items() if unit in set(unfinished)}
         return Status(units, (forwards[0], forwards[1]), failed, running)
 
@@ -195,9 +200,9 @@ class Run:
     def mend(self) -> None:
         """Let units that failed too often be tried again, and drop damaged files, so that they are computed anew."""
         for record in (self.path / FAILURES).glob("*.json"):
-            record.unlink()
+            _drop(record)
         for name in self.verify().torn:
-            (self.path / name).unlink()
+            _drop(self.path / name)
 
     def verify(self) -> Verification:
         """Check every file of the run against the checksum in it."""
@@ -223,6 +228,8 @@ class Run:
                 found.leftovers.append(_relative(path, self.path))
             elif path not in known:
                 found.foreign.append(_relative(path, self.path))
+        damaged = (*damaged_failures(self.path), *Claims(self.path).damaged())
+        found.torn.extend(_relative(file, self.path) for file in damaged)
         return found
 
     def _problem(self, unit: dict[str, Any]) -> str | None:
@@ -257,6 +264,15 @@ def as_written(run: Run) -> Iterator[None]:
 def _check_all(files: list[Path]) -> None:
     for file in files:
         check_whole(file)
+
+
+def _drop(path: Path) -> None:
+    """Remove what another process may have removed by now."""
+    if path.is_dir() and not path.is_symlink():
+        # in a file's place
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -26,7 +26,7 @@ from headscope.sweep.memory import borrowed
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
 from headscope.sweep.run import Run
-from headscope.sweep.store import CLAIMS, RunStore, unit_file
+from headscope.sweep.store import CLAIMS, RunStore, damaged_failures, unit_file
 from headscope.sweep.worker import Execution, Opened, WorkOrder, work
 
 
@@ -136,6 +136,8 @@ def _run(
     with progress(units) as shown:
         if store.rebuilt:
             shown.say(f"{store.rebuilt}; written anew from the plan, results that are whole are kept")
+        for file in damaged_failures(store.path):
+            shown.say(f"{str(file)!r} is damaged; what failed there counts as untried")
         for unit in units:
             if (unit.kind, unit.id) in listed:
                 if store.has(unit.kind, unit.id):

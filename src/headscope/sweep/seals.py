@@ -13,11 +13,13 @@ guards against faulty disks and copies, not against forgers.
 """
 
 import errno
+import json
 import os
 import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from headscope._files import open_plain
 
@@ -47,6 +49,29 @@ def sealed(content: bytes, suffix: str) -> tuple[memoryview, bytes, memoryview]:
     place = start + seal.end() - DIGITS
     before, after = whole[:place], whole[place + DIGITS :]
     return before, b"%08x" % zlib.crc32(after, zlib.crc32(before)), after
+
+
+def to_json(content: dict[str, Any], name: str) -> bytes:
+    """Sealed JSON: an object with the seal before all else."""
+    text = json.dumps({"seal": blank(name), **content}, indent=1)
+    return b"".join(sealed(text.encode(), ".json"))
+
+
+def from_json(content: bytes, name: str) -> dict[str, Any] | None:
+    """The object that `to_json` wrote under that name, its seal included; None where these aren't its bytes."""
+    seal = _found(content, ".json")
+    if seal is None or seal[1] != name.encode():
+        return None
+    place = seal.end() - DIGITS
+    checksum = zlib.crc32(content[place + DIGITS :], zlib.crc32(content[:place]))
+    if seal[0][-DIGITS:] != b"%08x" % checksum:
+        return None
+    # a whole one may have been made elsewhere
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def problem(path: Path, name: str) -> str | None:

@@ -15,7 +15,7 @@
     jobs/                               what Slurm's jobs say
 
 A file is written under a temporary name, flushed to disk and renamed. A unit is done when its file is there and whole,
-as the checksum in it says (`seals`): all but the failures and claims, which hold no numbers, are sealed.
+as the checksum in it says (`seals`), which all of them carry but Slurm's.
 """
 
 import contextlib
@@ -81,7 +81,8 @@ class RunStore:
         self.path = path
         self.rebuilt: str | None = None
         manifest = path / MANIFEST
-        content = _json({"format": FORMAT, "identity": identity, **description, "units": list(units)}, MANIFEST)
+        said = {"format": FORMAT, "identity": identity, **description, "units": list(units)}
+        content = seals.to_json(said, MANIFEST)
         if not manifest.is_file():
             # a run killed while its manifest was being written has left nothing but that
             strange = path.exists() and not (path.is_dir() and all(map(_is_beginning, path.iterdir())))
@@ -170,27 +171,24 @@ class RunStore:
         if measured is not None:
             if file.is_file() and self.fit() is None:
                 file.unlink(missing_ok=True)
-            write_first(file, _json({"rows": measured.rows, "clean": measured.clean}, EXECUTION))
-        if seals.problem(file, EXECUTION) is not None:
+            write_first(file, seals.to_json({"rows": measured.rows, "clean": measured.clean}, EXECUTION))
+        found = _read_json(file, EXECUTION)
+        if not found:
             return None
-        found = json.loads(file.read_text())
         rows, clean = found.get("rows"), found.get("clean")
         # a whole one may have been made elsewhere; of no rows, work would never end
-        whole = all(isinstance(number, int) for number in (rows, clean)) and rows >= 1 and clean >= 0
-        return Fit(rows, clean) if whole else None
+        if isinstance(rows, int) and isinstance(clean, int) and rows >= 1 and clean >= 0:
+            return Fit(rows, clean)
+        return None
 
     def failures(self) -> dict[str, list[dict[str, Any]]]:
-        """Of every unit that went wrong, its tries, first to last."""
-        found = {}
-        for file in sorted((self.path / FAILURES).glob("*.json")):
-            tries = read_tries(file)
-            if tries:
-                found[file.stem] = tries
-        return found
+        """Of every unit that went wrong, its tries, first to last. A damaged record counts as none."""
+        return {file.stem: tries for file in _records(self.path) if (tries := read_tries(file))}
 
     def add_failure(self, unit: str, error: str, session: str, death: bool = False) -> None:
         """Record that a unit went wrong, or that the process working on it died."""
-        tries = self.failures().get(unit, [])
+        file = self.path / FAILURES / f"{unit}.json"
+        tries = read_tries(file) or []
         tries.append(
             {
                 "error": error,
@@ -201,7 +199,7 @@ class RunStore:
                 "process": os.getpid(),
             }
         )
-        write_atomic(self.path / FAILURES / f"{unit}.json", json.dumps(tries, indent=2).encode())
+        write_atomic(file, seals.to_json({"tries": tries}, _name(file)))
 
     def clear_failure(self, unit: str) -> None:
         (self.path / FAILURES / f"{unit}.json").unlink(missing_ok=True)
@@ -214,13 +212,32 @@ def check_folders(run: Path) -> None:
             raise ValueError(f"run: {str(run / name)!r} is a link, expected a folder of the run's own")
 
 
-def read_tries(file: Path) -> list[dict[str, Any]]:
-    """A unit's record of what went wrong, try by try; empty where the file is none, as if it had not been tried."""
+def read_tries(file: Path) -> list[dict[str, Any]] | None:
+    """A unit's record of what went wrong, try by try: empty where there is none, None where it is damaged."""
+    record = _read_json(file, _name(file))
+    if not record:
+        return [] if record is None else None
+    tries = record.get("tries")
+    return tries if isinstance(tries, list) and tries and all(map(_is_try, tries)) else None
+
+
+def damaged_failures(run: Path) -> list[Path]:
+    """A run's records of failures that say nothing any more."""
+    return [file for file in _records(run) if read_tries(file) is None]
+
+
+def _records(run: Path) -> list[Path]:
+    return sorted((run / FAILURES).glob("*.json"))
+
+
+def _read_json(file: Path, name: str) -> dict[str, Any] | None:
+    """What a sealed JSON file says: None where there is none, empty where it is damaged or can't be read."""
     try:
-        tries = json.loads(read_plain(file))
-    except (OSError, ValueError, RecursionError):
-        return []
-    return tries if isinstance(tries, list) and all(map(_is_try, tries)) else []
+        return seals.from_json(read_plain(file), name) or {}
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return {}
 
 
 def _is_try(entry: Any) -> bool:
@@ -315,11 +332,6 @@ def _is_unit(unit: dict[str, Any]) -> bool:
 def _name(path: Path) -> str:
     """What a unit's file is sealed under: its place in the run."""
     return f"{path.parent.name}/{path.name}"
-
-
-def _json(content: dict[str, Any], name: str) -> bytes:
-    text = json.dumps({"seal": seals.blank(name), **content}, indent=1)
-    return b"".join(seals.sealed(text.encode(), ".json"))
 
 
 def _write_sealed(path: Path, content: bytes) -> None:
