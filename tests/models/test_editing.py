@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import PNDMScheduler
 
 import tiny
 from headscope import HeadEdit, Patch, Scope, Where, attention
@@ -157,6 +158,41 @@ def test_resampling_from_other_samples(unet, sample):
         assert largest(run(unet, sample), run_unedited(scope, unet, sample)) <= 1e-5
     with pytest.raises(ValueError, match="of its 3 samples"), scope.edit({site.name: [0]}, fill=recording.take([5])):
         run(unet, sample)
+
+
+def test_steps_of_one_timestep_are_patched_with_their_own(diffusion):
+    """PNDM's schedule has a timestep twice. What a run had, put into its own steps, changes nothing."""
+    scheduler = PNDMScheduler.from_config(diffusion.scheduler.config, skip_prk_steps=True)
+    pipeline = diffusion.from_pipe(diffusion, scheduler=scheduler)
+    scope = Scope(pipeline)
+    with scope.record("head_output", "q", reduce=None) as recording:
+        stock = draw(pipeline, num_inference_steps=3)
+    timesteps = pipeline.scheduler.timesteps.tolist()
+    twice = max(timesteps, key=timesteps.count)
+    first, second = (recording.samples("q", scope.sites[0].name, 0, twice, "cond", visit) for visit in (0, 1))
+    assert first.shape == second.shape
+    assert largest(first, second) > 1e-6
+    mean = recording.mean("q", scope.sites[0].name, 0, twice, "cond")
+    assert largest(mean, torch.cat([first, second]).mean(0)) <= 1e-6
+    for change, fill in (([0], recording), (Patch(q=recording), None)):
+        with scope.edit({"*": change}, fill=fill):
+            assert largest(draw(pipeline, num_inference_steps=3), stock) <= 1e-6
+
+
+def test_of_several_runs_the_one_that_is_meant_is_named(unet, sample):
+    scope = Scope(unet)
+    name = scope.sites[0].name
+    with scope.record("head_output", reduce=None) as recording:
+        run(unet, sample[:1])
+        run(unet, sample[1:2])
+    message = r"it has 2 samples of head_output .*, and the batch 1; say which with recording\.take"
+    with pytest.raises(ValueError, match=message), scope.edit({name: [0]}, fill=recording):
+        run(unet, sample[1:2])
+    with scope.edit({name: [0]}, fill=recording.take([1])):
+        assert largest(run(unet, sample[1:2]), run_unedited(scope, unet, sample[1:2])) <= 1e-6
+    for bad, error in (([-1], ValueError), ([], ValueError), ([True], TypeError), ("01", TypeError)):
+        with pytest.raises(error, match="samples: got"):
+            recording.take(bad)
 
 
 def test_a_mean_is_of_all_that_was_recorded_by_then(unet, sample):

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import torch.nn.functional as functional
 
 import tiny
 from headscope import GroupMass, Recording, Scope
@@ -155,6 +156,64 @@ def test_xarray(unet, sample, monkeypatch):
     for row in table.sample(5, seed=0).iter_rows(named=True):
         place = {name: row[name] for name in ("forward", "site", "call", "sample", "head", "query_group")}
         assert float(data["entropy_mean"].sel(place).squeeze()) == row["entropy_mean"]
+
+
+def test_xarray_has_the_timestep_of_each_sample(unet, sample):
+    pytest.importorskip("xarray")
+    with Scope(unet).record("entropy") as recording:
+        run(unet, sample, torch.tensor([1, 2, 3]))
+        run(unet, sample, 4)
+    timesteps = recording.to_xarray()["timestep"]
+    assert timesteps.dims == ("forward", "branch", "sample")
+    assert timesteps.values[:, 0].tolist() == [[1.0, 2.0, 3.0], [4.0, 4.0, 4.0]]
+
+
+def test_a_timestep_is_what_it_was_when_the_forward_ran(unet, sample):
+    """A loop of the user's own may count in one tensor."""
+    timestep = torch.tensor([9.0])
+    with Scope(unet).record("entropy", "head_output") as recording:
+        for _ in range(2):
+            run(unet, sample, timestep)
+            timestep -= 2
+    table = recording.to_polars().select("forward", "timestep").unique().sort("forward")
+    assert list(table.iter_rows()) == [(0, 9.0), (1, 7.0)]
+
+
+class Timeless(torch.nn.Module):
+    """Attention in a model that may go without a timestep."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, tokens, timestep=None):
+        return self.attention(tokens)
+
+
+class Attention(torch.nn.Module):
+    heads = 2
+
+    def forward(self, tokens):
+        query = tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return functional.scaled_dot_product_attention(query, query, query).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("arguments", [(), (None,)])
+def test_models_without_a_timestep(arguments, tmp_path):
+    model = Timeless()
+    scope = Scope(model)
+    first, second = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(1))
+    with scope.record("head_output", "entropy") as recording:
+        outputs = [model(first, *arguments), model(second, *arguments)]
+    assert np.isnan(recording.to_polars()["timestep"].to_numpy()).all()
+    mean = torch.cat(outputs).unflatten(-1, (2, -1)).transpose(1, 2).mean(0)
+    recording.save(tmp_path)
+    for found in (recording, Recording.load(tmp_path), Recording.from_tensors(recording.to_tensors())):
+        assert torch.allclose(found.mean_head_output("attention", 0, float("nan"), None), mean, atol=1e-6)
+        with scope.edit({"attention": [0]}, fill=found):
+            edited = model(first, *arguments)
+        assert torch.allclose(edited[..., :4], mean[0].expand(2, 5, 4), atol=1e-6)
+        assert torch.allclose(edited[..., 4:], outputs[0][..., 4:], atol=1e-6)
 
 
 def test_steps_are_the_pipelines_in_every_call(diffusion):

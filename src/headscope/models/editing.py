@@ -294,7 +294,12 @@ class _RowMap:
                 found = recording.tensors.placed_mean(key, self.device, self._dtype)[None]
                 pieces.append(found.expand(len(samples), -1, -1, -1, -1))
                 continue
-            found = recording.tensors.samples(key)
+            found = recording.tensors.samples(key._replace(visit=forward.visit))
+            if chosen is None and found.shape[0] != forward.samples:
+                raise ValueError(
+                    f"recording: it has {found.shape[0]} samples of {key}, and the batch {forward.samples}; say which"
+                    " with recording.take([...])"
+                )
             picked = tuple(range(forward.samples)) if chosen is None else chosen
             picked = picked * forward.samples if len(picked) == 1 else picked
             if len(picked) != forward.samples or max(picked, default=0) >= found.shape[0]:

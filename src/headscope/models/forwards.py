@@ -1,5 +1,6 @@
 """One forward of the denoiser: where in the pipeline it is, and which guidance branch each sample belongs to."""
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,23 @@ class Progress(NamedTuple):
     passes: int = 0
 
 
+class Schedule:
+    """What a pipeline's call iterates over.
+
+    Args:
+        timesteps: of every step: a tensor, an array, or a list of numbers.
+    """
+
+    def __init__(self, timesteps: Any) -> None:
+        self.timesteps = timesteps
+
+    @cached_property
+    def visits(self) -> list[int]:
+        """Of each step, how many before it have its timestep. Read back from the device once."""
+        known = self.timesteps.tolist() if hasattr(self.timesteps, "tolist") else list(self.timesteps)
+        return [known[:step].count(timestep) for step, timestep in enumerate(known)]
+
+
 @dataclass(eq=False)
 class Forward:
     """One forward of the denoiser.
@@ -96,7 +114,7 @@ class Forward:
         calls: how far each site's attention is.
         totals: how far it came, once the forward has ended. What still runs of it then runs a second time, for
             the backward of a checkpoint, and is not recorded again.
-        schedule: what the pipeline's call iterates over, by which forwards of one call are told from another's.
+        schedule: the pipeline's, one object for all forwards of a call; None where no pipeline counts.
         guided: the call had guidance branches, in this forward or an earlier one.
         prompts: those that the pipeline was called with, by the name of the argument; None where no call is running.
     """
@@ -108,7 +126,7 @@ class Forward:
     geometry: Geometry
     calls: dict[str, Progress] = field(default_factory=dict)
     totals: dict[str, Progress] | None = None
-    schedule: object = None
+    schedule: Schedule | None = None
     guided: bool = False
     prompts: Mapping[str, Sequence[str]] | None = None
 
@@ -129,6 +147,14 @@ class Forward:
             ValueError: the samples have different timesteps.
         """
         return single(self.timestep.tolist())
+
+    @property
+    def visit(self) -> int:
+        """How many earlier steps of the call have this step's timestep: PNDM's and Heun's schedules repeat some."""
+        if self.schedule is None or self.step is None:
+            return 0
+        visits = self.schedule.visits
+        return visits[self.step] if self.step < len(visits) else 0
 
     def step_since(self, first_forward: int) -> int:
         """The pipeline's step, or the number of forwards since `first_forward` where there is none."""
@@ -163,12 +189,17 @@ class Forward:
         return self.branches[sample // self.samples]
 
 
+def comparable(timestep: float) -> float:
+    """The timestep; where a model has none, the one NaN that equals itself as a dictionary's key."""
+    return math.nan if math.isnan(timestep) else float(timestep)
+
+
 def single(timesteps: list[float]) -> float:
     """The timestep that all of them are."""
-    values = set(timesteps)
+    values = set(map(comparable, timesteps))
     if len(values) != 1:
         raise ValueError(f"timestep: got {len(values)} different ones in a batch, expected one for means over samples")
-    return float(values.pop())
+    return values.pop()
 
 
 def begin_forward(
@@ -187,7 +218,8 @@ def begin_forward(
         before: the forward before it, if the scope saw one.
     """
     geometry = Geometry.of(denoiser, arguments)
-    timestep = arguments.get("timestep", arguments.get("t", torch.nan))
+    given = (arguments.get(name) for name in ("timestep", "t"))
+    timestep = next((value for value in given if value is not None), torch.nan)
     timestep = torch.as_tensor(timestep).detach().reshape(-1)
     # a timestep per token or frame, as some video models take it: the first of each sample
     if timestep.numel() not in (1, geometry.batch):
@@ -200,15 +232,18 @@ def begin_forward(
     scheduled = call.get("t")
     if step is not None and isinstance(scheduled, Tensor) and scheduled.numel() == 1:
         timestep = scheduled.reshape(-1)
-    schedule = call["timesteps"] if step is not None else None
-    # schedulers make a new one for every call; one that is given again starts again
-    if before is not None and (schedule is None or before.schedule is not schedule or (before.step or 0) > (step or 0)):
-        before = None
+    timesteps = call["timesteps"] if step is not None else None
+    schedule = None if before is None else before.schedule
+    # schedulers make new timesteps for every call; those that are given again start again
+    if before is None or schedule is None or schedule.timesteps is not timesteps or (before.step or 0) > (step or 0):
+        before, schedule = None, None if timesteps is None else Schedule(timesteps)
     earlier = None if before is None else before.branches
     was_guided = before is not None and before.guided
     branches = branches_of(pipeline, call, geometry.batch, arguments, cache_context, earlier, was_guided)
     guided = branches != (None,) or was_guided
     prompts = _prompts(call) if call else None
+    # read when a table is made: until then, a loop may count on in the tensor that it gave
+    timestep = timestep.clone()
     return Forward(index, step, timestep, branches, geometry, schedule=schedule, guided=guided, prompts=prompts)
 
 

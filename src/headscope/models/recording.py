@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
@@ -244,28 +245,45 @@ class Recording:
         Raises:
             KeyError: nothing was recorded for this site, call, timestep and branch.
         """
-        mean = self.tensors.mean(Key(quantity, site, call, float(timestep), branch))
+        mean = self.tensors.mean(Key.of(quantity, site, call, timestep, branch))
         return mean[0] if mean.shape[0] == 1 else mean
 
     def mean_head_output(self, site: str, call: int, timestep: float, branch: str | None) -> Tensor:
         """`mean("head_output", ...)`."""
         return self.mean(HEAD_OUTPUT, site, call, timestep, branch)
 
-    def samples(self, quantity: str, site: str, call: int, timestep: float, branch: str | None = None) -> Tensor:
+    def samples(
+        self, quantity: str, site: str, call: int, timestep: float, branch: str | None = None, visit: int = 0
+    ) -> Tensor:
         """head_output, q, k or v of every recorded sample, [samples, heads, tokens, dim], in the model's dtype.
+
+        Args:
+            visit: how many earlier steps of the pipeline's call had this timestep (PNDM's and Heun's schedules repeat
+                some).
 
         Raises:
             KeyError: nothing was recorded for this site, call, timestep and branch.
             ValueError: the recording holds means.
         """
-        found = self.tensors.samples(Key(quantity, site, call, float(timestep), branch))
+        found = self.tensors.samples(Key.of(quantity, site, call, timestep, branch, visit))
         return found[:, 0] if found.shape[1] == 1 else found
 
     def take(self, samples: Sequence[int]) -> "Resampled":
         """A fill or patch that gives row i of a batch what sample `samples[i]` of this recording had.
 
         A single index serves every row.
+
+        Raises:
+            TypeError: an index that is no whole number.
+            ValueError: a negative one, or none.
         """
+        for index in samples:
+            if isinstance(index, bool) or not isinstance(index, Integral):
+                raise TypeError(f"samples: got an entry {index!r} of type {type(index).__name__}, expected indices")
+            if index < 0:
+                raise ValueError(f"samples: got {index}, expected indices from 0")
+        if not len(samples):
+            raise ValueError("samples: got none, expected one per row, or one for all")
         return Resampled(self, tuple(samples))
 
     # tables
@@ -301,7 +319,8 @@ class Recording:
 
         A variable per statistic and reduction, with dimensions forward, site, call, branch, sample, head, query_group
         and frame, NaN where the model has no such number (sites differ in their heads and groups); coordinates step and
-        timestep along forward. Lists (statistics of several numbers, every query's value) are left to `to_arrow`.
+        timestep along forward (timestep along branch and sample as well, where a batch has several). Lists (statistics
+        of several numbers, every query's value) are left to `to_arrow`.
 
         Raises:
             ImportError: xarray is not installed; the message names the extra.
@@ -389,14 +408,14 @@ class Recording:
             # files of earlier versions don't say
             recording.reused = [Reused(*entry) for entry in settings.get("reused", ())]
             for name in file.keys():  # noqa: SIM118
-                recording.tensors.put(Key(*json.loads(name)), file.get_tensor(name))
+                recording.tensors.put(Key.of(*json.loads(name)), file.get_tensor(name))
         recording._loaded, recording._read = table, True
         return recording
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The mean head outputs, named for safetensors; `from_tensors` is the inverse."""
         return {
-            "|".join((key.site, str(key.call), repr(key.timestep), key.branch or "")): self.mean(*key)
+            "|".join((key.site, str(key.call), repr(key.timestep), key.branch or "")): self.mean(*key[:5])
             .cpu()
             .contiguous()
             for key in self.tensors.kept()
@@ -410,7 +429,7 @@ class Recording:
         recording._read = True
         for name, tensor in tensors.items():
             site, call, timestep, branch = name.split("|")
-            key = Key(HEAD_OUTPUT, site, int(call), float(timestep), branch or None)
+            key = Key.of(HEAD_OUTPUT, site, int(call), float(timestep), branch or None)
             # [heads, queries, dim], or with the rows per sample in front
             recording.tensors.put(key, tensor[None, None] if tensor.ndim == 3 else tensor[None])
         return recording

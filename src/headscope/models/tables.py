@@ -207,7 +207,15 @@ def build_dataset(table: "pyarrow.Table", xarray: Any) -> Any:
         array[flat] = table[name].to_numpy()
         variables[name] = (_KEYS, array.reshape(shape))
     for name in ("step", "timestep"):
-        along = np.zeros(shape[0], table[name].to_numpy().dtype)
-        along[places[0]] = table[name].to_numpy()
+        values = table[name].to_numpy()
+        along = np.zeros(shape[0], values.dtype)
+        along[places[0]] = values
         coordinates[name] = ("forward", along)  # type: ignore[assignment]
+        # samples of one forward may have timesteps of their own
+        if not np.array_equal(along[places[0]], values, equal_nan=True):
+            dimensions = ("forward", "branch", "sample")
+            own = tuple(places[_KEYS.index(dimension)] for dimension in dimensions)
+            each = np.full([len(coordinates[dimension]) for dimension in dimensions], np.nan)
+            each[own] = values
+            coordinates[name] = (dimensions, each)  # type: ignore[assignment]
     return xarray.Dataset(variables, coords=coordinates)

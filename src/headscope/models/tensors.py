@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from headscope.models.forwards import Forward, single
+from headscope.models.forwards import Forward, comparable, single
 from headscope.models.layout import Layout
 
 QUANTITIES = ("head_output", "q", "k", "v")
@@ -28,18 +28,30 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None
 
 
 class Key(NamedTuple):
-    """What a kept tensor is of."""
+    """What a kept tensor is of; see `of`.
+
+    Attributes:
+        visit: where samples are kept apart, `Forward.visit`; else 0.
+    """
 
     quantity: str
     site: str
     call: int
     timestep: float
     branch: str | None
+    visit: int = 0
+
+    @classmethod
+    def of(
+        cls, quantity: str, site: str, call: int, timestep: float, branch: str | None = None, visit: int = 0
+    ) -> "Key":
+        return cls(quantity, site, call, comparable(timestep), branch, visit)
 
     def __str__(self) -> str:
+        again = f", visit {self.visit}" if self.visit else ""
         return (
             f"{self.quantity} at site {self.site!r}, call {self.call}, timestep {self.timestep:g},"
-            f" branch {self.branch!r}"
+            f" branch {self.branch!r}{again}"
         )
 
 
@@ -127,7 +139,8 @@ class HeadTensors:
         for entry in pending:
             known = timesteps[id(entry.forward)]
             own = known if len(known) == 1 else known[entry.first_sample : entry.first_sample + entry.count]
-            key = Key(entry.quantity, entry.site, entry.call, single(own), entry.branch)
+            visit = 0 if self.reduce == "mean" else entry.forward.visit
+            key = Key(entry.quantity, entry.site, entry.call, single(own), entry.branch, visit)
             kept = self._kept[key]
             if kept and kept[0].shape[1:] != entry.rows.shape[1:]:
                 raise ValueError(
@@ -145,10 +158,14 @@ class HeadTensors:
         return list(self._kept)
 
     def mean(self, key: Key) -> Tensor:
-        """The mean over samples, [rows per sample, heads, tokens, dim], float32."""
-        self._require(key)
-        total = torch.cat(self._kept[key]).sum(0, dtype=None if self.reduce == "mean" else torch.float32)
-        return (total / self._counts[key]).float()
+        """The mean over samples (and visits), [rows per sample, heads, tokens, dim], float32."""
+        self._settle()
+        visits = [known for known in self._kept if known._replace(visit=key.visit) == key]
+        if not visits:
+            self._require(key)
+        rows = [tensor for visit in visits for tensor in self._kept[visit]]
+        total = torch.cat(rows).sum(0, dtype=None if self.reduce == "mean" else torch.float32)
+        return (total / sum(self._counts[visit] for visit in visits)).float()
 
     def placed_mean(self, key: Key, device: torch.device, dtype: torch.dtype) -> Tensor:
         """`mean` on that device and in that dtype, worked out and moved once for the forwards that ask for it."""
