@@ -23,9 +23,11 @@ def local_path(field: str, path: str | os.PathLike[str]) -> Path:
         field: what the path is called where it was given.
 
     Raises:
-        ValueError: it is an address, or its name isn't UTF-8.
+        ValueError: it is an address or no path at all, or its name isn't UTF-8.
     """
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{field}: got {path!r}, expected a path")
     check_text(field, text)
     address = _ADDRESS.match(text)
     if address:
@@ -37,7 +39,9 @@ def local_path(field: str, path: str | os.PathLike[str]) -> Path:
 
 
 def check_text(field: str, text: str) -> None:
-    """Raises ValueError where a name isn't UTF-8: tables and manifests hold no other text."""
+    """Raises ValueError where a name isn't UTF-8, as tables and manifests hold no other text, or can be no file's."""
+    if "\0" in text:
+        raise ValueError(f"{field}: got {text!r}, which holds a zero byte, expected another name")
     if not is_utf8(text):
         raise ValueError(f"{field}: got {os.fsencode(text)!r}, whose name isn't UTF-8, expected another name")
 

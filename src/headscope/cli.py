@@ -174,9 +174,6 @@ def sweep(
         unused = [name for name, given in (("score", score), ("fill", fill and not attribute)) if no_ablation and given]
         if unused:
             raise ValueError(f"{unused[0]}: got some beside --no-ablation, expected one or the other")
-        drawn = prompts or (not no_ablation and "generate" in (score or ()))
-        if _given(context, "generate_steps") and not drawn:
-            raise ValueError("generate_steps: got some without the score generate and without prompts, expected either")
         groups = tuple(group) if group else (() if prompts else ("faces", "faces_grey", "lfw", "photographs"))
         config = SweepConfig(
             model=model,
@@ -236,6 +233,8 @@ def _job_parameters(texts: list[str]) -> dict[str, int | str]:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise ValueError(f"job: got {text!r}, expected NAME=VALUE")
+        if name in parameters:
+            raise ValueError(f"job: got {name} twice, expected each once")
         parameters[name] = int(value) if value.isdecimal() else value
     return parameters
 
@@ -248,25 +247,7 @@ def _print_estimate(estimate, workers: int) -> None:
     for note in estimate.notes:
         output.print(note, markup=False, highlight=False, soft_wrap=True)
     output.print(found)
-    sharing = "nothing is shared between forwards"
-    if estimate.shared is not None:
-        sharing = f"edited forwards {estimate.shared:.2f} times as fast for what they take over from clean ones"
-    elif estimate.reason:
-        sharing += f": {estimate.reason}"
-    mebi = 2**20
-    output.print(
-        f"about {_duration(estimate.seconds / workers)} with {workers} process(es), {estimate.rows} rows at once;"
-        f" {sharing}\nmemory: weights {estimate.weight_bytes / mebi:,.0f} MiB, and at most"
-        f" {estimate.activation_bytes / mebi:,.0f} MiB beside them, in each process",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    output.print(estimate.summary(workers), highlight=False, soft_wrap=True)
 
 
 RunDirectory = Annotated[Path, typer.Argument(help="A sweep's directory.")]

@@ -21,7 +21,7 @@ ASKED = {"groups": ["faces"], "splits": ["confirm"], "items": 2, "timesteps": [6
 def test_the_package_is_called_and_is_a_package():
     assert headscope.sweep.Run is Run
     assert callable(headscope.sweep)
-    with pytest.raises(ValueError, match="sweep: unknown key 'itemz'"):
+    with pytest.raises(ValueError, match="itemz: unknown key, expected 'items'"):
         headscope.sweep("nowhere", groups=["faces"], itemz=3)
     with pytest.raises(ValueError, match="items: got 'many'"):
         headscope.sweep("nowhere", groups=["faces"], items="many")

@@ -1,8 +1,10 @@
 """Configurations that can't be run are refused before any work starts."""
 
+from dataclasses import replace
+
 import pytest
 
-from headscope.sweep import SweepConfig, Workers, run_sweep
+from headscope.sweep import HeadSet, SweepConfig, Workers, run_sweep
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,7 @@ from headscope.sweep import SweepConfig, Workers, run_sweep
         ({"seed": True}, "seed: got True, expected a whole number"),
         ({"items": 1.5}, "items: got 1.5, expected a whole number"),
         ({"bands": "3"}, "bands: got '3', expected a whole number"),
-        ({"timesteps": (60.0,)}, "timesteps: got 60.0, expected a whole number"),
+        ({"timesteps": (60.0,)}, r"timesteps\.0: got 60\.0, expected a whole number"),
         ({"heads": ()}, "heads: got"),
         ({"heads": (("mid", 0), ("mid", 0))}, "each once"),
         ({"timesteps": (5, 5)}, "timesteps: got"),
@@ -37,6 +39,15 @@ from headscope.sweep import SweepConfig, Workers, run_sweep
         ({"fills": (), "heads": (("mid", 0),)}, "heads: got some without anything done to them"),
         ({"scores": (), "sites": ("mid*",)}, "sites: got some without anything done to them"),
         ({"fills": ("zero",), "reference_items": 3}, "reference_items: got 3 without the mean fill"),
+        ({"timesteps": (60,), "bands": 5}, "bands: got 5 beside timesteps"),
+        ({"cotangents": 8}, "cotangents: got 8 without attribute"),
+        ({"generate_steps": 20}, "generate_steps: got 20 without the score generate and without prompts"),
+        (
+            {"heads": (), "sites": ("mid*",), "sets": (HeadSet("a", sites=("*",)),)},
+            "sites: got some without anything done",
+        ),
+        ({"groups": ("lfw=images",)}, "groups: got 'lfw=images', expected another name than the zoo's own"),
+        ({"prompts": ""}, "prompts: got '', expected a path"),
         ({"model": "nowhere"}, "model: got 'nowhere', expected \"builtin\" or a directory"),
     ],
 )
@@ -90,3 +101,25 @@ def test_batch_must_be_positive(ddpm_directory, tmp_path):
             run_sweep(SweepConfig(model=ddpm_directory, groups=("faces",)), tmp_path, batch=batch)
     with pytest.raises(ValueError, match=r"workers: got 2\.0, expected a whole number"):
         Workers("processes", 2.0)
+
+
+def test_attributions_without_ablations_of_single_heads_keep_to_the_sites(ddpm_directory, tmp_path):
+    config = SweepConfig(
+        model=ddpm_directory,
+        groups=("faces",),
+        splits=("discover",),
+        items=1,
+        timesteps=(60,),
+        observe=False,
+        fills=("zero",),
+        heads=(),
+        sites=("mid_block.*",),
+        sets=(HeadSet("all", sites=("*",)),),
+        attribute=True,
+        cotangents=1,
+    )
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    assert run.tables == ("attributions", "set_ablations")
+    assert set(run.table("attributions").collect()["site"].cast(str)) == {"mid_block.attentions.0"}
+    with pytest.raises(ValueError, match=r"sites: got 'middle\.\*', expected a pattern of"):
+        run_sweep(replace(config, sites=("middle.*",)), tmp_path / "other", progress=False)

@@ -40,28 +40,29 @@ def write(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+# the smallest sweep that edits something
+SMALLEST = {
+    "groups": ["faces"],
+    "splits": ["discover"],
+    "items": 1,
+    "timesteps": [100],
+    "observe": False,
+    "fills": ["zero"],
+    "progress": False,
+}
+ONE_HEAD = [("mid_block.attentions.0", 0)]
+
+
 @pytest.mark.parametrize("field", ["scores", "image_scores"])
 def test_changed_code_is_another_run(ddpm_directory, tmp_path, write, field):
     source, function = {"scores": (SCORE, "largest"), "image_scores": (IMAGE_SCORE, "brighter")}[field]
-    scores = {"scores": ["my_scores:largest"]} if field == "scores" else {"scores": ["generate"]}
-    if field == "image_scores":
-        scores["image_scores"] = ["my_scores:brighter"]
+    scores = {
+        "scores": {"scores": ["my_scores:largest"]},
+        "image_scores": {"scores": ["generate"], "image_scores": ["my_scores:brighter"], "generate_steps": 2},
+    }[field]
 
     def run():
-        return headscope.sweep(
-            tmp_path / "run",
-            model=ddpm_directory,
-            groups=["faces"],
-            splits=["discover"],
-            items=1,
-            timesteps=[100],
-            observe=False,
-            fills=["zero"],
-            heads=[("mid_block.attentions.0", 0)],
-            generate_steps=2,
-            progress=False,
-            **scores,
-        )
+        return headscope.sweep(tmp_path / "run", model=ddpm_directory, heads=ONE_HEAD, **SMALLEST, **scores)
 
     write("my_scores", source.format(scale=1))
     (kind,) = run().tables
@@ -110,20 +111,8 @@ def test_a_score_that_works_in_place_harms_no_other(ddpm_directory, tmp_path, wr
     )
 
     def table(name: str, scores: list[str]):
-        run = headscope.sweep(
-            tmp_path / name,
-            model=ddpm_directory,
-            groups=["faces"],
-            splits=["discover"],
-            items=1,
-            timesteps=[100],
-            observe=False,
-            fills=["zero"],
-            sites=["mid_block.*"],
-            autocast=autocast,
-            progress=False,
-            scores=["loss", "distance", *scores],
-        )
+        asked = {"sites": ["mid_block.*"], "autocast": autocast, "scores": ["loss", "distance", *scores]}
+        run = headscope.sweep(tmp_path / name, model=ddpm_directory, **SMALLEST, **asked)
         return run.table("ablations").collect()
 
     alone, spoilt = table("alone", ["in_place:largest"]), table("spoilt", ["in_place:spoils", "in_place:largest"])
@@ -131,6 +120,40 @@ def test_a_score_that_works_in_place_harms_no_other(ddpm_directory, tmp_path, wr
     assert alone["largest"].to_numpy().min() > 0
     for column in ("clean", "edited", "distance", "largest"):
         assert spoilt[column].to_list() == alone[column].to_list()
+
+
+def test_neither_conditioning_nor_images_are_shared_by_scores(write):
+    write(
+        "in_place",
+        "def texts(edited, clean, target, inputs):\n"
+        "    inputs.conditioning['text'].zero_()\n"
+        "    return edited.flatten(1).amax(1)\n"
+        "def images(clean, edited):\n"
+        "    clean[:] = edited\n"
+        "    return clean.mean((1, 2, 3))\n",
+    )
+    sample, text = torch.ones(2, 3), torch.ones(2, 4)
+    own_scores(["in_place:texts"])["texts"](sample, sample, NoisyInputs(sample, 0, {"text": text}, sample))
+    assert text.tolist() == [[1.0] * 4] * 2
+    clean, edited = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 9, np.uint8)
+    assert image_scores(["in_place:images"])["images"](clean, edited).tolist() == [9.0, 9.0]
+    assert not clean.any()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def f(:", "SyntaxError: "),
+        ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("", "AttributeError: "),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named(write, source, reason):
+    write("broken_scores", source)
+    for field, read in (("scores", own_scores), ("image_scores", image_scores)):
+        with pytest.raises(ValueError, match=rf"^{field}: got 'broken_scores:f', .*module:function \({reason}"):
+            read(["broken_scores:f"])
 
 
 @pytest.mark.parametrize(
@@ -159,6 +182,10 @@ def test_real_numbers_of_every_kind_are_taken(values, expected):
         ([torch.tensor(1 + 2j), torch.tensor(3 + 0j)], "numbers of dtype complex64, expected real ones"),
         (["1.5", "2"], "numbers of dtype <U3, expected real ones"),
         ([None, object()], "list, expected real numbers"),
+        # which NumPy would take for NaN, a number, and what lies behind the mask
+        ([None, 1.0], r"list, expected real numbers \(one is None\)"),
+        (np.array([Fraction(1, 2), "2"], object), r"ndarray, expected real numbers \(one is '2'\)"),
+        (np.ma.masked_array([1.0, 2.0], [False, True]), r"MaskedArray, expected real numbers \(some are masked\)"),
         ([10**400, 1], "list, expected real numbers"),
         ([[1.0], [1.0, 2.0]], "list, expected real numbers"),
         (np.array(["2020-01-01", "2020-01-02"], "datetime64[D]"), "numbers of dtype datetime64"),
@@ -196,15 +223,5 @@ def test_a_complex_score_ends_the_run(ddpm_directory, tmp_path, write):
         headscope.sweep.SweepFailed, match=r"scores: my_scores:spectrum gave numbers of dtype complex64, expected"
     ):
         headscope.sweep(
-            tmp_path / "run",
-            model=ddpm_directory,
-            groups=["faces"],
-            splits=["discover"],
-            items=1,
-            timesteps=[100],
-            observe=False,
-            fills=["zero"],
-            heads=[("mid_block.attentions.0", 0)],
-            scores=["my_scores:spectrum"],
-            progress=False,
+            tmp_path / "run", model=ddpm_directory, heads=ONE_HEAD, scores=["my_scores:spectrum"], **SMALLEST
         )

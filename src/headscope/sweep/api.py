@@ -103,7 +103,7 @@ def sweep(
         pipeline, model = model, IN_MEMORY
         parameter = next(find_denoiser(pipeline).parameters())
         values |= {"device": str(parameter.device), "dtype": str(parameter.dtype).removeprefix("torch.")}
-    config = SweepConfig.from_dict({"model": str(model), **values}, "sweep")
+    config = SweepConfig.from_dict({"model": str(model), **values})
     return run_sweep(config, out, batch=batch, workers=chosen, progress=progress, console=console, pipeline=pipeline)
 
 

@@ -3,13 +3,12 @@
 import math
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from headscope._extras import require
-from headscope._files import check_text, local_path
-from headscope.counter import check_seed, check_whole
+from headscope._files import local_path, read_plain
+from headscope.counter import check_seed
+from headscope.sweep.tables import from_table, settle
 from headscope.zoo import GROUPS
 
 FILLS = ("mean", "zero", "uniform", "identity")
@@ -55,6 +54,7 @@ class HeadSet:
     key_scale: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        settle(self)
         if not self.name:
             raise ValueError("sets.name: got an empty name, expected some text")
         if not self.sites and not self.heads:
@@ -80,10 +80,6 @@ class HeadSet:
         if self.keep is not None:
             return self.keep
         return 1.0 if self.temperature is not None or self.key_bias or self.key_scale else 0.0
-
-
-# the command line and TOML files turn a misspelt name into an error
-HeadSet.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -164,15 +160,17 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""
+        settle(self)
         if not self.groups and self.prompts is None:
             raise ValueError("groups: got none and no prompts, expected zoo groups, NAME=DIR or a prompts file")
         for group in self.groups:
-            check_text("groups", group)
             name, equals, path = group.partition("=")
             if equals and not (name and path):
                 raise ValueError(f"groups: got {group!r}, expected a name and a path, NAME=PATH")
             if equals and "/" in name:
                 raise ValueError(f"groups: got {group!r}, expected a name without /, which files are named by")
+            if equals and name in GROUPS:
+                raise ValueError(f"groups: got {group!r}, expected another name than the zoo's own")
             if equals:
                 local_path("groups", path)
             elif group not in GROUPS:
@@ -184,8 +182,6 @@ class SweepConfig:
         _subset("splits", self.splits, SPLITS)
         _subset("dtype", (self.dtype,), DTYPES)
         for name in ("items", "reference_items", "generate_steps", "bands", "cotangents"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name))
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.heads is not None and ((not self.heads and not self.sets) or len(set(self.heads)) != len(self.heads)):
@@ -197,8 +193,6 @@ class SweepConfig:
             raise ValueError(
                 "fills: got nothing to observe and nothing to ablate, expected observe, or fills and scores"
             )
-        for timestep in self.timesteps or ():
-            check_whole("timesteps", timestep)
         self._check_used()
         if self.timesteps is not None and len(set(self.timesteps)) != len(self.timesteps):
             raise ValueError(f"timesteps: got {list(self.timesteps)}, expected each once")
@@ -226,8 +220,10 @@ class SweepConfig:
     def _check_used(self) -> None:
         """Raises ValueError where something is asked for that nothing of the sweep would look at."""
         edits = bool(self.fills and (self.scores or self.attribute))
-        for name in ("heads", "sites"):
-            if getattr(self, name) and not edits:
+        # of an empty list of heads none is ablated, and sites limit the attributions alone
+        limited = {"heads": edits, "sites": edits and (self.heads != () or self.attribute)}
+        for name, used in limited.items():
+            if getattr(self, name) and not used:
                 raise ValueError(
                     f"{name}: got some without anything done to them, expected fills and either scores or attribute"
                 )
@@ -235,6 +231,14 @@ class SweepConfig:
             raise ValueError(
                 f"reference_items: got {self.reference_items} without the mean fill, which is taken over them"
             )
+        drawn = "generate" in self.scores or self.prompts is not None
+        for name, used, lacking in (
+            ("bands", self.timesteps is None, "beside timesteps, which they would be chosen by"),
+            ("cotangents", self.attribute, "without attribute, whose c is estimated from them"),
+            ("generate_steps", drawn, "without the score generate and without prompts, whose images are drawn in them"),
+        ):
+            if not used and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name}: got {getattr(self, name)} {lacking}")
 
     def _check_generation(self) -> None:
         for name in self.image_scores:
@@ -284,17 +288,13 @@ class SweepConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "configuration") -> "SweepConfig":
+    def from_dict(cls, values: Any) -> "SweepConfig":
         """A configuration from JSON or TOML types.
 
         Raises:
             ValueError: an unknown name, or a value that can't be; says which.
         """
-        pydantic = require("pydantic", "sweep")
-        try:
-            return pydantic.TypeAdapter(cls).validate_python(values)
-        except pydantic.ValidationError as error:
-            raise ValueError("; ".join(_complaint(entry, where) for entry in error.errors())) from None
+        return from_table(cls, values)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "SweepConfig":
@@ -313,12 +313,15 @@ class SweepConfig:
             ValueError: not TOML, an unknown key, or a value that can't be; says where.
         """
         try:
-            values = tomllib.loads(local_path("plan", path).read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise ValueError(f"plan: got {str(path)!r}, expected a TOML file") from None
+            values = tomllib.loads(read_plain(local_path("plan", path)).decode("utf-8-sig"))
+        except OSError as error:
+            raise ValueError(f"plan: got {str(path)!r}, expected a TOML file ({error.strerror})") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"plan: {str(path)!r} isn't TOML ({error})") from None
-        return cls.from_dict(values, str(path))
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_json(cls, values: Any) -> "SweepConfig":
@@ -327,35 +330,14 @@ class SweepConfig:
         Raises:
             ValueError: a value that can't be, or a field that this version doesn't know or that it lacks.
         """
-        try:
-            values = {name: _tuples(value) for name, value in values.items()}
-            sets = tuple(HeadSet(**{name: _tuples(part) for name, part in chosen.items()}) for chosen in values["sets"])
-            return cls(**{**values, "sets": sets})
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"run: its manifest holds no configuration of this version's sweeps ({error})") from None
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
-
-
-SweepConfig.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
-
-
-def _complaint(entry: dict[str, Any], where: str) -> str:
-    """One of pydantic's errors in a line: where, the key, what came, what was expected."""
-    key = ".".join(str(part) for part in entry["loc"])
-    if entry["type"] == "unexpected_keyword_argument":
-        known = [each.name for each in fields(HeadSet if key.startswith("sets.") else SweepConfig)]
-        close = get_close_matches(key.rpartition(".")[2], known, 1)
-        expected = f"{close[0]!r}, or another of " if close else "one of "
-        return f"{where}: unknown key {key!r}, expected {expected}{', '.join(known)}"
-    text = entry["msg"].removeprefix("Value error, ")
-    if not key or entry["type"] == "value_error":
-        return text
-    # tuples are lists in TOML and JSON
-    expected = text.removeprefix("Input should be ").replace("a valid tuple", "a list")
-    return f"{where}: {key}: got {entry['input']!r}, expected {expected}"
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != known:
+            different = sorted(known ^ set(values)) if isinstance(values, dict) else [type(values).__name__]
+            raise ValueError(
+                "run: its manifest holds no configuration of this version's sweeps, which differs in "
+                + ", ".join(different)
+            )
+        return cls.from_dict(values)
 
 
 def _own(field: str, names: tuple[str, ...]) -> None:

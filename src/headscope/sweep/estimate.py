@@ -49,6 +49,26 @@ class Estimate:
     def forwards(self) -> int:
         return sum(forwards for _, forwards in self.units.values())
 
+    def summary(self, workers: int) -> str:
+        """Time with so many processes, and memory, for a person to read."""
+        sharing = "nothing is shared between forwards"
+        if self.shared is not None:
+            sharing = f"edited forwards {self.shared:.2f} times as fast for what they take over from clean ones"
+        elif self.reason:
+            sharing += f": {self.reason}"
+        weights, activations = (count / 2**20 for count in (self.weight_bytes, self.activation_bytes))
+        return (
+            f"about {_duration(self.seconds / workers)} with {workers} process(es), {self.rows} rows at once;"
+            f" {sharing}\nmemory: weights {weights:,.0f} MiB, and at most {activations:,.0f} MiB beside them, in each"
+            " process"
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
 
 def estimate_sweep(config: SweepConfig, execution: Execution | None = None) -> Estimate:
     """Plan a sweep, and time a few forwards of its model; nothing is written.

@@ -178,6 +178,8 @@ def choose_timesteps(config: SweepConfig, task: Task) -> tuple[int, ...]:
             if timestep not in task.timesteps:
                 raise ValueError(f"timesteps: got {timestep}, expected {task.timesteps[0]} to {task.timesteps[-1]}")
         return config.timesteps
+    if config.bands > len(task.timesteps):
+        raise ValueError(f"bands: got {config.bands}, expected at most the scheduler's {len(task.timesteps)} timesteps")
     log_snr = np.array([task.log_snr(timestep) for timestep in task.timesteps])
     wanted = np.linspace(3.0, -3.0, config.bands) if config.bands > 1 else np.zeros(1)
     nearest = tuple(dict.fromkeys(task.timesteps[int(np.abs(log_snr - value).argmin())] for value in wanted))

@@ -146,7 +146,8 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
     timesteps = choose_timesteps(config, task)
     heads = _heads(config, sites)
     sets = _sets(config, sites)
-    _check_identity(config, heads, sets, sites)
+    attributed = attributed_sites(config, sites) if config.attribute else ()
+    _check_identity(config, {name for name, _ in heads} | set(attributed), sets, sites)
     _check_steps(config, task, groups)
     swept = {group.name: _item_keys(group.swept) for group in groups}
     reference_keys = {group.name: _item_keys(group.reference) for group in groups}
@@ -230,6 +231,13 @@ def _heads(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[tuple[str, int
     return tuple(pair for pair in every if pair in set(config.heads))
 
 
+def attributed_sites(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[str, ...]:
+    """The sites all of whose heads are attributed to: those of the heads to ablate, or, without any, all that match."""
+    heads = _heads(config, sites) or _matching(sites, config.sites or ("*",), "sites")
+    chosen = {name for name, _ in heads}
+    return tuple(site.name for site in sites if site.name in chosen)
+
+
 def _sets(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[Edit, ...]:
     if not config.fills or not config.scores:
         return ()
@@ -242,16 +250,15 @@ def _sets(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[Edit, ...]:
     return tuple(found)
 
 
-def _check_identity(
-    config: SweepConfig, heads: tuple[tuple[str, int], ...], sets: tuple[Edit, ...], sites: tuple[Site, ...]
-) -> None:
-    """Raises ValueError where a head would be filled with its own value and has none for each query."""
+def _check_identity(config: SweepConfig, single: set[str], sets: tuple[Edit, ...], sites: tuple[Site, ...]) -> None:
+    """Raises ValueError where a head would be filled with its own value and has none for each query.
+
+    Args:
+        single: the sites whose heads are ablated, each in turn, or attributed to.
+    """
     if "identity" not in config.fills:
         return
-    edited = {name for name, _ in heads} | {name for chosen in sets for name in chosen.sites}
-    # sets alone are edited, and all heads attributed to
-    if config.attribute and not heads:
-        edited = {site.name for site in sites}
+    edited = single.union(*(chosen.sites for chosen in sets))
     for site in sites:
         if site.kind == "cross" and site.name in edited:
             raise ValueError(

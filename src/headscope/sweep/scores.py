@@ -48,7 +48,8 @@ def _named(name: str) -> ImageScore:
 
     def run(clean: np.ndarray, edited: np.ndarray) -> Any:
         with _naming("image_scores", name):
-            return score(clean, edited)
+            # copies: what one score does in place, others would see
+            return score(clean.copy(), edited.copy())
 
     return run
 
@@ -73,8 +74,10 @@ def imported(field: str, name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{field}: got {name!r}, expected an importable module:function ({error})") from None
+    # whatever a module of the user's does wrong while it is imported
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{field}: got {name!r}, expected an importable module:function ({reason})") from error
     if not callable(found):
         raise ValueError(f"{field}: got {name!r}, which is {type(found).__name__}, expected a function")
     return found
@@ -134,9 +137,11 @@ def checked_score(name: str, values: Any, count: int, field: str = "image_scores
         # NumPy has no bfloat16
         values = (values.double() if values.is_floating_point() else values).detach().cpu()
     try:
+        if np.ma.is_masked(values):
+            raise TypeError("some are masked")
         found = np.asarray(values)
         # lists of a library's own numbers, such as 0-dimensional tensors
-        found = found.astype(np.float64) if found.dtype == object else found
+        found = _numbers(found) if found.dtype == object else found
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{field}: {name} gave {type(values).__name__}, expected real numbers ({error})") from None
     if found.dtype.kind not in "biuf":
@@ -144,6 +149,14 @@ def checked_score(name: str, values: Any, count: int, field: str = "image_scores
     if found.shape != (count,):
         raise ValueError(f"{field}: {name} gave an array {list(found.shape)}, expected [{count}]")
     return found.astype(np.float64)
+
+
+def _numbers(objects: np.ndarray) -> np.ndarray:
+    """Float64 of objects that are numbers; raises TypeError for others, such as None and texts, which NumPy takes."""
+    for one in objects.flat:
+        if one is None or isinstance(one, (str, bytes)):
+            raise TypeError(f"one is {one!r}")
+    return objects.astype(np.float64)
 
 
 def own_scores(names: Sequence[str]) -> dict[str, Callable[[Tensor, Tensor, Any], np.ndarray]]:
@@ -157,7 +170,8 @@ def own_scores(names: Sequence[str]) -> dict[str, Callable[[Tensor, Tensor, Any]
     def checked(name: str, score: Callable[..., Any]) -> Callable[[Tensor, Tensor, Any], np.ndarray]:
         def run(edited: Tensor, clean: Tensor, inputs: Any) -> np.ndarray:
             # copies: what one score does in place, others would see
-            own = replace(inputs, sample=inputs.sample.clone(), target=inputs.target.clone())
+            conditioning = {part: tensor.clone() for part, tensor in inputs.conditioning.items()}
+            own = replace(inputs, sample=inputs.sample.clone(), target=inputs.target.clone(), conditioning=conditioning)
             with _naming("scores", name):
                 values = score(edited.clone(), clean.clone(), own.target, own)
             return checked_score(name, values, len(edited), "scores")

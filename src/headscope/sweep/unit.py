@@ -200,8 +200,7 @@ class UnitRunner:
     def _attribute(self, unit: Unit, advance: Advance) -> None:
         """Every head's g and c, all at once, from a few backwards."""
         items = self.items(unit)
-        named = {site for site, _ in self.plan.heads}
-        sites = [site.name for site in self._loss_scope.sites if not named or site.name in named]
+        sites = kinds.attributed_sites(self.config, self._loss_scope.sites)
         each = unit.forwards // (len(items) * len(self.config.fills))
         tables: dict[tuple[int, int], pa.Table] = {}
         for number, fill in enumerate(self.config.fills):
