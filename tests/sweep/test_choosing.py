@@ -98,6 +98,36 @@ def test_a_split_that_is_empty_is_an_error_or_said(task, tmp_path):
         taken(task, groups=(mine,), fills=("zero",), splits=("confirm",))
 
 
+def test_an_image_counts_once(task, tmp_path):
+    """As a copy of another file, a link to it or in another format: others take its place, or there are fewer."""
+    mine = folder(tmp_path / "images", 12)
+    images = tmp_path / "images"
+    (images / "05.png").write_bytes((images / "01.png").read_bytes())
+    Image.open(images / "02.png").save(images / "06.bmp")
+    (images / "07.png").unlink()
+    (images / "07.png").symlink_to(images / "03.png")
+    (group,) = open_items(SweepConfig(groups=(mine,), fills=("zero",)), task)
+    names = sorted(item.source_id for item in group.swept)
+    assert names == ["00.png", "01.png", "02.png", "03.png", "04.png", "06.png", "08.png", "09.png", "10.png", "11.png"]
+    assert "mine: 3 image(s) that repeat another are left out (05.png, 06.bmp, 07.png)" in group.note.split("\n")
+    with pytest.raises(ValueError, match=r"items: got 6 of each .*; images that repeat another don't count, \d were"):
+        taken(task, groups=(mine,), items=6, fills=("zero",))
+    # asked for, and there without them
+    discover, confirm, reference, _ = taken(task, groups=(mine,), items=3, reference_items=2)
+    assert (discover, confirm, reference) == (3, 3, 2)
+    (group,) = open_items(SweepConfig(groups=(mine,), items=3, reference_items=2), task)
+    assert len({item.pixels for item in (*group.swept, *group.reference)}) == 8
+
+
+def test_what_lies_beside_images_is_said(task, tmp_path):
+    mine = folder(tmp_path / "images", 8)
+    (tmp_path / "images" / "00.txt").write_text("a caption")
+    assert taken(task, groups=(mine,), items=2, fills=("zero",)) == (
+        *(2, 2, 0),
+        "mine: files of other endings are not read: 1 .txt",
+    )
+
+
 def test_prompts_are_counted_alike():
     config = SweepConfig(groups=("faces",), items=2, fills=("zero",))
     by_split = {"discover": [0, 2], "confirm": [1]}

@@ -1,7 +1,9 @@
 """Image groups: determinism, splits, the procedural faces and their masks, folders."""
 
+import errno
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -217,3 +219,87 @@ def test_folder_errors(folder, tmp_path):
     group = zoo.open_group("mine", path=folder)
     with pytest.raises(ValueError, match=r"the file 'broken.png' of the group 'mine' can't be read"):
         group.item(group.sources().index("broken.png"))
+
+
+def drawn(path, level):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (level, 0, 0)).save(path, "PNG")
+
+
+def test_links_are_followed_and_circles_end(tmp_path):
+    """A folder that is met twice keeps the name under which it lies there."""
+    mine, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    drawn(mine / "b" / "1.png", 1)
+    drawn(elsewhere / "deep er" / "2.png", 2)
+    drawn(elsewhere / "3.png", 3)
+    (mine / "a").symlink_to(mine / "b")
+    (mine / "b" / "up").symlink_to(mine)
+    (mine / "c").symlink_to(elsewhere)
+    (mine / "4.png").symlink_to(elsewhere / "3.png")
+    (mine / "folder.png").mkdir()
+    group = zoo.FolderGroup(mine)
+    assert group.sources() == ["4.png", "b/1.png", "c/3.png", "c/deep er/2.png"]
+    assert [int(group.item(index).image[0, 0, 0]) for index in range(4)] == [3, 1, 3, 2]
+
+
+@pytest.mark.parametrize("name", ["gone.png", "folder"])
+def test_links_that_lead_nowhere_are_named(tmp_path, name):
+    drawn(tmp_path / "1.png", 1)
+    (tmp_path / name).symlink_to(tmp_path / "nowhere" if name == "gone.png" else tmp_path / name)
+    with pytest.raises(ValueError, match=rf"path: '.*{name}' is a link that leads nowhere"):
+        zoo.FolderGroup(tmp_path)
+
+
+def test_folders_that_cannot_be_read_are_errors(tmp_path, monkeypatch):
+    drawn(tmp_path / "a" / "1.png", 1)
+    drawn(tmp_path / "locked" / "2.png", 2)
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.fspath(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="locked"):
+        zoo.FolderGroup(tmp_path)
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    """And nobody waits for what it might say."""
+    os.mkfifo(tmp_path / "1.png")
+    drawn(tmp_path / "2.png", 2)
+    (tmp_path / "3.png").touch()
+    group = zoo.FolderGroup(tmp_path, "mine")
+    with pytest.raises(ValueError, match=r"the file '1\.png' of the group 'mine' can't be read: .*an ordinary file"):
+        group.item(0)
+    assert group.item(1).image[0, 0].tolist() == [2, 0, 0]
+    with pytest.raises(ValueError, match=r"the file '3\.png' of the group 'mine' can't be read: it is no image"):
+        group.item(2)
+
+
+def test_long_and_strange_names_are_kept(tmp_path):
+    """Composed and decomposed letters are two names where the file system says so."""
+    names = ["x" * 251 + ".png", " leading and trailing .png", "caf\u00e9.png", "cafe\u0301.png", "new\nline.png"]
+    for level, name in enumerate(names):
+        drawn(tmp_path / name, level)
+    group = zoo.FolderGroup(tmp_path)
+    assert set(group.sources()) == {entry.name for entry in tmp_path.iterdir()}
+    assert {int(group.item(index).image[0, 0, 0]) for index in range(len(group))} == set(range(len(names)))
+
+
+def test_what_is_not_read_is_said(tmp_path):
+    for name in ("a.heic", "b.HEIC", "c.txt", ".DS_Store", "README"):
+        (tmp_path / name).touch()
+    drawn(tmp_path / "1.png", 1)
+    assert zoo.FolderGroup(tmp_path).note == "files of other endings are not read: 2 .heic, 1 .txt, 1 README"
+    assert Faces().note == ""
+
+
+@pytest.mark.parametrize("index", [1.5, 2.0, "1", None])
+def test_an_index_is_a_whole_number(index):
+    with pytest.raises(TypeError):
+        Faces().item(index)
+    for field in ("length", "size"):
+        with pytest.raises(ValueError, match=f"{field}: got 32.5, expected a whole number"):
+            Faces(**{field: 32.5})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from headscope._extras import require
 from headscope._machine import checked_device
 from headscope.models import PixelTask, Task
-from headscope.sweep.choosing import choose_items
+from headscope.sweep.choosing import Choice, choose_items
 from headscope.sweep.config import IN_MEMORY, SPLITS, SweepConfig
 from headscope.sweep.memory import modules_of
 from headscope.sweep.sources import open_source
@@ -33,6 +33,7 @@ class SweptItem:
     Attributes:
         group, index, source_id, split, caption, key: as the group's item has them.
         content: a hash of its caption and image.
+        pixels: one of its image alone.
         kept: its image stays in memory.
     """
 
@@ -44,6 +45,7 @@ class SweptItem:
         self.split, self.caption, self.key = item.split, item.caption, item.key
         image = _fitted(item.image, size)
         self.content = hashlib.sha256(item.caption.encode() + image.tobytes()).hexdigest()[:16]
+        self.pixels = hashlib.sha256(image.tobytes()).hexdigest()
         self.kept = keep
         self._image = image if keep else None
 
@@ -72,7 +74,7 @@ class GroupItems:
         description: what it is, for the report.
         swept: the items observed and edited.
         reference: items disjoint from them (by source too, where the group allows it), for the mean fill.
-        note: what is less than a sweep takes by itself, for a person to read; "" where nothing is.
+        note: what is less than a sweep takes by itself or than lies there, for a person to read; "" where nothing is.
         source_count: how many different sources the swept items come from.
     """
 
@@ -211,16 +213,49 @@ def _open_group(text: str, config: SweepConfig, size: int) -> GroupItems:
         group = open_source(name, path, size=size) if equals else open_group(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"groups: got {text!r}: {str(error).removeprefix('groups: ')}") from error
-    by_split = {split: group.indices(split) for split in config.splits}
-    chosen = choose_items(config, name, by_split, group.indices("train"), group.indices(), _spread)
-    keep = (len(chosen.swept) + len(chosen.reference)) * size * size * 3 <= KEPT_BYTES
+    opened: dict[int, SweptItem] = {}
+    repeated: list[int] = []
+    while True:
+        chosen = _chosen(config, group, repeated)
+        taken = sorted({*chosen.swept, *chosen.reference})
+        keep = len(taken) * size * size * 3 <= KEPT_BYTES
+        opened |= {index: SweptItem(group, index, size, keep) for index in taken if index not in opened}
+        first: dict[str, int] = {}
+        again = [index for index in taken if first.setdefault(opened[index].pixels, index) != index]
+        if not again:
+            break
+        # others take their places: an image counts once, and on one side of every comparison
+        repeated += again
+    notes = [chosen.note, group.note and f"{name}: {group.note}", repeated and f"{name}: {_repeats(opened, repeated)}"]
     return GroupItems(
         name,
         group.description,
-        tuple(SweptItem(group, index, size, keep) for index in chosen.swept),
-        tuple(SweptItem(group, index, size, keep) for index in chosen.reference),
-        chosen.note,
+        tuple(opened[index] for index in chosen.swept),
+        tuple(opened[index] for index in chosen.reference),
+        "\n".join(note for note in notes if note),
     )
+
+
+def _chosen(config: SweepConfig, group: ImageGroup, repeated: Sequence[int]) -> Choice:
+    """What the sweep takes of a group, some of whose items were found to repeat others."""
+    without = set(repeated)
+
+    def members(split: str | None = None) -> list[int]:
+        return [index for index in group.indices(split) if index not in without]
+
+    by_split = {split: members(split) for split in config.splits}
+    try:
+        return choose_items(config, group.name, by_split, members("train"), members(), _spread)
+    except ValueError as error:
+        if not repeated:
+            raise
+        raise ValueError(f"{error}; images that repeat another don't count, {len(repeated)} were found") from None
+
+
+def _repeats(opened: Mapping[int, SweptItem], repeated: Sequence[int]) -> str:
+    names = sorted(str(opened[index].source_id) for index in repeated)
+    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} image(s) that repeat another are left out ({listed})"
 
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:

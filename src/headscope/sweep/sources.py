@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope._extras import require
-from headscope._files import local_path
+from headscope._files import local_path, read_plain
 from headscope._images import read_square
 from headscope.sweep.texts import decoded
 from headscope.zoo import FolderGroup, ImageGroup, Item, open_group
@@ -91,7 +91,9 @@ class DatasetGroup(_NamedGroup):
         path = _one_of_dictionary(path)
         self._folder = path
         try:
-            files = [entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
+            state = json.loads(read_plain(path / "state.json"))
+            files = [entry["filename"] for entry in state["_data_files"]]
+            selected = state.get("_indices_data_files")
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"groups: {str(path / 'state.json')!r} lists no data files, expected what Dataset.save_to_disk writes"
@@ -99,6 +101,11 @@ class DatasetGroup(_NamedGroup):
         tables = []
         if not files or not all(isinstance(file, str) for file in files):
             raise ValueError(f"groups: {str(path / 'state.json')!r} lists no data files, expected some")
+        if selected:
+            raise ValueError(
+                f"groups: {str(path)!r} is a selection of the rows in its files, expected all of them: save what"
+                " flatten_indices() gives"
+            )
         for file in files:
             # mapped, not read: the images of a large dataset stay on disk
             tables.append(ipc.open_stream(pa.memory_map(str(path / file))).read_all())
@@ -111,7 +118,10 @@ class DatasetGroup(_NamedGroup):
         self._caption = next((column for column in CAPTION_COLUMNS if column in columns.names), None)
         if not len(self._table):
             raise ValueError(f"groups: {str(path)!r} holds no rows")
-        self.description = f"{len(self._table)} images of a dataset"
+        captions = f", captions from {self._caption!r}" if self._caption else ""
+        self.description = f"{len(self._table)} images of a dataset, its column {self._image!r}{captions}"
+        if len(images) > 1:
+            self.note = f"other columns of images are not read: {', '.join(images[1:])}"
         super().__init__(name, [f"row-{index:07d}" for index in range(len(self._table))], size)
 
     def _content(self, index: int) -> tuple[bytes, str]:
@@ -120,7 +130,7 @@ class DatasetGroup(_NamedGroup):
         if encoded is None:
             if not entry.get("path"):
                 raise ValueError("the row has none")
-            encoded = (self._folder / entry["path"]).read_bytes()
+            encoded = read_plain(self._folder / entry["path"])
         caption = self._table[self._caption][index].as_py() if self._caption else ""
         return encoded, _first(caption)
 
@@ -177,6 +187,10 @@ class TarGroup(_NamedGroup):
         suffixes = {suffix.removeprefix(".") for suffix in FolderGroup.suffixes}
         self._samples = {key: parts for key, parts in samples.items() if suffixes & set(parts)}
         self._suffixes = suffixes
+        for key, parts in self._samples.items():
+            several = sorted(suffixes & set(parts))
+            if len(several) > 1:
+                raise ValueError(f"groups: the sample {key!r} has several images ({', '.join(several)}), expected one")
         if not self._samples:
             raise ValueError(f"groups: {pattern!r} holds no image, expected members ending in .png, .jpg, ...")
         self.description = f"{len(self._samples)} images of {len(files)} tar file(s)"

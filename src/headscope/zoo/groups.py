@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -22,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from headscope._extras import require
-from headscope._files import is_utf8, local_path
+from headscope._files import is_utf8, local_path, read_plain
 from headscope._images import read_image, read_square
-from headscope.counter import counter_permutation, counter_uniform
+from headscope.counter import check_whole, counter_permutation, counter_uniform
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
 
 __all__ = [
@@ -65,13 +67,21 @@ class Item:
 
 
 class ImageGroup(ABC):
-    """A finite set of images. Item i is the same on every machine and whatever the group's length."""
+    """A finite set of images. Item i is the same on every machine and whatever the group's length.
+
+    Attributes:
+        name: the group's name.
+        description: what it is, in a line.
+        note: what lies beside its images and isn't read, for a person to know; "" where nothing does.
+    """
 
     name: str
     description: str
+    note: str = ""
     part_names: tuple[str, ...] = ()
 
     def __init__(self, length: int, size: int = 32) -> None:
+        check_whole("length", length)
         if length < 1:
             raise ValueError(f"length: got {length}, expected at least 1")
         self.length = length
@@ -92,10 +102,11 @@ class ImageGroup(ABC):
         """The item itself; `index` is valid."""
 
     def item(self, index: int) -> Item:
-        """Item `index`, 0 <= index < len(group). Raises IndexError outside."""
+        """Item `index`, 0 <= index < len(group). Raises IndexError outside, TypeError for what is no whole number."""
+        index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"index: got {index}, expected 0 to {len(self) - 1} in the group {self.name!r}")
-        return self._load(int(index))
+        return self._load(index)
 
     def indices(self, split: str | None = None) -> list[int]:
         """Indices of one split's items, or of all; ascending. Raises ValueError for an unknown split."""
@@ -108,6 +119,7 @@ class ImageGroup(ABC):
 
 
 def _checked_size(size: int) -> int:
+    check_whole("size", size)
     if size < 8:
         raise ValueError(f"size: got {size}, expected at least 8 pixels")
     return size
@@ -282,6 +294,7 @@ def _photograph(file: str) -> np.ndarray:
 class FolderGroup(ImageGroup):
     """Any folder of images, searched recursively and sorted by relative path; one source is one file.
 
+    Links to files and folders are followed; a folder that is met twice, as in a circle of links, is read once.
     Half of the sources are for discovery and half for confirmation, by a hash of the relative path; none is for
     training. An image is cropped to its central square and resized; `headscope._images` says how other kinds than 8-bit
     RGB become that, and which are refused.
@@ -293,8 +306,8 @@ class FolderGroup(ImageGroup):
         folder = local_path("path", path)
         if not folder.is_dir():
             raise FileNotFoundError(f"path: got {str(path)!r}, expected an existing folder of images")
-        found = (file for file in folder.rglob("*") if file.suffix.lower() in self.suffixes and file.is_file())
-        self.files = sorted(file.relative_to(folder).as_posix() for file in found)
+        every = _files_below(folder)
+        self.files = sorted(file for file in every if Path(file).suffix.lower() in self.suffixes)
         if not self.files:
             raise ValueError(
                 f"path: got {str(path)!r}, which holds no image, expected files ending in {', '.join(self.suffixes)}"
@@ -303,6 +316,7 @@ class FolderGroup(ImageGroup):
         self.folder = folder
         self.name = name or folder.resolve().name
         self.description = f"{len(self.files)} images of a folder"
+        self.note = _unread(set(every) - set(self.files))
         super().__init__(len(self.files), size)
 
     @cached_property
@@ -320,10 +334,49 @@ class FolderGroup(ImageGroup):
     def _load(self, index: int) -> Item:
         source, split = self._source(index)
         try:
-            image = read_square(self.folder / source, self.size)
-        except ValueError as error:
+            image = read_square(read_plain(self.folder / source), self.size)
+        except (OSError, ValueError) as error:
             raise ValueError(f"path: the file {source!r} of the group {self.name!r} can't be read: {error}") from error
         return Item(self.name, index, source, split, image)
+
+
+def _files_below(folder: Path) -> list[str]:
+    """The paths, relative to a folder, of all that is in it and in the folders below, but for folders.
+
+    Raises:
+        OSError: a folder that can't be read.
+        ValueError: a link that leads nowhere: whether to an image or to a folder of them, nobody can say.
+    """
+    found, seen = [], set()
+    # folders that lie there keep their own names: links come last
+    waiting, links = [""], []
+    while waiting or links:
+        name = waiting.pop() if waiting else links.pop()
+        status = (folder / name).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder / name) as entries:
+            below = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        for entry in below:
+            path = f"{name}/{entry.name}" if name else entry.name
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                raise ValueError(f"path: {entry.path!r} is a link that leads nowhere; mend or remove it")
+            if entry.is_dir():
+                (links if entry.is_symlink() else waiting).append(path)
+            else:
+                found.append(path)
+    return found
+
+
+def _unread(files: set[str]) -> str:
+    """Of files that are no images of a known kind, how many of each ending there are; hidden ones aside."""
+    counts = Counter(Path(file).suffix.lower() or Path(file).name for file in files if Path(file).name[0] != ".")
+    if not counts:
+        return ""
+    kinds = [f"{count} {ending}" for ending, count in counts.most_common(5)]
+    more = f", {sum(counts.values()) - sum(count for _, count in counts.most_common(5))} others"
+    return f"files of other endings are not read: {', '.join(kinds)}{more if len(counts) > 5 else ''}"
 
 
 def check_names(names: list[str]) -> None:
