@@ -1,18 +1,25 @@
 """What the tests of faults share: a small sweep, and whether two of its runs hold the same rows."""
 
 import contextlib
+import io
 import json
+import os
+import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import polars as pl
 import torch
 from polars.testing import assert_frame_equal
+from rich.console import Console
 
-from headscope.sweep import Run, SweepConfig, run_sweep
+from headscope.sweep import Run, SweepConfig, Workers, run_sweep
+from headscope.sweep.claims import Claims
 from headscope.sweep.store import CLAIMS
+from headscope.sweep.worker import Execution, Opened
 
 # a script that runs the sweep of a model directory into a run directory, with so many processes (of a Ray cluster)
 SWEEP = """
@@ -49,6 +56,40 @@ def claimants(run: Path, seconds: float = 120.0) -> Iterator[int]:
             # it may be gone by now
             with contextlib.suppress(OSError, ValueError):
                 yield json.loads(file.read_bytes().rpartition(b"\n")[0])["process"]
+
+
+def awaited(config: SweepConfig, path: Path, workers: Workers, heard: Callable[[str], str]) -> tuple[str, str]:
+    """Run a sweep whose last unit another session has claimed, until somebody is heard to wait for it; what was
+    expected to be said, and what was said then.
+
+    Args:
+        heard: what has been said so far, from what the sweep's own console shows.
+    """
+    opened = Opened(config, Execution(rows=4))
+    unit = opened.plan.units[-1]
+    theirs = Claims(opened.store(path).path, "theirs")
+    assert theirs.take(unit.id) is True
+    since = json.loads((path / CLAIMS / unit.id).read_bytes().rpartition(b"\n")[0])["since"]
+    expected = (
+        f"sweep: waiting for unit {unit.id[:12]} of {unit.kind}: process {os.getpid()} of the machine"
+        f" {socket.gethostname()} has claimed it since {since}"
+    )
+    text, said = io.StringIO(), []
+
+    def listen() -> None:
+        until = time.monotonic() + 120
+        while expected not in heard(text.getvalue()) and time.monotonic() < until:
+            time.sleep(0.05)
+        running = Run.open(path).status().running
+        said.append(heard(text.getvalue()) + "".join(running.values()))
+        theirs.close()
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    run = run_sweep(config, path, batch=4, workers=workers, console=Console(file=text))
+    listener.join()
+    assert run.complete
+    return expected, said[0]
 
 
 def undisturbed(config: SweepConfig, path: Path) -> Path:

@@ -244,6 +244,22 @@ def test_who_is_waited_for_and_how_long(tmp_path):
     )
 
 
+def test_a_sibling_elsewhere_that_is_quiet_is_waited_for_aloud(tmp_path, clock):
+    """It may be gone; one that counts on is at work, and nobody hears of it."""
+    sibling = Claims(tmp_path, "ours")
+    sibling._owner |= {"host": "elsewhere", "process": 7}
+    assert sibling.take("unit") is True
+    ours = Claims(tmp_path, "ours")
+    for _ in range(5):
+        assert ours.waits() == {}
+        clock.passes(module.QUIET_FOR)
+        counted(tmp_path)
+    assert ours.waits() == {}
+    clock.passes(module.QUIET_FOR + 1)
+    assert "process 7 of the machine elsewhere has claimed it" in ours.waits()["unit"]
+    assert "its work is done here" in ours.waits()["unit"]
+
+
 def test_a_run_says_at_once_whom_it_waits_for(ddpm_directory, tmp_path, monkeypatch):
     """And does the work of one that is gone, though its clock was a day ahead."""
     monkeypatch.setattr(module, "ABANDONED_AFTER", 0.5)

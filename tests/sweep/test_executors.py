@@ -1,4 +1,5 @@
-"""The jobs of a Slurm array work on a run as this process does. They start slowly, so all of it is `full`."""
+"""Processes and the jobs of a Slurm array work on a run as this process does. They start slowly, so all of it is
+`full`."""
 
 import importlib.util
 import signal
@@ -8,8 +9,8 @@ import sys
 import pytest
 
 from headscope.sweep import Run, SweepConfig, Workers, run_sweep
-from headscope.sweep.store import CLAIMS
-from sweep.faults import assert_same, claimants, undisturbed
+from headscope.sweep.store import CLAIMS, JOBS
+from sweep.faults import assert_same, awaited, claimants, undisturbed
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
@@ -36,6 +37,27 @@ def test_slurm_arrays_through_submitit(asked, whole, tmp_path, count):
     workers = Workers("slurm", count, cluster="local", parameters={"timeout_min": 10})
     run_sweep(asked, tmp_path / "run", progress=False, workers=workers)
     assert_same(tmp_path / "run", whole, exact=False)
+
+
+@pytest.fixture
+def short(ddpm_directory):
+    return SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60, 500), fills=("zero",))
+
+
+def test_processes_say_once_whom_they_wait_for(short, tmp_path):
+    expected, said = awaited(short, tmp_path / "run", Workers("processes", 2), lambda shown: shown)
+    assert said.count(expected) == 1
+
+
+@needs("submitit")
+@pytest.mark.filterwarnings("ignore")
+def test_a_slurm_job_s_log_says_whom_it_waits_for(short, tmp_path):
+    def logged(shown: str) -> str:
+        return "".join(file.read_text() for file in (tmp_path / "run" / JOBS).glob("*.err"))
+
+    workers = Workers("slurm", 1, cluster="local", parameters={"timeout_min": 10})
+    expected, said = awaited(short, tmp_path / "run", workers, logged)
+    assert said.count(expected) == 1
 
 
 # what a job of the array does, without Slurm

@@ -35,6 +35,15 @@ def test_a_line_of_json_where_there_is_no_terminal():
     assert sum("failed, given up: ValueError: no" in line for line in lines) == 1
 
 
+def test_what_several_workers_wait_for_is_said_once():
+    text = io.StringIO()
+    progress = Progress("sweep", UNITS, console=Console(file=text))
+    for unit, what in ((UNITS[0], "a"), (UNITS[0], "a"), (UNITS[1], "a"), (UNITS[0], "b")):
+        progress.waiting(unit, what)
+    assert text.getvalue().count("waiting for unit unit0 of ablations: a\n") == 1
+    assert len(text.getvalue().splitlines()) == 3
+
+
 def test_lines_come_at_intervals():
     text = io.StringIO()
     with Progress("sweep", UNITS, console=Console(file=text), interval=3600.0) as progress:

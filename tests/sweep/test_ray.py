@@ -13,7 +13,7 @@ import pytest
 
 from headscope.sweep import Run, SweepConfig, Workers, run_sweep
 from headscope.sweep.store import CLAIMS
-from sweep.faults import assert_same, claimants, script, undisturbed
+from sweep.faults import assert_same, awaited, claimants, script, undisturbed
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
@@ -109,6 +109,13 @@ def test_a_killed_actor_is_replaced(asked, whole, cluster, tmp_path):
         run_sweep(asked, tmp_path / "run", progress=False, workers=Workers("ray", 2, address="local"))
     assert saboteur.struck
     assert_same(tmp_path / "run", whole, exact=False)
+
+
+def test_the_sweep_says_once_whom_its_actors_wait_for(ddpm_directory, cluster, tmp_path):
+    asked = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60, 500), fills=("zero",))
+    workers = Workers("ray", 2, address=cluster.address)
+    expected, said = awaited(asked, tmp_path / "run", workers, lambda shown: shown)
+    assert said.count(expected) == 1
 
 
 def test_a_cluster_loses_a_node(asked, whole, cluster, tmp_path):

@@ -27,6 +27,8 @@ from headscope.sweep.store import CLAIMS
 # seconds
 COUNTED_EVERY = 10.0
 ABANDONED_AFTER = 120.0
+# when people hear of a claim that isn't counted on
+QUIET_FOR = 30.0
 
 
 class Claims:
@@ -103,13 +105,14 @@ class Claims:
         return found
 
     def waits(self) -> dict[str, str]:
-        """Unit: who works on it and what ends the waiting, of the claims that other sessions' processes hold."""
+        """Unit: who works on it and what ends the waiting, of the claims that can't be read, that other sessions'
+        processes hold, or one of this session on another machine that may be gone."""
         found = {}
         patience = f"; should that claim stay as it is for {ABANDONED_AFTER:.0f} s, its work is done here"
         for file, owner in self._claimed():
             if owner is None:
                 found[file.name] = f"its claim {str(file)!r} can't be read{patience}"
-            elif owner["session"] != self._owner["session"]:
+            elif owner["session"] != self._owner["session"] or self._quiet(file) > QUIET_FOR:
                 found[file.name] = (
                     f"process {owner['process']} of the machine {owner['host']} has claimed it since {owner['since']}"
                     f"{'' if self._is_here(owner) else patience}"
@@ -163,6 +166,10 @@ class Claims:
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("[!.]*"))
 
+    def _quiet(self, file: Path) -> float:
+        """For how many seconds a claim from elsewhere hasn't changed."""
+        return time.monotonic() - self._watched[file.name][1] if file.name in self._watched else 0.0
+
     def _is_here(self, owner: dict[str, Any]) -> bool:
         """Whether this process can look up whether that one runs."""
         return all(owner[name] == self._owner[name] for name in ("host", "machine")) and owner["began"] is not None
@@ -175,6 +182,7 @@ class Claims:
             return None
         owner = _parsed(content, file.name)
         if owner is not None and self._is_here(owner):
+            self._watched.pop(file.name, None)
             return owner if _beginning(owner["process"]) != owner["began"] else None
         now = time.monotonic()
         seen, since = self._watched.get(file.name, (None, now))

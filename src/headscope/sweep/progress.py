@@ -47,6 +47,7 @@ class Progress:
         self._forwards = 0
         self._images = 0
         self._failures = 0
+        self._waits: set[tuple[str, str]] = set()
         self._started = self._last = time.perf_counter()
         self._bar: Bar | None = None
         self._task = TaskID(0)
@@ -94,13 +95,14 @@ class Progress:
 
     def failed(self, unit: Unit, error: str, last: bool) -> None:
         self._failures += last
-        if not self._shown:
-            return
         what = "given up" if last else "will be tried again"
-        self._console.print(f"{self._title}: unit {unit.id[:12]} of {unit.kind} failed, {what}: {error}", markup=False)
+        self.say(f"unit {unit.id[:12]} of {unit.kind} failed, {what}: {error}")
 
     def waiting(self, unit: Unit, what: str) -> None:
-        """A unit that somebody else has claimed is all that is left to do for now."""
+        """A unit that somebody else has claimed is all that is left to do for now; said once, whoever waits."""
+        if (unit.id, what) in self._waits:
+            return
+        self._waits.add((unit.id, what))
         self.say(f"waiting for unit {unit.id[:12]} of {unit.kind}: {what}")
 
     def say(self, what: str) -> None:

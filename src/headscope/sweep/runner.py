@@ -18,7 +18,6 @@ from headscope._signals import terminable
 from headscope.counter import check_whole
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.executors import EXECUTORS
-from headscope.sweep.executors.member import Watch
 from headscope.sweep.executors.processes import run_processes
 from headscope.sweep.executors.ray import run_ray
 from headscope.sweep.executors.slurm import run_slurm
@@ -162,12 +161,10 @@ def _run(
 def _hand_over(order: WorkOrder, workers: Workers, store: RunStore, units: tuple[Unit, ...], shown: Progress) -> None:
     if workers.executor == "processes":
         run_processes(order, workers.count, units, shown)
-        return
-    watch = Watch(store, units, shown)
-    if workers.executor == "ray":
-        run_ray(order, workers.count, watch, workers.address)
+    elif workers.executor == "ray":
+        run_ray(order, workers.count, units, shown, workers.address)
     else:
-        run_slurm(order, workers.count, watch, cluster=workers.cluster, parameters=workers.parameters)
+        run_slurm(order, workers.count, units, shown, store, cluster=workers.cluster, parameters=workers.parameters)
 
 
 def _conclude(store: RunStore, units: tuple[Unit, ...]) -> None:

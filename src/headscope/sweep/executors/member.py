@@ -1,32 +1,25 @@
-"""A process that takes part in a sweep, whoever started it."""
+"""A process that takes part in a sweep, whoever started it, and what it tells."""
 
 from __future__ import annotations
 
-import threading
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
-from headscope.sweep.store import RunStore
 from headscope.sweep.worker import Opened, Report, WorkOrder, work
 
 
 class Silent:
-    """Nobody listens: the run directory tells how far the work is. Others may end the work through it."""
-
-    def __init__(self) -> None:
-        self._stopped = threading.Event()
-
-    def stop(self) -> None:
-        """End the work after the next forward, as Ctrl-C does."""
-        self._stopped.set()
+    """A report that nobody listens to."""
 
     def advance(self, forwards: int) -> None:
-        if self._stopped.is_set():
-            raise KeyboardInterrupt
+        pass
 
     def finished(self, unit: Unit) -> None:
         pass
@@ -38,11 +31,45 @@ class Silent:
         pass
 
 
+class Telling:
+    """A report in messages to the process that started this one, where `tell` makes a report of them again.
+
+    Args:
+        send: brings a message there, which can be pickled.
+    """
+
+    def __init__(self, send: Callable[[tuple[Any, ...]], None]) -> None:
+        self._send = send
+
+    def advance(self, forwards: int) -> None:
+        self._send(("advance", forwards))
+
+    def finished(self, unit: Unit) -> None:
+        self._send(("finished", unit.id))
+
+    def failed(self, unit: Unit, error: str, last: bool) -> None:
+        self._send(("failed", unit.id, error, last))
+
+    def waiting(self, unit: Unit, what: str) -> None:
+        self._send(("waiting", unit.id, what))
+
+
+def tell(message: tuple[Any, ...], known: Mapping[str, Unit], report: Report) -> None:
+    """Pass on what another process has said to its `Telling`."""
+    kind, about, *more = message
+    getattr(report, kind)(about if kind == "advance" else known[about], *more)
+
+
 def take_part(order: WorkOrder, report: Report | None = None) -> None:
-    """Open the run of an order and work until nothing is left."""
+    """Open the run of an order and work until nothing is left.
+
+    Args:
+        report: who hears of it; None has this process's log say what failed and whom it waits for.
+    """
     opened = Opened(order.config, order.execution)
     runner = opened.runner(opened.store(Path(order.out)))
-    work(runner, order.session, report or Silent())
+    # the run directory tells how far the work is
+    work(runner, order.session, report or Progress("sweep", opened.plan.units, interval=math.inf))
 
 
 def on_device(order: WorkOrder, number: int) -> WorkOrder:
@@ -52,22 +79,3 @@ def on_device(order: WorkOrder, number: int) -> WorkOrder:
         return order
     count = max(1, torch.cuda.device_count())
     return replace(order, config=replace(order.config, device=f"cuda:{number % count}"))
-
-
-class Watch:
-    """Progress of processes elsewhere, read from the run directory."""
-
-    def __init__(self, store: RunStore, units: tuple[Unit, ...], progress: Progress) -> None:
-        self._store = store
-        self.units = units
-        self._by_file = {(unit.kind, unit.id): unit for unit in units}
-        self._progress = progress
-        self._seen = set(store.listed())
-
-    def look(self) -> None:
-        new = {key for key in self._store.listed() - self._seen if key in self._by_file}
-        self._seen |= new
-        for key in new:
-            unit = self._by_file[key]
-            self._progress.advance(unit.forwards)
-            self._progress.finished(unit)

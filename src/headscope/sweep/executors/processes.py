@@ -11,11 +11,12 @@ import traceback
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 import torch
 
 from headscope._signals import INTERRUPTED, TERMINATED, Terminated, end_once
-from headscope.sweep.executors.member import on_device, take_part
+from headscope.sweep.executors.member import Telling, on_device, take_part, tell
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
 from headscope.sweep.worker import TRIES, DiskFull, WorkOrder
@@ -41,10 +42,12 @@ def run_processes(order: WorkOrder, workers: int, units: tuple[Unit, ...], progr
     threads = order.execution.threads or max(1, torch.get_num_threads() // workers)
     order = replace(order, execution=replace(order.execution, threads=threads))
     known = {unit.id: unit for unit in units}
-    members = [_start(order, number) for number in range(workers)]
+    members: list[_Process] = []
     # a death costs a unit one of its tries, so this many are possible at most
     deaths_left = TRIES * (len(units) + workers)
     try:
+        for number in range(workers):
+            members.append(_start(order, number))
         while members:
             wait([member.messages for member in members] + [member.process.sentinel for member in members])
             for member in list(members):
@@ -76,24 +79,20 @@ def _start(order: WorkOrder, number: int) -> _Process:
 
 def _hear(member: _Process, known: dict[str, Unit], progress: Progress) -> None:
     """Pass on what a process has said."""
-    try:
-        while member.messages.poll():
-            kind, *content = member.messages.recv()
-            if kind == "advance":
-                progress.advance(*content)
-            elif kind == "finished":
-                progress.finished(known[content[0]])
-            elif kind == "failed":
-                progress.failed(known[content[0]], *content[1:])
-            elif kind == "waiting":
-                progress.waiting(known[content[0]], *content[1:])
-            elif kind == "full":
-                raise DiskFull(*content)
-            else:
-                raise RuntimeError(f"workers: a process couldn't go on:\n{content[0]}")
-    except EOFError:
-        # it is gone; its sentinel says how
-        return
+    while True:
+        try:
+            if not member.messages.poll():
+                return
+            message = member.messages.recv()
+        except (EOFError, OSError):
+            # it is gone, perhaps in the middle of a message; its sentinel says how
+            return
+        kind, *content = message
+        if kind == "full":
+            raise DiskFull(*content)
+        if kind == "error":
+            raise RuntimeError(f"workers: a process couldn't go on:\n{content[0]}")
+        tell(message, known, progress)
 
 
 def _stop(members: list[_Process]) -> None:
@@ -109,30 +108,24 @@ def _stop(members: list[_Process]) -> None:
             member.process.join()
 
 
-class _Telling:
-    """A report that goes to the process that started this one."""
+def _telling(messages: Connection) -> Telling:
+    """A report to the process that started this one."""
 
-    def __init__(self, messages: Connection) -> None:
-        self._messages = messages
+    def send(message: tuple[Any, ...]) -> None:
+        try:
+            messages.send(message)
+        except OSError:
+            # it is gone, which is no fault of the unit that is worked on, and the work ends
+            raise KeyboardInterrupt from None
 
-    def advance(self, forwards: int) -> None:
-        self._messages.send(("advance", forwards))
-
-    def finished(self, unit: Unit) -> None:
-        self._messages.send(("finished", unit.id))
-
-    def failed(self, unit: Unit, error: str, last: bool) -> None:
-        self._messages.send(("failed", unit.id, error, last))
-
-    def waiting(self, unit: Unit, what: str) -> None:
-        self._messages.send(("waiting", unit.id, what))
+    return Telling(send)
 
 
 def _main(order: WorkOrder, number: int, messages: Connection) -> None:
     threading.Thread(target=_follow_parent, daemon=True).start()
     end_once()
     try:
-        take_part(on_device(order, number), _Telling(messages))
+        take_part(on_device(order, number), _telling(messages))
     except Terminated:
         # by somebody else than its parent: it is replaced
         sys.exit(TERMINATED)

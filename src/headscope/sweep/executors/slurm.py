@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from headscope._extras import require
-from headscope.sweep.executors.member import Watch, take_part
-from headscope.sweep.store import JOBS
+from headscope.sweep.executors.member import take_part
+from headscope.sweep.plan import Unit
+from headscope.sweep.progress import Progress
+from headscope.sweep.store import JOBS, RunStore
 from headscope.sweep.worker import WorkOrder
 
 LOOK_EVERY = 2.0
@@ -24,12 +26,20 @@ FINISHED, STOPPED = "finished", "stopped"
 
 
 def run_slurm(
-    order: WorkOrder, workers: int, watch: Watch, *, cluster: str = "slurm", parameters: dict[str, Any] | None = None
+    order: WorkOrder,
+    workers: int,
+    units: tuple[Unit, ...],
+    progress: Progress,
+    store: RunStore,
+    *,
+    cluster: str = "slurm",
+    parameters: dict[str, Any] | None = None,
 ) -> None:
     """Work on a run with an array of so many jobs, until one of them has found that nothing is left, or all have ended.
 
     What a job that was cancelled or died leaves, the others do. One that reaches its time limit, or is preempted, goes
     back to the queue. Jobs that still wait there when all is done are cancelled, and all of them when this is stopped.
+    What failed, and whom a job waits for, its log in the run directory says.
 
     Args:
         cluster: as submitit names it: "slurm", or "local" for processes of this machine.
@@ -41,6 +51,7 @@ def run_slurm(
     """
     submitit = require("submitit", "slurm")
     remote = cluster == "slurm"
+    watch = _Watch(store, units, progress)
     folder = Path(order.out) / JOBS
     executor = submitit.AutoExecutor(folder, cluster, **({"slurm_max_num_timeout": RENEWALS} if remote else {}))
     given = {"name": "headscope", "timeout_min": TIME_LIMIT, **(parameters or {})}
@@ -68,6 +79,24 @@ def run_slurm(
     errors = [job.exception() for job in jobs if _has_result(job)]
     if errors and all(error is not None for error in errors):
         raise RuntimeError(f"workers: every job failed, the first of them with:\n{errors[0]}")
+
+
+class _Watch:
+    """Progress of jobs elsewhere, read from the run directory."""
+
+    def __init__(self, store: RunStore, units: tuple[Unit, ...], progress: Progress) -> None:
+        self._store = store
+        self._by_file = {(unit.kind, unit.id): unit for unit in units}
+        self._progress = progress
+        self._seen = store.listed()
+
+    def look(self) -> None:
+        new = {key for key in self._store.listed() - self._seen if key in self._by_file}
+        self._seen |= new
+        for key in new:
+            unit = self._by_file[key]
+            self._progress.advance(unit.forwards)
+            self._progress.finished(unit)
 
 
 def _has_result(job: Any) -> bool:

@@ -1,0 +1,93 @@
+"""What processes of a sweep tell the one that started them."""
+
+import io
+import multiprocessing
+import struct
+
+import pytest
+from rich.console import Console
+
+from headscope.sweep import SweepConfig
+from headscope.sweep.executors import processes
+from headscope.sweep.executors.member import Telling, take_part, tell
+from headscope.sweep.plan import Unit
+from headscope.sweep.progress import Progress
+from headscope.sweep.worker import DiskFull, Execution, Opened, WorkOrder, work
+
+UNIT = Unit("ablations", "faces", (0, 1), 60, None, 10, "unit0")
+
+
+class Heard:
+    """A report that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    def __getattr__(self, name: str):
+        return lambda *content: self.calls.append((name, *content))
+
+
+def test_a_report_arrives_as_it_was_made():
+    messages: list[tuple] = []
+    telling, heard = Telling(messages.append), Heard()
+    telling.advance(3)
+    telling.finished(UNIT)
+    telling.failed(UNIT, "ValueError: no", True)
+    telling.waiting(UNIT, "process 7")
+    for message in messages:
+        tell(message, {UNIT.id: UNIT}, heard)  # pyright: ignore[reportArgumentType]
+    assert heard.calls == [
+        ("advance", 3),
+        ("finished", UNIT),
+        ("failed", UNIT, "ValueError: no", True),
+        ("waiting", UNIT, "process 7"),
+    ]
+
+
+def said_by(*sent, rest: bytes = b"") -> str:
+    """What is shown of a process that sent messages, and so much of one more, and died."""
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    for message in sent:
+        sending.send(message)
+    if rest:
+        processes.os.write(sending.fileno(), rest)
+    sending.close()
+    text = io.StringIO()
+    member = processes._Process(0, None, receiving)  # pyright: ignore[reportArgumentType]
+    processes._hear(member, {UNIT.id: UNIT}, Progress("sweep", (UNIT,), console=Console(file=text)))
+    return text.getvalue()
+
+
+def test_a_process_killed_in_the_middle_of_a_message_is_dead_and_no_more():
+    waiting = ("waiting", UNIT.id, "a")
+    for rest in (b"", b"\0", struct.pack("!i", 100), struct.pack("!i", 100) + b"x" * 10):
+        assert said_by(waiting, rest=rest) == "sweep: waiting for unit unit0 of ablations: a\n"
+
+
+def test_what_stops_a_process_stops_the_sweep():
+    with pytest.raises(DiskFull, match="no room"):
+        said_by(("full", 28, "no room"))
+    with pytest.raises(RuntimeError, match="couldn't go on:\nTraceback"):
+        said_by(("error", "Traceback"))
+
+
+@pytest.fixture
+def asked(ddpm_directory):
+    return SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60,), fills=(), scores=())
+
+
+def test_that_nobody_is_left_to_be_told_is_no_failure_of_a_unit(asked, tmp_path):
+    """As where the process that began the sweep was killed: the work ends."""
+    opened = Opened(asked, Execution(rows=1))
+    runner = opened.runner(opened.store(tmp_path / "run"))
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    receiving.close()
+    with pytest.raises(KeyboardInterrupt):
+        work(runner, "ours", processes._telling(sending))
+    assert runner.store.failures() == {}
+
+
+def test_a_member_s_log_says_what_failed(asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("headscope.sweep.unit.UnitRunner.run", lambda *_: 1 / 0)
+    take_part(WorkOrder(asked, str(tmp_path / "run"), Execution(rows=1), "ours"))
+    assert capsys.readouterr().err.count("failed, will be tried again: ZeroDivisionError") == 2
