@@ -69,7 +69,7 @@ def test_a_backward_after_the_context_is_refused():
     stock = {m: m.__dict__.get("_gradient_checkpointing_func") for m in model.modules()}
     with Scope(model).record("entropy"):
         loss = model(**inputs, return_dict=False)[0].sum()
-    with pytest.raises(RuntimeError, match="call backward inside it"):
+    with pytest.raises(RuntimeError, match="call backward inside the contexts of its forward"):
         loss.backward()
     assert all(m.__dict__.get("_gradient_checkpointing_func") is function for m, function in stock.items())
 

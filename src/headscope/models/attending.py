@@ -76,9 +76,22 @@ class SiteFrame:
         return interest
 
     def wanted(self) -> bool:
-        """Whether anything of the site is recorded or edited in the forward that runs."""
-        forward, interest = self._scope.running, self._interest()
-        if forward is None or not interest.any:
+        """Whether anything of the site is recorded or edited in the forward that runs.
+
+        Raises:
+            RuntimeError: none runs, and something of the site is to be recorded or edited.
+        """
+        interest = self._interest()
+        if not interest.any:
+            return False
+        if not self._scope.in_forward:
+            raise RuntimeError(
+                f"site {self._site.name!r} ran outside of a forward of {type(self._scope.denoiser).__name__}, where a"
+                " Scope can't record or edit it; call the model itself, not its forward method or a part of it (as"
+                " vae.encode does), or name other sites (sites=...)"
+            )
+        forward = self._scope.running
+        if forward is None:
             return False
         acting = (entry.acts_in(forward) for entry in (*interest.edits, *interest.token_maps))
         return bool(interest.recordings) or any(acting)

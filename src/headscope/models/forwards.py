@@ -117,6 +117,7 @@ class Forward:
         schedule: the pipeline's, one object for all forwards of a call; None where no pipeline counts.
         guided: the call had guidance branches, in this forward or an earlier one.
         prompts: those that the pipeline was called with, by the name of the argument; None where no call is running.
+        contexts: the scope's set of contexts in which it ran.
     """
 
     index: int
@@ -129,6 +130,7 @@ class Forward:
     schedule: Schedule | None = None
     guided: bool = False
     prompts: Mapping[str, Sequence[str]] | None = None
+    contexts: int = 0
 
     @property
     def batch(self) -> int:
@@ -245,6 +247,18 @@ def begin_forward(
     # read when a table is made: until then, a loop may count on in the tensor that it gave
     timestep = timestep.clone()
     return Forward(index, step, timestep, branches, geometry, schedule=schedule, guided=guided, prompts=prompts)
+
+
+def running_module(model: nn.Module) -> str:
+    """Where in a model this thread is, to be said in an error; "" where no method of one of its modules is running."""
+    names = {id(module): name for name, module in model.named_modules()}
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if names.get(id(module)):
+            return f", in {names[id(module)]!r} ({type(module).__name__})"
+        frame = frame.f_back
+    return ""
 
 
 def _prompts(call: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -75,6 +75,18 @@ class Reduced:
     rows: Tensor | None = None
 
 
+class RecordRequest(NamedTuple):
+    """An active recording, and the sites that it records.
+
+    Attributes:
+        all_sites: all that there are, because none were named: attention outside of them is an error then.
+    """
+
+    recording: "Recording"
+    sites: frozenset[str]
+    all_sites: bool
+
+
 class Recording:
     """Per-head statistics and tensors of every attention call made inside the context.
 

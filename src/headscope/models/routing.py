@@ -27,6 +27,8 @@ from headscope.ops.schema import LIBRARY
 
 # where a module under observation carries its number
 HANDLE = "_headscope_handle"
+# what keeps copies from being made of it, which would send their attention to the same frame
+_BOUND = "_headscope_bound"
 # and what counts how often hooks of diffusers left it out, where there are any
 HOOKED = "_headscope_hooked"
 # torch counts its hooks' ids up from 0
@@ -68,6 +70,16 @@ class Watcher(Protocol):
     def attention_outside(self) -> None: ...
 
 
+class Uncopyable:
+    """What belongs to one model, inside of it."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise RuntimeError(
+            "a model can't be copied or pickled inside a Scope, for its copy would report to the Scope for good;"
+            " copy it before the context, or after"
+        )
+
+
 class _Running(threading.local):
     """What runs in this thread.
 
@@ -75,12 +87,12 @@ class _Running(threading.local):
         modules: the observed attention modules, innermost last: [handle, what it was given, attention calls so far,
             whether it was told to leave its attention out]; the second is a list of the text tokens beside the image,
             the rows and tokens of its own tensor, and the rows of its attention calls so far.
-        watchers: the scopes whose denoiser is in its forward.
+        watchers: the scopes whose denoiser is in its forward, each with the number of modules around that.
     """
 
     def __init__(self) -> None:
         self.modules: list[list[Any]] = []
-        self.watchers: list[Watcher] = []
+        self.watchers: list[tuple[Watcher, int]] = []
 
 
 _running = _Running()
@@ -98,13 +110,17 @@ _forwards: set[int] = set()
 _name_lock = threading.RLock()
 
 
+def is_observed(module: nn.Module) -> bool:
+    return HANDLE in module.__dict__
+
+
 def observe(module: nn.Module, frame: Frame) -> None:
-    """Send the module's attention to the frame until `forget`."""
+    """Send the module's attention to the frame until `forget`; a module is observed by one."""
     number = next(_numbers)
     handle = torch.tensor(number)
     _frames[number] = _frames_by_handle[id(handle)] = frame
     # past nn.Module's own __setattr__: neither a buffer nor part of the state
-    module.__dict__[HANDLE] = handle
+    module.__dict__[HANDLE], module.__dict__[_BOUND] = handle, Uncopyable()
     # as register_forward_pre_hook(with_kwargs=True) and register_forward_hook(always_call=True) do, but under one id in
     # every module: ids are constants in compiled code, and one per layer would compile every layer anew
     module._forward_pre_hooks[_HOOK_ID] = _enter
@@ -123,20 +139,29 @@ def forget(module: nn.Module) -> None:
     ):
         hooks.pop(_HOOK_ID, None)
     handle = module.__dict__.pop(HANDLE)
+    del module.__dict__[_BOUND]
     _frames.pop(int(handle), None)
     _frames_by_handle.pop(id(handle), None)
     _running.modules = [entry for entry in _running.modules if entry[0] is not handle]
 
 
 def watch(watcher: Watcher) -> None:
-    _watched([*_running.watchers, watcher])
+    """Its denoiser's forward begins."""
+    if not _running.watchers:
+        # what an interrupt of a backward left
+        _running.modules.clear()
+    _watched([*_running.watchers, (watcher, len(_running.modules))])
 
 
 def unwatch(watcher: Watcher) -> None:
-    _watched([other for other in _running.watchers if other is not watcher])
+    """Its denoiser's forward has ended, and with it all that ran inside."""
+    for other, around in _running.watchers:
+        if other is watcher:
+            del _running.modules[around:]
+    _watched([entry for entry in _running.watchers if entry[0] is not watcher])
 
 
-def _watched(watchers: list[Watcher]) -> None:
+def _watched(watchers: list[tuple[Watcher, int]]) -> None:
     _running.watchers = watchers
     with _name_lock:
         if watchers:
@@ -226,7 +251,7 @@ def _routed(*args: Any, **kwargs: Any) -> Tensor:
         return _overridden(args, kwargs)
     if not _running.modules:
         if not torch.compiler.is_compiling():
-            for watcher in _running.watchers:
+            for watcher, _ in _running.watchers:
                 watcher.attention_outside()
         return _stock(*args, **kwargs)
     handle, given = _next_call(args, kwargs)
@@ -244,7 +269,7 @@ def _routed(*args: Any, **kwargs: Any) -> Tensor:
 def _overridden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The call where modes or classes of tensors act on it."""
     if not _running.modules:
-        for watcher in _running.watchers:
+        for watcher, _ in _running.watchers:
             watcher.attention_outside()
         with _unrouted():
             return _stock(*args, **kwargs)

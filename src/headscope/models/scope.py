@@ -1,15 +1,14 @@
 """headscope.Scope: see and edit the attention heads of a diffusion model while it runs."""
 
 import inspect
-import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import nn
 
 from headscope.models import routing
@@ -17,31 +16,16 @@ from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
 from headscope.models.caches import HookWatch, Reused
 from headscope.models.editing import ActiveEdit, Edits, Fill, check_heads
-from headscope.models.forwards import Forward, Progress, Window, begin_forward
+from headscope.models.forwards import Forward, Progress, Window, begin_forward, running_module
 from headscope.models.maps import TokenMaps, TokenRequest
 from headscope.models.prompts import Prompts
-from headscope.models.recording import Recording
-from headscope.models.sites import Site, Unseen, find_denoiser, find_sites
+from headscope.models.recording import Recording, RecordRequest
+from headscope.models.sites import Site, Unseen, find_denoiser, find_sites, other_denoisers
 from headscope.models.tasks import Task, TaskItem
 from headscope.models.tensors import QUANTITIES, Reduce
 from headscope.models.wrapping import ForwardWrap
 from headscope.ops import Statistic
 from headscope.ops.statistics import requested_statistics
-
-# denoisers that a Scope is recording or editing right now
-_observed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-
-
-class RecordRequest(NamedTuple):
-    """An active recording, and the sites that it records.
-
-    Attributes:
-        all_sites: all that there are, because none were named: attention outside of them is an error then.
-    """
-
-    recording: Recording
-    sites: frozenset[str]
-    all_sites: bool
 
 
 class Scope:
@@ -79,7 +63,7 @@ class Scope:
         self._called = find_denoiser(pipeline_or_model)
         # torch.compile(model) is a module around the model
         self.denoiser: nn.Module = getattr(self._called, "_orig_mod", self._called)
-        for name in self._other_denoisers():
+        for name in other_denoisers(self._pipeline, self.denoiser):
             warnings.warn(
                 f"pipeline_or_model: {type(pipeline_or_model).__name__} has another denoiser, {name!r}, whose attention"
                 " this Scope neither records nor edits; a Scope of that model sees it",
@@ -113,16 +97,6 @@ class Scope:
         sites, unseen = find_sites(self.denoiser)
         self.sites, self.unseen = tuple(sites), tuple(unseen)
         self._by_name = {site.name: site for site in sites}
-
-    def _other_denoisers(self) -> list[str]:
-        """The pipeline's further models of the denoiser's class: some have one for noise and one for details."""
-        models = {} if self._pipeline is None else dict(getattr(self._pipeline, "__dict__", {}))
-        unwrapped = {name: getattr(model, "_orig_mod", model) for name, model in models.items()}
-        return [
-            name
-            for name, model in unwrapped.items()
-            if type(model) is type(self.denoiser) and model is not self.denoiser
-        ]
 
     def __repr__(self) -> str:
         heads = sum(site.heads for site in self.sites)
@@ -328,9 +302,18 @@ class Scope:
         )
 
     def _look_again(self) -> None:
-        """Processors may have been changed since the last context."""
-        if self._contexts == 0:
-            self.refresh()
+        """Processors may have been changed since the last context, and the model may have been compiled."""
+        if self._contexts > 0:
+            return
+        if self._pipeline is not None:
+            called = find_denoiser(self._pipeline)
+            if getattr(called, "_orig_mod", called) is not self.denoiser:
+                raise RuntimeError(
+                    f"pipeline_or_model: the {type(self._pipeline).__name__} has another denoiser than when this Scope"
+                    " was made; make a new Scope of it"
+                )
+            self._called = called
+        self.refresh()
 
     def _chosen(self, sites: Sequence[str] | str | None) -> frozenset[str]:
         if sites is not None:
@@ -371,14 +354,13 @@ class Scope:
             entry.check_met()
 
     def _attach(self) -> None:
-        if self.denoiser in _observed:
+        modules = dict(self.denoiser.named_modules())
+        if any(routing.is_observed(modules[site.name]) for site in self.sites):
             raise RuntimeError(
-                "another Scope is active on this model, and each would hide attention from the other;"
+                "another Scope is active on this model, or a part of it, and each would hide attention from the other;"
                 " use one Scope for both"
             )
-        _observed.add(self.denoiser)
         self._forwards = 0
-        modules = dict(self.denoiser.named_modules())
         for site in self.sites:
             routing.observe(modules[site.name], SiteFrame(self, site))
             self._modules.append(modules[site.name])
@@ -387,9 +369,8 @@ class Scope:
         routing.install()
 
     def _detach(self) -> None:
-        _observed.discard(self.denoiser)
         routing.uninstall()
-        # torch skips the hooks that leave a module when Ctrl-C ends it
+        # where Ctrl-C came between a forward's end and our own
         routing.unwatch(self)
         for module in self._modules:
             routing.forget(module)
@@ -412,6 +393,7 @@ class Scope:
             self._thread = threading.get_ident()
         arguments = self._named_arguments(args, kwargs)
         forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context, self.running)
+        forward.contexts = self.contexts_seen
         # one object for forwards that are alike, so that sites need not read each anew
         if self.running is not None and self.running.geometry.same_as(forward.geometry):
             forward.geometry = self.running.geometry
@@ -436,20 +418,25 @@ class Scope:
         self._thread = None
         routing.unwatch(self)
         forward = self.running
+        # the one before, where `begin` refused this one
+        if forward is None or forward.totals is not None:
+            return
+        # what runs again in a backward belongs to this forward still
+        forward.totals = dict(forward.calls)
         for entry in self.recordings:
-            if forward is None:
-                continue
             if completed:
                 entry.recording.end_forward(forward)
             else:
                 entry.recording.drop(forward)
         for request in self.token_maps:
             request.maps.end_forward(completed)
-        if forward is not None:
-            # what runs again in a backward belongs to this forward still
-            forward.totals = dict(forward.calls)
-            if completed:
-                self._note_missing(forward)
+        if completed:
+            self._note_missing(forward)
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward runs, or a backward that may run a part of one again."""
+        return self._thread == threading.get_ident() or torch._C._current_graph_task_id() != -1
 
     def _note_missing(self, forward: Forward) -> None:
         """List what hooks of diffusers left out; what a cache gave in its place can't be edited any more."""
@@ -475,10 +462,10 @@ class Scope:
     @contextmanager
     def repeat(self, forward: Forward | None, calls: dict[str, Progress]) -> Iterator[None]:
         """Run a part of an earlier forward again as it ran then, without recording it a second time."""
-        if self._contexts == 0:
+        if self._contexts == 0 or (forward is not None and forward.contexts != self.contexts_seen):
             raise RuntimeError(
-                "gradient checkpointing runs the forward again in the backward, which came after the Scope's context;"
-                " call backward inside it"
+                "gradient checkpointing runs the forward again in the backward, which came after a context of the Scope"
+                " had begun or ended; call backward inside the contexts of its forward"
             )
         if forward is None:
             yield
@@ -493,18 +480,8 @@ class Scope:
     def attention_outside(self) -> None:
         """Attention inside the denoiser, outside of every site: none may be missing where all are recorded."""
         if any(entry.all_sites for entry in self.recordings):
+            where = running_module(self.denoiser)
             raise RuntimeError(
-                f"{type(self.denoiser).__name__} calls attention outside of scope.sites{self._calling_module()}, and a"
+                f"{type(self.denoiser).__name__} calls attention outside of scope.sites{where}, and a"
                 ' recording of all would miss it; name the sites to record (sites="*" for all that can be seen)'
             )
-
-    def _calling_module(self) -> str:
-        """Where in the denoiser this thread is, to be said in an error; "" where no module's method is running."""
-        names = {id(module): name for name, module in self.denoiser.named_modules()}
-        frame = sys._getframe(1)
-        while frame is not None:
-            module = frame.f_locals.get("self")
-            if names.get(id(module)):
-                return f", in {names[id(module)]!r} ({type(module).__name__})"
-            frame = frame.f_back
-        return ""

@@ -73,6 +73,12 @@ def find_denoiser(pipeline_or_model: Any) -> nn.Module:
     )
 
 
+def other_denoisers(pipeline: Any, denoiser: nn.Module) -> list[str]:
+    """A pipeline's further models of the denoiser's class, by name: some have one for noise and one for details."""
+    unwrapped = {name: getattr(model, "_orig_mod", model) for name, model in getattr(pipeline, "__dict__", {}).items()}
+    return [name for name, model in unwrapped.items() if type(model) is type(denoiser) and model is not denoiser]
+
+
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The denoiser inside of what PEFT or data parallelism put around it, which passes its arguments on unnamed."""
     while True:

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from headscope.models.forwards import Forward, Progress
+from headscope.models.routing import Uncopyable
 
 _ABSENT = object()
+# where modules of diffusers have the function that checkpoints a part of them
+_CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class Watched(Protocol):
@@ -28,7 +31,7 @@ class Watched(Protocol):
         ...
 
 
-class ForwardWrap:
+class ForwardWrap(Uncopyable):
     """Tells `watched` of every forward until `remove`, which leaves the modules as they were.
 
     A compiled model is bracketed from outside: nothing of this is traced.
@@ -40,7 +43,8 @@ class ForwardWrap:
     def __init__(self, called: nn.Module, watched: Watched) -> None:
         self._watched = watched
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._before: list[tuple[nn.Module, str, Any]] = []
+        # module, name, what is there now, and what was
+        self._replaced: list[tuple[nn.Module, str, Callable[..., Any], Any]] = []
         self._cache_context: str | None = None
         denoiser: nn.Module = getattr(called, "_orig_mod", called)
         compiled = getattr(called, "_compiled_call_impl", None)
@@ -49,35 +53,48 @@ class ForwardWrap:
         else:
             self._hooks.append(called.register_forward_pre_hook(self._enter, with_kwargs=True))
             self._hooks.append(called.register_forward_hook(self._leave, always_call=True))
+            self._replace(called, "_compiled_call_impl", self._interruptible(called._call_impl))
         if hasattr(denoiser, "cache_context"):
             self._replace(denoiser, "cache_context", self._named(denoiser.cache_context))
-        for module in denoiser.modules():
-            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-                stock = module._gradient_checkpointing_func
-                self._replace(module, "_gradient_checkpointing_func", self._checkpointed(stock))
+        self._may_checkpoint = [module for module in denoiser.modules() if hasattr(module, "gradient_checkpointing")]
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for module, name, before in reversed(self._before):
+        for module, name, function, before in reversed(self._replaced):
+            # what somebody has put there meanwhile stays
+            if module.__dict__.get(name) is not function:
+                continue
             if before is _ABSENT:
                 del module.__dict__[name]
             else:
                 module.__dict__[name] = before
 
     def _replace(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        self._before.append((module, name, module.__dict__.get(name, _ABSENT)))
+        self._replaced.append((module, name, function, module.__dict__.get(name, _ABSENT)))
         module.__dict__[name] = function
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, args: tuple, kwargs: dict) -> None:
+        self._replace_checkpoints()
         self._watched.begin(args, kwargs, self._cache_context)
+
+    def _replace_checkpoints(self) -> None:
+        """Checkpointing may have been switched on since the last forward."""
+        ours = [function for _, name, function, _ in self._replaced if name == _CHECKPOINT]
+        for module in self._may_checkpoint:
+            stock = getattr(module, _CHECKPOINT, None)
+            if module.gradient_checkpointing and stock is not None and stock not in ours:
+                self._replace(module, _CHECKPOINT, self._checkpointed(stock))
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._begin(args, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._watched.end(output is not None)
 
     def _bracketed(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args, **kwargs):
-            self._watched.begin(args, kwargs, self._cache_context)
+            self._begin(args, kwargs)
             completed = False
             try:
                 output = compiled(*args, **kwargs)
@@ -85,6 +102,19 @@ class ForwardWrap:
             finally:
                 self._watched.end(completed)
             return output
+
+        return call
+
+    def _interruptible(self, stock: Callable[..., Any]) -> Callable[..., Any]:
+        """torch runs no hook that leaves a module when what ends it is no Exception, as Ctrl-C."""
+
+        def call(*args, **kwargs):
+            try:
+                return stock(*args, **kwargs)
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    self._watched.end(completed=False)
+                raise
 
         return call
 
