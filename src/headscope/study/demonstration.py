@@ -261,8 +261,17 @@ def report_sweep(path: Path) -> Path:
             sites=_sites(run),
             seed=run.manifest["config"]["seed"],
             others={kind: table for kind, table in tables.items() if kind not in REPORTED},
+            caveats=_unfinished(run),
             **{kind: table for kind, table in tables.items() if kind in REPORTED},
         )
+
+
+def _unfinished(run: Run) -> list[str]:
+    """What a reader of an unfinished run's numbers must know."""
+    lacking = [f"{kind} {done:,} of {every:,}" for kind, (done, every) in run.status().units.items() if done < every]
+    if not lacking:
+        return []
+    return [f"This run is not finished: every number here will change. Units that are done: {', '.join(lacking)}."]
 
 
 def _check_described(run: Run) -> None:
