@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +12,7 @@ import polars as pl
 import pytest
 
 from headscope.report import GroupInfo, write_report, write_sweep_report
+from headscope.report.findings import findings
 from headscope.report.images import sheet
 from headscope.report.naming import Names, fitted, number, percent, probability, significant
 from headscope.study import analyse, inference, select_heads
@@ -260,6 +262,52 @@ def test_sites_stand_in_the_order_of_execution(tables, tmp_path):
         assert [cell for cell in first_cells if cell in labels] == labels
         heads = [f"{label} h{head}" for label in labels for head in (0, 1)]
         assert [cell for cell in first_cells if cell in heads][: len(heads)] == heads
+
+
+def test_image_and_text_queries_of_a_head_stay_apart(tmp_path):
+    """As of joint attention: two rows of a head, two views of the map, and the image's alone in sentences."""
+    image = simulated.observations(simulated.items(("lfw",), sources=3), timesteps=STEPS, heads=2)
+    text = image.with_columns(
+        pl.col("entropy_mean", "entropy_normalised_mean") / 2, query_group=pl.lit("text"), queries=pl.lit(7, pl.Int64)
+    )
+    path = write_sweep_report(tmp_path / "s.html", title="t", run_info={}, observations=pl.concat([image, text]))
+    page = Page(path.read_text(encoding="utf-8"))
+    views = {view["label"]: np.array(view["data"][0]["z"]) for view in page.figures()["entropy_maps"]}
+    assert [name.rpartition(", ")[2] for name in views] == ["image queries"] * 3 + ["text queries"] * 3
+    for name in ("Normalised, H / ln K", "Nats, H"):
+        np.testing.assert_allclose(views[f"{name}, image queries"], 2 * views[f"{name}, text queries"], rtol=1e-12)
+    site, head = simulated.SITES[0][0], 1
+    one = image.filter(site=site, head=head, timestep=STEPS[0]).group_by("source_id").agg(pl.col("entropy_mean").mean())
+    assert views["Nats, H, image queries"][1][0] == pytest.approx(one["entropy_mean"].mean())
+    assert {f"down 1.0 h1, {kind} queries" for kind in ("image", "text")} <= set(page.text["th"])
+    assert any("Across the 14 heads" in sentence for sentence in page.text["li"])
+    # nothing is added where all queries are of one kind
+    path = write_sweep_report(tmp_path / "t.html", title="t", run_info={}, observations=image)
+    assert "queries" not in "".join(view["label"] for view in Page(path.read_text()).figures()["entropy_maps"])
+
+
+def test_a_head_without_a_number_has_no_colour(tmp_path):
+    """Rather than that of the smallest degradation."""
+    table = simulated.ablations(timesteps=STEPS, heads=2)
+    site = simulated.SITES[2][0]
+    void = (pl.col("site") == site) & (pl.col("head") == 1) & (pl.col("timestep") == STEPS[1])
+    table = table.with_columns(edited=pl.when(void).then(math.nan).otherwise("edited"))
+    path = write_sweep_report(tmp_path / "s.html", title="t", run_info={}, ablations=table)
+    (view,) = Page(path.read_text(encoding="utf-8")).figures()["degradation_maps"]
+    for panel in view["data"]:
+        missing = [(row, column) for row, line in enumerate(panel["z"]) for column, z in enumerate(line) if z is None]
+        assert missing == [(2 * 2 + 1, 1)]
+
+
+def test_sentences_about_the_heads_tested(result):
+    """The largest value is no largest effect where every removal lowers the loss."""
+    names = Names(result.sites, result.groups)
+    assert any("it is the largest increase among the" in sentence for sentence in findings(result, names))
+    lowered = result.ablation_confirm.with_columns(value=-pl.col("value").abs())
+    sentences = findings(replace(result, ablation_confirm=lowered), names)
+    assert any("it is the smallest decrease, and none raises it, among the" in sentence for sentence in sentences)
+    assert not any("largest" in sentence for sentence in sentences if "lowers" in sentence)
+    assert any("when removed alone (mean fill)" in sentence for sentence in sentences)
 
 
 def test_reports_repeat(result, written, tmp_path):

@@ -1,12 +1,13 @@
 """What a sweep measured beside the report's own sections: means by hand, all of it on the page."""
 
+import re
 import sys
 
 import numpy as np
 import polars as pl
 import pytest
 
-from headscope.report import write_sweep_report
+from headscope.report import GroupInfo, write_sweep_report
 from headscope.report.naming import percent, significant
 from headscope.study import inference
 from headscope.study.demonstration import report_sweep
@@ -84,6 +85,33 @@ def test_images_and_attributions_have_their_titles():
     ]
 
 
+def test_definitions_are_of_what_stands_there():
+    """No test is named where nothing is tested, and the error of the clean image is no loss."""
+    both = {"clean": CLEAN, "edited": CLEAN + CHANGE, "x0_clean": CLEAN, "x0_edited": CLEAN + CHANGE}
+    tables = {
+        "set_ablations": rows(**both).with_columns(edit=pl.lit("pair")),
+        "attributions": rows(loss=CLEAN, g=CHANGE, c=CLEAN, importance=OWN).with_columns(site=pl.lit("mid"), head=3),
+    }
+    definitions = {score.name: score.definition for score in further_scores(tables)}
+    assert "sum of (edited loss − clean loss) / sum of clean loss" in definitions["loss_relative"]
+    assert "sum of (edited error − clean error) / sum of clean error" in definitions["x0_relative"]
+    assert definitions["x0_absolute"].endswith("In squared units of what the model denoises.")
+    assert definitions["g"].startswith("−∂ loss / ∂ gate of the head. In units of the loss.")
+    assert not any("test" in text or "band" in text or "{" in text for text in definitions.values())
+
+
+def test_groups_stand_in_the_page_s_order(tmp_path):
+    """Whatever the order of the files."""
+    table = rows(clean=CLEAN, edited=CLEAN + CHANGE).with_columns(edit=pl.lit("pair"))
+    both = pl.concat([table.with_columns(group=pl.lit(name)) for name in ("second", "first")])
+    groups = [GroupInfo(name, name, np.zeros((0, 1, 1, 3), np.uint8)) for name in ("first", "second")]
+    page = write_sweep_report(
+        tmp_path / "r.html", title="x", run_info={}, groups=groups, others={"set_ablations": both}
+    )
+    shown = re.findall(r'<th scope="row">pair</th><td>(\w+)</td>', page.read_text())
+    assert shown == ["first", "second"] * 2
+
+
 def test_what_is_not_shown_is_named(tmp_path):
     observed = rows(entropy_mean=CLEAN, entropy_normalised_mean=CLEAN / 9, entropy_std=CHANGE, max_prob_mean=CHANGE)
     observed = observed.drop("fill").with_columns(
@@ -105,7 +133,7 @@ def test_a_run_of_sets_and_own_scores_is_on_the_page(ddpm_directory, tmp_path, m
     config = SweepConfig(
         model=ddpm_directory,
         groups=("lfw",),
-        items=2,
+        items=3,
         timesteps=(60,),
         observe=False,
         fills=("zero",),
@@ -114,6 +142,12 @@ def test_a_run_of_sets_and_own_scores_is_on_the_page(ddpm_directory, tmp_path, m
         sets=(HeadSet("middle & <b>", sites=("mid_block.*",)), HeadSet("warm", sites=("*",), temperature=2.0)),
     )
     run = run_sweep(config, tmp_path / "run", progress=False)
+    assert "not finished" not in report_sweep(tmp_path / "run").read_text()
+    file = next((tmp_path / "run" / "set_ablations").glob("*.parquet"))
+    file.rename(tmp_path / "kept")
+    half = report_sweep(tmp_path / "run").read_text()
+    assert "This run is not finished: every number here will change. Units that are done: set_ablations 1 of 2." in half
+    (tmp_path / "kept").rename(file)
     sys.modules.pop("scores_of_mine")
     page = report_sweep(tmp_path / "run").read_text()
     assert "middle &amp; &lt;b&gt;: mid_block.* (removed); warm: * (temperature 2)" in page

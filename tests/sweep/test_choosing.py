@@ -179,6 +179,21 @@ def test_asking_for_what_is_taken_anyway_is_no_other_configuration(ddpm_director
     assert one == two
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"items": True}, "items: got True, expected a whole number"),
+        ({"confirm_items": 2.0}, "confirm_items: got 2.0, expected a whole number"),
+        ({"heads_per_group": "5"}, "heads_per_group: got '5', expected a whole number"),
+        ({"groups": "lfw"}, "groups: got 'lfw', expected a list"),
+        ({"dtype": None}, "dtype: got None, expected some text in quotes"),
+    ],
+)
+def test_a_study_takes_what_is_written(fields, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        StudyConfig(**fields)
+
+
 @pytest.mark.parametrize("name", ["items", "discover_items", "confirm_items"])
 def test_a_study_counts_before_its_first_stage(name):
     with pytest.raises(ValueError, match=f"{name}: got 21 of each split, expected at most the groups' 20"):

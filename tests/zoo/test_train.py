@@ -102,6 +102,10 @@ def test_the_record_holds_no_path_and_no_pickle(finished):
         ({"groups": ("cats",)}, r"groups: got \('cats',\)"),
         ({"dtype": "float16"}, "dtype: got 'float16'"),
         ({"steps": 0}, "steps: got 0"),
+        ({"steps": True}, "steps: got True, expected a whole number"),
+        ({"batch": 16.0}, "batch: got 16.0, expected a whole number"),
+        ({"shift": -1}, "shift: got -1, expected at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: got nan, expected a finite number"),
     ],
 )
 def test_wrong_configurations(change, message):

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import polars as pl
 
 from headscope.report.charts import Dots, Figure, View, dot_panels, heat_maps, over_timesteps
 from headscope.report.naming import Names, fitted, interval, number, percent, plot_text, probability, significant
-from headscope.study.entropy import Contrast
+from headscope.study.entropy import Contrast, query_groups
 
 # ordered by lightness, for colour-blind readers
 _SEQUENTIAL = "Viridis"
@@ -17,15 +18,20 @@ _SIGNIFICANT = 0.05
 
 
 def entropy_maps(entropy: pl.DataFrame, names: Names, groups: Sequence[str], timesteps: Sequence[int]) -> list[View]:
-    """Head x timestep, a panel per group; a view per measure."""
-    rows = _heads(entropy, names)
-    views = []
-    for measure, label, title in (
+    """Head x timestep, a panel per group; a view per measure and kind of queries."""
+    measures = (
         ("normalised", "Normalised, H / ln K", "H / ln K"),
         ("nats", "Nats, H", "H, nats"),
         ("deficit", "From uniform, ln K − H", "ln K − H,<br>nats"),
-    ):
+    )
+    kinds = query_groups(entropy)
+    views = []
+    for kind, (measure, label, title) in product(kinds, measures):
         table = entropy.filter((pl.col("measure") == measure) & pl.col("timestep").is_not_null())
+        # a head's queries of the image and of the text are two things
+        table = table.filter(pl.col("query_group") == kind)
+        rows = _heads(table, names)
+        label += f", {plot_text(kind)} queries" if len(kinds) > 1 else ""
         table = table.with_columns(note=_notes(names, "timestep", None))
         axis = {"colorscale": _SEQUENTIAL, "cmin": table["value"].min(), "cmax": table["value"].max()}
         axis["colorbar"] = _colour_bar(title)
@@ -85,13 +91,14 @@ def contrast_by_timestep(contrast: Contrast) -> list[View]:
 def contrast_by_head(contrast: Contrast, names: Names) -> list[View]:
     """Differences per head: those selected on discover and tested on confirm, and all of them."""
     rows = contrast.heads.to_dicts()
+    several = len(query_groups(contrast.heads)) > 1
     chosen = sorted((row for row in rows if row["selected"]), key=lambda row: -(row["value"] or 0.0))
     everything = sorted(rows, key=lambda row: -(row["value"] or 0.0))
     views = []
     for label, members, height in (("Selected heads", chosen, 26), ("All heads", everything, 15)):
         if not members:
             continue
-        titles = [names.head(row["site"], row["head"]) for row in members]
+        titles = [names.of_queries(row, several) for row in members]
         notes = [f"<b>{plot_text(t)}</b>, confirm<br>{_estimate(row)}" for t, row in zip(titles, members, strict=True)]
         found = [row["p_holm"] is not None and row["p_holm"] < _SIGNIFICANT for row in members]
         confirm = _dots("confirm split", members, notes, _FIRST)
@@ -114,7 +121,9 @@ def degradation_maps(
     top = math.log10(max(1e-6, table["value"].max() or 0.0))
     # three decades, more where the largest value leaves less than two of them above 0.1 %
     floor = min(-3, math.floor(top) - 2)
-    table = table.with_columns(shade=pl.max_horizontal("value", pl.lit(10.0**floor)).log10())
+    # of a head without a number, the maximum would be the other
+    shade = pl.when(pl.col("value").is_not_null()).then(pl.max_horizontal("value", pl.lit(10.0**floor)).log10())
+    table = table.with_columns(shade=shade)
     marks = [factor * 10.0**exponent for exponent in range(floor, math.ceil(top) + 1) for factor in (1, 3)]
     labels = [f"{100 * mark:,.6g} %" for mark in marks]
     bar = _colour_bar("degradation") | {"tickvals": [math.log10(mark) for mark in marks]}

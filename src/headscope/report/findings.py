@@ -8,7 +8,7 @@ import polars as pl
 from headscope.report.naming import Names, fitted, interval, percent, probability
 from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult
-from headscope.study.entropy import Contrast
+from headscope.study.entropy import Contrast, query_groups
 from headscope.study.inference import Estimate
 
 _SIGNIFICANT = 0.05
@@ -123,6 +123,7 @@ def _contrast_head_sentence(contrast: Contrast, names: Names) -> list[str]:
 def _spread_sentence(result: StudyResult, names: Names) -> list[str]:
     assert result.entropy_heads is not None
     overall = result.entropy_heads.filter(pl.col("timestep").is_null() & (pl.col("measure") == "normalised"))
+    overall = overall.filter(pl.col("query_group") == query_groups(overall)[0])
     group = result.contrast.natural if result.contrast else result.groups[0]
     rows = overall.filter(pl.col("group") == group)
     rows = (rows if len(rows) else overall).drop_nulls("value").sort(["value", "site", "head"])
@@ -152,10 +153,11 @@ def _confirm_sentences(result: StudyResult, names: Names) -> list[str]:
         discover = "" if row["discover"] is None else f"; {percent(row['discover'])} where it was selected"
         change = "raises" if row["value"] >= 0 else "lowers"
         size, bounds = percent(abs(row["value"])), interval(row["low"], row["high"], percent)
+        place = "the largest increase" if row["value"] >= 0 else "the smallest decrease, and none raises it,"
         sentences.append(
             f"On {group}, removing {names.head(row['site'], row['head'])} ({fill} fill) {change} the denoising loss by"
-            f" {size} on the confirm split (95 % interval {bounds}; {tested}{discover}); it is the largest effect among"
-            f" the {len(rows)} heads tested."
+            f" {size} on the confirm split (95 % interval {bounds}; {tested}{discover}); it is {place} among the"
+            f" {len(rows)} heads tested."
         )
     return sentences
 
@@ -163,13 +165,14 @@ def _confirm_sentences(result: StudyResult, names: Names) -> list[str]:
 def _ranking_sentences(result: StudyResult, names: Names) -> list[str]:
     assert result.ablation_ranking is not None
     table = _headline(result.ablation_ranking).drop_nulls("value")
+    fill = headline_fill(result.ablation_ranking)
     sentences = []
     for (group,), rows in table.group_by("group", maintain_order=True):
         large = rows.filter(pl.col("value") > 0.05)
         top = rows.sort("value", descending=True).row(0, named=True)
         sentences.append(
-            f"On {group}, {len(large)} of {len(rows)} heads raise the loss by more than 5 % when removed alone; the"
-            f" median head changes it by {percent(rows['value'].median())}, the first,"
+            f"On {group}, {len(large)} of {len(rows)} heads raise the loss by more than 5 % when removed alone"
+            f" ({fill} fill); the median head changes it by {percent(rows['value'].median())}, the first,"
             f" {names.head(top['site'], top['head'])}, by {percent(top['value'])} ({_interval(top, write=percent)};"
             f" exploratory ranking, {_sources(top['sources'])})."
         )
@@ -178,11 +181,12 @@ def _ranking_sentences(result: StudyResult, names: Names) -> list[str]:
 
 def _distance_sentences(ranking: pl.DataFrame, names: Names) -> list[str]:
     sentences = []
+    fill = headline_fill(ranking)
     for (group,), rows in _headline(ranking).group_by("group", maintain_order=True):
         row = rows.row(0, named=True)
         sentences.append(
-            f"On {group}, the drawn image moves most without {names.head(row['site'], row['head'])}: mean squared pixel"
-            f" difference {_value(row)} ({_interval(row)}; exploratory, {_sources(row['sources'])})."
+            f"On {group}, the drawn image moves most without {names.head(row['site'], row['head'])} ({fill} fill): mean"
+            f" squared pixel difference {_value(row)} ({_interval(row)}; exploratory, {_sources(row['sources'])})."
         )
     return sentences
 

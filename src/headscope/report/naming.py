@@ -1,7 +1,7 @@
 """How heads, sites and numbers are written on the page."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -36,9 +36,17 @@ class Names:
     def head(self, site: str, head: int) -> str:
         return f"{self.sites.get(site, site)} h{head}"
 
+    def of_queries(self, row: Mapping[str, Any], several: bool) -> str:
+        """The head of a row (site, head, query_group); where there are several kinds of queries, with its own."""
+        return self.head(row["site"], row["head"]) + (f", {row['query_group']} queries" if several else "")
+
     def place(self, site: str) -> int:
         """Where a site stands among all that are shown."""
         return self._places.get(site, len(self._places))
+
+    def group_place(self, group: str) -> int:
+        """Where a group stands among all that are shown."""
+        return self._groups.index(group) if group in self._groups else len(self._groups)
 
     def colour(self, group: str) -> str:
         return COLOURS[self._groups.index(group) % len(COLOURS)]

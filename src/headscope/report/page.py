@@ -86,6 +86,7 @@ def write_report(
         example=_example(result, names),
         fill=_fill(result),
         fills=ablation.FILLS,
+        drawn="" if result.generation_ranking is None else headline_fill(result.generation_ranking),
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
     write_atomic(path, text.encode())
@@ -219,8 +220,9 @@ def _words() -> dict[str, Any]:
         "mean": inference.MEAN,
         "difference": inference.DIFFERENCE,
         "ratio": inference.RATIO,
-        "relative": inference.RELATIVE,
-        "absolute": inference.ABSOLUTE,
+        "relative": inference.RELATIVE.format(of="loss"),
+        "absolute": inference.ABSOLUTE.format(of="loss"),
+        "sign_flips": inference.SIGN_FLIPS,
         "holm": inference.HOLM,
         "fewest": inference.FEWEST_SOURCES,
         "resamples": inference.RESAMPLES,

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
 from headscope.report.naming import Names, fitted, interval, number, percent, probability, significant
 from headscope.study.analysis import StudyResult
-from headscope.study.entropy import Contrast
+from headscope.study.entropy import Contrast, query_groups
 from headscope.study.further import Score
 
 
@@ -71,9 +72,10 @@ def contrast_heads_table(contrast: Contrast, names: Names) -> Table:
     """The heads that the comparison selected, and their test."""
     chosen = contrast.heads.filter(pl.col("selected")).sort(["p_holm", "site", "head"], nulls_last=True)
     write = fitted(*chosen.select("low", "high").rows(), least=4)
+    several = len(query_groups(contrast.heads)) > 1
     rows = [
         [
-            names.head(row["site"], row["head"]),
+            names.of_queries(row, several),
             write(row["discover"]),
             number(row["discover_score"], 1),
             write(row["value"]),
@@ -157,18 +159,19 @@ def distance_table(ranking: pl.DataFrame, names: Names) -> Table:
 def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) -> Table:
     """Every head's entropy, averaged over timesteps, groups side by side; sites in the order of execution."""
     overall = entropy.filter(pl.col("timestep").is_null() & pl.col("group").is_in(groups))
-    found = {(row["site"], row["head"], row["group"], row["measure"]): row for row in overall.iter_rows(named=True)}
+    head = ("site", "head", "query_group", "keys")
+    found = {(*map(row.get, head), row["group"], row["measure"]): row for row in overall.iter_rows(named=True)}
+    kinds = query_groups(overall)
     normalised = overall.filter(pl.col("measure") == "normalised")
     # the middle of the widths: one very certain head shall not decide for all
     middle = (normalised["high"] - normalised["low"]).median()
     write = fitted((0.0, middle if isinstance(middle, float) else None))
     rows = []
-    heads = overall.select("site", "head", "keys").unique(maintain_order=True).iter_rows()
-    for site, head, keys in sorted(heads, key=lambda row: (names.place(row[0]), row[1])):
-        cells = [names.head(site, head), str(keys)]
+    heads = overall.select(head).unique(maintain_order=True).to_dicts()
+    for one in sorted(heads, key=lambda row: (names.place(row["site"]), row["head"], kinds.index(row["query_group"]))):
+        cells = [names.of_queries(one, len(kinds) > 1), str(one["keys"])]
         for group in groups:
-            row = found.get((site, head, group, "normalised"))
-            nats = found.get((site, head, group, "nats"))
+            row, nats = (found.get((*one.values(), group, measure)) for measure in ("normalised", "nats"))
             cells.append("–" if row is None else f"{write(row['value'])} ({interval(row['low'], row['high'], write)})")
             cells.append("–" if nats is None else write(nats["value"]))
         rows.append(cells)
@@ -179,12 +182,17 @@ def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) ->
 
 
 def further_table(score: Score, names: Names) -> Table:
-    """A score of every set of heads, or of every head in the order of execution."""
+    """A score of every set of heads, or of every head in the order of execution; groups in the page's order."""
     write = percent if score.fraction else significant
     of_sets = "edit" in score.values.columns
     found = list(score.values.iter_rows(named=True))
-    if not of_sets:
-        found.sort(key=lambda row: (names.place(row["site"]), row["head"]))
+    sets = list(dict.fromkeys(row["edit"] for row in found)) if of_sets else []
+
+    def place(row: dict[str, Any]) -> tuple[int, ...]:
+        edit = (sets.index(row["edit"]),) if of_sets else (names.place(row["site"]), row["head"])
+        return *edit, names.group_place(row["group"])
+
+    found.sort(key=place)
     rows = [
         [
             row["edit"] if of_sets else names.head(row["site"], row["head"]),
@@ -204,7 +212,7 @@ def further_table(score: Score, names: Names) -> Table:
 
 
 def sites_table(result: StudyResult, names: Names) -> Table:
-    """What the short labels stand for, and how many keys a site has."""
+    """What the short labels stand for, how many heads of a site are on the page, and how many keys it has."""
     keys: dict[str, set[int]] = {}
     heads: dict[str, set[int]] = {}
     for table in (result.entropy_heads, result.ablation_ranking, result.generation_ranking):
@@ -224,5 +232,5 @@ def sites_table(result: StudyResult, names: Names) -> Table:
         ]
         for site in result.sites
     ]
-    columns = [("label", False), ("module", False), ("heads", True), ("keys K", True), ("ln K, nats", True)]
+    columns = [("label", False), ("module", False), ("heads shown", True), ("keys K", True), ("ln K, nats", True)]
     return Table("Attention sites, in the order of execution; h0 is a site's first head.", columns, rows)

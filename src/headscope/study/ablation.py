@@ -1,7 +1,8 @@
 """Experiment two: how much worse does the model denoise when one head is removed?
 
 A head is removed by replacing its output, at every query, by a *fill*: its mean output over reference images of the
-same group (mean), nothing (zero), or what it gives when it attends to all keys alike (uniform). The denoising loss of
+same group (mean), nothing (zero), what it gives when it attends to all keys alike (uniform), or its own value
+(identity). The denoising loss of
 the same noisy image, with and without the head, is a pair; the noise is the same in both.
 
 Every head is ablated on the discover split, which ranks them. The largest are ablated again on the confirm split, whose
@@ -19,6 +20,7 @@ FILLS = {
     "mean": "the head's mean output over reference images of the same group, at every position and timestep",
     "zero": "nothing (zeros)",
     "uniform": "the output of attending to all keys alike",
+    "identity": "the value at the query's own position",
 }
 FAMILY = (
     "One family per fill: every (group, head) pair that was tested with it. The mean fill is the headline; zero stands"

@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
+from headscope._fields import settle
 from headscope._files import is_utf8, local_path, write_atomic
 from headscope._machine import checked_device, memory_bytes
 from headscope.counter import check_seed
@@ -90,6 +91,7 @@ class StudyConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("items", "discover_items", "confirm_items", "heads_per_group", "observe_bands", "ablate_bands"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
@@ -188,9 +190,7 @@ def read_study(out: Path) -> dict[str, Any]:
         settings = json.loads((out / STUDY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"study: {str(out / STUDY)!r} can't be read ({error})") from None
-    whole = isinstance(settings, dict) and all(
-        isinstance(settings.get(name), int) for name in ("heads_per_group", "seed")
-    )
+    whole = isinstance(settings, dict) and all(type(settings.get(name)) is int for name in ("heads_per_group", "seed"))
     if not whole:
         raise ValueError(f"study: {str(out / STUDY)!r} holds no study's settings, expected what headscope study wrote")
     return settings
@@ -261,8 +261,17 @@ def report_sweep(path: Path) -> Path:
             sites=_sites(run),
             seed=run.manifest["config"]["seed"],
             others={kind: table for kind, table in tables.items() if kind not in REPORTED},
+            caveats=_unfinished(run),
             **{kind: table for kind, table in tables.items() if kind in REPORTED},
         )
+
+
+def _unfinished(run: Run) -> list[str]:
+    """What a reader of an unfinished run's numbers must know."""
+    lacking = [f"{kind} {done:,} of {every:,}" for kind, (done, every) in run.status().units.items() if done < every]
+    if not lacking:
+        return []
+    return [f"This run is not finished: every number here will change. Units that are done: {', '.join(lacking)}."]
 
 
 def _check_described(run: Run) -> None:

@@ -21,8 +21,8 @@ MEASURES = {
     "deficit": "ln K − H, in nats: how far a head's attention is from uniform, 0 or more.",
 }
 POOLED = (
-    "Normalised entropy H / ln K, averaged over queries, then over all heads with equal weight. " + MEAN + " Overall ="
-    " mean over the timesteps, each with equal weight."
+    "Normalised entropy H / ln K, averaged over queries (those of the image, where there are others), then over all"
+    " heads with equal weight. " + MEAN + " Overall = mean over the timesteps, each with equal weight."
 )
 SELECTION = (
     "Heads are chosen on the discover split by |difference| / standard error (the square root of s₁²/n₁ + s₂²/n₂, s"
@@ -55,10 +55,10 @@ class Contrast:
     heads: pl.DataFrame
 
 
-def main_query_group(observations: pl.DataFrame) -> str:
-    """The query group that pooled numbers are taken over: image where there is one, else the first by name."""
-    names = sorted(observations["query_group"].unique().to_list())
-    return "image" if "image" in names else names[0]
+def query_groups(table: pl.DataFrame) -> list[str]:
+    """The query groups of a table. The first is the one that pooled numbers are taken over: image where there is one,
+    else the first by name."""
+    return sorted(table["query_group"].unique().to_list(), key=lambda name: (name != "image", name))
 
 
 def entropy_by_head(observations: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
@@ -86,7 +86,7 @@ def entropy_by_head(observations: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
 
 def pooled_items(observations: pl.DataFrame) -> pl.DataFrame:
     """One row per item and timestep: its normalised entropy averaged over heads, column normalised."""
-    rows = observations.filter(pl.col("query_group") == main_query_group(observations))
+    rows = observations.filter(pl.col("query_group") == query_groups(observations)[0])
     item = ["group", "split", "source_id", "item", "timestep"]
     head = rows.group_by(*item, "site", "head", maintain_order=True).agg(
         pl.col("entropy_normalised_mean").cast(pl.Float64).mean()

@@ -22,6 +22,16 @@ LABELS = (
 _SHOWN = {"ablations": ("clean", "edited"), "generations": ("distance",)}
 
 
+# as in headscope.models.attribution; a gate is 1 where its head is as it is, 0 where the fill has taken its place
+_ATTRIBUTIONS = {
+    "loss": "The loss with nothing removed, the same for every head.",
+    "g": "−∂ loss / ∂ gate of the head.",
+    "c": "Mean over outputs of (∂ prediction / ∂ gate)², estimated from random vectors.",
+    "importance": "What removing the head adds to the loss, to second order.",
+    "integrated": "−∫ ∂ loss / ∂ gate while all gates go from 1 to 0 together.",
+}
+
+
 class Score(NamedTuple):
     """One column, or pair of them, of a run's table.
 
@@ -79,15 +89,17 @@ def unlabelled(table: pl.DataFrame) -> list[str]:
 
 def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int, left_out: int) -> list[Score]:
     of = "the loss" if first == "clean" else "the error of the clean image that the prediction implies (x0)"
+    short = "loss" if first == "clean" else "error"
+    unit = "In units of the loss." if first == "clean" else "In squared units of what the model denoises."
     tables: list[list[pl.DataFrame]] = [[], []]
     for group_fill, own in rows.group_by("group", "fill", maintain_order=True):
         for part, table in zip(tables, degradations(own, _by(own), _bands(own), seed, test=False), strict=True):
             part.append(_labelled(table.drop("p_value"), group_fill))
-    relative, absolute = (pl.concat(part) for part in tables)
     name = "loss" if first == "clean" else "x0"
+    definitions = RELATIVE.format(of=short), f"{ABSOLUTE.format(of=short)} {unit}"
     return [
-        Score(kind, f"{name}_relative", f"Relative degradation of {of}", RELATIVE, True, relative, left_out),
-        Score(kind, f"{name}_absolute", f"Absolute degradation of {of}", ABSOLUTE, False, absolute, left_out),
+        Score(kind, f"{name}_{how.lower()}", f"{how} degradation of {of}", text, how == "Relative", table, left_out)
+        for how, text, table in zip(("Relative", "Absolute"), definitions, map(pl.concat, tables), strict=True)
     ]
 
 
@@ -136,8 +148,8 @@ def _definition(edited: str, name: str) -> str:
     if name == "distance" and edited == "generations":
         return DISTANCE
     if name == "distance":
-        return f"Mean squared difference of the two predictions. {MEAN}"
+        return f"Mean squared difference of the two predictions, in units of the loss. {MEAN}"
     units = {"psnr": "In dB. ", "mse": "Pixel values from 0 to 1. ", "ssim": "1 is the same image. "}
     if edited == "attributions":
-        units = dict.fromkeys(("loss", "g", "c", "importance", "integrated"), "In units of the loss. ")
+        units = {part: f"{text} In units of the loss. " for part, text in _ATTRIBUTIONS.items()}
     return units.get(name, "") + MEAN

@@ -41,15 +41,19 @@ RATIO = (
     "Mean over the sources of the first group divided by the mean over the sources of the second (a ratio of means,"
     " not a mean of ratios). It equals 1 where the difference is 0, and the test of the difference is its test."
 )
+# {of}: the loss, or the error
 RELATIVE = (
-    "Degradation at a timestep = sum of (edited loss − clean loss) / sum of clean loss, both sums over sources (a ratio"
-    " of sums, not a mean of ratios: that mean is ruled by the images with the smallest loss). Overall = mean over the"
-    " timesteps, each with equal weight, as each stands for one band of log signal-to-noise. Two-sided sign-flip"
-    " permutation test, over sources, of the hypothesis that the edit changes the loss symmetrically around zero."
+    "Degradation at a timestep = sum of (edited {of} − clean {of}) / sum of clean {of}, both sums over sources (a ratio"
+    " of sums, not a mean of ratios: that mean is ruled by the images with the smallest {of}). Overall = mean over the"
+    " timesteps, each with equal weight."
 )
 ABSOLUTE = (
-    "Mean over sources of edited loss − clean loss, at a timestep; overall = mean over the timesteps, each with equal"
-    " weight. Same test as the relative degradation, without its denominator."
+    "Mean over sources of edited {of} − clean {of}, at a timestep; overall = mean over the timesteps, each with equal"
+    " weight."
+)
+SIGN_FLIPS = (
+    "Two-sided sign-flip permutation test of the relative degradation, over sources, of the hypothesis that the edit"
+    " changes the loss symmetrically around zero."
 )
 HOLM = (
     "Holm's step-down correction: the smallest of m p-values is multiplied by m, the next by m - 1, and so on, none"
@@ -223,7 +227,7 @@ def ratios(
 def degradations(
     rows: pl.DataFrame, by: Sequence[str] = (), bands: str | None = None, seed: int = 0, test: bool = True
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Relative and absolute degradation of the loss, per quantity: see `RELATIVE` and `ABSOLUTE`.
+    """Relative and absolute degradation of the loss, per quantity: see `RELATIVE`, `ABSOLUTE` and `SIGN_FLIPS`.
 
     rows: paired losses, columns clean and edited. bands: the timestep column for the overall degradation; without it
     `by` must name the timestep. Returns two tables of the columns of `by`, value, low, high, p_value, sources,

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from headscope._fields import from_table, settle
 from headscope._files import local_path, read_plain
 from headscope.counter import check_seed
-from headscope.sweep.tables import from_table, settle
 from headscope.zoo import GROUPS
 
 FILLS = ("mean", "zero", "uniform", "identity")

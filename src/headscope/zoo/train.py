@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -27,7 +28,14 @@ from headscope._extras import require
 from headscope._files import local_path, write_atomic
 from headscope._machine import checked_device, device_name
 from headscope._signals import terminable
-from headscope.counter import check_seed, counter_integers, counter_normal, counter_permutation, counter_uniform
+from headscope.counter import (
+    check_seed,
+    check_whole,
+    counter_integers,
+    counter_normal,
+    counter_permutation,
+    counter_uniform,
+)
 from headscope.zoo.groups import GROUPS, ImageGroup, open_group
 from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, build_model, build_scheduler
 
@@ -64,16 +72,22 @@ class TrainConfig:
         check_seed(self.seed)
         if not self.groups or any(name not in GROUPS for name in self.groups):
             raise ValueError(f"groups: got {self.groups}, expected names among {', '.join(GROUPS)}")
-        if self.batch < 1 or self.batch % len(self.groups):
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype: got {self.dtype!r}, expected 'bfloat16' or 'float32'")
+        for name, least in (
+            *(("batch", 1), ("steps", 1), ("checkpoint_every", 1), ("log_every", 1)),
+            *(("warmup_steps", 0), ("shift", 0), ("evaluate_every", 0)),
+        ):
+            check_whole(name, getattr(self, name))
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        for name in ("learning_rate", "weight_decay", "ema"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number of at least 0")
+        if self.batch % len(self.groups):
             raise ValueError(
                 f"batch: got {self.batch}, expected a multiple of {len(self.groups)}, the number of groups"
             )
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype: got {self.dtype!r}, expected 'bfloat16' or 'float32'")
-        for name in ("steps", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-
         if self.minutes is not None and not self.minutes >= 0:
             raise ValueError(f"minutes: got {self.minutes}, expected at least 0")
 
