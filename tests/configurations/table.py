@@ -1,4 +1,4 @@
-"""Writes docs/coverage.md: which diffusers classes work, why the others don't, and what hooks and guiders do to them.
+"""Writes docs/coverage.md: which diffusers classes work, why the others don't, what hooks, guiders and PAG do to them.
 
 PYTHONPATH=src:kernels:tests python -m configurations.table
 """
@@ -12,6 +12,7 @@ import torch
 from configurations import CASES
 from configurations.examine import Examination, examine
 from configurations.hooks import HOOKS, WITHOUT_HOOK_ENTRY
+from configurations.perturbed import PERTURBED, PerturbedCase
 from configurations.reach import WITHOUT_ENTRY, reaching_classes
 
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -61,6 +62,21 @@ Every public hook, cache and guider of diffusers {diffusers.__version__}, for a 
 | hook, cache or guider | a recording | how |
 |---|---|---|
 """
+_PERTURBED_HEAD = f"""## Perturbed-attention pipelines
+
+Every `PAG` pipeline of diffusers {diffusers.__version__}, with and without guidance, without an IP-Adapter and, where
+it takes one, with it, for one prompt, two, and two images of each. "recorded": every attention call of the denoiser's
+sites is in the table, with the entropy of the queries and keys that reached SDPA, under the right step, sample and
+branch: "uncond" (with guidance), "cond" and "perturbed". A head that is removed in one branch changes the rows of no
+other.
+
+A perturbed layer gives the perturbed branch its values as they are, without attention: the branch has no rows there,
+and an edit of it at such layers alone raises. In Stable Diffusion 3 it attends, within a mask, and has rows. Where
+`pag_adaptive_scale` brings the scale to nothing, diffusers runs the branch all the same, and it is recorded.
+
+| pipeline | with guidance | without | with an IP-Adapter | remarks |
+|---|---|---|---|---|
+"""
 
 
 def main() -> None:
@@ -71,7 +87,7 @@ def main() -> None:
         print(name, file=sys.stderr)
         lines.append(row(name, examine(name, case)))
     lines += [without_entry(name) for name in sorted(WITHOUT_ENTRY)]
-    PAGE.write_text(head() + "\n".join(lines) + "\n\n" + hooks())
+    PAGE.write_text(head() + "\n".join(lines) + "\n\n" + sections())
 
 
 def head() -> str:
@@ -93,6 +109,22 @@ def outcome(line: str) -> list[str]:
 
 def without_entry(name: str) -> str:
     return f"| {name} | - | - | - | - | - | - | {WITHOUT_ENTRY[name]} |"
+
+
+def sections() -> str:
+    """What comes after the classes."""
+    return f"{hooks()}\n{perturbed()}"
+
+
+def perturbed() -> str:
+    """The page's section on perturbed-attention pipelines."""
+    return _PERTURBED_HEAD + "\n".join(_perturbed_row(name, case) for name, case in PERTURBED.items()) + "\n"
+
+
+def _perturbed_row(name: str, case: PerturbedCase) -> str:
+    unguided = "-" if case.unguided else "recorded"
+    image_prompt = "recorded" if case.image_prompt else "takes none"
+    return f"| {name} | recorded | {unguided} | {image_prompt} | {case.says} |"
 
 
 def hooks() -> str:

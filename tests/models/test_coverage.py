@@ -9,7 +9,7 @@ import torch
 from configurations import CASES
 from configurations.examine import class_of, examine, same_entropies
 from configurations.reach import WITHOUT_ENTRY, reaching_classes
-from configurations.table import PAGE, head, hooks, outcome, row, without_entry
+from configurations.table import PAGE, head, outcome, row, sections, without_entry
 
 GATING = [
     "UNet2DModel",
@@ -33,7 +33,7 @@ def test_no_class_is_forgotten():
 @pytest.mark.full
 def test_the_page_lists_every_entry():
     assert PAGE.read_text().startswith(head())
-    classes = PAGE.read_text().removesuffix(hooks()).splitlines()
+    classes = PAGE.read_text().removesuffix(sections()).splitlines()
     names = [line.split(" | ")[0].removeprefix("| ") for line in classes if line.startswith("| ")]
     assert names == ["class", *CASES, *sorted(WITHOUT_ENTRY)]
     assert all(without_entry(name) in lines() for name in WITHOUT_ENTRY)

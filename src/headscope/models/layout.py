@@ -35,12 +35,14 @@ class Given(NamedTuple):
         text: text tokens beside the image; 0 for none.
         rows, tokens: of its first tensor; 0 where it isn't one of [rows, tokens, channels] or of images.
         attended: the rows of its attention calls so far, in this run.
+        image_prompts: 1 where images come after the text, in calls of their own (IP-Adapter).
     """
 
     text: int = 0
     rows: int = 0
     tokens: int = 0
     attended: int = 0
+    image_prompts: int = 0
 
 
 class Place(NamedTuple):
@@ -224,7 +226,10 @@ def layout_of(
     fold = place.rows // place.samples
     segments = _query_segments(site, geometry, queries, keys, given, fold)
     text = given.text or geometry.text
-    if site.kind == "cross" and keys == text:
+    # an image prompt may have as many tokens as the text
+    if given.image_prompts and given.attended >= given.rows:
+        key_segments = ()
+    elif site.kind == "cross" and keys == text:
         key_segments = (Segment(TEXT, None, 0, keys),)
     else:
         key_segments = segments if keys == queries else ()

@@ -86,7 +86,8 @@ class _Running(threading.local):
     Attributes:
         modules: the observed attention modules, innermost last: [handle, what it was given, attention calls so far,
             whether it was told to leave its attention out]; the second is a list of the text tokens beside the image,
-            the rows and tokens of its own tensor, and the rows of its attention calls so far.
+            the rows and tokens of its own tensor, the rows of its attention calls so far, and whether there are image
+            prompts.
         watchers: the scopes whose denoiser is in its forward, each with the number of modules around that.
     """
 
@@ -203,7 +204,8 @@ def uninstall() -> None:
 
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     text = kwargs.get("encoder_hidden_states")
-    # with an image prompt (IP-Adapter) the text comes first
+    # with image prompts (IP-Adapter) the text comes first
+    images = isinstance(text, tuple)
     text = text[0] if isinstance(text, tuple) else text
     own_text = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
     own = args[0] if args else kwargs.get("hidden_states")
@@ -212,7 +214,7 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
         rows, tokens = own.shape[0], own.shape[1] if own.ndim == 3 else own.shape[2] * own.shape[3]
     # so LTX2 is told by guiders that perturb every sample
     left_out = kwargs.get("all_perturbed", False)
-    _running.modules.append([module.__dict__[HANDLE], [own_text, rows, tokens, 0], 0, left_out])
+    _running.modules.append([module.__dict__[HANDLE], [own_text, rows, tokens, 0, int(images)], 0, left_out])
 
 
 def _next_call(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, list[int]]:
