@@ -65,10 +65,10 @@ Every public hook, cache and guider of diffusers {diffusers.__version__}, for a 
 _PERTURBED_HEAD = f"""## Perturbed-attention pipelines
 
 Every `PAG` pipeline of diffusers {diffusers.__version__}, with and without guidance, without an IP-Adapter and, where
-it takes one, with it, for one prompt, two, and two images of each. "recorded": every attention call of the denoiser's
-sites is in the table, with the entropy of the queries and keys that reached SDPA, under the right step, sample and
-branch: "uncond" (with guidance), "cond" and "perturbed". A head that is removed in one branch changes the rows of no
-other.
+it takes one, with it, for one image, and for two prompts with two images of each. "recorded": every attention call of
+the denoiser's sites is in the table, with the entropy of the queries and keys that reached SDPA, under the right step,
+sample and branch: "uncond" (with guidance), "cond" and "perturbed". A head that is removed in one branch changes the
+rows of no other.
 
 A perturbed layer gives the perturbed branch its values as they are, without attention: the branch has no rows there,
 and an edit of it at such layers alone raises. In Stable Diffusion 3 it attends, within a mask, and has rows. Where

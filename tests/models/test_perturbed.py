@@ -27,6 +27,7 @@ QUICK = [
     ("KolorsPAGPipeline", 0),
     ("AnimateDiffPAGPipeline", 0),
 ]
+FULL = pytest.mark.full
 # diffusers' own: Kolors gives its UNet an image prompt as older versions did
 OLD_IMAGES = pytest.mark.filterwarnings("ignore:.*passed a tensor as `image_embeds`:FutureWarning")
 
@@ -43,9 +44,6 @@ def cases(quick=(), most=False):
         pytest.param(name, count, id=f"{name}{', image prompt' * count}", marks=() if (name, count) in quick else FULL)
         for name, count in every
     ]
-
-
-FULL = pytest.mark.full
 
 
 def made(name, adapters, layers=None):
@@ -219,14 +217,14 @@ def test_the_page_says_what_becomes_of_every_pipeline():
 @OLD_IMAGES
 @pytest.mark.parametrize(
     ("samples", "per_prompt"),
-    [((0,), 1), pytest.param((0, 1), 1, marks=FULL), pytest.param((0, 1), 2, marks=FULL)],
+    [((0,), 1), pytest.param((0, 1), 2, marks=FULL)],
+    ids=["one image", "two prompts, two images of each"],
 )
-@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
 @pytest.mark.parametrize(("name", "adapters"), cases(QUICK))
 def test_every_row_of_every_branch(name, adapters, guided, samples, per_prompt):
     case, pipeline = made(name, adapters)
-    if per_prompt > 1 and not case.several:
-        pytest.skip("makes one of a prompt")
+    per_prompt = per_prompt if case.several else 1
     if case.unguided and not guided:
         with pytest.raises(RuntimeError, match=case.unguided):
             case.draw(pipeline, guided, samples, per_prompt=per_prompt)
