@@ -230,6 +230,17 @@ def test_an_interrupt_in_the_middle_of_a_claim_leaves_none(tmp_path, monkeypatch
     assert Claims(tmp_path, "later").take("unit") is True
 
 
+def test_an_interrupt_in_the_middle_of_a_release_leaves_none(tmp_path, monkeypatch):
+    ours = Claims(tmp_path, "ours")
+    assert ours.take("unit") is True
+    with monkeypatch.context() as moment:
+        moment.setattr(module, "read_plain", interrupted(module.read_plain))
+        with pytest.raises(KeyboardInterrupt):
+            ours.release("unit")
+    ours.close()
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
 def test_a_claim_that_nobody_may_read_is_waited_for_aloud_and_taken_over(tmp_path, clock, monkeypatch):
     """As one that another user with another umask has made."""
     claimed_by(tmp_path)

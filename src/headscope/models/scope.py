@@ -91,6 +91,7 @@ class Scope:
         self.edits: list[ActiveEdit] = []
         self._wrap: ForwardWrap | None = None
         self._hooks: HookWatch | None = None
+        self._installed = False
         self._modules: list[nn.Module] = []
         self._contexts = 0
         self._forwards = 0
@@ -376,19 +377,27 @@ class Scope:
                 "another Scope is active on this model, and each would hide attention from the other;"
                 " use one Scope for both"
             )
-        _observed.add(self.denoiser)
         self._forwards = 0
         modules = dict(self.denoiser.named_modules())
-        for site in self.sites:
-            routing.observe(modules[site.name], SiteFrame(self, site))
-            self._modules.append(modules[site.name])
-        self._hooks = HookWatch(self.denoiser)
-        self._wrap = ForwardWrap(self._called, self)
-        routing.install()
+        # Ctrl-C may come half way, too
+        try:
+            _observed.add(self.denoiser)
+            for site in self.sites:
+                self._modules.append(modules[site.name])
+                routing.observe(modules[site.name], SiteFrame(self, site))
+            self._hooks = HookWatch(self.denoiser)
+            self._wrap = ForwardWrap(self._called, self)
+            routing.install()
+            self._installed = True
+        except BaseException:
+            self._detach()
+            raise
 
     def _detach(self) -> None:
         _observed.discard(self.denoiser)
-        routing.uninstall()
+        if self._installed:
+            routing.uninstall()
+            self._installed = False
         # torch skips the hooks that leave a module when Ctrl-C ends it
         routing.unwatch(self)
         for module in self._modules:

@@ -95,9 +95,11 @@ class Claims:
     def release(self, unit: str) -> None:
         """Give up a claim, unless somebody has taken it over meanwhile."""
         file = self._folder / unit
-        claim = self._held.pop(file, None)
+        claim = self._held.get(file)
         if claim is not None and _token(_content(file), unit) == claim["token"]:
             file.unlink(missing_ok=True)
+        # after an interrupt before here it is released again
+        self._held.pop(file, None)
 
     def owners(self) -> dict[str, str]:
         """Unit: host and process, of all claims but those whose owner is known to be gone."""
