@@ -1,7 +1,9 @@
 """Files that are written once, by whoever comes first, on file systems with and without hard links."""
 
+import contextlib
 import errno
 import os
+import socket
 import threading
 from pathlib import Path
 
@@ -97,6 +99,21 @@ def test_another_error_than_missing_links_is_raised(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_first(tmp_path / "file", b"one")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_ordinary_file_is_not_opened(tmp_path):
+    """Nor waited for, whatever the system says of it."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    # a socket's path is no longer than 108 bytes
+    with contextlib.chdir(tmp_path), socket.socket(socket.AF_UNIX) as door:
+        door.bind("socket")
+    for name in ("folder", "pipe", "loop", "socket"):
+        with pytest.raises(OSError, match="expected an ordinary file") as error:
+            module.open_plain(tmp_path / name)
+        assert error.value.errno == errno.EINVAL
+        assert not write_first(tmp_path / name, b"one")
 
 
 def test_a_file_system_without_permissions_or_flushed_folders_is_written_to(tmp_path, monkeypatch):

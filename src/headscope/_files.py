@@ -119,10 +119,15 @@ def open_plain(path: Path) -> int:
     Raises:
         OSError: it can't be opened, or is something else, which might block whoever reads it (EINVAL).
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    other = OSError(errno.EINVAL, "expected an ordinary file", str(path))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        # a socket, a link to itself
+        raise other if error.errno in (errno.ENXIO, errno.ELOOP) else error from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "expected an ordinary file", str(path))
+        raise other
     return descriptor
 
 

@@ -14,6 +14,7 @@ import headscope
 import tiny
 from headscope import HeadEdit, Scope
 from headscope.models import routing
+from headscope.models import scope as scope_module
 
 
 class SelfAttention(torch.nn.Module):
@@ -294,6 +295,37 @@ def test_an_exception_leaves_nothing_behind(unet, sample):
     with scope.record("entropy") as recording:
         run(unet, sample)
     assert len(recording) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "done"), [("observe", False), ("observe", True), ("ForwardWrap", False), ("install", False)]
+)
+def test_an_interrupt_while_a_context_begins_leaves_nothing_behind(unet, sample, monkeypatch, place, done):
+    scope, original = Scope(unet), functional.scaled_dot_product_attention
+    where = scope_module if place == "ForwardWrap" else routing
+    step, calls = getattr(where, place), []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        # in the middle of the sites
+        if place == "observe" and len(calls) == 1:
+            return step(*arguments)
+        if place == "observe" and done:
+            step(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as moment:
+        moment.setattr(where, place, interrupted)
+        with pytest.raises(KeyboardInterrupt), scope.record("entropy"):
+            pass
+    assert calls
+    assert functional.scaled_dot_product_attention is original
+    assert hooks(unet) == 0
+    assert not any(routing.HANDLE in module.__dict__ for module in unet.modules())
+    with Scope(unet).record("entropy") as recording:
+        run(unet, sample)
+    assert len(recording) == 2
+    assert not routing.active()
 
 
 def test_an_interrupt_inside_attention_leaves_nothing_behind(unet, sample):

@@ -170,6 +170,49 @@ def test_after_a_death_nothing_waits_while_the_next_unit_runs(asked, tmp_path, m
     assert done == list(opened.plan.units)
 
 
+def test_a_unit_whose_process_died_after_writing_it_has_not_failed(asked, tmp_path, monkeypatch):
+    """It died between the renaming of the file and the release of the claim."""
+    opened = Opened(asked, Execution(rows=8))
+    runner = opened.runner(opened.store(tmp_path / "run"))
+    work(runner, "before", Silent())
+    first, *_ = opened.plan.units
+    dead = Claims(runner.store.path, "ours")
+    dead._owner |= {"began": "1"}
+    assert dead.take(first.id) is True
+    # it was written after this process had looked
+    listed, looked = RunStore.listed, []
+
+    def late(self):
+        looked.append(True)
+        return listed(self) if len(looked) > 1 else set()
+
+    monkeypatch.setattr(RunStore, "listed", late)
+    work(runner, "ours", Silent())
+    assert runner.store.failures() == {}
+
+
+def test_a_record_that_another_process_has_cleared_meanwhile(asked, tmp_path, monkeypatch):
+    """It tried the unit again and succeeded, or somebody has said retry."""
+    write, tried = RunStore.write_table, []
+
+    def refuse(self, kind, unit, table):
+        tried.append(unit)
+        if len(tried) == 1:
+            raise TypeError("not a table")
+        write(self, kind, unit, table)
+
+    add = RunStore.add_failure
+
+    def cleared(self, unit, *given, **more):
+        add(self, unit, *given, **more)
+        self.clear_failure(unit)
+
+    monkeypatch.setattr(RunStore, "write_table", refuse)
+    monkeypatch.setattr(RunStore, "add_failure", cleared)
+    assert run_sweep(asked, tmp_path / "run", progress=False).complete
+    assert len(tried) == 4
+
+
 def test_images_that_are_not_kept_are_read_ahead_and_let_go(asked, tmp_path, monkeypatch):
     config = SweepConfig(**{**asked.as_dict(), "groups": ("lfw",), "items": 9, "timesteps": (60,), "sets": ()})
     kept = run_sweep(config, tmp_path / "kept", progress=False)

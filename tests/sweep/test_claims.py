@@ -3,6 +3,7 @@
 import datetime
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -201,6 +202,72 @@ def test_what_is_no_claim_is_taken_over_after_as_long(tmp_path, clock, content):
     clock.passes(module.ABANDONED_AFTER + 1)
     assert ours.take("unit") == {"session": ""}
     ours.release("unit")
+    assert ours.take("unit") is True
+
+
+def interrupted(call):
+    """A file operation that is done, and Ctrl-C or SIGTERM comes before anything else is."""
+
+    def run(*arguments):
+        call(*arguments)
+        raise KeyboardInterrupt
+
+    return run
+
+
+@pytest.mark.parametrize("began", [None, "1"], ids=["free", "abandoned"])
+def test_an_interrupt_in_the_middle_of_a_claim_leaves_none(tmp_path, monkeypatch, began):
+    """Else a notebook that goes on with the run would wait for itself."""
+    if began is not None:
+        claimed_by(tmp_path, began=began)
+    ours = Claims(tmp_path, "ours")
+    with monkeypatch.context() as moment:
+        moment.setattr(os, "link", interrupted(os.link))
+        with pytest.raises(KeyboardInterrupt):
+            ours.take("unit")
+    ours.close()
+    assert list((tmp_path / "claims").glob("[!.]*")) == []
+    assert Claims(tmp_path, "later").take("unit") is True
+
+
+def test_an_interrupt_in_the_middle_of_a_release_leaves_none(tmp_path, monkeypatch):
+    ours = Claims(tmp_path, "ours")
+    assert ours.take("unit") is True
+    with monkeypatch.context() as moment:
+        moment.setattr(module, "read_plain", interrupted(module.read_plain))
+        with pytest.raises(KeyboardInterrupt):
+            ours.release("unit")
+    ours.close()
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_claim_that_nobody_may_read_is_waited_for_aloud_and_taken_over(tmp_path, clock, monkeypatch):
+    """As one that another user with another umask has made."""
+    claimed_by(tmp_path)
+
+    def refused(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(module, "read_plain", refused)
+    ours = Claims(tmp_path, "ours")
+    assert ours.take("unit") is False
+    assert "can't be read; should that claim stay as it is" in ours.waits()["unit"]
+    clock.passes(module.ABANDONED_AFTER + 1)
+    assert isinstance(ours.take("unit"), dict)
+
+
+def test_a_folder_that_is_removed_by_whoever_has_finished_the_run_is_no_error(tmp_path, monkeypatch):
+    """The sweep looks again and finds everything done."""
+    link = os.link
+
+    def finished_elsewhere(source, target):
+        shutil.rmtree(tmp_path / "claims")
+        link(source, target)
+
+    ours = Claims(tmp_path, "ours")
+    with monkeypatch.context() as moment:
+        moment.setattr(os, "link", finished_elsewhere)
+        assert ours.take("unit") is False
     assert ours.take("unit") is True
 
 

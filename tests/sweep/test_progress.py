@@ -1,14 +1,17 @@
 """What a sweep says of itself while it runs."""
 
+import errno
 import io
 import json
+import os
 
 import pytest
 from rich.console import Console
 
-from headscope.sweep import SweepConfig, run_sweep
+from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
+from headscope.sweep.worker import Execution, Opened, work
 
 UNITS = tuple(Unit("ablations", "faces", (0, 1), 60, None, 10, f"unit{index}") for index in range(4))
 
@@ -61,6 +64,23 @@ def test_a_bar_on_a_terminal():
             progress.finished(unit)
     for word in ("4/4", "units", "images/s", "forwards/s"):
         assert word in text.getvalue()
+
+
+def test_a_log_that_cannot_be_written_disturbs_no_unit(ddpm_directory, tmp_path):
+    """A full disk that isn't the run's, or a terminal that is gone."""
+    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60,), fills=("zero",))
+    for number in (errno.ENOSPC, errno.EIO):
+
+        class Gone(io.StringIO):
+            def write(self, text: str, number=number) -> int:
+                raise OSError(number, os.strerror(number))
+
+        opened = Opened(config, Execution(rows=4))
+        runner = opened.runner(opened.store(tmp_path / str(number)))
+        progress = Progress("sweep", opened.plan.units, console=Console(file=Gone()), interval=0.0)
+        work(runner, "ours", progress)
+        assert Run.open(tmp_path / str(number)).complete
+        assert runner.store.failures() == {}
 
 
 def test_silence(ddpm_directory, tmp_path):

@@ -119,9 +119,9 @@ def observe(module: nn.Module, frame: Frame) -> None:
     """Send the module's attention to the frame until `forget`; a module is observed by one."""
     number = next(_numbers)
     handle = torch.tensor(number)
-    _frames[number] = _frames_by_handle[id(handle)] = frame
     # past nn.Module's own __setattr__: neither a buffer nor part of the state
     module.__dict__[HANDLE], module.__dict__[_BOUND] = handle, Uncopyable()
+    _frames[number] = _frames_by_handle[id(handle)] = frame
     # as register_forward_pre_hook(with_kwargs=True) and register_forward_hook(always_call=True) do, but under one id in
     # every module: ids are constants in compiled code, and one per layer would compile every layer anew
     module._forward_pre_hooks[_HOOK_ID] = _enter
@@ -131,7 +131,7 @@ def observe(module: nn.Module, frame: Frame) -> None:
 
 
 def forget(module: nn.Module) -> None:
-    """Undo `observe`, and drop what an interrupt left of the module in this thread."""
+    """Undo `observe`, all or what was done of it, and drop what an interrupt left of the module in this thread."""
     for hooks in (
         module._forward_pre_hooks,
         module._forward_pre_hooks_with_kwargs,
@@ -139,8 +139,10 @@ def forget(module: nn.Module) -> None:
         module._forward_hooks_always_called,
     ):
         hooks.pop(_HOOK_ID, None)
-    handle = module.__dict__.pop(HANDLE)
-    del module.__dict__[_BOUND]
+    module.__dict__.pop(_BOUND, None)
+    handle = module.__dict__.pop(HANDLE, None)
+    if handle is None:
+        return
     _frames.pop(int(handle), None)
     _frames_by_handle.pop(id(handle), None)
     _running.modules = [entry for entry in _running.modules if entry[0] is not handle]

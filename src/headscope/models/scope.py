@@ -75,6 +75,7 @@ class Scope:
         self.edits: list[ActiveEdit] = []
         self._wrap: ForwardWrap | None = None
         self._hooks: HookWatch | None = None
+        self._installed = False
         self._modules: list[nn.Module] = []
         self._contexts = 0
         self._forwards = 0
@@ -361,15 +362,23 @@ class Scope:
                 " use one Scope for both"
             )
         self._forwards = 0
-        for site in self.sites:
-            routing.observe(modules[site.name], SiteFrame(self, site))
-            self._modules.append(modules[site.name])
-        self._hooks = HookWatch(self.denoiser)
-        self._wrap = ForwardWrap(self._called, self)
-        routing.install()
+        # Ctrl-C may come half way, too
+        try:
+            for site in self.sites:
+                self._modules.append(modules[site.name])
+                routing.observe(modules[site.name], SiteFrame(self, site))
+            self._hooks = HookWatch(self.denoiser)
+            self._wrap = ForwardWrap(self._called, self)
+            routing.install()
+            self._installed = True
+        except BaseException:
+            self._detach()
+            raise
 
     def _detach(self) -> None:
-        routing.uninstall()
+        if self._installed:
+            routing.uninstall()
+            self._installed = False
         # where Ctrl-C came between a forward's end and our own
         routing.unwatch(self)
         for module in self._modules:

@@ -58,6 +58,13 @@ class Claims:
     def take(self, unit: str) -> dict[str, Any] | bool:
         """True if the unit is ours now, False if somebody works on it; the owner's description if it was taken over
         from one that is gone."""
+        try:
+            return self._take(unit)
+        except FileNotFoundError:
+            # whoever has found every unit finished removes the folder
+            return False
+
+    def _take(self, unit: str) -> dict[str, Any] | bool:
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / unit
         if self._make(file):
@@ -88,9 +95,11 @@ class Claims:
     def release(self, unit: str) -> None:
         """Give up a claim, unless somebody has taken it over meanwhile."""
         file = self._folder / unit
-        claim = self._held.pop(file, None)
+        claim = self._held.get(file)
         if claim is not None and _token(_content(file), unit) == claim["token"]:
             file.unlink(missing_ok=True)
+        # after an interrupt before here it is released again
+        self._held.pop(file, None)
 
     def owners(self) -> dict[str, str]:
         """Unit: host and process, of all claims but those whose owner is known to be gone."""
@@ -134,9 +143,13 @@ class Claims:
         # by this machine's clock, for people: nothing is decided by it
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         claim = {**self._owner, "since": since, "token": uuid.uuid4().hex}
-        if file.exists() or not write_first(file, _written(claim, file.name), lasting=False):
+        if file.exists():
             return False
+        # before it is written: whatever comes between the two, it is released
         self._held[file] = claim
+        if not write_first(file, _written(claim, file.name), lasting=False):
+            del self._held[file]
+            return False
         self._watched.pop(file.name, None)
         if self._counter is None:
             self._counter = threading.Thread(target=self._count, daemon=True)

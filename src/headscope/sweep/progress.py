@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from types import TracebackType
@@ -107,7 +108,12 @@ class Progress:
 
     def say(self, what: str) -> None:
         if self._shown:
-            self._console.print(f"{self._title}: {what}", markup=False, highlight=False, soft_wrap=True)
+            self._print(f"{self._title}: {what}")
+
+    def _print(self, line: str) -> None:
+        # a log on a full disk, a terminal that is gone: the work goes on
+        with contextlib.suppress(OSError):
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def state(self) -> dict[str, float | int | str | None]:
         """What a line of JSON says."""
@@ -138,4 +144,4 @@ class Progress:
         now = time.perf_counter()
         if now - self._last >= self._interval:
             self._last = now
-            self._console.print(json.dumps(self.state()), highlight=False, soft_wrap=True, markup=False)
+            self._print(json.dumps(self.state()))

@@ -56,7 +56,7 @@ _ID = re.compile(r"[0-9a-f]{64}")
 
 
 class DamagedManifest(ValueError):
-    """A manifest isn't what headscope wrote."""
+    """A run's manifest isn't what headscope wrote, or is gone."""
 
 
 class RunStore:
@@ -282,12 +282,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """A run's manifest.
 
     Raises:
-        DamagedManifest: it isn't whole.
+        DamagedManifest: it isn't whole, or gone from a directory with results.
         ValueError: there is none, or one of another format.
     """
     file = path / MANIFEST
     problem = seals.problem(file, MANIFEST)
-    if problem == "missing":
+    begun = any((path / kind).is_dir() for kind in (*TABLES, *TENSORS))
+    if problem == "missing" and not begun:
         raise ValueError(f"run: got {str(path)!r}, expected a directory with a headscope run ({MANIFEST})")
     manifest: Any = None
     # those of older formats have no seal
@@ -302,9 +303,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
             )
         if problem is None and _is_manifest(manifest):
             return manifest
+    what = "is missing" if problem == "missing" else "is damaged: it isn't what headscope wrote"
     raise DamagedManifest(
-        f"run: {str(file)!r} is damaged: it isn't what headscope wrote. The command that began the run writes it anew"
-        " and keeps all results that are whole"
+        f"run: {str(file)!r} {what}. The command that began the run writes it anew and keeps all results that are"
+        " whole; status, verify, report and retry can't, as only the manifest told them what the run is"
     )
 
 

@@ -356,17 +356,12 @@ class _Share:
             return
         handed_over = False
         try:
-            if isinstance(owner, dict) and owner["session"] == self.session:
-                # a process of ours died of this unit, or beside it
-                self.cautious = True
-                error = "the process working on it died"
-                self._store.add_failure(unit.id, error, self.session, death=True)
-                if given_up(self._store.failures()[unit.id], self.session):
-                    self.report.failed(unit, error, True)
-                    self.lost.add(unit.id)
-                    return
+            died = isinstance(owner, dict) and owner["session"] == self.session
+            self.cautious |= died
             if self.runner.done(unit):
                 self._finish(unit)
+            elif died and self._is_given_up(unit):
+                self.lost.add(unit.id)
             elif self._computed(unit, following):
                 handed_over = True
                 self._behind.commit(unit)
@@ -377,6 +372,15 @@ class _Share:
         if self.cautious:
             self._behind.settle()
             self._hear()
+
+    def _is_given_up(self, unit: Unit) -> bool:
+        """A process of ours died of this unit, or beside it: whether that was the last of its tries."""
+        error = "the process working on it died"
+        self._store.add_failure(unit.id, error, self.session, death=True)
+        last = self._was_last(unit)
+        if last:
+            self.report.failed(unit, error, True)
+        return last
 
     def _computed(self, unit: Unit, following: Unit | None) -> bool:
         """Work on a unit; False, and a record of it, where that went wrong."""
@@ -416,8 +420,11 @@ class _Share:
         self.report.finished(unit)
 
     def _fail(self, unit: Unit, error: Exception) -> None:
-        last = given_up(self._store.failures()[unit.id], self.session)
-        self.report.failed(unit, f"{type(error).__name__}: {error}", last)
+        self.report.failed(unit, f"{type(error).__name__}: {error}", self._was_last(unit))
+
+    def _was_last(self, unit: Unit) -> bool:
+        # the record may be gone: another process has finished the unit since, or is to try again
+        return given_up(self._store.failures().get(unit.id, []), self.session)
 
 
 def given_up(tries: list[dict[str, Any]], session: str) -> bool:
