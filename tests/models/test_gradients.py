@@ -141,6 +141,15 @@ def test_bad_requests(task):
     scope = Scope(task.denoiser)
     with pytest.raises(ValueError, match="cotangents: got 0"):
         scope.attribute(task, ITEMS, [1], cotangents=0)
+    # no batches at all would be losses of 0
+    with pytest.raises(ValueError, match="batch: got -1"):
+        scope.attribute(task, ITEMS, [1], batch=-1)
+    with pytest.raises(ValueError, match=r"integrate: got 2\.5"):
+        scope.attribute(task, ITEMS, [1], integrate=2.5)
+    with pytest.raises(ValueError, match="sites: got none"):
+        scope.attribute(task, ITEMS, [1], sites=[])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"rules out; call it outside"):
+        scope.attribute(task, ITEMS, [1])
     with pytest.raises(ValueError, match="items, timesteps: got none"):
         scope.attribute(task, [], [1])
     with pytest.raises(ValueError, match="another model"):
