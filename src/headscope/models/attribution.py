@@ -106,6 +106,8 @@ def attribute(
             raise ValueError(f"{name}: got {number}, expected at least {least}")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("attribute needs gradients, which torch.inference_mode rules out; call it outside of that")
+    # a scheduler's own are a tensor
+    timesteps = torch.as_tensor(timesteps).tolist()
     if not items or not timesteps:
         raise ValueError("items, timesteps: got none, expected at least one of each")
     if task.denoiser is not scope.denoiser:
