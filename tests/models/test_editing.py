@@ -1,11 +1,13 @@
 """Edits: by pattern, as functions, from recordings, of queries, keys and values, several at once."""
 
+import numpy as np
+import polars as pl
 import pytest
 import torch
 from diffusers import PNDMScheduler
 
 import tiny
-from headscope import HeadEdit, Patch, Scope, Where, attention
+from headscope import HeadEdit, Patch, Recording, Scope, Where, attention
 
 
 @pytest.fixture(scope="module")
@@ -275,11 +277,142 @@ def test_rows_may_differ_in_kind(unet, sample):
         assert largest(together[row], alone[0]) <= 1e-5
 
 
+def test_a_rows_edits_are_made_in_their_own_order(unet, sample):
+    """The last fill of a head is the one that is left."""
+    name = Scope(unet).sites[0].name
+    one, two = (HeadEdit(torch.tensor([[0.0, 1.0, 1.0, 1.0]]), torch.tensor([level])) for level in (1.0, 2.0))
+    lists = ([one, two], [two, one], [one, two, one])
+    with Scope(unet).edit([{name: own} for own in lists]):
+        together = run(unet, sample)
+    for row, last in enumerate((two, one, one)):
+        with Scope(unet).edit({name: last}):
+            assert largest(run(unet, sample)[row], together[row]) <= 1e-6
+    with Scope(unet).edit({name: one}):
+        assert largest(run(unet, sample)[0], together[0]) > 1e-4
+
+
+def test_a_function_gives_a_samples_own_row(unet, sample):
+    scope = Scope(unet)
+    gate = torch.ones(3, 4)
+    gate[1, 0] = 0
+    message = r"edits\['down_blocks.1.attentions.0'\]\(Where.*got a HeadEdit of several rows"
+    with pytest.raises(TypeError, match=message), scope.edit({scope.sites[0].name: lambda where: HeadEdit(gate)}):
+        run(unet, sample)
+    with scope.edit({scope.sites[0].name: lambda where: HeadEdit(gate[where.sample][None])}):
+        found = run(unet, sample)
+    with scope.edit({scope.sites[0].name: HeadEdit(gate)}):
+        assert torch.equal(run(unet, sample), found)
+
+
+def test_heads_are_numbers_of_numpys_too(unet, sample):
+    scope = Scope(unet)
+    with scope.edit({"*": np.array([0, 3])}):
+        found = run(unet, sample)
+    with scope.edit({"*": [0, 3]}):
+        assert torch.equal(run(unet, sample), found)
+
+
+def test_an_edit_used_in_inference_mode_serves_a_backward_later(unet, sample):
+    scope = Scope(unet)
+
+    def gradient():
+        leaf = sample.clone().requires_grad_()
+        (found,) = torch.autograd.grad(unet(leaf, 7, return_dict=False)[0].square().sum(), leaf)
+        return found
+
+    with scope.edit({"*": [0]}):
+        expected = gradient()
+    with scope.edit({"*": [0]}):
+        run(unet, sample)
+        assert torch.equal(gradient(), expected)
+
+
+class Grouped(torch.nn.Module):
+    """Attention whose heads share keys and values: [batch, tokens, 16]."""
+
+    heads = 4
+
+    def __init__(self, groups):
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, tokens, timestep=None):
+        query = tokens.unflatten(-1, (4, 4)).transpose(1, 2)
+        key = query[:, : self.groups]
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, 2 * key, enable_gqa=True)
+        return output.transpose(1, 2).flatten(2)
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, groups):
+        super().__init__()
+        self.attention = Grouped(groups)
+
+    def forward(self, tokens, timestep=None):
+        return self.attention(tokens)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("heads", [[1], [0, 3], [2, 3], None])
+def test_keys_of_grouped_heads_are_patched_for_those_heads_alone(groups, heads):
+    tokens, other = torch.randn(2, 2, 5, 16, generator=torch.Generator().manual_seed(2))
+    model = Holder(groups)
+    scope = Scope(model)
+    with scope.record("k", "v", reduce=None) as recording:
+        model(other)
+    stock = model(tokens).unflatten(-1, (4, 4))
+    query = tokens.unflatten(-1, (4, 4)).transpose(1, 2)
+    key = other.unflatten(-1, (4, 4)).transpose(1, 2)[:, :groups].repeat_interleave(4 // groups, 1)
+    patched = {
+        "k": attention(query, key, 2 * query[:, :groups].repeat_interleave(4 // groups, 1)).output.transpose(1, 2),
+        "v": attention(query, query[:, :groups].repeat_interleave(4 // groups, 1), 2 * key).output.transpose(1, 2),
+    }
+    chosen = range(4) if heads is None else heads
+    for quantity, wanted in patched.items():
+        with scope.edit({"attention": Patch(heads, **{quantity: recording})}):
+            found = model(tokens).unflatten(-1, (4, 4))
+        for head in range(4):
+            expected = wanted if head in chosen else stock
+            assert largest(found[:, :, head], expected[:, :, head]) <= 1e-5
+    with pytest.raises(ValueError, match="patch: got k of shape"), scope.edit({"*": Patch(k=torch.zeros(1, 3, 5, 4))}):
+        model(tokens)
+
+
+def test_muted_keys_are_none_that_a_row_may_see(unet, sample):
+    """The normalised entropy of rows that see two keys of 64 alike is 1."""
+    scope = Scope(unet)
+    name = scope.sites[0].name
+    bias = torch.full((1, 1, 64), -torch.inf)
+    bias[..., :2] = 0
+    with scope.edit({name: HeadEdit(key_bias=bias)}), scope.record("entropy", reduce=None) as recording:
+        run(unet, sample)
+    table = recording.to_polars().filter(pl.col("site") == name)
+    normalised = np.stack(table["entropy"].to_list()) / np.log(2)
+    assert table["entropy_normalised_mean"].to_numpy() == pytest.approx(normalised.mean(1), abs=1e-5)
+    other = recording.to_polars().filter(pl.col("site") != name)
+    assert other["entropy_normalised_mean"].to_numpy() == pytest.approx(other["entropy_mean"].to_numpy() / np.log(64))
+
+
 @pytest.mark.parametrize(
     ("edits", "error", "message"),
     [
         ({"mid_block.attentions.0": Patch()}, ValueError, "a Patch of nothing"),
         ({"mid_block.attentions.0": 3}, TypeError, "got int, expected heads"),
+        ({"mid_block.attentions.0": "03"}, TypeError, "got str, expected heads"),
+        ({"mid_block.attentions.0": ["a"]}, TypeError, "got str, expected heads"),
+        ({"mid_block.attentions.0": torch.tensor([1])}, TypeError, "got Tensor, expected heads"),
+        ({"mid_block.attentions.0": HeadEdit(torch.ones(1, 3))}, ValueError, r"got gate of shape \[1, 3\], expected"),
+        ({"mid_block.attentions.0": HeadEdit(key_bias=torch.ones(1, 64))}, ValueError, r"key_bias of shape \[1, 64\]"),
+        ({"mid_block.attentions.0": HeadEdit([1.0] * 4)}, TypeError, "got gate of type list"),
+        ({"mid_block.attentions.0": HeadEdit(torch.ones(1, 4), np.zeros(4))}, ValueError, "fill: got array"),
+        ({"mid_block.attentions.0": Patch(q=np.zeros(4))}, TypeError, "got q of type ndarray, expected a tensor"),
+        ({"mid_block.attentions.0": Patch(q=Recording((), ("k",)))}, ValueError, "got a Recording without q"),
+        ({"mid_block.attentions.0": Patch(v=torch.ones(1, 1, 1, 1, 1))}, ValueError, "got v of shape .*at most 4"),
+        ({"mid_block.attentions.0": Patch(3, q=torch.zeros(1))}, TypeError, "got int, expected heads"),
+        ({0: [1]}, TypeError, "got a key of type int, expected names"),
+        ("mid_block.attentions.0", TypeError, "edits: got str, expected a mapping"),
+        (["mid_block.attentions.0"], TypeError, r"edits\[0\]: got str, expected a mapping"),
+        (None, TypeError, "edits: got NoneType, expected a mapping"),
         ({"mid_block.attentions.0": HeadEdit(torch.ones(1, 4), "average")}, ValueError, "fill: got 'average'"),
         (
             [{"mid_block.attentions.0": HeadEdit(torch.ones(2, 4))}, {}],

@@ -127,6 +127,9 @@ def test_attributions_do_not_depend_on_the_batch_and_become_a_table(task):
     second = scope.attribute(task, ITEMS, [100, 700], batch=1, cotangents=2)
     for name in ("loss", "g", "c"):
         assert getattr(first, name) == pytest.approx(getattr(second, name), rel=1e-3, abs=1e-6), name
+    third = scope.attribute(task, ITEMS, torch.tensor([100, 700]), batch=3, cotangents=2)
+    assert third.timesteps == (100, 700)
+    assert np.array_equal(third.loss, first.loss)
     table = first.to_polars()
     assert len(table) == 3 * 2 * 8
     row = table.filter((table["item"].cast(str) == "test/22") & (table["timestep"] == 700) & (table["head"] == 3))
@@ -141,6 +144,15 @@ def test_bad_requests(task):
     scope = Scope(task.denoiser)
     with pytest.raises(ValueError, match="cotangents: got 0"):
         scope.attribute(task, ITEMS, [1], cotangents=0)
+    # no batches at all would be losses of 0
+    with pytest.raises(ValueError, match="batch: got -1"):
+        scope.attribute(task, ITEMS, [1], batch=-1)
+    with pytest.raises(ValueError, match=r"integrate: got 2\.5"):
+        scope.attribute(task, ITEMS, [1], integrate=2.5)
+    with pytest.raises(ValueError, match="sites: got none"):
+        scope.attribute(task, ITEMS, [1], sites=[])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"rules out; call it outside"):
+        scope.attribute(task, ITEMS, [1])
     with pytest.raises(ValueError, match="items, timesteps: got none"):
         scope.attribute(task, [], [1])
     with pytest.raises(ValueError, match="another model"):

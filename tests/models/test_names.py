@@ -98,6 +98,7 @@ def test_what_was_recorded_is_listed(diffusion, site):
         ({"sample": 1}, "0"),
         ({"branch": "both"}, "cond, uncond"),
         ({"frame": 2}, "None"),
+        ({"call": 2}, "0"),
         ({"heads": [1, 4]}, "0, 1, 2, 3"),
         ({"statistic": "max_prob"}, "entropy"),
     ):

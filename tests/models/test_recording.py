@@ -198,6 +198,38 @@ class Attention(torch.nn.Module):
         return functional.scaled_dot_product_attention(query, query, query).transpose(1, 2).flatten(2)
 
 
+class Twice(torch.nn.Module):
+    """A picture's places, which attend to themselves, and to the first of them."""
+
+    heads = 1
+
+    def forward(self, tokens, timestep=None):
+        for keys in (tokens, tokens[..., :2, :]):
+            tokens = functional.scaled_dot_product_attention(*(x[:, None] for x in (tokens, keys, keys)))[:, 0]
+        return tokens
+
+
+class Pictures(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Twice()
+
+    def forward(self, sample, timestep=None):
+        return self.attention(sample.flatten(2).transpose(1, 2))
+
+
+def test_a_plot_is_of_one_call():
+    model = Pictures()
+    with Scope(model).record("entropy", reduce=None) as recording:
+        model(torch.randn(1, 8, 2, 3, generator=torch.Generator().manual_seed(1)))
+    with pytest.raises(ValueError, match="call: got None, and site 'attention' attends 2 times"):
+        recording.plot("entropy", "attention")
+    table = recording.to_polars().sort("call")
+    for call in (0, 1):
+        figure = recording.plot("entropy", "attention", call=call)
+        assert np.ravel(figure.data[0].z) == pytest.approx(np.array(table["entropy"][call]), abs=1e-6)
+
+
 @pytest.mark.parametrize("arguments", [(), (None,)])
 def test_models_without_a_timestep(arguments, tmp_path):
     model = Timeless()

@@ -6,7 +6,7 @@ drop-in), tasks (what a model is asked to do).
 """
 
 from headscope.models.attribution import Attribution
-from headscope.models.editing import Patch, Where
+from headscope.models.edits import Patch, Where
 from headscope.models.processor import AttnProcessor
 from headscope.models.recording import Recording
 from headscope.models.scope import Scope

@@ -174,7 +174,9 @@ class SiteFrame:
         for entry, mass in zip(tokens, masses, strict=True):
             if mass is not None:
                 entry.maps.add(forward, name, layout, values[mass.name])
-        valid_keys = count_valid_keys(attn_mask, is_causal, query, key) if ENTROPY in values else 0
+        valid_keys = 0
+        if ENTROPY in values:
+            valid_keys = count_valid_keys(attn_mask, is_causal, query, key, combined.edit)
         for recording in recordings:
             recording.count_call()
             recording.add_statistics(forward, name, call, layout, values, valid_keys, key.shape[2])
@@ -267,12 +269,20 @@ def _fill_of(edit: HeadEdit, combined: Combined, options: dict[str, Any]) -> Ten
     return attention(query, combined.key, combined.value, edit=everything, **options).output
 
 
-def count_valid_keys(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | int:
+def count_valid_keys(
+    attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor, edit: HeadEdit | None = None
+) -> Tensor | int:
     """How many keys each row may see: an int, or broadcastable to [batch, heads, queries]."""
-    keys = key.shape[2]
+    queries, keys = query.shape[2], key.shape[2]
+    bias = None if edit is None else edit.key_bias
+    if attn_mask is None and bias is None:
+        return torch.arange(1, queries + 1, device=query.device).clamp(max=keys) if is_causal else keys
+    allowed = torch.ones(1, keys, dtype=torch.bool, device=query.device)
     if is_causal:
-        return torch.arange(1, query.shape[2] + 1, device=query.device).clamp(max=keys)
-    if attn_mask is None:
-        return keys
-    allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > FORBIDDEN_LOGIT
-    return allowed.expand(*allowed.shape[:-1], keys).sum(-1)
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        allowed = allowed & (attn_mask if attn_mask.dtype == torch.bool else attn_mask > FORBIDDEN_LOGIT)
+    if bias is not None:
+        # an edit may mute keys
+        allowed = allowed & (bias[:, :, None] > FORBIDDEN_LOGIT)
+    return allowed.sum(-1)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from headscope._extras import require
-from headscope.counter import counter_uniform
-from headscope.models.editing import Fill
+from headscope.counter import check_whole, counter_uniform
+from headscope.models.edits import Fill
 from headscope.models.tasks import NoisyInputs, Prepared, Task, TaskItem
 from headscope.ops import HeadEdit
 
@@ -100,10 +100,14 @@ def attribute(
     batch: int,
 ) -> Attribution:
     """See `Scope.attribute`."""
-    if cotangents < 1:
-        raise ValueError(f"cotangents: got {cotangents}, expected at least 1")
-    if integrate < 0:
-        raise ValueError(f"integrate: got {integrate}, expected a number of points on the path, 0 for none")
+    for name, number, least in (("cotangents", cotangents, 1), ("integrate", integrate, 0), ("batch", batch, 1)):
+        check_whole(name, number)
+        if number < least:
+            raise ValueError(f"{name}: got {number}, expected at least {least}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("attribute needs gradients, which torch.inference_mode rules out; call it outside of that")
+    # a scheduler's own are a tensor
+    timesteps = torch.as_tensor(timesteps).tolist()
     if not items or not timesteps:
         raise ValueError("items, timesteps: got none, expected at least one of each")
     if task.denoiser is not scope.denoiser:

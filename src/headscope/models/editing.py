@@ -1,68 +1,21 @@
 """From what a user writes in `scope.edit(...)` to the edit of one attention call."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from headscope.models.edits import FACTORS, Edits, Fill, Patch, Where, check_fill, check_one_row, checked, mappings_of
 from headscope.models.forwards import Forward, Window
 from headscope.models.layout import Layout
 from headscope.models.recording import HEAD_OUTPUT, Recording, Resampled
-from headscope.models.sites import Site
 from headscope.models.tensors import Key, moved
 from headscope.ops import HeadEdit
 
 if TYPE_CHECKING:
     from headscope.models.scope import Scope
-
-Source = Tensor | Recording | Resampled
-Fill = Source | Literal["uniform", "identity"] | None
-_KINDS = ("uniform", "identity")
-
-
-@dataclass(frozen=True)
-class Patch:
-    """Another run's queries, keys or values in the place of a head's own.
-
-    Attributes:
-        heads: which heads; all if None.
-        q, k, v: a Recording of that quantity (its mean at the same site, timestep and branch; or, made with
-            reduce=None, the same sample's own), `recording.take(...)`, or a tensor broadcastable to
-            [batch, heads, tokens, dim]; None leaves it as it is.
-    """
-
-    heads: Sequence[int] | None = None
-    q: Source | None = None
-    k: Source | None = None
-    v: Source | None = None
-
-
-@dataclass(frozen=True)
-class Where:
-    """What an edit given as a function is asked about.
-
-    Attributes:
-        site: the site.
-        call: the number of the attention call within the site and forward.
-        step: the pipeline's step (the number of the forward where no pipeline counts).
-        timestep: the scheduler's timestep of that sample.
-        branch: "uncond", "cond", ... (see `Recording.to_arrow`), or None where there is no guidance.
-        sample: the sample within its branch.
-    """
-
-    site: Site
-    call: int
-    step: int
-    timestep: float
-    branch: str | None
-    sample: int
-
-
-Value = Iterable[int] | HeadEdit | Patch | Callable[[Where], Any] | Sequence[Any] | None
-Edits = Mapping[str, Value]
 
 
 @dataclass(frozen=True)
@@ -109,20 +62,15 @@ class ActiveEdit(Window):
         scope: "Scope",
     ) -> "ActiveEdit":
         """Check everything before the model runs."""
-        _check_fill(fill)
-        samples: Sequence[Edits] = [edits] if isinstance(edits, Mapping) else list(edits)
-        if not samples:
-            raise ValueError("edits: got an empty sequence, expected one mapping per sample")
+        check_fill(fill)
+        samples = mappings_of(edits)
         values: dict[str, list[list[Any]]] = {}
         for row, sample in enumerate(samples):
             for pattern, value in sample.items():
                 for name in scope.matching(pattern):
-                    one = _checked(value, scope.site(name), f"edits[{name!r}]")
-                    if len(samples) > 1 and any(isinstance(v, HeadEdit) and _rows(v) > 1 for v in one):
-                        raise TypeError(
-                            f"edits[{row}][{name!r}]: got a HeadEdit of several rows, expected one row where edits"
-                            " differ by sample"
-                        )
+                    one = checked(value, scope.site(name), f"edits[{name!r}]")
+                    if len(samples) > 1:
+                        check_one_row(one, f"edits[{row}][{name!r}]")
                     values.setdefault(name, [[] for _ in samples])[row] += one
         return cls(values, fill, steps, branches, scope)
 
@@ -175,30 +123,38 @@ class ActiveEdit(Window):
             timestep = rows.timesteps[row % len(rows.timesteps)]
             step = forward.step_since(self.first_forward)
             where = Where(site, call, step, timestep, forward.branch_of(row), row % forward.samples)
-            by_row.append(_checked(value(where), site, f"edits[{name!r}]({where})"))
+            by_row.append(checked(value(where), site, f"edits[{name!r}]({where})"))
+            check_one_row(by_row[-1], f"edits[{name!r}]({where})")
         return self._by_row(by_row, name, call, rows)
 
     def _by_row(self, values: list[list[Any]], name: str, call: int, rows: "_RowMap") -> list[Change]:
         """Different values in every row of the batch: the n-th of every row are one change per kind of value."""
+        longest = max(map(len, values))
+        turns = [[own[turn] if turn < len(own) else None for own in values] for turn in range(longest)]
+        return [change for turn in turns for change in self._turn(turn, name, call, rows)]
+
+    def _turn(self, values: list[Any], name: str, call: int, rows: "_RowMap") -> list[Change]:
+        """One value, or None, in every row of the batch."""
         site, batch = self._sites[name], len(values)
         heads: dict[int, tuple[Tensor, Any]] = {}
         others: list[Change] = []
-        for row, own in enumerate(values):
-            for value in own:
-                if callable(value):
-                    raise TypeError(f"edits[{name!r}]: got a function inside a sequence of edits, expected it alone")
-                if not isinstance(value, (HeadEdit, Patch)):
-                    value = HeadEdit(_gate(value, site.heads), self._fill)
-                if isinstance(value, Patch):
-                    others += [rows.row(change, row) for change in self._whole(value, name, call, rows)]
-                    continue
-                edit = value if value.fill is not None or value.gate is None else replace(value, fill=self._fill)
-                if edit.gate is None or any(getattr(edit, field) is not None for field in _FACTORS):
-                    others.append(rows.row(self._resolve(edit, name, call, rows), row))
-                    continue
-                # rows with the same fill share a gate
-                gate, _ = heads.setdefault(id(edit.fill), (torch.ones(batch, site.heads), edit.fill))
-                gate[row] *= edit.gate[0].to(gate)
+        for row, value in enumerate(values):
+            if value is None:
+                continue
+            if callable(value):
+                raise TypeError(f"edits[{name!r}]: got a function inside a sequence of edits, expected it alone")
+            if not isinstance(value, (HeadEdit, Patch)):
+                value = HeadEdit(_gate(value, site.heads), self._fill)
+            if isinstance(value, Patch):
+                others += [rows.row(change, row) for change in self._whole(value, name, call, rows)]
+                continue
+            edit = value if value.fill is not None or value.gate is None else replace(value, fill=self._fill)
+            if edit.gate is None or any(getattr(edit, field) is not None for field in FACTORS):
+                others.append(rows.row(self._resolve(edit, name, call, rows), row))
+                continue
+            # rows with the same fill share a gate
+            gate, _ = heads.setdefault(id(edit.fill), (torch.ones(batch, site.heads), edit.fill))
+            gate[row] *= edit.gate[0].to(gate)
         gates = [self._resolve(HeadEdit(gate, fill), name, call, rows) for gate, fill in heads.values()]
         return [*gates, *others]
 
@@ -221,8 +177,10 @@ class ActiveEdit(Window):
         if tensor.device == device or not keep:
             return moved(tensor, device)
         if (id(tensor), device) not in self._moved:
-            # with the tensor itself, so that its id stays its own
-            self._moved[id(tensor), device] = (tensor, moved(tensor, device))
+            # an ordinary tensor, which a later forward may save for its backward
+            with torch.inference_mode(False):
+                # with the tensor itself, so that its id stays its own
+                self._moved[id(tensor), device] = (tensor, moved(tensor, device))
         return self._moved[id(tensor), device][1]
 
     def _patch(self, patch: Patch, name: str, call: int, rows: "_RowMap") -> Change:
@@ -238,10 +196,6 @@ class ActiveEdit(Window):
             elif source is not None:
                 patches.append((quantity, heads, rows.source(source, quantity, name, call)))
         return Change(HeadEdit(), tuple(patches))
-
-
-# multiply (temperature, key_scale) or add (key_bias) when several edits meet
-_FACTORS = ("temperature", "key_bias", "key_scale")
 
 
 class _RowMap:
@@ -328,7 +282,7 @@ class _RowMap:
         samples = moved(samples, self.device)
         inside = self.spread(samples) if samples.numel() > 1 else samples
         kept: dict[str, Any] = {"fill": change.edit.fill}
-        for name in ("gate", *_FACTORS):
+        for name in ("gate", *FACTORS):
             tensor = getattr(change.edit, name)
             if tensor is not None:
                 neutral = 0.0 if name == "key_bias" else 1.0
@@ -356,15 +310,14 @@ def combine(changes: list[Change], query: Tensor, key: Tensor, value: Tensor) ->
     for change in changes:
         for quantity, heads, patch in change.patches:
             own = tensors[quantity]
-            if patch.shape[1:] != own.shape[1:] and patch.shape[2] not in (1, own.shape[2]):
+            if any(size not in (1, expected) for size, expected in zip(patch.shape[1:], own.shape[1:], strict=True)):
                 raise ValueError(
                     f"patch: got {quantity} of shape {list(patch.shape)}, expected {list(own.shape)} or what"
                     " broadcasts to it"
                 )
-            # grouped queries have fewer keys and values than heads
-            chosen = heads[:, :: heads.shape[1] // own.shape[1]][..., None, None]
-            tensors[quantity] = torch.where(chosen, patch.to(own.dtype), own)
-        for name in _FACTORS:
+            own, patch = (_for_every_head(tensor, heads.shape[1]) for tensor in (own, patch))
+            tensors[quantity] = torch.where(heads[..., None, None], patch.to(own.dtype), own)
+        for name in FACTORS:
             own: Tensor | None = getattr(change.edit, name)
             if own is None:
                 continue
@@ -381,62 +334,24 @@ def combine(changes: list[Change], query: Tensor, key: Tensor, value: Tensor) ->
                 gates[-1] = (gates[-1][0] * gate, fill)
             else:
                 gates.append((gate, fill))
+    most = max(tensors["k"].shape[1], tensors["v"].shape[1])
+    for quantity in ("k", "v"):
+        tensors[quantity] = _for_every_head(tensors[quantity], most)
     edits = [HeadEdit(gate, fill) for gate, fill in gates]
     edit = replace(edits[0], **factors) if edits else HeadEdit(**factors) if factors else None
     return Combined(tensors["q"], tensors["k"], tensors["v"], edit, tuple(edits[1:]))
 
 
-def _checked(value: Any, site: Site, name: str) -> list[Any]:
-    """A value as a list of heads (tuples), HeadEdits, Patches and functions."""
-    if value is None:
-        return []
-    if isinstance(value, HeadEdit):
-        if all(getattr(value, field) is None for field in ("gate", *_FACTORS)):
-            raise ValueError(f"{name}: got a HeadEdit without a gate, expected edit.gate or another change of a head")
-        _check_fill(value.fill)
-        return [value]
-    if isinstance(value, Patch):
-        if value.q is value.k is value.v is None:
-            raise ValueError(f"{name}: got a Patch of nothing, expected q, k or v")
-        check_heads(value.heads or (), site, name)
-        return [value]
-    if callable(value):
-        return [value]
-    if not isinstance(value, Iterable):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected heads, a HeadEdit, a Patch or a function")
-    members = list(value)
-    if all(isinstance(member, int) for member in members):
-        check_heads(members, site, name)
-        return [tuple(members)]
-    return [one for member in members for one in _checked(member, site, name)]
-
-
-def check_heads(heads: Iterable[int], site: Site, name: str) -> None:
-    """Raises TypeError or ValueError for what is no head of the site; `name` is the argument's."""
-    for head in heads:
-        # a mask would be read as heads 0 and 1
-        if isinstance(head, bool) or not isinstance(head, Integral):
-            raise TypeError(f"{name}: got head {head!r} of type {type(head).__name__}, expected the heads' numbers")
-        if not 0 <= head < site.heads:
-            raise ValueError(f"{name}: got head {head}, expected 0 to {site.heads - 1}")
-
-
-def _check_fill(fill: Any) -> None:
-    if not isinstance(fill, (Tensor, Recording, Resampled)) and fill is not None and fill not in _KINDS:
-        raise ValueError(
-            f'fill: got {fill!r}, expected None, "uniform", "identity", a tensor, a Recording of head_output or its'
-            " take(...)"
-        )
-    recording = fill.recording if isinstance(fill, Resampled) else fill
-    if isinstance(recording, Recording) and not recording.records_head_output:
-        raise ValueError('fill: got a Recording without head outputs, expected one of scope.record("head_output")')
-
-
-def _rows(edit: HeadEdit) -> int:
-    return max(tensor.shape[0] for field in ("gate", *_FACTORS) if (tensor := getattr(edit, field)) is not None)
+def _for_every_head(tensor: Tensor, heads: int) -> Tensor:
+    """Keys or values [rows, groups, tokens, dim], which grouped heads share, as each head's own."""
+    if tensor.shape[1] == 1:
+        return tensor.expand(-1, heads, -1, -1)
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
 def _gate(heads: Iterable[int], of: int) -> Tensor:
-    gate = torch.ones(1, of)
-    gate[:, list(heads)] = 0.0
+    # an ordinary tensor, which a later forward may save for its backward
+    with torch.inference_mode(False):
+        gate = torch.ones(1, of)
+        gate[:, list(heads)] = 0.0
     return gate

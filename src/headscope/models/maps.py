@@ -89,9 +89,11 @@ class TokenMaps:
             return None
         place = (text.start, text.stop, keys, device)
         if place not in self._groups:
-            groups = torch.full((keys,), -1, dtype=torch.int32)
-            groups[text.start : text.stop] = torch.arange(text.stop - text.start, dtype=torch.int32)
-            self._groups[place] = GroupMass(groups.to(device), text.stop - text.start, name=self._name)
+            # ordinary tensors, which a later forward may save for its backward
+            with torch.inference_mode(False):
+                groups = torch.full((keys,), -1, dtype=torch.int32)
+                groups[text.start : text.stop] = torch.arange(text.stop - text.start, dtype=torch.int32)
+                self._groups[place] = GroupMass(groups.to(device), text.stop - text.start, name=self._name)
         return self._groups[place]
 
     def saw(self, forward: Forward) -> None:

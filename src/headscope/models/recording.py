@@ -351,6 +351,7 @@ class Recording:
         sample: int = 0,
         branch: str | None = None,
         frame: int | None = None,
+        call: int | None = None,
         image: Any = None,
     ) -> Any:
         """A plotly figure: a statistic of each query over the picture, a map per head.
@@ -361,6 +362,7 @@ class Recording:
             step: the pipeline's step; the mean over all if None.
             branch: a guidance branch; the mean over all if None.
             frame: of a video.
+            call: the attention call within the site; to be named where there are several (IP-Adapter).
             image: what was drawn for that sample (PIL, or an array [height, width, 3]), shown first.
 
         Raises:
@@ -370,7 +372,7 @@ class Recording:
         from headscope.models.plots import heatmaps
         from headscope.models.tables import query_maps
 
-        maps = query_maps(self.to_arrow(), statistic, site, heads, step, sample, branch, frame)
+        maps = query_maps(self.to_arrow(), statistic, site, heads, step, sample, branch, frame, call)
         units = [STATISTICS[statistic].unit] if statistic in STATISTICS else []
         return heatmaps(
             {f"head {head}": values for head, values in maps.items()}, ", ".join([statistic, *units]), image

@@ -3,7 +3,7 @@
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,7 +15,8 @@ from headscope.models import routing
 from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
 from headscope.models.caches import HookWatch, Reused
-from headscope.models.editing import ActiveEdit, Edits, Fill, check_heads
+from headscope.models.editing import ActiveEdit
+from headscope.models.edits import Edits, Fill, check_heads
 from headscope.models.forwards import Forward, Progress, Window, begin_forward, running_module
 from headscope.models.maps import TokenMaps, TokenRequest
 from headscope.models.prompts import Prompts
@@ -171,6 +172,8 @@ class Scope:
         requested = requested_statistics([name for name in statistics if name not in QUANTITIES], QUANTITIES)
         recording = Recording(requested, quantities, reduce)
         if into is not None:
+            if not isinstance(into, Recording):
+                raise TypeError(f"into: got {type(into).__name__}, expected an earlier Recording")
             into.check_continues(recording)
             recording = into
         entry = RecordRequest(recording, self._chosen(sites), sites is None)
@@ -284,8 +287,9 @@ class Scope:
             batch: items in a forward.
 
         Raises:
-            ValueError: nothing to do, or a task of another model.
+            ValueError: nothing to do, numbers that count nothing, or a task of another model.
             KeyError: an unknown site.
+            RuntimeError: in torch.inference_mode.
         """
         self._look_again()
         names = [site.name for site in self.sites if site.name in self._chosen(sites)]
@@ -318,7 +322,11 @@ class Scope:
 
     def _chosen(self, sites: Sequence[str] | str | None) -> frozenset[str]:
         if sites is not None:
-            patterns = [sites] if isinstance(sites, str) else sites
+            patterns = [sites] if isinstance(sites, str) or not isinstance(sites, Iterable) else list(sites)
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise TypeError(f"sites: got {sites!r}, expected names or patterns, or None for all")
+            if not patterns:
+                raise ValueError("sites: got none, expected names or patterns, or None for all")
             return frozenset(name for pattern in patterns for name in self.matching(pattern))
         if self.unseen:
             listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in self.unseen)

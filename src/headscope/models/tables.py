@@ -150,6 +150,7 @@ def query_maps(
     sample: int,
     branch: str | None,
     frame: int | None,
+    call: int | None,
 ) -> dict[int, np.ndarray]:
     """See `Recording.plot`: per head [grid_height, grid_width], the mean over the rows that fit."""
     pl = require("polars", "diffusers")
@@ -160,7 +161,8 @@ def query_maps(
         raise ValueError(f"statistic: got {statistic!r}, expected one that was recorded with reduce=None: {listed}")
     rows = rows.filter(pl.col("query_group") == IMAGE)
     # one after the other, so that an error lists what there is of the rest
-    for name, value in {"site": site, "sample": sample, "step": step, "branch": branch, "frame": frame}.items():
+    chosen = {"site": site, "sample": sample, "step": step, "branch": branch, "frame": frame, "call": call}
+    for name, value in chosen.items():
         if value is None:
             continue
         there = rows[name].unique().sort().to_list()
@@ -168,6 +170,9 @@ def query_maps(
         if not len(rows):
             listed = ", ".join(map(str, there)) or "none: nothing was recorded of image queries"
             raise ValueError(f"{name}: got {value!r}, of which nothing was recorded, expected one of {listed}")
+    # they are attention to different things
+    if (calls := rows["call"].n_unique()) > 1:
+        raise ValueError(f"call: got None, and site {site!r} attends {calls} times in a forward; expected one of them")
     if heads is not None:
         there = rows["head"].unique().sort().to_list()
         for head in heads:

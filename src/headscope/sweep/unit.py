@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headscope.models import Recording, Scope, Task
-from headscope.models.editing import Fill
+from headscope.models.edits import Fill
 from headscope.models.tasks import NoisyInputs, Prepared
 from headscope.models.tensors import moved
 from headscope.ops import HeadEdit
@@ -445,8 +445,8 @@ def learned_prefix(task: Task, scope: Scope, inputs: NoisyInputs) -> Prefix:
 
 
 def _open(scope: Scope) -> AbstractContextManager[Any]:
-    """Records no site, and keeps the scope's hooks in place for the edits inside, which then are quick to enter."""
-    return scope.record("entropy", sites=())
+    """Edits no site, and keeps the scope's hooks in place for the edits inside, which then are quick to enter."""
+    return scope.edit({})
 
 
 def _two_rows(inputs: NoisyInputs) -> NoisyInputs:
