@@ -29,7 +29,8 @@ class Tables(HTMLParser):
         self.tables: dict[str, list[list[str]]] = {}
         self.figures: dict[str, list[dict]] = {}
         self.rows: list[list[str]] = []
-        self.cell = self.figure = None
+        self.cell: str | None = None
+        self.figure: str | None = None
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -48,10 +49,11 @@ class Tables(HTMLParser):
             self.figures[self.figure], self.figure = json.loads(data), None
 
     def handle_endtag(self, tag):
+        text = (self.cell or "").strip()
         if tag == "caption":
-            self.tables[self.cell.strip()] = self.rows
+            self.tables[text] = self.rows
         elif tag in ("td", "th"):
-            self.rows[-1].append(self.cell.strip())
+            self.rows[-1].append(text)
         if tag in ("td", "th", "caption"):
             self.cell = None
 

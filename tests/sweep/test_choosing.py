@@ -126,6 +126,8 @@ def test_an_image_that_changes_during_a_run_is_an_error(task, tmp_path, monkeypa
     (group,) = open_items(SweepConfig(groups=(mine,), items=1, fills=("zero",)), task)
     changed, same = group.swept
     Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / changed.source_id)
+    assert isinstance(changed, items.SweptItem)
+    assert isinstance(same, items.SweptItem)
     assert same.image.shape == (32, 32, 3)
     for read in (changed.fetch, lambda: changed.image):
         with pytest.raises(ValueError, match=rf"image '{changed.source_id}' of 'mine' has changed since the run was"):
