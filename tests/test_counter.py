@@ -78,6 +78,8 @@ def test_integers_and_permutations():
     assert counter_permutation("p", 1, count=37).tolist() != counter_permutation("p", 2, count=37).tolist()
     with pytest.raises(ValueError, match="high: got 0"):
         counter_integers("x", high=0)
+    with pytest.raises(TypeError):
+        counter_integers("x", high=2.5)
 
 
 def test_shapes():

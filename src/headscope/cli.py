@@ -160,16 +160,23 @@ def sweep(
 
     Without a command, runs a sweep, or what is left of it.
     """
-    if context.invoked_subcommand is not None:
-        return
     with _clear_errors():
+        command = context.invoked_subcommand
+        if command is not None:
+            asked = [name for name in context.params if _given(context, name)]
+            if asked:
+                raise ValueError(
+                    f"{asked[0]}: got it before the command {command}, expected options of {command} after it"
+                )
+            return
         from headscope.sweep import SweepConfig
 
+        workforce = _workforce(workers, executor, address, job)
         if plan is not None:
             asked = [name for name in PLANNED if _given(context, name)]
             if asked:
                 raise ValueError(f"plan: got {asked[0]} beside it, expected it in the file")
-            _run(SweepConfig.from_toml(plan), out, batch, workers, executor, address, job, quiet, dry_run)
+            _run(SweepConfig.from_toml(plan), out, batch, workforce, quiet, dry_run)
             return
         unused = [name for name, given in (("score", score), ("fill", fill and not attribute)) if no_ablation and given]
         if unused:
@@ -189,7 +196,7 @@ def sweep(
             device=device,
             dtype=dtype,
         )
-        _run(config, out, batch, workers, executor, address, job, quiet, dry_run)
+        _run(config, out, batch, workforce, quiet, dry_run)
 
 
 def _given(context: typer.Context, name: str) -> bool:
@@ -197,21 +204,26 @@ def _given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _run(config, out: Path, batch, workers: int, executor, address, job, quiet: bool, dry_run: bool = False) -> None:
+def _workforce(workers: int, executor: str | None, address: str | None, job: list[str] | None):
+    from headscope.sweep import Workers
+
+    chosen = executor or ("local" if workers == 1 else "processes")
+    return Workers(chosen, workers, address=address, parameters=_job_parameters(job or []))
+
+
+def _run(config, out: Path, batch: int | None, workforce, quiet: bool, dry_run: bool = False) -> None:
     """Run a sweep, or say what it would take, and print the result."""
     from headscope._extras import require
 
     for module in ("diffusers", "polars", "pyarrow"):
         require(module, "diffusers")
-    from headscope.sweep import Execution, Workers, run_sweep
+    from headscope.sweep import Execution, run_sweep
 
     local_path("out", out)
-    chosen = executor or ("local" if workers == 1 else "processes")
-    workforce = Workers(chosen, workers, address=address, parameters=_job_parameters(job or []))
     if dry_run:
         from headscope.sweep.estimate import estimate_sweep
 
-        _print_estimate(estimate_sweep(config, Execution(rows=batch)), workers)
+        _print_estimate(estimate_sweep(config, Execution(rows=batch)), workforce.count)
         return
     run = run_sweep(
         config,
@@ -321,12 +333,15 @@ def retry(
 ) -> None:
     """Forget a sweep's failures and torn files, and run what is left of it."""
     with _clear_errors():
-        from headscope.sweep import Run, SweepConfig
+        from headscope.sweep import Execution, Run, SweepConfig
 
         run = Run.open(directory)
         config = SweepConfig.from_json(run.manifest.get("config"))
+        # what can't be is refused before anything is forgotten
+        Execution(rows=batch)
+        workforce = _workforce(workers, executor, address, job)
         run.mend()
-        _run(config, directory, batch, workers, executor, address, job, quiet)
+        _run(config, directory, batch, workforce, quiet)
 
 
 # what a plan's file says in place of these options
@@ -443,34 +458,11 @@ def bench(
 def doctor() -> None:
     """Versions, devices, and which backends are available here or why they are not."""
     with _clear_errors():
-        import torch
-
-        from headscope._machine import processor_name, versions
-        from headscope.ops import cpu_library
-        from headscope.ops.backends import BACKENDS
+        from headscope._doctor import examination
 
         output = Console()
-        found = Table("package", "version", title="versions", title_justify="left")
-        for name, version in versions().items():
-            found.add_row(name, version)
-        output.print(found)
-        devices = Table("device", "what", title="devices", title_justify="left")
-        devices.add_row(
-            "cpu", f"{processor_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-        )
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            memory = f"{properties.total_memory / 2**30:.0f} GiB"
-            devices.add_row(f"cuda:{index}", f"{properties.name}, {memory}, sm_{properties.major}{properties.minor}")
-        output.print(devices)
-        backends = Table("backend", "available", "what", title="backends", title_justify="left")
-        for backend in BACKENDS.values():
-            reason = backend.unavailable()
-            backends.add_row(backend.name, "yes" if reason is None else f"no: {reason}", backend.description)
-        output.print(backends)
-        if cpu_library.unavailable_reason() is None:
-            built = ", ".join(f"{name} {value}" for name, value in cpu_library.build_info().items())
-            output.print(f"cpu kernel: {_escaped(built)}", highlight=False)
+        for part in examination():
+            output.print(part, highlight=False)
 
 
 def _version(show: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 
 import numpy as np
 
@@ -66,6 +67,7 @@ def counter_uniform(*key: str | int, shape: int | tuple[int, ...] = ()) -> np.nd
 
 def counter_integers(*key: str | int, high: int, shape: int | tuple[int, ...] = ()) -> np.ndarray:
     """Integers in [0, high), int64 [*shape]; high at most 2^32, where the bias is below 2^-21."""
+    high = operator.index(high)
     if not 1 <= high <= 2**32:
         raise ValueError(f"high: got {high}, expected 1 to 2**32")
     return np.floor(counter_uniform(*key, shape=shape) * high).astype(np.int64)

@@ -98,6 +98,10 @@ def test_a_sweep_from_a_plan_and_its_commands(ddpm_directory, tmp_path, monkeypa
     result = call("sweep", "verify", "run")
     assert result.exit_code == 1
     assert f"torn: ablations/{torn.name}" in result.output
+    # what can't be is refused before anything is forgotten
+    for wrong in (("--workers", 0), ("--batch", 0), ("--job", "a=1")):
+        assert call("sweep", "retry", "run", *wrong).exit_code == 2
+        assert torn.exists()
     result = call("sweep", "retry", "run", "--quiet")
     assert result.exit_code == 0, result.output
     assert torn.read_bytes() == whole
@@ -242,6 +246,11 @@ def test_training_and_study_end_on_ctrl_c_and_sigterm(tmp_path, monkeypatch, num
         (("sweep", "--no-ablation", "--fill", "zero"), "fill: got some beside --no-ablation"),
         (("sweep", "--no-ablation", "--attribute", "--score", "x0"), "score: got some beside --no-ablation"),
         (("sweep", "--generate-steps", "5"), "generate_steps: got 5 without the score generate and without prompts"),
+        (
+            ("sweep", "--items", "3", "status", "run"),
+            "items: got it before the command status, expected options of status after",
+        ),
+        (("sweep", "--out", "a", "verify", "b"), "out: got it before the command verify"),
         (("train", "--minutes", "nan"), "minutes: got nan, expected at least 0"),
         (("train", "--minutes", "-1"), "minutes: got -1.0, expected at least 0"),
         (("train", "--steps", "0"), "steps: got 0, expected at least 1"),

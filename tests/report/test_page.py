@@ -339,6 +339,7 @@ def test_numbers_are_written_for_people():
     assert probability(0.0002) == "0.0002"
     assert probability(0.0321) == "0.032"
     assert probability(1.0) == "1"
+    assert probability(0.00004) == "< 0.0001"
 
 
 def test_decimals_follow_the_narrowest_interval():

@@ -25,6 +25,8 @@ def test_the_package_is_called_and_is_a_package():
         headscope.sweep("nowhere", groups=["faces"], itemz=3)
     with pytest.raises(ValueError, match="items: got 'many'"):
         headscope.sweep("nowhere", groups=["faces"], items="many")
+    with pytest.raises(ValueError, match="job: got 'timeout_min', expected a mapping"):
+        headscope.sweep("nowhere", groups=["faces"], executor="slurm", job="timeout_min")
     with pytest.raises(ValueError, match="executor: got 'dask'"):
         headscope.sweep("nowhere", groups=["faces"], executor="dask")
 

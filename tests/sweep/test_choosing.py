@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from headscope.cli import app
 from headscope.study.demonstration import StudyConfig
-from headscope.sweep import Execution, SweepConfig, run_sweep
+from headscope.sweep import Execution, SweepConfig, items, run_sweep
 from headscope.sweep.choosing import choose_items
 from headscope.sweep.items import load_task, open_items
 from headscope.sweep.worker import Opened
@@ -117,6 +117,21 @@ def test_an_image_counts_once(task, tmp_path):
     assert (discover, confirm, reference) == (3, 3, 2)
     (group,) = open_items(SweepConfig(groups=(mine,), items=3, reference_items=2), task)
     assert len({item.pixels for item in (*group.swept, *group.reference)}) == 8
+
+
+def test_an_image_that_changes_during_a_run_is_an_error(task, tmp_path, monkeypatch):
+    """Where there are too many to be kept in memory."""
+    monkeypatch.setattr(items, "KEPT_BYTES", 0)
+    mine = folder(tmp_path / "images", 4)
+    (group,) = open_items(SweepConfig(groups=(mine,), items=1, fills=("zero",)), task)
+    changed, same = group.swept
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / changed.source_id)
+    assert isinstance(changed, items.SweptItem)
+    assert isinstance(same, items.SweptItem)
+    assert same.image.shape == (32, 32, 3)
+    for read in (changed.fetch, lambda: changed.image):
+        with pytest.raises(ValueError, match=rf"image '{changed.source_id}' of 'mine' has changed since the run was"):
+            read()
 
 
 def test_what_lies_beside_images_is_said(task, tmp_path):

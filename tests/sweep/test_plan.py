@@ -189,6 +189,7 @@ def test_cross_attention_has_no_value_of_its_own(diffusion_directory, tmp_path):
         ({"image_scores": ("fid",), "scores": ("generate",)}, "image_scores: got 'fid'"),
         ({"scores": ("loss", "some module:f")}, "scores: got 'some module:f', expected module:function"),
         ({"scores": ("loss", "a:clean")}, "scores: got 'a:clean', expected a function whose name isn't taken"),
+        ({"scores": ("loss", "a:_source")}, "scores: got 'a:_source', expected a function whose name isn't taken"),
         ({"scores": ("a:f", "b:f")}, "scores: got 'a:f', expected a function whose name isn't taken"),
         ({"sets": (HeadSet("a", sites=("*",)),) * 2}, "sets: got the names a, a"),
         ({"seed": 2**31}, "seed: got 2147483648, expected 0 to 2147483647"),

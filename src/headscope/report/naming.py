@@ -104,6 +104,8 @@ def percent(value: float | None) -> str:
 def probability(value: float | None) -> str:
     if value is None:
         return "–"
+    if value < 0.00005:
+        return "< 0.0001"
     return "1" if value >= 0.9995 else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
 
 

@@ -57,6 +57,7 @@ class StudyResult:
             "sources": self.sources,
             "entropy_heads": self.entropy_heads,
             "entropy_groups": self.entropy_groups,
+            "contrast_overall": self.contrast.overall() if self.contrast else None,
             "contrast_timesteps": self.contrast.timesteps if self.contrast else None,
             "contrast_heads": self.contrast.heads if self.contrast else None,
             "ablation_ranking": self.ablation_ranking,

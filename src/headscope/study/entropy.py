@@ -54,6 +54,23 @@ class Contrast:
     timesteps: pl.DataFrame
     heads: pl.DataFrame
 
+    def overall(self) -> pl.DataFrame:
+        """The four estimates that are averaged over timesteps: quantity, value, low, high, p_value, sources,
+        exploratory, unit."""
+        columns = ("value", "low", "high", "p_value", "exploratory", "unit")
+        found = [
+            {"quantity": name, **{column: getattr(estimate, column) for column in columns}}
+            | {"sources": list(estimate.sources)}
+            for name, estimate in (
+                (self.natural, self.natural_mean),
+                (self.synthetic, self.synthetic_mean),
+                ("difference", self.difference),
+                ("ratio", self.ratio),
+            )
+        ]
+        order = ["quantity", "value", "low", "high", "p_value", "sources", "exploratory", "unit"]
+        return pl.DataFrame(found, schema_overrides={"p_value": pl.Float64}).select(order)
+
 
 def query_groups(table: pl.DataFrame) -> list[str]:
     """The query groups of a table. The first is the one that pooled numbers are taken over: image where there is one,

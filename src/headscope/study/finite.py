@@ -25,6 +25,7 @@ def caveats(left_out: Mapping[str, int]) -> list[str]:
         return []
     counts = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
     return [
-        "Some numbers are infinite or none at all (NaN), as those of a model that overflowed are, and are left out of"
-        f" every mean: {counts}. A head whose removal does that changes more than any number here says."
+        "Some numbers are infinite or none at all (NaN), as those of a model that overflowed are, and H / ln K where"
+        f" there is one key, and are left out of every mean: {counts}. A head whose removal does that changes more than"
+        " any number here says."
     ]

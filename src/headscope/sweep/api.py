@@ -87,6 +87,8 @@ def sweep(
         ValueError: an unknown field, a value that can't be, or a directory of another run; before any work starts.
         SweepFailed, DiskFull: as `run_sweep` says.
     """
+    if job is not None and not isinstance(job, Mapping):
+        raise ValueError(f"job: got {job!r}, expected a mapping of names to values")
     chosen = Workers(
         executor or ("local" if workers == 1 else "processes"),
         workers,

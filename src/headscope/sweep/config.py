@@ -346,7 +346,8 @@ def _own(field: str, names: tuple[str, ...]) -> None:
     for name, column in zip((name for name in names if ":" in name), columns, strict=True):
         if name.count(":") != 1 or not all(part.isidentifier() for part in name.replace(":", ".").split(".")):
             raise ValueError(f"{field}: got {name!r}, expected module:function")
-        if column in COLUMNS or columns.count(column) > 1:
+        # those that begin so are the statistics' own
+        if column.startswith("_") or column in COLUMNS or columns.count(column) > 1:
             raise ValueError(f"{field}: got {name!r}, expected a function whose name isn't taken by another column")
 
 

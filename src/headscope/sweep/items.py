@@ -45,16 +45,23 @@ class SweptItem:
         self.split, self.caption, self.key = item.split, item.caption, item.key
         image = _fitted(item.image, size)
         self.content = hashlib.sha256(item.caption.encode() + image.tobytes()).hexdigest()[:16]
-        self.pixels = hashlib.sha256(image.tobytes()).hexdigest()
+        self.pixels = _digest(image)
         self.kept = keep
         self._image = image if keep else None
 
     @property
     def image(self) -> np.ndarray:
-        """uint8 [size, size, 3]."""
+        """uint8 [size, size, 3].
+
+        Raises:
+            ValueError: it is no longer what it was when the run was opened, and the run is known by.
+        """
         if self._image is not None:
             return self._image
-        return _fitted(self._source.item(self.index).image, self._size)
+        image = _fitted(self._source.item(self.index).image, self._size)
+        if _digest(image) != self.pixels:
+            raise ValueError(f"groups: image {self.source_id!r} of {self.group!r} has changed since the run was opened")
+        return image
 
     def fetch(self) -> None:
         """Hold the image in memory until `drop`."""
@@ -256,6 +263,10 @@ def _repeats(opened: Mapping[int, SweptItem], repeated: Sequence[int]) -> str:
     names = sorted(str(opened[index].source_id) for index in repeated)
     listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return f"{len(names)} image(s) that repeat another are left out ({listed})"
+
+
+def _digest(image: np.ndarray) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
