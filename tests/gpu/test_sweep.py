@@ -149,7 +149,7 @@ class Forwards:
     def ready(self):
         """The clean forward is done, as before a unit's edits."""
         edited = frozenset([self.site.name])
-        with torch.inference_mode(), self.scope.record("entropy", sites=()), self.prefix.attached():
+        with torch.inference_mode(), self.scope.edit({}), self.prefix.attached():
             with self.prefix.clean([edited]) as self.kept:
                 self.unet(self.latents, self.timesteps[0], self.text, return_dict=False)
             yield

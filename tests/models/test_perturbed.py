@@ -199,7 +199,7 @@ def check_recording(case, pipeline, guided, samples, adapters, per_prompt=1, **c
     assert missing == (set() if case.attends else seen.perturbed)
     assert steps_of(recording) == [(step, step, pytest.approx(time)) for step, time in enumerate(seen.timesteps)]
     # what isn't recorded is as it was, bit by bit
-    with scope.record("entropy", sites=()):
+    with scope.edit({}):
         assert torch.equal(draw(), stock)
     return found, seen
 
