@@ -41,13 +41,13 @@ def check_pipeline(pipeline: Any) -> None:
     for part, component in modules_of(pipeline).items():
         for name, module in component.named_modules():
             where = f"{part}.{name}" if name else part
+            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+                raise ValueError(f"model: {where} is compiled; pass the model as it was, with compile=True if need be")
             if "forward" in vars(module) or _has_hooks(module):
                 raise ValueError(
                     f"model: {where} has hooks or a forward of its own, and a run could not be told from one without"
                     " them; remove them (of accelerate: pipeline.remove_all_hooks())"
                 )
-            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-                raise ValueError(f"model: {where} is compiled; pass the model as it was, with compile=True if need be")
 
 
 def _has_hooks(module: nn.Module) -> bool:
