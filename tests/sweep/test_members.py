@@ -2,13 +2,14 @@
 
 import io
 import multiprocessing
+import signal
 import struct
 
 import pytest
 from rich.console import Console
 
 from headscope.sweep import SweepConfig
-from headscope.sweep.executors import processes
+from headscope.sweep.executors import processes, slurm
 from headscope.sweep.executors.member import Telling, take_part, tell
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
@@ -85,6 +86,22 @@ def test_that_nobody_is_left_to_be_told_is_no_failure_of_a_unit(asked, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         work(runner, "ours", processes._telling(sending))
     assert runner.store.failures() == {}
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR2])
+def test_no_second_signal_disturbs_the_end_of_a_slurm_job(first):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    heard = []
+    try:
+        stop = slurm._then_stop(lambda number, frame: heard.append(number), signal.SIGUSR2)
+        with pytest.raises(KeyboardInterrupt):
+            stop(first, None)
+        assert heard == [first]
+        for number in before:
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_member_s_log_says_what_failed(asked, tmp_path, monkeypatch, capsys):

@@ -99,6 +99,18 @@ def test_a_run_killed_before_its_manifest_can_be_started_again(tmp_path):
     assert Run.open(tmp_path).manifest["identity"] == IDENTITY
 
 
+def test_what_killed_processes_leave_is_listed(tmp_path):
+    store = RunStore(tmp_path, IDENTITY, {}, UNITS)
+    store.write_table("ablations", ABC, table())
+    left = [".execution.json.a.tmp", *(f"{folder}/.{ABC}.a.tmp" for folder in ("ablations", "claims", "failures"))]
+    for name in left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = Run.open(tmp_path).verify()
+    assert found.sound
+    assert sorted(found.leftovers) == left
+
+
 def test_unreadable_runs_say_why(tmp_path):
     with pytest.raises(ValueError, match="expected a directory with a headscope run"):
         Run.open(tmp_path)

@@ -18,6 +18,7 @@ from headscope._extras import require
 from headscope._files import local_path
 from headscope.sweep.claims import Claims
 from headscope.sweep.store import (
+    CLAIMS,
     FAILURES,
     GENERATED,
     MANIFEST,
@@ -228,6 +229,8 @@ class Run:
                 found.leftovers.append(_relative(path, self.path))
             elif path not in known:
                 found.foreign.append(_relative(path, self.path))
+        for folder in (self.path, self.path / FAILURES, self.path / CLAIMS):
+            found.leftovers.extend(_relative(file, self.path) for file in sorted(folder.glob(".*.tmp")))
         damaged = (*damaged_failures(self.path), *Claims(self.path).damaged())
         found.torn.extend(_relative(file, self.path) for file in damaged)
         return found

@@ -122,9 +122,9 @@ class _Job:
         # sent some time before a job's limit, and to one that is preempted; submitit has set a handler, which sends
         # the job back to the queue
         warning = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
-        signal.signal(warning, _then_stop(signal.getsignal(warning)))
+        signal.signal(warning, _then_stop(signal.getsignal(warning), warning))
         # sent by scancel, and some time before a kill
-        signal.signal(signal.SIGTERM, _then_stop(None))
+        signal.signal(signal.SIGTERM, _then_stop(None, warning))
         try:
             take_part(order)
         except KeyboardInterrupt:
@@ -136,12 +136,13 @@ class _Job:
         return require("submitit", "slurm").helpers.DelayedSubmission(self, order)
 
 
-def _then_stop(handler: Any) -> Callable[[int, Any], None]:
+def _then_stop(handler: Any, warning: int) -> Callable[[int, Any], None]:
     """A signal handler that does what another does and ends the work as Ctrl-C does."""
 
     def stop(number: int, frame: Any) -> None:
         # nothing may disturb the end
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for other in (signal.SIGTERM, warning):
+            signal.signal(other, signal.SIG_IGN)
         try:
             if callable(handler):
                 handler(number, frame)
