@@ -500,5 +500,6 @@ class Scope:
             where = running_module(self.denoiser)
             raise RuntimeError(
                 f"{type(self.denoiser).__name__} calls attention outside of scope.sites{where}, and a"
-                ' recording of all would miss it; name the sites to record (sites="*" for all that can be seen)'
+                " recording of all would miss it; name the sites to record ([site.name for site in scope.sites] are all"
+                " that can be seen)"
             )
