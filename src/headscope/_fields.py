@@ -1,9 +1,10 @@
 """What people write, as a dataclass: each value is of the kind that its annotation says, or an error names it.
 
 Nothing is turned into something else: "3" is no number, true isn't 1, 2.0 counts nothing. Only lists become tuples,
-tables dataclasses, whole numbers floats where a float is expected, and NumPy's numbers Python's.
+tables dataclasses, whole numbers floats where a float is expected, NumPy's numbers Python's, and paths texts.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
@@ -69,6 +70,8 @@ def _of_kind(kind: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, kind) else from_table(kind, value, f"{where}.")
     if kind is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     # a bool is an int
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where}: got {value!r}, expected {_EXPECTED[kind]}")

@@ -29,6 +29,14 @@ def check_whole(name: str, number: object) -> None:
         raise ValueError(f"{name}: got {number!r}, expected a whole number")
 
 
+def whole(name: str, number: object) -> int:
+    """The number as Python's own int, of NumPy's kinds too. Raises as `check_whole`."""
+    number = number.item() if isinstance(number, np.integer) else number
+    check_whole(name, number)
+    assert isinstance(number, int)
+    return number
+
+
 def check_seed(seed: int) -> None:
     """Raises ValueError for a seed that results couldn't be labelled with."""
     check_whole("seed", seed)

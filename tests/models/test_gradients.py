@@ -127,7 +127,7 @@ def test_attributions_do_not_depend_on_the_batch_and_become_a_table(task):
     second = scope.attribute(task, ITEMS, [100, 700], batch=1, cotangents=2)
     for name in ("loss", "g", "c"):
         assert getattr(first, name) == pytest.approx(getattr(second, name), rel=1e-3, abs=1e-6), name
-    third = scope.attribute(task, ITEMS, torch.tensor([100, 700]), batch=3, cotangents=2)
+    third = scope.attribute(task, ITEMS, torch.tensor([100, 700]), batch=np.int64(3), cotangents=np.int8(2))
     assert third.timesteps == (100, 700)
     assert np.array_equal(third.loss, first.loss)
     table = first.to_polars()

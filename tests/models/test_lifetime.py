@@ -180,3 +180,19 @@ def test_checkpointing_switched_on_inside_a_context_is_seen(first):
             loss = model(**inputs, return_dict=False)[0].square().sum()
         with pytest.raises(RuntimeError, match="call backward inside the contexts"):
             loss.backward()
+
+
+def test_a_compiled_models_forward_that_is_refused_has_ended(unet, sample):
+    """Parts that run after it are outside of a forward."""
+    unet.compile(backend="eager")
+    with Scope(unet).record("entropy"):
+        with pytest.raises(ValueError, match="without a tensor"):
+            unet(None, 3)
+        with pytest.raises(RuntimeError, match="ran outside of a forward"):
+            unet.mid_block.attentions[0](torch.zeros(1, 32, 8, 8))
+
+
+def test_a_default_device_of_the_users_is_none_of_the_scopes(unet, sample):
+    with torch.device("meta"), Scope(unet).record("entropy"):
+        handle = vars(unet.get_submodule(SITES[0]))[routing.HANDLE]
+    assert handle.device.type == "cpu"

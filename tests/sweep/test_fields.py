@@ -143,3 +143,9 @@ def test_a_manifest_of_other_fields_is_refused():
     for values in ([], None, {**whole, "itemz": 3}, {name: whole[name] for name in whole if name != "fills"}):
         with pytest.raises(ValueError, match=r"^run: its manifest holds no configuration .*(list|None|itemz|fills)"):
             SweepConfig.from_json(values)
+
+
+def test_a_path_is_a_text(tmp_path):
+    path = tmp_path / "prompts.txt"
+    for make in (SweepConfig.from_dict, lambda values: SweepConfig(**values)):
+        assert make({"prompts": path, "fills": (), "scores": ()}).prompts == str(path)

@@ -4,12 +4,13 @@ import io
 import multiprocessing
 import signal
 import struct
+from collections import deque
 
 import pytest
 from rich.console import Console
 
 from headscope.sweep import SweepConfig
-from headscope.sweep.executors import processes, slurm
+from headscope.sweep.executors import processes, ray, slurm
 from headscope.sweep.executors.member import Telling, take_part, tell
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
@@ -108,3 +109,17 @@ def test_a_member_s_log_says_what_failed(asked, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("headscope.sweep.unit.UnitRunner.run", lambda *_: 1 / 0)
     take_part(WorkOrder(asked, str(tmp_path / "run"), Execution(rows=1), "ours"))
     assert capsys.readouterr().err.count("failed, will be tried again: ZeroDivisionError") == 2
+
+
+def test_an_actor_is_asked_twice_at_once():
+    """By the sweep and by the end of its work: each message goes to one of them."""
+
+    class Emptied(deque):
+        def __len__(self):
+            # what another thread takes meanwhile
+            return super().__len__() + 1
+
+    actor = ray._Actor()
+    actor._said = Emptied([("advance", 3)])
+    assert actor.news() == [("advance", 3)]
+    assert actor.news() == []

@@ -250,6 +250,13 @@ def test_links_that_lead_nowhere_are_named(tmp_path, name):
         zoo.FolderGroup(tmp_path)
 
 
+def test_an_editors_lock_is_no_image(tmp_path):
+    """A hidden link whose target is a text."""
+    drawn(tmp_path / "1.png", 1)
+    (tmp_path / ".#notes.txt").symlink_to("me@here.123:456")
+    assert zoo.FolderGroup(tmp_path).sources() == ["1.png"]
+
+
 def test_folders_that_cannot_be_read_are_errors(tmp_path, monkeypatch):
     drawn(tmp_path / "a" / "1.png", 1)
     drawn(tmp_path / "locked" / "2.png", 2)
@@ -303,3 +310,9 @@ def test_an_index_is_a_whole_number(index):
     for field in ("length", "size"):
         with pytest.raises(ValueError, match=f"{field}: got 32.5, expected a whole number"):
             Faces(**{field: 32.5})
+
+
+def test_numpys_integers_are_whole_numbers():
+    group = Faces(length=np.int64(40), size=np.int16(16))
+    assert (type(group.length), group.length) == (int, 40)
+    assert group.item(np.uint8(3)).image.shape == (16, 16, 3)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from headscope._extras import require
-from headscope.counter import check_whole, counter_uniform
+from headscope.counter import counter_uniform, whole
 from headscope.models.edits import Fill
 from headscope.models.tasks import NoisyInputs, Prepared, Task, TaskItem
 from headscope.ops import HeadEdit
@@ -100,8 +100,8 @@ def attribute(
     batch: int,
 ) -> Attribution:
     """See `Scope.attribute`."""
+    cotangents, integrate, batch = whole("cotangents", cotangents), whole("integrate", integrate), whole("batch", batch)
     for name, number, least in (("cotangents", cotangents, 1), ("integrate", integrate, 0), ("batch", batch, 1)):
-        check_whole(name, number)
         if number < least:
             raise ValueError(f"{name}: got {number}, expected at least {least}")
     if torch.is_inference_mode_enabled():

@@ -118,7 +118,8 @@ def is_observed(module: nn.Module) -> bool:
 def observe(module: nn.Module, frame: Frame) -> None:
     """Send the module's attention to the frame until `forget`; a module is observed by one."""
     number = next(_numbers)
-    handle = torch.tensor(number)
+    # read at every call of a compiled module, so not on a default device of the user's
+    handle = torch.tensor(number, device="cpu")
     # past nn.Module's own __setattr__: neither a buffer nor part of the state
     module.__dict__[HANDLE], module.__dict__[_BOUND] = handle, Uncopyable()
     _frames[number] = _frames_by_handle[id(handle)] = frame

@@ -77,6 +77,8 @@ class HeadTensors:
         self._pending: list[_Pending] = []
         self._kept: dict[Key, list[Tensor]] = defaultdict(list)
         self._counts: dict[Key, int] = defaultdict(int)
+        # of what is kept under each visit 0, the visits there are, in order
+        self._visits: dict[Key, dict[int, None]] = defaultdict(dict)
         self._placed: dict[tuple[Key, torch.device, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
@@ -152,6 +154,10 @@ class HeadTensors:
             else:
                 kept.append(entry.rows)
             self._counts[key] += entry.count
+            self._add_visit(key)
+
+    def _add_visit(self, key: Key) -> None:
+        self._visits[_first_visit(key)][key.visit] = None
 
     def kept(self) -> list[Key]:
         self._settle()
@@ -160,9 +166,10 @@ class HeadTensors:
     def mean(self, key: Key) -> Tensor:
         """The mean over samples (and visits), [rows per sample, heads, tokens, dim], float32."""
         self._settle()
-        visits = [known for known in self._kept if known._replace(visit=key.visit) == key]
-        if not visits:
+        first = _first_visit(key)
+        if first not in self._visits:
             self._require(key)
+        visits = [first._replace(visit=visit) for visit in self._visits[first]]
         rows = [tensor for visit in visits for tensor in self._kept[visit]]
         total = torch.cat(rows).sum(0, dtype=None if self.reduce == "mean" else torch.float32)
         return (total / sum(self._counts[visit] for visit in visits)).float()
@@ -211,5 +218,10 @@ class HeadTensors:
     def put(self, key: Key, tensor: Tensor) -> None:
         """The inverse of `stored`."""
         self._kept[key] = [tensor]
+        self._add_visit(key)
         self._placed.clear()
         self._counts[key] = 1 if self.reduce == "mean" else tensor.shape[0]
+
+
+def _first_visit(key: Key) -> Key:
+    return key._replace(visit=0) if key.visit else key

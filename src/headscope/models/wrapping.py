@@ -82,8 +82,8 @@ class ForwardWrap(Uncopyable):
         """Checkpointing may have been switched on since the last forward."""
         ours = [function for _, name, function, _ in self._replaced if name == _CHECKPOINT]
         for module in self._may_checkpoint:
-            stock = getattr(module, _CHECKPOINT, None)
-            if module.gradient_checkpointing and stock is not None and stock not in ours:
+            stock = getattr(module, _CHECKPOINT, None) if module.gradient_checkpointing else None
+            if stock is not None and stock not in ours:
                 self._replace(module, _CHECKPOINT, self._checkpointed(stock))
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -94,9 +94,9 @@ class ForwardWrap(Uncopyable):
 
     def _bracketed(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args, **kwargs):
-            self._begin(args, kwargs)
             completed = False
             try:
+                self._begin(args, kwargs)
                 output = compiled(*args, **kwargs)
                 completed = True
             finally:

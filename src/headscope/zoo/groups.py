@@ -26,7 +26,7 @@ import numpy as np
 from headscope._extras import require
 from headscope._files import is_utf8, local_path, read_plain
 from headscope._images import read_image, read_square
-from headscope.counter import check_whole, counter_permutation, counter_uniform
+from headscope.counter import counter_permutation, counter_uniform, whole
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
 
 __all__ = [
@@ -81,7 +81,7 @@ class ImageGroup(ABC):
     part_names: tuple[str, ...] = ()
 
     def __init__(self, length: int, size: int = 32) -> None:
-        check_whole("length", length)
+        length = whole("length", length)
         if length < 1:
             raise ValueError(f"length: got {length}, expected at least 1")
         self.length = length
@@ -119,7 +119,7 @@ class ImageGroup(ABC):
 
 
 def _checked_size(size: int) -> int:
-    check_whole("size", size)
+    size = whole("size", size)
     if size < 8:
         raise ValueError(f"size: got {size}, expected at least 8 pixels")
     return size
@@ -345,7 +345,8 @@ def _files_below(folder: Path) -> list[str]:
 
     Raises:
         OSError: a folder that can't be read.
-        ValueError: a link that leads nowhere: whether to an image or to a folder of them, nobody can say.
+        ValueError: a link that leads nowhere: whether to an image or to a folder of them, nobody can say. Hidden ones
+            are left out: editors mark so which file is open.
     """
     found, seen = [], set()
     # folders that lie there keep their own names: links come last
@@ -361,6 +362,8 @@ def _files_below(folder: Path) -> list[str]:
         for entry in below:
             path = f"{name}/{entry.name}" if name else entry.name
             if entry.is_symlink() and not os.path.exists(entry.path):
+                if entry.name.startswith("."):
+                    continue
                 raise ValueError(f"path: {entry.path!r} is a link that leads nowhere; mend or remove it")
             if entry.is_dir():
                 (links if entry.is_symlink() else waiting).append(path)

@@ -177,8 +177,12 @@ class _Actor:
         self._stopped = threading.Event()
 
     def news(self) -> list[tuple[Any, ...]]:
-        """What was said since this was last called."""
-        return [self._said.popleft() for _ in range(len(self._said))]
+        """What was said since this was last called; the end of the work may ask at the same time."""
+        found = []
+        with contextlib.suppress(IndexError):
+            while True:
+                found.append(self._said.popleft())
+        return found
 
     def stop(self) -> None:
         """End the work after the next forward, as Ctrl-C does."""
