@@ -377,9 +377,11 @@ def _unread(files: set[str]) -> str:
     counts = Counter(Path(file).suffix.lower() or Path(file).name for file in files if Path(file).name[0] != ".")
     if not counts:
         return ""
-    kinds = [f"{count} {ending}" for ending, count in counts.most_common(5)]
-    more = f", {sum(counts.values()) - sum(count for _, count in counts.most_common(5))} others"
-    return f"files of other endings are not read: {', '.join(kinds)}{more if len(counts) > 5 else ''}"
+    # the most common first; folders list their files in any order
+    ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    kinds = [f"{count} {ending}" for ending, count in ordered[:5]]
+    others = sum(count for _, count in ordered[5:])
+    return f"files of other endings are not read: {', '.join(kinds)}{f', {others} others' if others else ''}"
 
 
 def check_names(names: list[str]) -> None:
