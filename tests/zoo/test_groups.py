@@ -287,7 +287,13 @@ def test_a_pipe_is_no_image(tmp_path):
 
 def test_long_and_strange_names_are_kept(tmp_path):
     """Composed and decomposed letters are two names where the file system says so."""
-    names = ["x" * 251 + ".png", " leading and trailing .png", "\u00e9t\u00e9.png", "e\u0301te\u0301.png", "new\nline.png"]
+    names = [
+        "x" * 251 + ".png",
+        " leading and trailing .png",
+        "\u00e9t\u00e9.png",
+        "e\u0301te\u0301.png",
+        "new\nline.png",
+    ]
     for level, name in enumerate(names):
         drawn(tmp_path / name, level)
     group = zoo.FolderGroup(tmp_path)
