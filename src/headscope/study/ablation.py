@@ -2,8 +2,8 @@
 
 A head is removed by replacing its output, at every query, by a *fill*: its mean output over reference images of the
 same group (mean), nothing (zero), what it gives when it attends to all keys alike (uniform), or its own value
-(identity). The denoising loss of
-the same noisy image, with and without the head, is a pair; the noise is the same in both.
+(identity). The denoising loss of the same noisy image, with and without the head, is a pair; the noise is the same in
+both.
 
 Every head is ablated on the discover split, which ranks them. The largest are ablated again on the confirm split, whose
 sources had no part in the choice: only those numbers are tested.
