@@ -1,6 +1,8 @@
 """SIGTERM ends work as Ctrl-C does: schedulers, containers and `kill` send it, and give some seconds."""
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +10,8 @@ from typing import Any
 
 # what shells say of Ctrl-C and of SIGTERM
 INTERRUPTED, TERMINATED = 130, 143
+# seconds until an interrupt that Python ignored comes again
+AGAIN = 0.05
 
 
 class Terminated(KeyboardInterrupt):
@@ -27,7 +31,8 @@ def sigterm_interrupts() -> Iterator[bool]:
     once = _Once()
     signal.signal(signal.SIGTERM, once)
     try:
-        yield True
+        with once.kept():
+            yield True
     except KeyboardInterrupt as error:
         # Ray raises one of its own in the other's place
         if once.came == signal.SIGTERM and not isinstance(error, Terminated):
@@ -57,6 +62,7 @@ def end_once() -> None:
     once = _Once()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, once)
+    once.keep()
 
 
 @contextmanager
@@ -72,16 +78,65 @@ def handler_kept() -> Iterator[None]:
 
 
 class _Once:
-    """A signal handler that interrupts once."""
+    """A signal handler that interrupts once.
+
+    What a handler raises while a destructor or a callback of C code runs, Python reports as ignored and goes on. While
+    interrupts are kept, such a one, and such a Ctrl-C, comes again a moment later.
+    """
 
     def __init__(self) -> None:
         self.came: int | None = None
+        self._again: threading.Timer | None = None
+        self._ignored: int | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
         if self.came is not None:
             return
         self.came = number
-        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise _interrupt(number)
+
+    def keep(self) -> None:
+        """Keep interrupts for as long as the process lives."""
+        report = sys.unraisablehook
+
+        def heard(unraisable: Any) -> None:
+            if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+                report(unraisable)
+                return
+            self._ignored = signal.SIGTERM if isinstance(unraisable.exc_value, Terminated) else signal.SIGINT
+            if self.came == self._ignored:
+                self.came = None
+            self._again = threading.Timer(AGAIN, self._send, [self._ignored])
+            self._again.daemon = True
+            self._again.start()
+
+        sys.unraisablehook = heard
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep interrupts in here; one that has yet to come again is raised at the end.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM (`Terminated`) was ignored at the end of what was done in here.
+        """
+        before = sys.unraisablehook
+        self.keep()
+        try:
+            yield
+        finally:
+            sys.unraisablehook = before
+            if self._again is not None:
+                self._again.cancel()
+        if self._ignored is not None:
+            raise _interrupt(self._ignored)
+
+    def _send(self, number: int) -> None:
+        self._ignored = None
+        os.kill(os.getpid(), number)
+
+
+def _interrupt(number: int) -> KeyboardInterrupt:
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 def _in_main_thread() -> bool:

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headscope._signals import terminable
+from headscope._signals import AGAIN, terminable
 from headscope.sweep import DiskFull, Run, SweepConfig, SweepFailed, run_sweep
 from headscope.sweep.store import CLAIMS, FAILURES
 from headscope.sweep.unit import UnitRunner
@@ -291,6 +292,70 @@ def test_an_interrupt_in_place_of_sigterm_s_is_sigterm(monkeypatch):
     # and Ctrl-C stays what it is
     with pytest.raises(KeyboardInterrupt), terminable():
         raise KeyboardInterrupt
+
+
+class Destroyed:
+    """Sends a signal while it is destroyed, where Python ignores what a handler raises."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
+
+
+INTERRUPTS = pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+
+
+@INTERRUPTS
+def test_an_interrupt_that_python_ignores_comes_again(number, raised):
+    """Long before what is done there ends, and once: what puts work away isn't interrupted."""
+    hook, put_away, began = sys.unraisablehook, [], time.monotonic()
+
+    def work() -> None:
+        Destroyed(number)
+        try:
+            time.sleep(60)
+        finally:
+            time.sleep(4 * AGAIN)
+            put_away.append(True)
+
+    with pytest.raises(raised), terminable():
+        work()
+    assert put_away
+    assert time.monotonic() - began < 30
+    assert sys.unraisablehook is hook
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@INTERRUPTS
+def test_an_interrupt_that_python_ignores_at_the_end_is_raised_there(number, raised):
+    with pytest.raises(raised), terminable():
+        Destroyed(number)
+    # and doesn't come again
+    time.sleep(4 * AGAIN)
+
+
+def test_a_process_that_works_for_another_ends_though_python_ignored_the_interrupt():
+    work = f"""
+import os, signal, time
+from headscope._signals import end_once
+class Destroyed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+end_once()
+Destroyed()
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep({4 * AGAIN})
+    print("put away")
+"""
+    ended = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "put away\n", "")
 
 
 def test_a_handler_of_the_program_s_own_stays(ddpm_directory, tmp_path):
