@@ -125,6 +125,11 @@ def test_a_model_that_data_parallel_wrapped():
     with torch.inference_mode(), scope.record("entropy") as recording:
         nn.DataParallel(unet)(torch.randn(2, 3, 16, 16), 7)
     assert len(recording) == len(scope.sites)
+    # over several GPUs it runs copies
+    wrapped = nn.DataParallel(unet)
+    wrapped.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"a DataParallel over 2 GPUs, .* expected its \.module"):
+        Scope(wrapped)
 
 
 def by_leaf(pipeline):

@@ -10,6 +10,7 @@ from polars.testing import assert_frame_equal
 
 import headscope
 import tiny
+from headscope import Scope
 from headscope.sweep import HeadSet, Run, SweepConfig
 from headscope.sweep.api import Fields, sweep
 from headscope.sweep.memory import structure
@@ -135,6 +136,13 @@ def test_what_the_weights_do_not_show_is_refused(change, message, tmp_path):
     pipeline = tiny.ddpm(size=32)
     change(pipeline)
     with pytest.raises(ValueError, match=message):
+        headscope.sweep(tmp_path / "run", model=pipeline, progress=False, **ASKED)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_inside_a_scope_context_is_refused(tmp_path):
+    pipeline = tiny.ddpm(size=32)
+    with Scope(pipeline).edit({}), pytest.raises(ValueError, match="model: unet is inside a headscope"):
         headscope.sweep(tmp_path / "run", model=pipeline, progress=False, **ASKED)
     assert not (tmp_path / "run").exists()
 

@@ -2,9 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from headscope.bench.results import Settings
 from headscope.sweep import HeadSet, SweepConfig, Workers, run_sweep
+from headscope.sweep.worker import Execution
+from headscope.zoo.train import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,17 @@ def test_batch_must_be_positive(ddpm_directory, tmp_path):
             run_sweep(SweepConfig(model=ddpm_directory, groups=("faces",)), tmp_path, batch=batch)
     with pytest.raises(ValueError, match=r"workers: got 2\.0, expected a whole number"):
         Workers("processes", 2.0)
+
+
+def test_counts_of_numpy_s_kinds_are_counts():
+    one = np.int64(1)
+    for found in (Workers(count=one).count, Execution(rows=one).rows, Execution(threads=one).threads):
+        assert type(found) is int
+        assert found == 1
+    assert SweepConfig(groups=("faces",), items=one) == SweepConfig(groups=("faces",), items=1)
+    assert type(Settings(rounds=one).rounds) is int
+    config = TrainConfig("run", steps=one, seed=one)
+    assert (type(config.steps), type(config.seed)) == (int, int)
 
 
 def test_attributions_without_ablations_of_single_heads_keep_to_the_sites(ddpm_directory, tmp_path):

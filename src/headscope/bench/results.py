@@ -20,7 +20,7 @@ from headscope._machine import checked_device, device_name, versions
 from headscope.bench.denoisers import DENOISERS, Denoiser
 from headscope.bench.measure import call_seconds, step_counts, step_seconds
 from headscope.bench.ways import STOCK, ways_of
-from headscope.counter import check_whole
+from headscope.counter import whole
 from headscope.ops import backend_status
 
 _QUARTILES = (0.25, 0.5, 0.75)
@@ -48,7 +48,8 @@ class Settings:
             raise ValueError(f"models: got {unknown or self.models!r}, expected names out of {', '.join(DENOISERS)}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: got {self.dtype!r}, expected float32, bfloat16 or float16")
-        check_whole("rounds", self.rounds)
+        # frozen for everybody else
+        object.__setattr__(self, "rounds", whole("rounds", self.rounds))
         if self.rounds < 1:
             raise ValueError(f"rounds: got {self.rounds}, expected at least 1")
 

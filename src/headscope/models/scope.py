@@ -56,7 +56,7 @@ class Scope:
 
     Raises:
         TypeError: not a torch module, nor a pipeline with a unet or transformer.
-        ValueError: the model has no attention site that can be seen.
+        ValueError: the model has no attention site that can be seen, or is a DataParallel over several GPUs.
     """
 
     def __init__(self, pipeline_or_model: Any) -> None:

@@ -60,6 +60,7 @@ def find_denoiser(pipeline_or_model: Any) -> nn.Module:
 
     Raises:
         TypeError: neither a module nor something with one.
+        ValueError: a DataParallel over several GPUs.
     """
     if isinstance(pipeline_or_model, nn.Module):
         return _unwrapped(pipeline_or_model)
@@ -86,6 +87,11 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         if callable(base_of_peft):
             module = cast(nn.Module, base_of_peft())
         elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+                raise ValueError(
+                    f"model: got a DataParallel over {len(module.device_ids)} GPUs, which runs copies of the model that"
+                    " nobody else sees; expected its .module, with a process for each GPU"
+                )
             module = module.module
         else:
             return module

@@ -16,6 +16,11 @@ _ABSENT = object()
 _CHECKPOINT = "_gradient_checkpointing_func"
 
 
+def is_bracketed(module: nn.Module) -> bool:
+    """Whether a `ForwardWrap` is around the module's forwards now."""
+    return getattr(module.__dict__.get("_compiled_call_impl"), "__module__", None) == __name__
+
+
 class Watched(Protocol):
     """Who is told of a denoiser's forwards."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from headscope.models.sites import find_denoiser
+from headscope.models.wrapping import is_bracketed
 
 # what PEFT decides by at run time and keeps out of the weights
 _ADAPTER = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
@@ -31,7 +32,7 @@ def check_pipeline(pipeline: Any) -> None:
 
     Raises:
         TypeError: not a diffusers pipeline.
-        ValueError: a module has hooks, a forward of its own, or is compiled.
+        ValueError: a module has hooks, a forward of its own, is compiled, or inside a Scope context.
     """
     if not isinstance(getattr(pipeline, "components", None), dict):
         raise TypeError(
@@ -41,6 +42,8 @@ def check_pipeline(pipeline: Any) -> None:
     for part, component in modules_of(pipeline).items():
         for name, module in component.named_modules():
             where = f"{part}.{name}" if name else part
+            if is_bracketed(module):
+                raise ValueError(f"model: {where} is inside a headscope.Scope context; leave it, a sweep has its own")
             if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
                 raise ValueError(f"model: {where} is compiled; pass the model as it was, with compile=True if need be")
             if "forward" in vars(module) or _has_hooks(module):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from headscope._files import local_path
 from headscope._signals import terminable
-from headscope.counter import check_whole
+from headscope.counter import whole
 from headscope.sweep.config import SweepConfig
 from headscope.sweep.executors import EXECUTORS
 from headscope.sweep.executors.processes import run_processes
@@ -54,7 +54,8 @@ class Workers:
     def __post_init__(self) -> None:
         if self.executor not in EXECUTORS:
             raise ValueError(f"executor: got {self.executor!r}, expected one of {', '.join(EXECUTORS)}")
-        check_whole("workers", self.count)
+        # frozen for everybody else
+        object.__setattr__(self, "count", whole("workers", self.count))
         if self.count < 1:
             raise ValueError(f"workers: got {self.count}, expected at least 1")
         if self.executor == "local" and self.count != 1:

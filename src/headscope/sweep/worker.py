@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from headscope._machine import device_name, versions
-from headscope.counter import check_whole
+from headscope.counter import whole
 from headscope.models import Scope, Task
 from headscope.models.tasks import NoisyInputs
 from headscope.sweep.behind import ReadAhead, WriteBehind
@@ -58,11 +58,13 @@ class Execution:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for field, value in (("batch", self.rows), ("threads", self.threads)):
-            if value is not None:
-                check_whole(field, value)
-            if value is not None and value < 1:
-                raise ValueError(f"{field}: got {value}, expected at least 1")
+        for field, name in (("rows", "batch"), ("threads", "threads")):
+            if (value := getattr(self, field)) is None:
+                continue
+            # frozen for everybody else
+            object.__setattr__(self, field, whole(name, value))
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
 @dataclass(frozen=True)
