@@ -28,7 +28,7 @@ def sigterm_interrupts() -> Iterator[bool]:
     if not _in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield False
         return
-    once = _Once()
+    once = Once()
     signal.signal(signal.SIGTERM, once)
     try:
         with once.kept():
@@ -59,7 +59,7 @@ def terminable() -> Iterator[None]:
 def end_once() -> None:
     """For a process that works for another: the first SIGTERM or Ctrl-C ends it, and those that come while it puts its
     work away are ignored, for they come from the other process as well as from the terminal."""
-    once = _Once()
+    once = Once()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, once)
     once.keep()
@@ -77,7 +77,7 @@ def handler_kept() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-class _Once:
+class Once:
     """A signal handler that interrupts once.
 
     What a handler raises while a destructor or a callback of C code runs, Python reports as ignored and goes on. While

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import signal
 import struct
+import time
 from collections import deque
 
 import pytest
@@ -103,6 +104,30 @@ def test_no_second_signal_disturbs_the_end_of_a_slurm_job(first):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_slurm_job_ends_though_python_ignored_the_interrupt(asked, monkeypatch):
+    """What comes while a destructor runs is raised where nobody hears of it."""
+    pytest.importorskip("submitit")
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+
+    class Destroyed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def works(order: WorkOrder) -> None:
+        Destroyed()
+        time.sleep(60)
+
+    monkeypatch.setattr(slurm, "take_part", works)
+    began = time.monotonic()
+    try:
+        assert slurm._Job()(WorkOrder(asked, "nowhere", Execution(rows=1), "ours")) == slurm.STOPPED
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert time.monotonic() - began < 30
 
 
 def test_a_member_s_log_says_what_failed(asked, tmp_path, monkeypatch, capsys):

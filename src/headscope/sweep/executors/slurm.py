@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope._extras import require
+from headscope._signals import Once
 from headscope.sweep.executors.member import take_part
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
@@ -126,7 +127,8 @@ class _Job:
         # sent by scancel, and some time before a kill
         signal.signal(signal.SIGTERM, _then_stop(None, warning))
         try:
-            take_part(order)
+            with Once().kept():
+                take_part(order)
         except KeyboardInterrupt:
             return STOPPED
         return FINISHED
