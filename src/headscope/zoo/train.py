@@ -69,19 +69,20 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         local_path("out", self.out)
+        # frozen for everybody else
+        object.__setattr__(self, "seed", whole("seed", self.seed))
+        check_seed(self.seed)
         if not self.groups or any(name not in GROUPS for name in self.groups):
             raise ValueError(f"groups: got {self.groups}, expected names among {', '.join(GROUPS)}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype: got {self.dtype!r}, expected 'bfloat16' or 'float32'")
         for name, least in (
             *(("batch", 1), ("steps", 1), ("checkpoint_every", 1), ("log_every", 1)),
-            *(("warmup_steps", 0), ("shift", 0), ("evaluate_every", 0), ("seed", 0)),
+            *(("warmup_steps", 0), ("shift", 0), ("evaluate_every", 0)),
         ):
-            # frozen for everybody else
             object.__setattr__(self, name, whole(name, getattr(self, name)))
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
-        check_seed(self.seed)
         for name in ("learning_rate", "weight_decay", "ema"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number of at least 0")
