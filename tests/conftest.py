@@ -13,6 +13,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from interpreter import replace_once_a_launch
+
+        replace_once_a_launch()
+
+
 @pytest.fixture(scope="session")
 def ddpm_directory(tmp_path_factory):
     """A tiny pixel-space pipeline on disk, as `--model DIR` takes it."""

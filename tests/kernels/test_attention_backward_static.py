@@ -41,6 +41,13 @@ SHARED_LIMITS = {
     "gfx942": 64 * 1024,
     "gfx950": 160 * 1024,
 }
+# both 16-bit types have the same tiles: bfloat16 once a vendor
+VARIANTS = [
+    (target, dtype)
+    for target in SHARED_LIMITS
+    for dtype in ("float16", "bfloat16", "float32")
+    if dtype != "bfloat16" or target in ("sm_90", "gfx942")
+]
 MAIN_KERNELS = ("key_value", "query")
 
 
@@ -104,8 +111,7 @@ def test_split_and_wide_heads():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", sorted(SHARED_LIMITS))
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("target", "dtype"), VARIANTS)
 def test_every_variant(target: str, dtype: str):
     everything = {"target": target, "dtype": dtype, "edits": True, "statistics": ["entropy", "group_mass"]}
     problems = [

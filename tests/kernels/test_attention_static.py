@@ -79,6 +79,13 @@ SHARED_LIMITS = {
     "gfx942": 64 * 1024,
     "gfx950": 160 * 1024,
 }
+# both 16-bit types have the same tiles: bfloat16 once a vendor
+VARIANTS = [
+    (target, dtype)
+    for target in SHARED_LIMITS
+    for dtype in ("float16", "bfloat16", "float32")
+    if dtype != "bfloat16" or target in ("sm_90", "gfx942")
+]
 
 FREE = ["logsumexp", "max_logit", "max_prob"]
 EVERYTHING = ["entropy", *FREE, "collision_entropy", "distance"]
@@ -183,8 +190,7 @@ def test_an_edited_function_is_another_kernel(tmp_path: Path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", sorted(SHARED_LIMITS))
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("target", "dtype"), VARIANTS)
 def test_every_variant(target: str, dtype: str):
     common = {"target": target, "dtype": dtype}
     everything = {**common, "statistics": EVERYTHING, **EVERY_EDIT}

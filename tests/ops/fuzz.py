@@ -240,6 +240,10 @@ def main() -> int:
         cpu_library.library_path = lambda: options.library
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if options.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        from interpreter import replace_once_a_launch
+
+        replace_once_a_launch()
     tally = Tally()
     # Ctrl-C ends it with what was found so far
     with contextlib.suppress(KeyboardInterrupt):

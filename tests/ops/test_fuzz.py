@@ -10,7 +10,7 @@ from headscope.ops import attention, cpu_library
 from ops import fuzz
 from ops.backends import require_backend
 
-# an interpreted kernel takes a quarter of a second a call
+# an interpreted kernel takes a fifth of a second a call
 QUICK = {"reference": 40, "portable": 40, "cpu": 60, "triton": 4}
 PIECES = [("reference", 0, 1000), ("portable", 0, 1000), *(("triton", first, 250) for first in range(0, 1000, 250))]
 
@@ -44,6 +44,35 @@ def test_many_random_calls_of_every_instruction_set(instruction_set: str, monkey
     except RuntimeError as error:
         pytest.skip(str(error))
     _check("cpu", 0, 1000)
+
+
+def test_the_interpreter_with_less_to_do_gives_the_same(monkeypatch: pytest.MonkeyPatch):
+    require_backend("triton")
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter._patch_lang, "stock"):
+        pytest.skip("the kernels aren't interpreted, or as Triton does it by itself")
+    found = [_results(number) for number in range(4)]
+    monkeypatch.setattr(interpreter, "_patch_lang", interpreter._patch_lang.stock)
+    for number, results in enumerate(found):
+        stock = _results(number)
+        assert stock.keys() == results.keys()
+        for name, values in results.items():
+            assert torch.equal(values.nan_to_num(7.0), stock[name].nan_to_num(7.0)), (number, name)
+
+
+def _results(number: int) -> dict[str, Tensor]:
+    inputs = fuzz.draw(number, "triton")
+    result = attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        edit=inputs.edit(),
+        statistics=inputs.statistics(),
+        backend="triton",
+        **inputs.options,
+    )
+    return {"output": result.output, **result.statistics}
 
 
 def _steeper(query: Tensor, *others: Any, **options: Any) -> Any:
