@@ -1,8 +1,8 @@
 """Triton's interpreter, with a third less to do.
 
-At every launch it puts functions of its own in the place of triton.language's, and takes them away afterwards. It does so
-at each call of one `triton.jit` function by another, too, where they are in place already: looking for what there was to
-replace took a third of the time.
+At every launch it puts functions of its own in the place of triton.language's, and takes them away afterwards. It
+does so at each call of one `triton.jit` function by another, too, where they are in place already: looking for what
+there was to replace took a third of the time.
 """
 
 import inspect
