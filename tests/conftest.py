@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from interpreter import replace_once_a_launch
+
 # without a GPU the Triton kernels run in Triton's interpreter; the choice is made when triton is first imported
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -15,10 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        from interpreter import replace_once_a_launch
-
-        replace_once_a_launch()
+    replace_once_a_launch()
 
 
 @pytest.fixture(scope="session")

@@ -5,18 +5,23 @@ does so at each call of one `triton.jit` function by another, too, where they ar
 there was to replace took a third of the time.
 """
 
+import importlib.util
 import inspect
+import os
 from typing import Any
-
-import triton.language as tl
-from triton.runtime import interpreter
 
 
 def replace_once_a_launch() -> None:
     """From now on each launch replaces the functions of every module of triton.language once.
 
-    Triton's own names, which aren't public: where they aren't as they are in Triton 3.7, nothing is changed.
+    Triton's own names, which aren't public: where they aren't as they are in Triton 3.7, nothing is changed; nor where
+    kernels aren't interpreted, or Triton isn't installed (it is for Linux only).
     """
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
     if not hasattr(interpreter, "_LangPatchScope") or hasattr(interpreter._patch_lang, "stock"):
         return
     stock, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
