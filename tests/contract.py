@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from headscope.ops import Distance, GroupEntropy, GroupMass, HeadEdit, Statistic
+from headscope.ops import AttentionResult, Distance, GroupEntropy, GroupMass, HeadEdit, Statistic, attention
 from rounding import attention_tolerance, blend_tolerance
 
 FINFO_MIN = torch.finfo(torch.float32).min
@@ -190,6 +190,18 @@ class Inputs:
         if self.groups is not None:
             chosen += [GroupMass(self.groups, self.group_count), GroupEntropy(self.groups, self.group_count)]
         return chosen
+
+    def attend(self, backend: str) -> AttentionResult:
+        """The operator's answer, with every statistic."""
+        return attention(
+            self.query,
+            self.key,
+            self.value,
+            edit=self.edit(),
+            statistics=self.statistics(),
+            backend=backend,
+            **self.options,
+        )
 
     def to(self, device: str) -> "Inputs":
         """The same on another device."""

@@ -29,11 +29,13 @@ def check_whole(name: str, number: object) -> None:
         raise ValueError(f"{name}: got {number!r}, expected a whole number")
 
 
-def whole(name: str, number: object) -> int:
-    """The number as Python's own int, of NumPy's kinds too. Raises as `check_whole`."""
+def whole(name: str, number: object, least: int | None = None) -> int:
+    """The number as Python's own int, of NumPy's kinds too. Raises as `check_whole`, and ValueError below `least`."""
     number = number.item() if isinstance(number, np.integer) else number
     check_whole(name, number)
     assert isinstance(number, int)
+    if least is not None and number < least:
+        raise ValueError(f"{name}: got {number}, expected at least {least}")
     return number
 
 

@@ -7,7 +7,6 @@ import torch
 
 from contract import CASES, Case, assert_close, make_inputs, statistic_tolerance, truth
 from gradients import COMPARABLE, gradients_of
-from headscope.ops import attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -40,16 +39,7 @@ LARGE = [
 def test_contract(backend, case, dtype):
     inputs = make_inputs(case, DTYPES[dtype])
     expected = truth(inputs)
-    moved = inputs.to(DEVICE)
-    result = attention(
-        moved.query,
-        moved.key,
-        moved.value,
-        edit=moved.edit(),
-        statistics=moved.statistics(),
-        backend=backend,
-        **moved.options,
-    )
+    result = inputs.to(DEVICE).attend(backend)
     assert_close("output", result.output.cpu(), expected.output, expected.output_tolerance)
     for name, rows in result.statistics.items():
         assert_close(name, rows.cpu(), expected.statistics[name], statistic_tolerance(expected, name))

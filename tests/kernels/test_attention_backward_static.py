@@ -3,15 +3,9 @@
 Each compilation runs in a process without the interpreter, since nothing compiles in one with it.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+import compiled
 
 SCRIPT = """
 import json, sys
@@ -33,41 +27,11 @@ for line in sys.stdin:
     }), flush=True)
 """
 
-# what one program may have, bytes
-SHARED_LIMITS = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-    "gfx950": 160 * 1024,
-}
-# both 16-bit types have the same tiles: bfloat16 once a vendor
-VARIANTS = [
-    (target, dtype)
-    for target in SHARED_LIMITS
-    for dtype in ("float16", "bfloat16", "float32")
-    if dtype != "bfloat16" or target in ("sm_90", "gfx942")
-]
 MAIN_KERNELS = ("key_value", "query")
 
 
 def reports(problems: list[dict]) -> list[dict]:
-    """Compiles all problems in one process; what comes back fits the GPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(KERNELS), environment.get("PYTHONPATH")]))
-    process = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input="".join(json.dumps(problem) + "\n" for problem in problems),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    results = [json.loads(line) for line in process.stdout.splitlines()]
-    for problem, result in zip(problems, results, strict=True):
-        assert result["shared_bytes"] <= SHARED_LIMITS[problem["target"]], (problem, result)
-    return results
+    return compiled.reports(SCRIPT, problems)
 
 
 def test_main_loops():
@@ -111,7 +75,7 @@ def test_split_and_wide_heads():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("target", "dtype"), VARIANTS)
+@pytest.mark.parametrize(("target", "dtype"), compiled.VARIANTS)
 def test_every_variant(target: str, dtype: str):
     everything = {"target": target, "dtype": dtype, "edits": True, "statistics": ["entropy", "group_mass"]}
     problems = [

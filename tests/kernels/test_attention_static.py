@@ -3,16 +3,12 @@
 Compilations run in processes without the interpreter, since nothing compiles in one with it.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import triton
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+import compiled
 
 SCRIPT = """
 import dataclasses, json, sys, torch
@@ -71,22 +67,6 @@ for factor in ("2.0", "3.0", "2.0"):
 # Triton 3.9 spends 1.5 instructions per score on the entropy's sum where 3.6 and 3.7 fuse it into one
 FUSES = tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7)
 
-# what one program may have, bytes
-SHARED_LIMITS = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-    "gfx950": 160 * 1024,
-}
-# both 16-bit types have the same tiles: bfloat16 once a vendor
-VARIANTS = [
-    (target, dtype)
-    for target in SHARED_LIMITS
-    for dtype in ("float16", "bfloat16", "float32")
-    if dtype != "bfloat16" or target in ("sm_90", "gfx942")
-]
-
 FREE = ["logsumexp", "max_logit", "max_prob"]
 EVERYTHING = ["entropy", *FREE, "collision_entropy", "distance"]
 EVERY_EDIT = {"fill": True, "temperature": True, "key_bias": True, "key_scale": True, "saved": True}
@@ -108,34 +88,12 @@ QUICK = {
     "padded_40": {"dim": 40, "tile": PADDED},
     "group_mass_16": {"statistics": ["group_mass"], "groups": 16},
     "key_mass": {"key_mass": True, "gate": False},
-    **{target: {"target": target, "dtype": "float16"} for target in SHARED_LIMITS if target != "sm_90"},
+    **{target: {"target": target, "dtype": "float16"} for target in compiled.SHARED_LIMITS if target != "sm_90"},
 }
 
 
-def run_python(source: str, *arguments: str, text: str = "") -> str:
-    """What a script prints in a process without the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(KERNELS), environment.get("PYTHONPATH")]))
-    process = subprocess.run(
-        [sys.executable, "-c", source, *arguments],
-        input=text,
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return process.stdout
-
-
 def reports(problems: list[dict]) -> list[dict]:
-    """Compiles all problems in one process; no program may have more shared memory than its target."""
-    problems = [{"target": "sm_90", **problem} for problem in problems]
-    lines = run_python(SCRIPT, text="".join(json.dumps(problem) + "\n" for problem in problems)).splitlines()
-    results = [json.loads(line) for line in lines]
-    for problem, result in zip(problems, results, strict=True):
-        assert result["shared_bytes"] <= SHARED_LIMITS[problem["target"]], (problem, result)
-    return results
+    return compiled.reports(SCRIPT, [{"target": "sm_90", **problem} for problem in problems])
 
 
 @pytest.fixture(scope="module")
@@ -184,13 +142,13 @@ def test_groups_and_key_mass(quick: dict[str, dict]):
 
 def test_an_edited_function_is_another_kernel(tmp_path: Path):
     """Triton tells tuples of functions apart by their names; the set's key is what else its cache sees."""
-    first, second, again = run_python(EDITED, str(tmp_path)).split()
+    first, second, again = compiled.run_python(EDITED, str(tmp_path)).split()
     assert first != second
     assert first == again
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("target", "dtype"), VARIANTS)
+@pytest.mark.parametrize(("target", "dtype"), compiled.VARIANTS)
 def test_every_variant(target: str, dtype: str):
     common = {"target": target, "dtype": dtype}
     everything = {**common, "statistics": EVERYTHING, **EVERY_EDIT}

@@ -1,18 +1,12 @@
 """Matrix products of compiled kernels read their operands from where PTX says."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from compiled import answers
 from headscope_kernels.attention import operands
 from headscope_kernels.attention.operands import misplaced_operands, refuse_misplaced
-
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
 # a product whose left operand is in registers, its right one at 0x4000 behind the base: (0x4400 >> 4) = 0x440
 PTX = """
@@ -155,14 +149,7 @@ PROBLEMS = [
 
 
 def misplaced(problems: list[dict]) -> list[list[str]]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(KERNELS), environment.get("PYTHONPATH", "")])
-    lines = "\n".join(json.dumps(problem) for problem in problems)
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=lines, env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return answers(SCRIPT, problems)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.full)])

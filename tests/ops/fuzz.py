@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from contract import FINFO_MIN, Inputs, Truth, statistic_tolerance, truth
-from headscope.ops import attention, cpu_library
+from headscope.ops import cpu_library
+from interpreter import replace_once_a_launch
 
 BACKENDS = ("reference", "portable", "cpu", "triton")
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
@@ -145,15 +146,7 @@ def _options(
 def ratios(inputs: Inputs, backend: str) -> dict[str, float]:
     """For the output and each statistic the largest error over its bound; infinite where NaN or infinities differ."""
     expected = truth(inputs, precise=True if backend == "reference" else None)
-    result = attention(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        edit=inputs.edit(),
-        statistics=inputs.statistics(),
-        backend=backend,
-        **inputs.options,
-    )
+    result = inputs.attend(backend)
     found = {"output": _ratio(result.output, expected.output, expected.output_tolerance)}
     for name, values in result.statistics.items():
         found[name] = _ratio(values, expected.statistics[name], bound(expected, name, inputs.query.dtype))
@@ -240,9 +233,7 @@ def main() -> int:
         cpu_library.library_path = lambda: options.library
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    if options.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        from interpreter import replace_once_a_launch
-
+    if options.backend == "triton":
         replace_once_a_launch()
     tally = Tally()
     # Ctrl-C ends it with what was found so far

@@ -19,15 +19,7 @@ def test_contract(backend, case, dtype):
     require_backend(backend)
     inputs = make_inputs(case, DTYPES[dtype])
     expected = truth(inputs)
-    result = attention(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        edit=inputs.edit(),
-        statistics=inputs.statistics(),
-        backend=backend,
-        **inputs.options,
-    )
+    result = inputs.attend(backend)
     assert result.output.dtype == inputs.query.dtype
     assert_close("output", result.output, expected.output, expected.output_tolerance)
     for name, rows in result.statistics.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import contract
 from headscope.ops import attention, cpu_library
 from ops import fuzz
 from ops.backends import require_backend
@@ -62,16 +63,7 @@ def test_the_interpreter_with_less_to_do_gives_the_same(monkeypatch: pytest.Monk
 
 
 def _results(number: int) -> dict[str, Tensor]:
-    inputs = fuzz.draw(number, "triton")
-    result = attention(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        edit=inputs.edit(),
-        statistics=inputs.statistics(),
-        backend="triton",
-        **inputs.options,
-    )
+    result = fuzz.draw(number, "triton").attend("triton")
     return {"output": result.output, **result.statistics}
 
 
@@ -86,7 +78,7 @@ def _last_key_off(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> 
 
 @pytest.mark.parametrize("wrong", [_steeper, _last_key_off])
 def test_what_is_wrong_is_found(wrong: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fuzz, "attention", wrong)
+    monkeypatch.setattr(contract, "attention", wrong)
     tally = fuzz.run("reference", range(40))
     assert {"output", "logsumexp", "entropy"} <= set(tally.past), tally
 

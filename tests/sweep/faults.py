@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -38,6 +39,16 @@ if __name__ == "__main__":
     run_sweep(config, out, progress=False, workers=Workers(executor, count, address=address))
 """
 KINDS = ("observations", "ablations")
+
+
+class Destroyed:
+    """Sends a signal while it is destroyed, where Python ignores what a handler raises."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self.number)
 
 
 def script(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from headscope._signals import AGAIN, terminable
 from headscope.sweep import DiskFull, Run, SweepConfig, SweepFailed, run_sweep
 from headscope.sweep.store import CLAIMS, FAILURES
 from headscope.sweep.unit import UnitRunner
-from sweep.faults import assert_same, script, undisturbed
+from sweep.faults import Destroyed, assert_same, script, undisturbed
 
 
 def config(model: str, **fields) -> SweepConfig:
@@ -292,16 +292,6 @@ def test_an_interrupt_in_place_of_sigterm_s_is_sigterm(monkeypatch):
     # and Ctrl-C stays what it is
     with pytest.raises(KeyboardInterrupt), terminable():
         raise KeyboardInterrupt
-
-
-class Destroyed:
-    """Sends a signal while it is destroyed, where Python ignores what a handler raises."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __del__(self) -> None:
-        signal.raise_signal(self.number)
 
 
 INTERRUPTS = pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from headscope.sweep.executors.member import Telling, take_part, tell
 from headscope.sweep.plan import Unit
 from headscope.sweep.progress import Progress
 from headscope.sweep.worker import DiskFull, Execution, Opened, WorkOrder, work
+from sweep.faults import Destroyed
 
 UNIT = Unit("ablations", "faces", (0, 1), 60, None, 10, "unit0")
 
@@ -112,12 +113,8 @@ def test_a_slurm_job_ends_though_python_ignored_the_interrupt(asked, monkeypatch
     numbers = (signal.SIGTERM, signal.SIGUSR2)
     before = [signal.getsignal(number) for number in numbers]
 
-    class Destroyed:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGTERM)
-
     def works(order: WorkOrder) -> None:
-        Destroyed()
+        Destroyed(signal.SIGTERM)
         time.sleep(60)
 
     monkeypatch.setattr(slurm, "take_part", works)

@@ -49,9 +49,7 @@ class Settings:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: got {self.dtype!r}, expected float32, bfloat16 or float16")
         # frozen for everybody else
-        object.__setattr__(self, "rounds", whole("rounds", self.rounds))
-        if self.rounds < 1:
-            raise ValueError(f"rounds: got {self.rounds}, expected at least 1")
+        object.__setattr__(self, "rounds", whole("rounds", self.rounds, least=1))
 
     @property
     def real(self) -> bool:

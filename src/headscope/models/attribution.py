@@ -100,10 +100,8 @@ def attribute(
     batch: int,
 ) -> Attribution:
     """See `Scope.attribute`."""
-    cotangents, integrate, batch = whole("cotangents", cotangents), whole("integrate", integrate), whole("batch", batch)
-    for name, number, least in (("cotangents", cotangents, 1), ("integrate", integrate, 0), ("batch", batch, 1)):
-        if number < least:
-            raise ValueError(f"{name}: got {number}, expected at least {least}")
+    cotangents, integrate = whole("cotangents", cotangents, least=1), whole("integrate", integrate, least=0)
+    batch = whole("batch", batch, least=1)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("attribute needs gradients, which torch.inference_mode rules out; call it outside of that")
     # a scheduler's own are a tensor

@@ -55,9 +55,7 @@ class Workers:
         if self.executor not in EXECUTORS:
             raise ValueError(f"executor: got {self.executor!r}, expected one of {', '.join(EXECUTORS)}")
         # frozen for everybody else
-        object.__setattr__(self, "count", whole("workers", self.count))
-        if self.count < 1:
-            raise ValueError(f"workers: got {self.count}, expected at least 1")
+        object.__setattr__(self, "count", whole("workers", self.count, least=1))
         if self.executor == "local" and self.count != 1:
             raise ValueError(f"workers: got {self.count} in this process, expected 1, or another executor")
         # what nobody would look at was meant for another

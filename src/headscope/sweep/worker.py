@@ -59,12 +59,9 @@ class Execution:
 
     def __post_init__(self) -> None:
         for field, name in (("rows", "batch"), ("threads", "threads")):
-            if (value := getattr(self, field)) is None:
-                continue
-            # frozen for everybody else
-            object.__setattr__(self, field, whole(name, value))
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+            if (value := getattr(self, field)) is not None:
+                # frozen for everybody else
+                object.__setattr__(self, field, whole(name, value, least=1))
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,7 @@ class TrainConfig:
             *(("batch", 1), ("steps", 1), ("checkpoint_every", 1), ("log_every", 1)),
             *(("warmup_steps", 0), ("shift", 0), ("evaluate_every", 0)),
         ):
-            object.__setattr__(self, name, whole(name, getattr(self, name)))
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
         for name in ("learning_rate", "weight_decay", "ema"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a finite number of at least 0")
