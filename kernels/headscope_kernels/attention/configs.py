@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,9 @@ class ForwardConfiguration:
         dim_widths, value_widths: the chunks the head dimensions are cut into, powers of two, at least 16;
             None: `chunk_widths` decides.
         descriptors: keys and values come through tensor descriptors where their strides allow.
+        schedule: who loads and who computes. "plain": every warp does both (forward.py); "specialised": the same kernel,
+            whose loads Triton gives to warps of their own; "pingpong": the kernel for Hopper in pingpong.py. The last
+            two serve some calls only, and are off by default.
     """
 
     block_queries: int
@@ -25,6 +29,7 @@ class ForwardConfiguration:
     dim_widths: tuple[int, ...] | None = None
     value_widths: tuple[int, ...] | None = None
     descriptors: bool = False
+    schedule: Literal["plain", "specialised", "pingpong"] = "plain"
 
 
 # A step of the interpreter costs the same for any tile, and small shapes shall still cross tile borders.
