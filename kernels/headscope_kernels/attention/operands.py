@@ -16,8 +16,7 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from itertools import permutations
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,8 +95,6 @@ class _Undefined(Exception):
 def misplaced_operands(ptx: str, assembly: str) -> list[str]:
     """What is wrong with the operands' places, a sentence each; empty where nothing is.
 
-    Warp groups with code of their own (a specialised kernel's) may stand in another order in the machine code.
-
     Args:
         ptx: the kernel as Triton hands it to the assembler.
         assembly: the same as `nvdisasm -c` prints it.
@@ -107,20 +104,6 @@ def misplaced_operands(ptx: str, assembly: str) -> list[str]:
     if len(expected) != len(found):
         # the assembler unrolled or merged loops, so that products can't be told apart
         return problems
-    return problems + min((_differences(order, found) for order in _orders(expected)), key=len)
-
-
-def _orders(products: list[Product]) -> Iterator[list[Product]]:
-    """The products as they are, and with two or three equal parts in any other order."""
-    for count in (1, 2, 3):
-        if len(products) % count == 0:
-            size = len(products) // count
-            for order in permutations(range(count)):
-                yield [product for part in order for product in products[part * size : (part + 1) * size]]
-
-
-def _differences(expected: list[Product], found: list[Product]) -> list[str]:
-    problems = []
     for number, (wanted, got) in enumerate(zip(expected, found, strict=True)):
         for side, should, is_ in (("left", wanted.left, got.left), ("right", wanted.right, got.right)):
             if should is not None and is_ is not None and should != is_:

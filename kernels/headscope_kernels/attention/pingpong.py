@@ -1,134 +1,79 @@
-"""The forward for Hopper: one warp loads, two or three warp groups compute, and softmax runs under matrix products.
+"""The forward for Hopper: one warp loads, two or three warp groups compute, softmax runs under matrix products.
 
-Written in Gluon, Triton's lower level, because the order of asynchronous work is the point. It serves 16-bit calls without
-a mask (`serves`); forward.py has all the rest, and the formulas.
+Written in Gluon, Triton's lower level, because the order of asynchronous work is the point. It serves 16-bit calls
+without a mask (pingpong_arguments.py says which); forward.py has all the rest, and the formulas.
 
-    one warp            K(0) Q K(1) V(0) K(2) V(1) ...                by the tensor memory accelerator (TMA)
-    each warp group     S(i) = Q K(i)^T issued, O += P(i-1) V(i-1) issued, S(i) awaited,
-                        softmax of S(i) while P V runs, P V awaited, O rescaled
+    one warp            K(0) Q V(0) K(1) V(1) ...     by the tensor memory accelerator (TMA), as buffers become free
+    each warp group     issues S(i) = Q K(i)^T and O += P(i-1) V(i-1), waits for S(i), takes its softmax while P V
+                        runs, waits for P V, rescales O
 
-Key tiles are taken from the last to the first, so that the one tile that may be ragged is the first, which stands before
-the loop. A program works through query tiles until none is left, and its loads run ahead into the next.
+Key tiles are taken from the last to the first, so that the one that may be ragged is the first, which stands before the
+loop. A program works through query tiles until none is left, and its loads run ahead into the next.
 
-Barriers. A buffer has two: `full`, on which the bytes of its load arrive (count 1, the load's own announcement), and `free`,
-on which every warp group arrives when it has read it (count CONSUMERS). Load n of a ring of STAGES buffers goes to
-buffer n % STAGES and is that buffer's use n // STAGES, numbered from 0. A barrier's phase k ends with its arrivals of use
-k; waiting for parity p returns once the phase before the current one has parity p.
+Barriers. A buffer has two: `full`, on which the bytes of its load arrive (count 1, the load's own announcement), and
+`free`, on which every warp group arrives when it has read it (count CONSUMERS). Load n of a ring of STAGES buffers goes
+to buffer n % STAGES and is that buffer's use u = n // STAGES. Phase u of a barrier ends with the arrivals of use u, and
+a wait for parity p returns once the phase before the current one has parity p.
 
-    reader of use u     waits on `full` for phase u: parity u & 1.
-    loader of use u     waits on `free` for phase u - 1, the reads of the use before: parity (u & 1) ^ 1. For use 0 that is
-                        parity 1, which a fresh barrier grants.
+    a reader in use u       waits for phase u of `full`: parity u & 1.
+    the loader before u     waits for phase u - 1 of `free`, the reads of the use before: parity (u & 1) ^ 1, which a
+                            fresh barrier grants to use 0.
 
-Nobody can be overtaken by two phases: `full` of use u + 1 needs `free` of use u, which needs every reader to have passed
-`full` of use u; and `free` of use u + 1 needs `full` of use u + 1, which the loader arms after it has seen `free` of u.
-The query's buffer is a ring of one, its use the number of query tiles before, and is free again when the output, which
-leaves through it, has been stored.
+Nobody is overtaken by two phases: `full` of use u + 1 is announced after `free` of use u, hence after every reader has
+passed `full` of use u; and `free` of use u + 1 needs `full` of use u + 1, which the loader announces after it has seen
+`free` of use u. The loader never waits for what only a later load would bring: in step i a group needs K(i), V(i - 1),
+and V(i) before it frees V(i - 1), so STAGES is at least 2. The query's tiles are one buffer, whose uses are the query
+tiles; it is free when the output, which leaves through it, has been stored.
 
-`turns` (TURNS) order the warp groups, so that one's matrix products are issued while another is in its softmax: group w
-waits for its own barrier, issues, and arrives on that of group w + 1. Turn n of group 0 needs n arrivals (parity
-(n & 1) ^ 1: the first is granted), turn n of the others n + 1 (parity n & 1). A group arrives once a turn, hence no
-barrier is ahead of its waiter by more than one phase.
+With TURNS the groups take turns at issuing, so that one's products run while another is in its softmax: group g waits
+on its barrier (count 1), issues, and arrives on that of group g + 1, the last on that of group 0. Turn n of group 0
+follows n arrivals (parity (n & 1) ^ 1: the first is granted), turn n of another n + 1 (parity n & 1). A group arrives
+once between two waits of its own, so no barrier is more than one phase ahead of who waits on it.
 """
 
 # gl.static_range exists for the compiler only
-# ruff: noqa: RUF005 (the kernel language joins tuples with + only)
+# ruff: noqa: SIM113 (the kernel language has no enumerate)
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
+from collections.abc import Hashable, Sequence
+
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+
+from headscope_kernels.attention.configs import ForwardConfiguration
+from headscope_kernels.attention.host import multiprocessors
+from headscope_kernels.attention.launches import Launches, Pointers
+from headscope_kernels.attention.pingpong_arguments import pingpong_arguments, unserved
+from headscope_kernels.attention.pingpong_tiles import (
+    GROUP_ROWS,
+    LOWEST_EXPONENT,
+    await_outputs,
+    barriers,
+    beside,
+    chunk_start,
+    chunks,
+    entry,
+    issue_logits,
+    issue_outputs,
+    lane_sums,
+    load,
+    matrix,
+    of_lanes,
+    place,
+    product_layout,
+    ring,
+    scaled,
+    tile_bytes,
+    weigh,
+    whole,
+    zero_chunk,
+    zero_chunks,
 )
+from headscope_kernels.attention.statistics import BoundStatistic
 
-# rows of queries of one warp group: what one matrix instruction takes
-GROUP_ROWS = gl.constexpr(64)
 LN2 = gl.constexpr(0.6931471805599453)
-LOWEST_EXPONENT = gl.constexpr(-1.0e4)
-
-
-@gluon.constexpr_function
-def chunk_start(widths, index):
-    """The column at which chunk `index` begins."""
-    return sum(widths[:index])
-
-
-@gluon.constexpr_function
-def entry(values, index):
-    """values[index] as a constexpr."""
-    return values[index]
-
-
-@gluon.constexpr_function
-def tile_bytes(rows, widths):
-    """Of one 16-bit tile [rows, sum of widths]."""
-    return 2 * rows * sum(widths)
-
-
-@gluon.constexpr_function
-def product_layout(columns):
-    """How the registers of one warp group hold a product [64, columns]."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(columns, 256), 16])
-
-
-@gluon.jit
-def place(tile, query_tiles, heads, ROWS: gl.constexpr):
-    """Batch, head and first query of a query tile."""
-    batch_head = tile // query_tiles
-    return batch_head // heads, batch_head % heads, tile % query_tiles * ROWS
-
-
-@gluon.jit
-def chunks(descriptor, tail):
-    """The descriptors of a tensor's chunks; `tail` is None where there is one."""
-    if tail is None:
-        described = (descriptor,)
-    else:
-        described = (descriptor, tail)
-    return described
-
-
-@gluon.jit
-def ring(descriptors, COUNT: gl.constexpr, ROWS: gl.constexpr):
-    """For every chunk COUNT tiles [ROWS, width] in shared memory."""
-    tiles = ()
-    for index in gl.static_range(len(descriptors)):
-        tiles = tiles + (
-            gl.allocate_shared_memory(
-                descriptors[index].dtype,
-                [COUNT, 1, 1, ROWS, descriptors[index].block_shape[3]],
-                descriptors[index].layout,
-            ),
-        )
-    return tiles
-
-
-@gluon.jit
-def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers that expect ARRIVALS each."""
-    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(COUNT):
-        mbarrier.init(made.index(index), count=ARRIVALS)
-    return made
-
-
-@gluon.jit
-def load(descriptors, tiles, slot, barrier, batch, head, row, WIDTHS: gl.constexpr):
-    """Starts the copy of every chunk of a tile from `row` on, 0 outside of the tensor."""
-    for index in gl.static_range(len(WIDTHS)):
-        tma.async_copy_global_to_shared(
-            descriptors[index], [batch, head, row, chunk_start(WIDTHS, index)], barrier, tiles[index].index(slot)
-        )
-
-
-@gluon.jit
-def matrix(tiles, index: gl.constexpr, slot):
-    """Chunk `index` of one tile of a ring as [rows, width]."""
-    tile = tiles[index].index(slot)
-    return tile.reshape([tile.shape[2], tile.shape[3]])
 
 
 @gluon.jit
@@ -141,7 +86,7 @@ def produce(
     CONSUMERS: gl.constexpr,
 ):
     """The warp that loads."""
-    query, key, value, turns, work = tensors
+    query, key, value, _turns, work = tensors
     query_ring, query_full, query_free = query
     key_ring, key_full, key_free = key
     value_ring, value_full, value_free = value
@@ -174,99 +119,6 @@ def produce(
 
 
 @gluon.jit
-def issue_logits(query, key, slot, GROUP: gl.constexpr, zeros, WIDTHS: gl.constexpr):
-    """Starts query . key of one warp group against a key tile: [queries, keys], one commit group a chunk."""
-    products = warpgroup_mma(
-        matrix(query, 0, GROUP), matrix(key, 0, slot).permute((1, 0)), zeros, use_acc=False, is_async=True
-    )
-    for index in gl.static_range(1, len(WIDTHS)):
-        products = warpgroup_mma(
-            matrix(query, index, GROUP), matrix(key, index, slot).permute((1, 0)), products, is_async=True
-        )
-    return products
-
-
-@gluon.jit
-def issue_outputs(weights, value, slot, result, WIDTHS: gl.constexpr):
-    """Starts result + weights . value, one commit group a chunk."""
-    sums = ()
-    for index in gl.static_range(len(WIDTHS)):
-        operand = gl.convert_layout(weights, gl.DotOperandLayout(0, product_layout(entry(WIDTHS, index)), 2))
-        sums = sums + (warpgroup_mma(operand, matrix(value, index, slot), result[index], is_async=True),)
-    return sums
-
-
-@gluon.jit
-def await_outputs(sums, weights):
-    """The finished sums, and the weights that nobody may overwrite before."""
-    if len(sums) == 1:
-        first, weights = warpgroup_mma_wait(0, deps=[sums[0], weights])
-        finished = (first,)
-    else:
-        first, second, weights = warpgroup_mma_wait(0, deps=[sums[0], sums[1], weights])
-        finished = (first, second)
-    return finished, weights
-
-
-@gluon.jit
-def zero_chunk(WIDTH: gl.constexpr):
-    """float32 zeros [64, WIDTH]."""
-    return gl.full([GROUP_ROWS, WIDTH], 0.0, gl.float32, product_layout(WIDTH))
-
-
-@gluon.jit
-def zero_chunks(WIDTHS: gl.constexpr):
-    """A tuple of float32 zeros [64, width]."""
-    tiles = ()
-    for index in gl.static_range(len(WIDTHS)):
-        tiles = tiles + (zero_chunk(entry(WIDTHS, index)),)
-    return tiles
-
-
-@gluon.jit
-def beside(rows, WIDTH: gl.constexpr):
-    """[64] as the column of a product [64, WIDTH]."""
-    return gl.convert_layout(rows, gl.SliceLayout(1, product_layout(WIDTH)))[:, None]
-
-
-@gluon.jit
-def scaled(result, factor, WIDTHS: gl.constexpr):
-    """Every chunk's rows times factor."""
-    products = ()
-    for index in gl.static_range(len(WIDTHS)):
-        products = products + (result[index] * beside(factor, entry(WIDTHS, index)),)
-    return products
-
-
-@gluon.jit
-def lane_sums(tile):
-    """[queries, keys] summed by each thread over its own columns: [queries, 4], as four threads hold a row."""
-    tile = tile.reshape([tile.shape[0], tile.shape[1] // 8, 4, 2])
-    return gl.sum(gl.sum(tile, 1), 2)
-
-
-@gluon.jit
-def of_lanes(rows, sums):
-    """[queries] as the column of lane_sums."""
-    return gl.convert_layout(rows, gl.SliceLayout(1, sums.type.layout))[:, None]
-
-
-@gluon.jit
-def whole(sums, LAYOUT: gl.constexpr):
-    """[queries] of lane_sums."""
-    return gl.convert_layout(gl.sum(sums, 1), LAYOUT)
-
-
-@gluon.jit
-def weigh(logits, running_max, exponent_scale):
-    """The new maximum and offset of a tile of logits [queries, keys], the exponents, the weights: see forward.py."""
-    running_max = gl.maximum(running_max, gl.max(logits, 1))  # [queries]
-    offset = gl.where(gl.abs(running_max) != float("inf"), running_max * exponent_scale, 0.0)  # [queries]
-    exponents = gl.fma(logits, exponent_scale, gl.zeros_like(logits) - offset[:, None])  # [queries, keys]
-    return running_max, offset, exponents, gl.exp2(exponents)
-
-
-@gluon.jit
 def consume(
     tensors,
     results,
@@ -279,12 +131,12 @@ def consume(
 ):
     """Warp group GROUP: 64 queries of every query tile against all keys."""
     query, key, value, turns, work = tensors
-    output_descriptors, entropy_ptr, gate_ptr, gate_strides, exponent_scale, queries, keys = results
+    output_descriptors, statistic_ptrs, gate_ptr, gate_strides, exponent_scale, queries, keys = results
     query_ring, query_full, query_free = query
     key_ring, key_full, key_free = key
     value_ring, value_full, value_free = value
-    tiles, query_tiles, heads, heads_per_group, key_tiles = work
-    ENTROPY: gl.constexpr = entropy_ptr is not None
+    tiles, query_tiles, heads, _heads_per_group, key_tiles = work
+    ENTROPY: gl.constexpr = len(statistic_ptrs) > 0
     DTYPE: gl.constexpr = query_ring[0].dtype
     LOGITS: gl.constexpr = product_layout(BLOCK_KEYS)
     ROWS: gl.constexpr = gl.SliceLayout(1, LOGITS)
@@ -360,7 +212,7 @@ def consume(
             rows = first_query + gl.arange(0, GROUP_ROWS, ROWS)  # [queries]
             entropy = gl.where(empty, 0.0, LN2 * (gl.log2(normaliser) - whole(moment, ROWS) / normaliser))
             offsets = (batch * heads + head).to(gl.int64) * queries + rows
-            gl.store(entropy_ptr + offsets, entropy, mask=rows < queries)
+            gl.store(statistic_ptrs[0] + offsets, entropy, mask=rows < queries)
         share = 1.0 / normaliser
         if gate_ptr is not None:
             gate = gl.load(gate_ptr + batch * gate_strides[0] + head * gate_strides[1])
@@ -389,7 +241,7 @@ def attention_pingpong_kernel(
     value_tail_descriptor,
     output_descriptor,
     output_tail_descriptor,
-    entropy_ptr,
+    statistic_ptrs,
     gate_ptr,
     gate_strides,
     exponent_scale,
@@ -408,7 +260,8 @@ def attention_pingpong_kernel(
 ):
     """One program a multiprocessor; each takes every num_programs-th of `tiles` query tiles.
 
-    Pointers of what isn't asked for are None, as are the tails of tensors whose WIDTHS are one chunk.
+    `statistic_ptrs` holds the entropy's pointer or nothing; the gate's pointer is None where there is none, as are the
+    tails of tensors whose WIDTHS are one chunk. CONSUMERS is 2 or 3, STAGES at least 2.
     """
     query_descriptors = chunks(query_descriptor, query_tail_descriptor)
     key_descriptors = chunks(key_descriptor, key_tail_descriptor)
@@ -426,7 +279,7 @@ def attention_pingpong_kernel(
     work = (tiles, query_tiles, heads, heads_per_group, gl.cdiv(keys, BLOCK_KEYS))
     tensors = (query, key, value, turns, work)
     descriptors = (query_descriptors, key_descriptors, value_descriptors)
-    results = (output_descriptors, entropy_ptr, gate_ptr, gate_strides, exponent_scale, queries, keys)
+    results = (output_descriptors, statistic_ptrs, gate_ptr, gate_strides, exponent_scale, queries, keys)
     # the compiler wants these lists here, as they are
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -449,3 +302,53 @@ def attention_pingpong_kernel(
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
         )
+
+
+def attention_pingpong(
+    launch_key: Hashable,
+    pointers: Pointers,
+    *,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor | None,
+    scale: float,
+    gate: Tensor | None,
+    statistics: Sequence[BoundStatistic],
+    statistic_outputs: Sequence[Tensor],
+    configuration: ForwardConfiguration,
+    others: dict[str, object],
+) -> None:
+    """`attention_forward` of a call that this kernel serves; `launch_key` and `pointers` are those of that call.
+
+    Raises:
+        ValueError: a call that it doesn't serve, or a configuration that it has no code for.
+    """
+    if _LAUNCHES.repeat(launch_key, pointers):
+        return
+    reason = unserved(query, key, value, output, scale=scale, statistics=statistics, others=others)
+    if reason is not None or output is None:
+        raise ValueError(f'schedule "{configuration.schedule}" can\'t serve this call: {reason}')
+    arguments = pingpong_arguments(
+        query,
+        key,
+        value,
+        output,
+        scale=scale,
+        gate=gate,
+        statistic_outputs=statistic_outputs,
+        configuration=configuration,
+    )
+    programs = min(arguments["tiles"], multiprocessors(query.device))
+    if programs > 0:
+        _LAUNCHES.first(launch_key, pointers, programs, arguments, {"num_warps": 4, "enable_fp_fusion": True})
+
+
+_LAUNCHES = Launches(
+    attention_pingpong_kernel,
+    {
+        f"{name}_{tail}descriptor": f"{name}_ptr"
+        for name in ("query", "key", "value", "output")
+        for tail in ("", "tail_")
+    },
+)
