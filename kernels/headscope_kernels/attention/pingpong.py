@@ -22,8 +22,8 @@ a wait for parity p returns once the phase before the current one has parity p.
 Nobody is overtaken by two phases: `full` of use u + 1 is announced after `free` of use u, hence after every reader has
 passed `full` of use u; and `free` of use u + 1 needs `full` of use u + 1, which the loader announces after it has seen
 `free` of use u. The loader never waits for what only a later load would bring: in step i a group needs K(i), V(i - 1),
-and V(i) before it frees V(i - 1), so STAGES is at least 2. The query's tiles are one buffer, whose uses are the query
-tiles; it is free when the output, which leaves through it, has been stored.
+and V(i) before it frees V(i - 1), so STAGES is at least 2. A query tile is one load for all groups together, in a ring
+of QUERY_STAGES of its own, and its buffer is free when the output, which leaves through it, has been stored.
 
 With TURNS the groups take turns at issuing, so that one's products run while another is in its softmax: group g waits
 on its barrier (count 1), issues, and arrives on that of group g + 1, the last on that of group 0. Turn n of group 0
@@ -83,6 +83,7 @@ def produce(
     WIDTHS: gl.constexpr,
     BLOCK_KEYS: gl.constexpr,
     STAGES: gl.constexpr,
+    QUERY_STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):
     """The warp that loads."""
@@ -106,11 +107,13 @@ def produce(
             mbarrier.expect(key_full.index(slot), tile_bytes(BLOCK_KEYS, WIDTHS))
             load(key_descriptors, key_ring, slot, key_full.index(slot), batch, kv_head, first_key, WIDTHS)
             if number == 0:
-                mbarrier.wait(query_free, (query_use & 1) ^ 1)
-                mbarrier.expect(query_full, tile_bytes(QUERY_ROWS, WIDTHS))
+                query_slot = query_use % QUERY_STAGES
+                full = query_full.index(query_slot)
+                mbarrier.wait(query_free.index(query_slot), (query_use // QUERY_STAGES & 1) ^ 1)
+                mbarrier.expect(full, tile_bytes(QUERY_ROWS, WIDTHS))
                 for group in gl.static_range(CONSUMERS):
                     row = first_query + group * GROUP_ROWS
-                    load(query_descriptors, query_ring, group, query_full, batch, head, row, WIDTHS)
+                    load(query_descriptors, query_ring, query_slot * CONSUMERS + group, full, batch, head, row, WIDTHS)
             mbarrier.wait(value_free.index(slot), free)
             mbarrier.expect(value_full.index(slot), tile_bytes(BLOCK_KEYS, WIDTHS))
             load(value_descriptors, value_ring, slot, value_full.index(slot), batch, kv_head, first_key, WIDTHS)
@@ -126,6 +129,7 @@ def consume(
     WIDTHS: gl.constexpr,
     BLOCK_KEYS: gl.constexpr,
     STAGES: gl.constexpr,
+    QUERY_STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     TURNS: gl.constexpr,
 ):
@@ -153,9 +157,11 @@ def consume(
         # the last key tile, the one that may be ragged
         slot = key_use % STAGES
         phase = key_use // STAGES & 1
-        mbarrier.wait(query_full, query_use & 1)
+        query_slot = query_use % QUERY_STAGES
+        own = query_slot * CONSUMERS + GROUP
+        mbarrier.wait(query_full.index(query_slot), query_use // QUERY_STAGES & 1)
         mbarrier.wait(key_full.index(slot), phase)
-        issued = issue_logits(query_ring, key_ring, slot, GROUP, zeros, WIDTHS)
+        issued = issue_logits(query_ring, key_ring, own, slot, zeros, WIDTHS)
         logits = warpgroup_mma_wait(0, deps=[issued])
         mbarrier.arrive(key_free.index(slot))
         columns = (key_tiles - 1) * BLOCK_KEYS + gl.arange(0, BLOCK_KEYS, gl.SliceLayout(0, LOGITS))  # [keys]
@@ -177,7 +183,7 @@ def consume(
             mbarrier.wait(key_full.index(slot), phase)
             if TURNS:
                 mbarrier.wait(turns.index(GROUP), (turn & 1) ^ (GROUP == 0))
-            issued = issue_logits(query_ring, key_ring, slot, GROUP, zeros, WIDTHS)
+            issued = issue_logits(query_ring, key_ring, own, slot, zeros, WIDTHS)
             sums = issue_outputs(weights, value_ring, before, result, WIDTHS)
             if TURNS:
                 mbarrier.arrive(turns.index((GROUP + 1) % CONSUMERS))
@@ -221,13 +227,13 @@ def consume(
             if gate_ptr is not None:
                 # what a removed head drops may be NaN
                 chunk = gl.where(gate == 0.0, 0.0, chunk * gate)
-            matrix(query_ring, index, GROUP).store(chunk.to(DTYPE))
+            matrix(query_ring, index, own).store(chunk.to(DTYPE))
         fence_async_shared()
         for index in gl.static_range(len(WIDTHS)):
-            place_ = [batch, head, first_query, chunk_start(WIDTHS, index)]
-            tma.async_copy_shared_to_global(output_descriptors[index], place_, query_ring[index].index(GROUP))
+            corner = [batch, head, first_query, chunk_start(WIDTHS, index)]
+            tma.async_copy_shared_to_global(output_descriptors[index], corner, query_ring[index].index(own))
         tma.store_wait(pendings=0)
-        mbarrier.arrive(query_free)
+        mbarrier.arrive(query_free.index(query_slot))
         query_use += 1
 
 
@@ -254,6 +260,7 @@ def attention_pingpong_kernel(
     WIDTHS: gl.constexpr,
     BLOCK_KEYS: gl.constexpr,
     STAGES: gl.constexpr,
+    QUERY_STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
     TURNS: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -267,11 +274,11 @@ def attention_pingpong_kernel(
     key_descriptors = chunks(key_descriptor, key_tail_descriptor)
     value_descriptors = chunks(value_descriptor, value_tail_descriptor)
     output_descriptors = chunks(output_descriptor, output_tail_descriptor)
-    query_ring = ring(query_descriptors, CONSUMERS, GROUP_ROWS)
+    query_ring = ring(query_descriptors, QUERY_STAGES * CONSUMERS, GROUP_ROWS)
     key_ring = ring(key_descriptors, STAGES, BLOCK_KEYS)
     value_ring = ring(value_descriptors, STAGES, BLOCK_KEYS)
     # (tiles, full, free)
-    query = (query_ring, barriers(1, 1).index(0), barriers(1, CONSUMERS).index(0))
+    query = (query_ring, barriers(QUERY_STAGES, 1), barriers(QUERY_STAGES, CONSUMERS))
     key = (key_ring, barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
     value = (value_ring, barriers(STAGES, 1), barriers(STAGES, CONSUMERS))
     turns = barriers(CONSUMERS, 1)
@@ -284,9 +291,9 @@ def attention_pingpong_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consume, (tensors, results, 0, WIDTHS, BLOCK_KEYS, STAGES, CONSUMERS, TURNS)),
-                (consume, (tensors, results, 1, WIDTHS, BLOCK_KEYS, STAGES, CONSUMERS, TURNS)),
-                (produce, (tensors, descriptors, WIDTHS, BLOCK_KEYS, STAGES, CONSUMERS)),
+                (consume, (tensors, results, 0, WIDTHS, BLOCK_KEYS, STAGES, QUERY_STAGES, CONSUMERS, TURNS)),
+                (consume, (tensors, results, 1, WIDTHS, BLOCK_KEYS, STAGES, QUERY_STAGES, CONSUMERS, TURNS)),
+                (produce, (tensors, descriptors, WIDTHS, BLOCK_KEYS, STAGES, QUERY_STAGES, CONSUMERS)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -294,10 +301,10 @@ def attention_pingpong_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (tensors, results, 0, WIDTHS, BLOCK_KEYS, STAGES, CONSUMERS, TURNS)),
-                (consume, (tensors, results, 1, WIDTHS, BLOCK_KEYS, STAGES, CONSUMERS, TURNS)),
-                (consume, (tensors, results, 2, WIDTHS, BLOCK_KEYS, STAGES, CONSUMERS, TURNS)),
-                (produce, (tensors, descriptors, WIDTHS, BLOCK_KEYS, STAGES, CONSUMERS)),
+                (consume, (tensors, results, 0, WIDTHS, BLOCK_KEYS, STAGES, QUERY_STAGES, CONSUMERS, TURNS)),
+                (consume, (tensors, results, 1, WIDTHS, BLOCK_KEYS, STAGES, QUERY_STAGES, CONSUMERS, TURNS)),
+                (consume, (tensors, results, 2, WIDTHS, BLOCK_KEYS, STAGES, QUERY_STAGES, CONSUMERS, TURNS)),
+                (produce, (tensors, descriptors, WIDTHS, BLOCK_KEYS, STAGES, QUERY_STAGES, CONSUMERS)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],

@@ -20,6 +20,8 @@ DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 LARGEST_DIM = 128
 # of a warp group that computes, by how many there are: all there are, less what the loading warp keeps
 REGISTERS = {2: 240, 3: 160}
+# of a program on Hopper, less the barriers
+SHARED_BYTES = 227 * 1024 - 1024
 
 
 def unserved(
@@ -92,6 +94,11 @@ def pingpong_arguments(
     ):
         first, tail = tile_descriptors(tensor, rows, widths)
         described[f"{name}_descriptor"], described[f"{name}_tail_descriptor"] = _laid_out(first), _laid_out(tail)
+    tile_bytes = query.element_size() * sum(widths)
+    spare = SHARED_BYTES - tile_bytes * 2 * configuration.num_stages * configuration.block_keys
+    query_stages = min(2, spare // (tile_bytes * configuration.block_queries))
+    if query_stages == 0:
+        raise ValueError(f"{configuration} takes more shared memory than there is for head dimension {dim}")
     query_tiles = triton.cdiv(queries, configuration.block_queries)
     return {
         **described,
@@ -108,6 +115,7 @@ def pingpong_arguments(
         "WIDTHS": widths,
         "BLOCK_KEYS": configuration.block_keys,
         "STAGES": configuration.num_stages,
+        "QUERY_STAGES": query_stages,
         "CONSUMERS": groups,
         "TURNS": configuration.schedule == "pingpong",
         "REGISTERS": REGISTERS[groups],

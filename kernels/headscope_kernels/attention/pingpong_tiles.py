@@ -95,14 +95,14 @@ def matrix(tiles, index: gl.constexpr, slot):
 
 
 @gluon.jit
-def issue_logits(query, key, slot, GROUP: gl.constexpr, zeros, WIDTHS: gl.constexpr):
-    """Starts query . key of one warp group against a key tile: [queries, keys], one commit group a chunk."""
+def issue_logits(query, key, query_slot, slot, zeros, WIDTHS: gl.constexpr):
+    """Starts query . key of two tiles of these rings: [queries, keys], one commit group a chunk."""
     products = warpgroup_mma(
-        matrix(query, 0, GROUP), matrix(key, 0, slot).permute((1, 0)), zeros, use_acc=False, is_async=True
+        matrix(query, 0, query_slot), matrix(key, 0, slot).permute((1, 0)), zeros, use_acc=False, is_async=True
     )
     for index in gl.static_range(1, len(WIDTHS)):
         products = warpgroup_mma(
-            matrix(query, index, GROUP), matrix(key, index, slot).permute((1, 0)), products, is_async=True
+            matrix(query, index, query_slot), matrix(key, index, slot).permute((1, 0)), products, is_async=True
         )
     return products
 
