@@ -35,8 +35,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import ConstexprFunction
 
-from hopper.machine import MODES, RUNNING, Event, Machine, Stopped, machine
 from hopper.memory import Descriptor, Shared
+from hopper.program import MODES, RUNNING, Event, Program, Stopped, current
 from hopper.values import STAND_INS, Buffer, EmulationError, Tensor, maximum, minimum, stand_in, tensor
 
 __all__ = ["MODES", "EmulationError", "Event", "Statistics", "Tensor", "run"]
@@ -45,11 +45,11 @@ __all__ = ["MODES", "EmulationError", "Event", "Statistics", "Tensor", "run"]
 @stand_in("warp_specialize")
 def warp_specialize(functions_and_args: Any, worker_num_warps: Any, worker_num_regs: Any = None) -> Any:
     caller = sys._getframe(1)  # the kernel's variables give the allocations their names
-    for name, value in caller.f_locals.items():
+    for name, value in sorted(caller.f_locals.items(), key=lambda item: isinstance(item[1], Shared)):
         for i, one in enumerate(value if isinstance(value, tuple | list) else [value]):
             if isinstance(one, Shared):
                 one.memory.name = name if one is value else f"{name}[{i}]"
-    return machine().specialize(functions_and_args, worker_num_warps)
+    return current().specialize(functions_and_args, worker_num_warps)
 
 
 @stand_in("range")
@@ -70,9 +70,9 @@ stand_in("static_range")(range)
 stand_in("constexpr")(lambda value: value)
 stand_in("static_print")(print)
 stand_in("device_print")(print)
-stand_in("program_id")(lambda axis: tensor(machine().program[axis]))
-stand_in("num_programs")(lambda axis: tensor(machine().grid[axis]))
-stand_in("num_warps")(lambda: machine().running.warps)
+stand_in("program_id")(lambda axis: tensor(current().program[axis]))
+stand_in("num_programs")(lambda axis: tensor(current().grid[axis]))
+stand_in("num_warps")(lambda: current().running.warps)
 stand_in("num_ctas")(lambda: 1)
 # of one partition, whose warps don't diverge here
 stand_in("barrier")(lambda **scope: None)
@@ -85,7 +85,7 @@ def _log_exponentials(name: str) -> None:
 
     def logged(value: Tensor) -> Tensor:
         if len(value.shape) == 2:
-            machine().log(name, "")
+            current().log(name, "")
         return exponential(value)
 
     stand_in(name)(logged)
@@ -230,7 +230,7 @@ def run(
     grid = (*grid, 1, 1)[:3]
     statistics = Statistics()
     for place in itertools.product(*(range(size) for size in reversed(grid))):
-        program = Machine(place[::-1], grid, seed, mode, starve, num_warps, step_limit)
+        program = Program(place[::-1], grid, seed, mode, starve, num_warps, step_limit)
         RUNNING.append(program)
         try:
             with np.errstate(all="ignore"):

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia import hopper as gluon_hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as gluon_mbarrier
 from triton.experimental.gluon.language.nvidia.hopper import tma as gluon_tma
 
-from hopper.machine import Access, Clock, Partition, learn, machine
+from hopper.program import Access, Clock, Partition, current, learn
 from hopper.values import DTYPES, EmulationError, Tensor, rounded, stand_in, tensor
 
 
@@ -94,12 +94,12 @@ class Shared:
         return view
 
     def load(self, layout: Any) -> Tensor:
-        partition = machine().step()
+        partition = current().step()
         partition.access(self, "load", write=False, generic=True)
         return Tensor(self.data.copy(), self.dtype, layout)
 
     def store(self, value: Tensor) -> None:
-        partition = machine().step()
+        partition = current().step()
         if not isinstance(value, Tensor) or value.shape != self.shape or value.dtype != self.dtype:
             raise EmulationError(f"{self}: {self.dtype} of shape {self.shape} was expected, got {value!r}")
         partition.access(self, "store", write=True, generic=True)
@@ -111,8 +111,8 @@ class Shared:
 
 @stand_in("allocate_shared_memory")
 def allocate_shared_memory(element_ty: Any, shape: Sequence[int], layout: Any, value: Any = None) -> Shared:
-    memory = Allocation(f"shared memory {len(machine().allocations)}", element_ty, shape)
-    machine().allocations.append(memory)
+    memory = Allocation(f"shared memory {len(current().allocations)}", element_ty, shape)
+    current().allocations.append(memory)
     box = tuple((0, size) for size in shape)
     shared = Shared(memory, memory.data, memory.written, box, tuple(range(len(shape))), layout)
     if value is not None:
@@ -122,8 +122,8 @@ def allocate_shared_memory(element_ty: Any, shape: Sequence[int], layout: Any, v
 
 @stand_in("fence_async_shared", gluon_hopper)
 def fence_async_shared(cluster: bool = False) -> None:
-    partition = machine().step()
-    for access in (access for memory in machine().allocations for access in memory.accesses):
+    partition = current().step()
+    for access in (access for memory in current().allocations for access in memory.accesses):
         if access.write and access.generic and partition.knows(access.key, access.time):
             access.fences.append((partition.key, partition.clock[partition.key]))
 
@@ -167,7 +167,7 @@ class Barrier:
         self.pending = self.count
         learn(self.known, {**self.arriving, self: self.completed})
         self.arriving = {}
-        for partition in machine().partitions:
+        for partition in current().partitions:
             if partition.awaited is self:
                 self.check_waiter(partition)
 
@@ -181,7 +181,7 @@ class Barrier:
 
 
 def _barrier(shared: Shared, used: bool = True) -> tuple["Partition", Barrier]:
-    partition = machine().step()
+    partition = current().step()
     if shared.dtype != gl.int64 or shared.numel != 1:
         raise EmulationError(f"{shared}: an mbarrier (one int64) was expected, got {shared.dtype} {shared.shape}")
     place = shared.data.__array_interface__["data"][0]
@@ -234,10 +234,10 @@ def barrier_wait(mbarrier: Shared, phase: Any, pred: Any = True, deps: Sequence[
         raise EmulationError(f"{barrier}: a phase's parity (0 or 1) was expected, got {parity}")
     barrier.check_waiter(partition)
     partition.awaited = barrier
-    machine().step(lambda: (barrier.completed - 1) % 2 == parity, f"waits for parity {parity} of {barrier.name}")
+    current().step(lambda: (barrier.completed - 1) % 2 == parity, f"waits for parity {parity} of {barrier.name}")
     partition.awaited = None
     learn(partition.clock, barrier.known)
-    machine().log("wait", barrier.name)
+    current().log("wait", barrier.name)
 
 
 class Descriptor:
@@ -282,17 +282,17 @@ class Copy:
         cut = next((axis for axis, size in enumerate(tile.shape) if size > 1), 0)
         edges = np.linspace(0, tile.shape[cut], min(3, tile.shape[cut]) + 1).astype(int).tolist()
         self.pieces = [(*[slice(None)] * cut, slice(*edge)) for edge in itertools.pairwise(edges)]
-        machine().random.shuffle(self.pieces)
+        current().random.shuffle(self.pieces)
 
     def land(self) -> None:
         piece = self.pieces.pop()
         self.shared.data[piece], self.shared.written[piece] = self.tile[piece], True
         knowledge = {}
         if not self.pieces:
-            self.access.time = machine().counters[self.access.key]
+            self.access.time = current().counters[self.access.key]
             knowledge = {self.access.key: self.access.time}
-            machine().copies.remove(self)
-            machine().log("landed", self.name, by="TMA")
+            current().copies.remove(self)
+            current().log("landed", self.name, by="TMA")
         size = self.tile[piece].size * self.shared.dtype.primitive_bitwidth // 8
         self.barrier.receive(size, knowledge)
 
@@ -311,16 +311,16 @@ def copy_global_to_shared(
     tile[block] = part.double().numpy() if part.numel() else 0.0
     access = partition.access(result, f"TMA load of {tensor_desc.name}", write=True, generic=False, pending=True)
     access.key = (id(result.memory), access.box)
-    machine().counters[access.key] += 1
+    current().counters[access.key] += 1
     result.written[...], result.data[...] = False, np.nan
     tile = rounded(tile, result.dtype).reshape(result.shape)
-    machine().copies.append(Copy(tile, result, mbarrier, access, str(result)))
-    machine().log("copy", str(result))
+    current().copies.append(Copy(tile, result, mbarrier, access, str(result)))
+    current().log("copy", str(result))
 
 
 @stand_in("async_copy_shared_to_global", gluon_tma)
 def copy_shared_to_global(tensor_desc: Descriptor, coord: Sequence[Any], src: Shared) -> None:
-    partition = machine().step()
+    partition = current().step()
     tensor_desc.matches(src)
     inside, block = tensor_desc.place(coord)
     access = partition.access(src, f"TMA store to {tensor_desc.name}", write=False, generic=False, pending=True)
@@ -331,12 +331,12 @@ def copy_shared_to_global(tensor_desc: Descriptor, coord: Sequence[Any], src: Sh
             tensor_desc.memory[inside] = part.to(tensor_desc.memory.dtype)
 
     partition.stores.append((access, finish))
-    machine().log("store", str(src))
+    current().log("store", str(src))
 
 
 @stand_in("store_wait", gluon_tma)
 def store_wait(outstanding: int) -> None:
-    partition = machine().step()
+    partition = current().step()
     while len(partition.stores) > outstanding:
         access, finish = partition.stores.pop(0)
         finish()
@@ -379,7 +379,7 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv"
 def warpgroup_mma(
     a: Any, b: Shared, acc: Any, *, use_acc: Any = True, is_async: bool = False, **precision: Any
 ) -> Tensor | Accumulator:
-    partition = machine().step()
+    partition = current().step()
     name = f"{a if isinstance(a, Shared) else 'registers'} @ {b}"
     layout = acc.type.layout
     if not isinstance(layout, gl.NVMMADistributedLayout) or list(layout.version) != [3, 0]:
@@ -396,19 +396,19 @@ def warpgroup_mma(
     accesses = [partition.access(x, f"wgmma {name}", write=False, generic=False, pending=True) for x in shared]
     token = Accumulator(name, acc, (a, b), bool(use_acc), accesses)
     partition.wgmmas.append(token)
-    machine().log("wgmma", name)
+    current().log("wgmma", name)
     return token if is_async else warpgroup_mma_wait(0, [token])
 
 
 @stand_in("warpgroup_mma_wait", gluon_hopper)
 def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] | None = None) -> Any:
-    partition = machine().step()
+    partition = current().step()
     if not deps:
         raise EmulationError("warpgroup_mma_wait: deps must be given")
     while len(partition.wgmmas) > num_outstanding:
         token = partition.wgmmas.pop(0)
         token.finish(partition)
-        machine().log("retired", token.name)
+        current().log("retired", token.name)
     for dep in deps:
         if isinstance(dep, Accumulator) and dep.result is None:
             raise EmulationError(f"{dep.name}: still in flight after warpgroup_mma_wait({num_outstanding})")

@@ -56,6 +56,8 @@ class EmulationError(Exception):
 
 def rounded(data: Any, dtype: Any) -> np.ndarray:
     """`data` as values of `dtype`; OverflowError where an integer doesn't fit."""
+    if dtype is gl.float32:  # most of them: dtypes' == is slow
+        return np.asarray(data, dtype=np.float32)
     if dtype == gl.int1:
         return np.asarray(data).astype(bool)
     if dtype.is_floating():
@@ -73,7 +75,7 @@ def rounded(data: Any, dtype: Any) -> np.ndarray:
 
 def _common(a: Any, b: Any) -> Any:
     """The dtype of an operation on two tensors."""
-    if a == b:
+    if a is b or a == b:
         return a
     if a.is_floating() != b.is_floating():
         return a if a.is_floating() else b
@@ -119,7 +121,7 @@ def elementwise(function: Callable, *values: Any, dtype: Any = None) -> "Tensor"
     common = operands[0].dtype
     for operand in operands[1:]:
         common = _common(common, operand.dtype)
-    result = function(*(rounded(operand.data, common) for operand in operands))
+    result = function(*(x.data if x.dtype is common else rounded(x.data, common) for x in operands))
     return Tensor(rounded(result, dtype or common), dtype or common, _layout(*operands))
 
 
@@ -424,6 +426,9 @@ for _name in ("fdiv", "div_rn"):
     stand_in(_name)(lambda x, y, **options: _true_divide(x, y))
 # of a NaN and a number, Triton's maximum is the number
 maximum, minimum = stand_in("maximum")(_chosen(np.fmax)), stand_in("minimum")(_chosen(np.fmin))
+stand_in("clamp")(lambda x, min, max, **options: minimum(maximum(x, min), max))
+stand_in("broadcast_to")(lambda value, *shape: broadcast(value, _axes(shape)))
+stand_in("trans")(lambda value, *order: permute(value, *(order or (1, 0))))
 stand_in("to_tensor")(tensor)
 stand_in("cast")(Tensor.to)
 for _name in ("multiple_of", "max_contiguous", "max_constancy"):

@@ -68,7 +68,7 @@ class Partition:
     def released(self, kind: str, name: str) -> None:
         """After others could learn what has happened so far: what comes now they don't know."""
         self.clock[self.key] += 1
-        machine().log(kind, name)
+        current().log(kind, name)
 
     def access(self, shared: Any, what: str, *, write: bool, generic: bool, pending: bool = False) -> Access:
         """Note an access to shared memory; `pending`: its end is still to come. Raises EmulationError for a race."""
@@ -112,7 +112,7 @@ class Event:
     in_flight: tuple[str, ...]
 
 
-class Machine:
+class Program:
     """One program of the grid."""
 
     def __init__(self, program: tuple, grid: tuple, seed: int, mode: str, starve: str, warps: int, limit: int) -> None:
@@ -241,9 +241,9 @@ class Machine:
         worker.done = True
 
 
-RUNNING: list[Machine] = []
+RUNNING: list[Program] = []
 
 
-def machine() -> Machine:
+def current() -> Program:
     """The one whose program is being executed."""
     return RUNNING[-1]
