@@ -12,7 +12,7 @@ call always gives the same execution. It raises `EmulationError` for
 - an mbarrier with more arrivals in a phase than its count, with bytes that nobody expected, with a waiter that lags two
   phases behind (its parity would be mistaken for the wrong phase), or used before `init`;
 - global memory out of bounds, blocks of unlike layouts or ranks, integers that overflow;
-- a partition that ends with a wgmma or a TMA store it hasn't waited for, a program that ends with a TMA load in flight.
+- a partition that ends with a wgmma or a TMA store it hasn't waited for, a program that hasn't waited for a TMA load.
 
 Not modelled: registers (their number, their spilling, operands that the compiler moves), the order in which the
 compiler schedules instructions, warps of one partition that diverge, memory order beyond these rules (none in global
@@ -235,9 +235,7 @@ def run(
         try:
             with np.errstate(all="ignore"):
                 function(**values)
-            program.main.finish()
-            if program.copies:
-                raise EmulationError(f"the program ended with a TMA load of {program.copies[0].name} in flight")
+            program.finish()
         except BaseException as error:
             cause = program.error if isinstance(error, Stopped) and program.error is not None else error
             cause.add_note(f"program {program.program}, seed {seed}, mode {mode!r}, starve {starve!r}")

@@ -151,7 +151,10 @@ class Barrier:
         self.pending -= count
         self.bytes += expected
         learn(self.arriving, clock)
+        completed = self.completed
         self._complete()
+        if self.count == 1 and self.completed > completed:  # whoever arrives alone knows that it ends the phase
+            clock[self] = self.completed
 
     def receive(self, count: int, clock: Clock) -> None:
         self.bytes -= count

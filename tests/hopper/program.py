@@ -187,6 +187,14 @@ class Program:
             return min([*able, *copies], key=lambda choice: self.order[choice.name])
         return self.random.choice([*able, *copies])
 
+    def finish(self) -> None:
+        """Raises EmulationError where the program has left something in flight."""
+        self.main.finish()
+        for memory in self.allocations:
+            for access in memory.accesses:
+                if access.write and not self.main.knows(access.key, access.time):
+                    raise EmulationError(f"the program ended without waiting for {access.what} of {memory.name}")
+
     def specialize(self, functions: Sequence[tuple[Callable, Sequence[Any]]], warps: Sequence[int]) -> Any:
         """Run each function as a partition of its own, the first in the caller's; returns the first's result."""
         main, names = self.running, [getattr(f, "__name__", str(f)) for f, _ in functions]
