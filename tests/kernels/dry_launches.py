@@ -17,10 +17,10 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_backward, attention_forward
+from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_backward, attention_forward, forward
 from headscope_kernels.attention.backward import DIFFERENTIABLE
 from headscope_kernels.attention.backward_configs import backward_configurations
-from headscope_kernels.attention.configs import forward_configuration
+from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration
 from headscope_kernels.attention.forward import _LAUNCHES
 from headscope_kernels.attention.static_backward import BackwardProblem
 from headscope_kernels.attention.static_backward import problem_arguments as backward_problem_arguments
@@ -94,7 +94,9 @@ def tensors(dim: int, dtype: torch.dtype, offset: int = 0, keys: int = 256) -> d
     }
 
 
-def launch(own: dict[str, Tensor], asked: tuple[str, ...]) -> dict[str, Any]:
+def launch(
+    own: dict[str, Tensor], asked: tuple[str, ...], configuration: ForwardConfiguration | None = None
+) -> dict[str, Any]:
     """What the driver gets for a call on these tensors with what is asked for."""
     query, key, value = own["query"], own["key"], own["value"]
     statistics = [BoundStatistic(STATISTICS["entropy"](()), ())]
@@ -102,7 +104,7 @@ def launch(own: dict[str, Tensor], asked: tuple[str, ...]) -> dict[str, Any]:
     if "groups" in asked:
         statistics.append(BoundStatistic(STATISTICS["group_mass"]((3,)), (own["groups"],)))
         outputs.append(own["group_mass"])
-    configuration = forward_configuration(
+    configuration = configuration or forward_configuration(
         query.dtype,
         query.shape[3],
         value.shape[3],
@@ -137,12 +139,14 @@ def launch(own: dict[str, Tensor], asked: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def twice(dim: int, dtype: torch.dtype, *asked: str) -> dict[str, Any]:
+def twice(
+    dim: int, dtype: torch.dtype, *asked: str, configuration: ForwardConfiguration | None = None
+) -> dict[str, Any]:
     """The same call on other tensors of the same layout."""
     own = tensors(dim, dtype)
-    first = launch(own, asked)
+    first = launch(own, asked, configuration)
     alive = [weakref.ref(tensor) for tensor in own.values()]
-    again = launch(tensors(dim, dtype), asked)
+    again = launch(tensors(dim, dtype), asked, configuration)
     launched.clear()
     del own
     gc.collect()
@@ -183,11 +187,15 @@ def backward(kernel: str, dim: int) -> dict[str, int]:
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
+    # asked of where a schedule isn't the plain one; tensors lie on the CPU
+    forward.device_target = lambda tensor: ("cuda", 90)
     half = torch.float16
+    specialised = ForwardConfiguration(128, 128, num_warps=4, descriptors=True, schedule="specialised")
     cases: dict[str, Any] = {
         "plain": twice(64, half),
         "descriptors": twice(128, half),
         "split": twice(40, torch.bfloat16, "gate", "fill"),
+        "specialised": twice(64, half, "gate", configuration=specialised),
         "everything": twice(64, half, "mask", "gate", "fill", "temperature", "groups"),
         "unaligned": launch(tensors(64, half, offset=1), ()),
         "longer": launch(tensors(64, half, keys=512), ()),
@@ -196,11 +204,15 @@ def main() -> None:
     same["value"] = same["key"]
     cases["aliased"] = launch(same, ())
     cases["apart"] = launch(tensors(64, half), ())
-    for name, dim in (("static", 64), ("static, descriptors", 128)):
+    for name, dim, own_configuration in (
+        ("static", 64, None),
+        ("static, descriptors", 128, None),
+        ("static, specialised", 64, specialised),
+    ):
         own = tensors(dim, half)
         problem = Problem(dim=dim, dtype=half, queries=256, keys=256, statistics=("entropy",), gate=True)
-        launch(own, ("gate",))
-        configuration = list(_LAUNCHES._known)[-1][-1]
+        launch(own, ("gate",), own_configuration)
+        configuration = own_configuration or list(_LAUNCHES._known)[-1][-1]
         source = ast_source(_LAUNCHES.kernel, problem_arguments(problem, configuration))
         options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
         compiled = triton.compile(source, target=TARGETS["sm_90"], options={**options, "enable_fp_fusion": True})

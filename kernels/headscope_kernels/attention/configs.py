@@ -1,10 +1,14 @@
-"""Tile shapes of the attention kernels, chosen by rule: no search at import, none at the first call."""
+"""Tile shapes of the attention kernels, chosen by rule or by what was measured (choices.py), never by a search."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from headscope_kernels.attention.choices import Choice
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,9 @@ class ForwardConfiguration:
         dim_widths, value_widths: the chunks the head dimensions are cut into, powers of two, at least 16;
             None: `chunk_widths` decides.
         descriptors: keys and values come through tensor descriptors where their strides allow.
-        schedule: who loads and who computes. "plain": every warp does both (forward.py); "specialised": the same kernel,
-            whose loads Triton gives to warps of their own; "pingpong": the kernel for Hopper in pingpong.py. The last
-            two serve some calls only, and are off by default.
+        schedule: who loads and who computes. "plain": every warp does both (forward.py); "specialised": the same
+            kernel, whose loads Triton gives to warps of their own; "pingpong": the kernel for Hopper in pingpong.py.
+            The last two serve some calls only, and are off by default.
     """
 
     block_queries: int
@@ -55,6 +59,115 @@ def chunk_widths(dim: int) -> tuple[int, ...]:
     return (first, second) if first + second < whole and second else (whole,)
 
 
+HOPPER = ("cuda", 90)
+HALF = (torch.float16, torch.bfloat16)
+
+# what costs nothing in the loop over keys, or one instruction: features as arguments.py names them
+LIGHT = frozenset(
+    (
+        *("gate", "fill", "temperature", "attention", "row_max", "log2_sum"),
+        *("entropy", "logsumexp", "max_logit", "max_prob", "collision_entropy"),
+    )
+)
+
+
+class _Limits(NamedTuple):
+    """What a schedule for Hopper serves, in 16 bits and through descriptors.
+
+    Attributes:
+        dims: head dimensions.
+        warps, block_queries: the configurations it is written for.
+        features: what a call may ask for.
+    """
+
+    dims: range
+    warps: tuple[int, ...]
+    block_queries: tuple[int, ...]
+    features: frozenset[str]
+
+
+_LIMITS = {
+    # two groups of four warps with 64 queries each; Triton doesn't look at loops of other numbers of warps
+    "specialised": _Limits(range(1, 129), (4,), (128,), LIGHT | {"no output"}),
+    "pingpong": _Limits(range(33, 129), (4,), (128, 192), LIGHT),
+}
+
+_UNALIGNED = "descriptors need addresses and strides that are multiples of 16 bytes, and rows without gaps"
+_REASONS = {
+    "mask": "the warps that compute would load it",
+    "is_causal": "tiles across the diagonal take a loop of their own",
+    "key_bias": "a row can't be loaded by warps of its own",
+    "key_scale": "a row can't be loaded by warps of its own",
+    "scale <= 0": "the query would have to change on its way into shared memory",
+    "another statistic": "not known to survive that tiles are cut in two",
+    "unaligned query": _UNALIGNED,
+    "unaligned key": _UNALIGNED,
+    "unaligned value": _UNALIGNED,
+}
+
+
+def unserved(
+    configuration: ForwardConfiguration,
+    dtype: torch.dtype,
+    dim: int,
+    dim_v: int,
+    keys: int,
+    target: tuple[str, int] | None,
+    features: Collection[str] = (),
+) -> str | None:
+    """Why the configuration's schedule can't serve a call, None if it can; see `forward_configuration`."""
+    limits = _LIMITS.get(configuration.schedule)
+    if limits is None:
+        return None
+    wants = f"{configuration.block_queries} x {configuration.block_keys}, {configuration.num_warps} warps"
+    demands = {
+        f"target {target}, expected {HOPPER}": target in (None, HOPPER),
+        f"{dtype}, expected float16 or bfloat16": dtype in HALF,
+        f"head dimensions {dim} and {dim_v}, expected {limits.dims[0]} to {limits.dims[-1]}": (
+            dim in limits.dims and dim_v in limits.dims
+        ),
+        f"{keys} keys, expected a multiple of {configuration.block_keys}": keys and not keys % configuration.block_keys,
+        f"a tile of {wants}, expected {limits.block_queries} queries and {limits.warps} warps": (
+            configuration.num_warps in limits.warps and configuration.block_queries in limits.block_queries
+        ),
+        "descriptors=False, expected True": configuration.descriptors,
+        "three chunks of a head dimension, expected at most two": all(
+            len(widths or ()) <= 2 for widths in (configuration.dim_widths, configuration.value_widths)
+        ),
+        **{f"{name} ({_REASONS.get(name, 'not tried')})": False for name in sorted(set(features) - limits.features)},
+    }
+    missing = [demand for demand, met in demands.items() if not met]
+    return f"schedule {configuration.schedule!r} can't serve {'; '.join(missing)}" if missing else None
+
+
+def candidates(
+    dtype: torch.dtype, dim: int, dim_v: int, queries: int, keys: int, target: tuple[str, int] | None
+) -> dict[str, ForwardConfiguration]:
+    """Configurations to be timed against the rule's for such a problem without a mask, by name; none but on Hopper.
+
+    Args: as `forward_configuration`'s.
+    """
+    if target != HOPPER or dtype not in HALF or max(dim, dim_v) > 128 or min(queries, keys) < 128:
+        return {}
+    known = {
+        "descriptors": ForwardConfiguration(128, 128, num_warps=8, descriptors=True),
+        # two programs on a multiprocessor, each at another place of its loop; beyond 80 channels it spills
+        "128x64, 4 warps": ForwardConfiguration(128, 64, num_warps=4, descriptors=True),
+        "specialised": ForwardConfiguration(128, 128, num_warps=4, descriptors=True, schedule="specialised"),
+        "ping-pong": ForwardConfiguration(128, 128, num_warps=4, descriptors=True, schedule="pingpong"),
+        "ping-pong, three": ForwardConfiguration(192, 128, num_warps=4, descriptors=True, schedule="pingpong"),
+    }
+    largest = {"128x64, 4 warps": 80, "ping-pong, three": 64}
+    rule = forward_configuration(dtype, dim, dim_v, queries, keys, target, choices=())
+    return {
+        name: configuration
+        for name, configuration in known.items()
+        if max(dim, dim_v) <= largest.get(name, 128)
+        and configuration != rule
+        and unserved(configuration, dtype, dim, dim_v, keys, target) is None
+    }
+
+
 @lru_cache
 def forward_configuration(
     dtype: torch.dtype,
@@ -67,6 +180,8 @@ def forward_configuration(
     exact: bool = True,
     masked: bool = False,
     carried: int = 0,
+    features: frozenset[str] | None = None,
+    choices: "tuple[Choice, ...] | None" = None,
 ) -> ForwardConfiguration:
     """The configuration for this problem.
 
@@ -78,9 +193,38 @@ def forward_configuration(
         exact: float32 products are not rounded to TensorFloat-32.
         masked: there is a mask to load.
         carried: columns of the statistics' accumulators, beside the output's.
+        features: what the call asks for (arguments.py); None: unknown, and only the rule decides.
+        choices: what was measured to be better than the rule; None: the package's table, (): nothing.
+
+    Raises:
+        ValueError: the package's table is malformed.
     """
     if target is None:
         return INTERPRETER
+    if features is not None and not masked and not carried and dim == dim_v and features <= LIGHT:
+        # choices.py needs this module
+        from headscope_kernels.attention import choices as measured
+
+        table = measured.packaged() if choices is None else choices
+        for configuration in measured.nearest(table, dtype, dim, queries, keys, target):
+            if configuration.schedule == "plain":
+                return _shrink(configuration, queries, keys)
+            if unserved(configuration, dtype, dim, dim_v, keys, target, features) is None:
+                return configuration
+    return _by_rule(dtype, dim, dim_v, queries, keys, target, exact, masked, carried)
+
+
+def _by_rule(
+    dtype: torch.dtype,
+    dim: int,
+    dim_v: int,
+    queries: int,
+    keys: int,
+    target: tuple[str, int],
+    exact: bool,
+    masked: bool,
+    carried: int,
+) -> ForwardConfiguration:
     backend, architecture = target
     width = max(sum(chunk_widths(dim)), sum(chunk_widths(dim_v)))
     if dtype == torch.float32:
