@@ -101,6 +101,14 @@ def tensor(value: Any, beside: Any = None) -> "Tensor":
     return Tensor(rounded(value, dtype), dtype)
 
 
+def _known(layout: Any) -> Any:
+    """None for AutoLayout, and for slices of what reshape gives, whose layout the compiler chooses."""
+    parent = layout
+    while isinstance(parent, gl.SliceLayout):
+        parent = parent.parent
+    return None if parent is None or isinstance(parent, gl.AutoLayout) else layout
+
+
 def _layout(*values: "Tensor") -> Any:
     """The layout that all blocks among `values` share; None is Gluon's AutoLayout, which takes any."""
     blocks = [value for value in values if value.data.ndim]
@@ -137,10 +145,9 @@ class Tensor:
     __array_ufunc__ = None
 
     def __init__(self, data: Any, dtype: Any, layout: Any = None, buffer: "Buffer | None" = None) -> None:
-        self.data, self.dtype, self.layout, self.buffer = np.asarray(data), dtype, layout, buffer
-        if layout is not None and not isinstance(layout, gl.AutoLayout) and layout.rank != self.data.ndim:
+        self.data, self.dtype, self.layout, self.buffer = np.asarray(data), dtype, _known(layout), buffer
+        if self.layout is not None and self.layout.rank != self.data.ndim:
             raise EmulationError(f"a layout of rank {self.data.ndim} was expected, got {layout}")
-        self.layout = None if isinstance(layout, gl.AutoLayout) else layout
 
     @property
     def shape(self) -> list[int]:

@@ -12,32 +12,33 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import stand_in
 import torch
 import triton
-from stand_in import launched
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+import stand_in
 from headscope_kernels.attention import (
     STATISTICS,
     BoundStatistic,
     attention_backward,
     attention_forward,
     attention_key_mass,
+    forward,
 )
 from headscope_kernels.attention import backward as backward_module
 from headscope_kernels.attention import key_mass as key_mass_module
 from headscope_kernels.attention.backward import DIFFERENTIABLE
 from headscope_kernels.attention.backward_configs import backward_configurations
-from headscope_kernels.attention.configs import forward_configuration, key_mass_configuration
+from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration, key_mass_configuration
 from headscope_kernels.attention.forward import _LAUNCHES
 from headscope_kernels.attention.launches import Launches
 from headscope_kernels.attention.static_backward import BackwardProblem
 from headscope_kernels.attention.static_backward import problem_arguments as backward_problem_arguments
 from headscope_kernels.attention.static_report import TARGETS, Problem, ast_source, problem_arguments
+from stand_in import launched
 
 HALF = torch.float16
 BACKWARD = tuple(getattr(backward_module, name) for name in ("_ROW_TERMS", "_KEY_VALUE", "_QUERY", "_MASK"))
@@ -73,7 +74,9 @@ def tensors(dim: int, dtype: torch.dtype, offset: int = 0, keys: int = 256) -> d
     }
 
 
-def launch(own: dict[str, Tensor], asked: tuple[str, ...]) -> dict[str, Any]:
+def launch(
+    own: dict[str, Tensor], asked: tuple[str, ...], configuration: ForwardConfiguration | None = None
+) -> dict[str, Any]:
     """What the driver gets for a call on these tensors with what is asked for."""
     query, key, value = own["query"], own["key"], own["value"]
     statistics = [BoundStatistic(STATISTICS["entropy"](()), ())]
@@ -81,7 +84,7 @@ def launch(own: dict[str, Tensor], asked: tuple[str, ...]) -> dict[str, Any]:
     if "groups" in asked:
         statistics.append(BoundStatistic(STATISTICS["group_mass"]((3,)), (own["groups"],)))
         outputs.append(own["group_mass"])
-    configuration = forward_configuration(
+    configuration = configuration or forward_configuration(
         query.dtype,
         query.shape[3],
         value.shape[3],
@@ -116,12 +119,14 @@ def launch(own: dict[str, Tensor], asked: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def twice(dim: int, dtype: torch.dtype, *asked: str) -> dict[str, Any]:
+def twice(
+    dim: int, dtype: torch.dtype, *asked: str, configuration: ForwardConfiguration | None = None
+) -> dict[str, Any]:
     """The same call on other tensors of the same layout."""
     own = tensors(dim, dtype)
-    first = launch(own, asked)
+    first = launch(own, asked, configuration)
     alive = [weakref.ref(tensor) for tensor in own.values()]
-    again = launch(tensors(dim, dtype), asked)
+    again = launch(tensors(dim, dtype), asked, configuration)
     launched.clear()
     del own
     gc.collect()
@@ -303,11 +308,15 @@ def backward(kernel: str, dim: int) -> dict[str, int]:
 
 def main() -> None:
     stand_in.install()
+    # asked of where a schedule isn't the plain one; tensors lie on the CPU
+    forward.device_target = lambda tensor: ("cuda", 90)
     half = HALF
+    specialised = ForwardConfiguration(128, 128, num_warps=4, descriptors=True, schedule="specialised")
     cases: dict[str, Any] = {
         "plain": twice(64, half),
         "descriptors": twice(128, half),
         "split": twice(40, torch.bfloat16, "gate", "fill"),
+        "specialised": twice(64, half, "gate", configuration=specialised),
         "everything": twice(64, half, "mask", "gate", "fill", "temperature", "groups"),
         "unaligned": launch(tensors(64, half, offset=1), ()),
         "longer": launch(tensors(64, half, keys=512), ()),
@@ -316,11 +325,15 @@ def main() -> None:
     same["value"] = same["key"]
     cases["aliased"] = launch(same, ())
     cases["apart"] = launch(tensors(64, half), ())
-    for name, dim in (("static", 64), ("static, descriptors", 128)):
+    for name, dim, own_configuration in (
+        ("static", 64, None),
+        ("static, descriptors", 128, None),
+        ("static, specialised", 64, specialised),
+    ):
         own = tensors(dim, half)
         problem = Problem(dim=dim, dtype=half, queries=256, keys=256, statistics=("entropy",), gate=True)
-        launch(own, ("gate",))
-        configuration = list(_LAUNCHES._known)[-1][-1]
+        launch(own, ("gate",), own_configuration)
+        configuration = own_configuration or list(_LAUNCHES._known)[-1][-1]
         source = ast_source(_LAUNCHES.kernel, problem_arguments(problem, configuration))
         options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
         compiled = triton.compile(source, target=TARGETS["sm_90"], options={**options, "enable_fp_fusion": True})

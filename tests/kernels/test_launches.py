@@ -35,7 +35,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(process.stdout)
 
 
-@pytest.mark.parametrize("name", ["plain", "descriptors", "split", "everything"])
+@pytest.mark.parametrize("name", ["plain", "descriptors", "split", "specialised", "everything"])
 def test_repeated(cases: dict[str, Any], name: str):
     """The second call's own tensors, and everything else as Triton bound it for the first."""
     first, again = cases[name]["first"], cases[name]["again"]
@@ -58,7 +58,7 @@ def test_aliased(cases: dict[str, Any]):
     assert cases["apart"]["arguments"][1:3] == ["key", "value"]
 
 
-@pytest.mark.parametrize("name", ["static", "static, descriptors"])
+@pytest.mark.parametrize("name", ["static", "static, descriptors", "static, specialised"])
 def test_reports_compile_what_runs(cases: dict[str, Any], name: str):
     assert cases[name]["launched"] == cases[name]["static"]
 

@@ -59,6 +59,17 @@ def test_what_cant_be_followed_isnt_judged():
     assert misplaced_operands(PTX, PRODUCT + PRODUCT)[0].startswith("a descriptor")
 
 
+def test_groups_of_warps_in_another_order():
+    """Each group's products read another place; the assembler may put the second group first."""
+    other = PTX.replace("16384", "32768").replace("%r", "%s")
+    ptx = "setmaxnreg.inc.sync.aligned.u32 232;" + PTX + "setmaxnreg.inc.sync.aligned.u32 232;" + other
+    group = "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xe8 ;" + START + "UIADD3 UR38, UP1, UR6, 0x20, URZ ;" + PRODUCT
+    far = group.replace("0x4000", "0x8000")
+    assert misplaced_operands(ptx, group + far) == []
+    assert misplaced_operands(ptx, far + group) == []
+    assert len(misplaced_operands(ptx, group + group)) == 1
+
+
 @pytest.fixture
 def binary(monkeypatch, tmp_path):
     """What a launch returns of a kernel, assembled as the test says, and how often it was looked at."""

@@ -4,7 +4,7 @@ Reads shapes, strides and dtypes only, so tensors without data do.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headscope_kernels.attention.configs import ForwardConfiguration, chunk_widths
 from headscope_kernels.attention.host import (
+    addressable,
     broadcast_strides,
     dot_dtype,
     in_units,
@@ -19,7 +20,7 @@ from headscope_kernels.attention.host import (
     stride_unit,
     tile_descriptors,
 )
-from headscope_kernels.attention.statistics import BoundStatistic, statistic_set
+from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic, statistic_set
 
 MAXIMUM_DIM = 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -173,6 +174,32 @@ def statistic_arguments(
     }
 
 
+def forward_features(
+    pointers: Mapping[str, Any], is_causal: bool, scale: float, statistics: Sequence[BoundStatistic]
+) -> frozenset[str]:
+    """What a call asks for beside attention's output, and what of it stands in a schedule's way (configs.py).
+
+    Args:
+        pointers: the call's tensors by the kernel's parameters.
+        is_causal, scale, statistics: as `attention_forward`'s.
+    """
+    tensors = {name.removesuffix("_ptr"): value for name, value in pointers.items() if isinstance(value, Tensor)}
+    operands = tensors.keys() & {"query", "key", "value"}
+    return frozenset(
+        [*(tensors.keys() - operands - {"output"})]
+        + [_NAMES.get(bound.statistic, "another statistic") for bound in statistics]
+        + [f"unaligned {name}" for name in tensors.keys() & _DESCRIBED if not addressable(tensors[name])]
+        + ["is_causal"] * is_causal
+        + ["no output"] * tensors.keys().isdisjoint(("output", "attention"))
+        + ["scale <= 0"] * (scale <= 0)
+    )
+
+
+_DESCRIBED = {"query", "key", "value", "output"}
+# statistics without constants or data
+_NAMES = {STATISTICS[name](()): name for name in ("entropy", "logsumexp", "max_logit", "max_prob", "collision_entropy")}
+
+
 def forward_arguments(
     query: Tensor,
     key: Tensor,
@@ -263,5 +290,6 @@ def forward_arguments(
         "VALUE_DIM": dim_v,
         "VALUE_WIDTHS": value_widths,
         "STRIDE_UNIT": unit,
+        "SPECIALISED": configuration.schedule == "specialised",
         **statistic_arguments(statistics, statistic_outputs, (batch, heads, queries)),
     }

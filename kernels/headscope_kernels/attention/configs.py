@@ -1,10 +1,14 @@
-"""Tile shapes of the attention kernels, chosen by rule: no search at import, none at the first call."""
+"""Tile shapes of the attention kernels, chosen by rule or by what was measured (choices.py), never by a search."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from headscope_kernels.attention.choices import Choice
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,149 @@ def chunk_widths(dim: int) -> tuple[int, ...]:
     return (first, second) if first + second < whole and second else (whole,)
 
 
+HOPPER = ("cuda", 90)
+HALF = (torch.float16, torch.bfloat16)
+
+# what costs nothing in the loop over keys, or one instruction: features as arguments.py names them
+LIGHT = frozenset(
+    (
+        *("gate", "fill", "temperature", "attention", "row_max", "log2_sum"),
+        *("entropy", "logsumexp", "max_logit", "max_prob", "collision_entropy"),
+    )
+)
+
+
+# of a warp group on Hopper, what one matrix instruction takes
+GROUP_ROWS = 64
+# of a program on Hopper, less what barriers take
+_SHARED_BYTES = 226 * 1024
+
+
+class _Limits(NamedTuple):
+    """What a schedule for Hopper serves, in 16 bits and through descriptors.
+
+    Attributes:
+        dims: head dimensions.
+        warps, block_queries: the configurations it is written for.
+        features: what a call may ask for.
+        gluon: the kernel of pingpong.py, which takes a last tile of keys that isn't full.
+    """
+
+    dims: range
+    warps: tuple[int, ...]
+    block_queries: tuple[int, ...]
+    features: frozenset[str]
+    gluon: bool = False
+
+
+# two or three groups of four warps
+_PINGPONG = _Limits(range(1, 161), (4,), (2 * GROUP_ROWS, 3 * GROUP_ROWS), frozenset(("gate", "entropy")), gluon=True)
+_LIMITS = {
+    # two groups of four warps with 64 queries each; Triton doesn't look at loops of other numbers of warps
+    "specialised": _Limits(range(1, 129), (4,), (128,), LIGHT | {"no output", "unaligned output"}),
+    "overlapped": _PINGPONG,
+    "pingpong": _PINGPONG,
+}
+
+_UNALIGNED = "descriptors need addresses and strides that are multiples of 16 bytes, and rows without gaps"
+_REASONS = {
+    "mask": "the warps that compute would load it",
+    "is_causal": "tiles across the diagonal take a loop of their own",
+    "key_bias": "a row can't be loaded by warps of its own",
+    "key_scale": "a row can't be loaded by warps of its own",
+    "scale <= 0": "the query would have to change on its way into shared memory",
+    "another statistic": "not known to survive that tiles are cut in two",
+    "unaligned query": _UNALIGNED,
+    "unaligned key": _UNALIGNED,
+    "unaligned value": _UNALIGNED,
+    "unaligned output": _UNALIGNED,
+}
+
+
+def query_stages(configuration: ForwardConfiguration, dim: int) -> int:
+    """Tiles of queries that pingpong.py's kernel holds at once, two if shared memory takes them; 0: it takes none."""
+    row = 2 * sum(configuration.dim_widths or chunk_widths(dim))
+    left = _SHARED_BYTES - 2 * configuration.num_stages * configuration.block_keys * row
+    return min(2, max(0, left // (configuration.block_queries * row)))
+
+
+def unserved(
+    configuration: ForwardConfiguration,
+    dtype: torch.dtype,
+    dim: int,
+    dim_v: int,
+    keys: int,
+    target: tuple[str, int] | None,
+    features: Collection[str] = (),
+) -> str | None:
+    """Why the configuration's schedule can't serve a call, None if it can; see `forward_configuration`."""
+    limits = _LIMITS.get(configuration.schedule)
+    if limits is None:
+        return None
+    wants = f"{configuration.block_queries} x {configuration.block_keys}, {configuration.num_warps} warps"
+    demands = {
+        f"target {target}, expected {HOPPER}": target == HOPPER or (target is None and not limits.gluon),
+        f"{dtype}, expected float16 or bfloat16": dtype in HALF,
+        f"head dimensions {dim} and {dim_v}, expected {limits.dims[0]} to {limits.dims[-1]}": (
+            dim in limits.dims and dim_v in limits.dims
+        ),
+        f"{keys} keys, expected a multiple of {configuration.block_keys}": (
+            keys > 0 and (limits.gluon or keys % configuration.block_keys == 0)
+        ),
+        f"head dimensions {dim} and {dim_v}, expected them to be equal": not limits.gluon or dim == dim_v,
+        f"{configuration.num_stages} stages, expected at least 2": not limits.gluon or configuration.num_stages >= 2,
+        f"tiles that take more than {_SHARED_BYTES} bytes of shared memory": (
+            not limits.gluon or query_stages(configuration, dim) > 0
+        ),
+        f"a tile of {wants}, expected {limits.block_queries} queries and {limits.warps} warps": (
+            configuration.num_warps in limits.warps and configuration.block_queries in limits.block_queries
+        ),
+        "descriptors=False, expected True": configuration.descriptors,
+        "three chunks of a head dimension, expected at most two": all(
+            len(widths or ()) <= 2 for widths in (configuration.dim_widths, configuration.value_widths)
+        ),
+        **{f"{name} ({_REASONS.get(name, 'not tried')})": False for name in sorted(set(features) - limits.features)},
+    }
+    missing = [demand for demand, met in demands.items() if not met]
+    return f"schedule {configuration.schedule!r} can't serve {'; '.join(missing)}" if missing else None
+
+
+def candidates(
+    dtype: torch.dtype, dim: int, dim_v: int, queries: int, keys: int, target: tuple[str, int] | None
+) -> dict[str, ForwardConfiguration]:
+    """Configurations to be timed against the rule's for such a problem without a mask, by name; none but on Hopper.
+
+    Args: as `forward_configuration`'s.
+    """
+    if target != HOPPER or dtype not in HALF or queries < 2 * GROUP_ROWS or not keys:
+        return {}
+    block_keys = min(128, covering_block(keys))
+    # as many tiles in flight as two tiles of queries leave room for
+    stages = 4 if dim <= 64 else 3 if dim <= 80 else 2
+    overlapped = ForwardConfiguration(128, block_keys, 4, stages, descriptors=True, schedule="overlapped")
+    known = {
+        "descriptors": ForwardConfiguration(128, 128, num_warps=8, descriptors=True),
+        # two programs on a multiprocessor, each at another place of its loop; beyond 80 channels it spills
+        "128x64, 4 warps": ForwardConfiguration(128, 64, num_warps=4, descriptors=True),
+        "specialised": ForwardConfiguration(128, 128, num_warps=4, descriptors=True, schedule="specialised"),
+        "overlapped": overlapped,
+        "overlapped, padded": replace(overlapped, dim_widths=(covering_block(dim),)),
+        "ping-pong": replace(overlapped, schedule="pingpong"),
+        "ping-pong, three": replace(overlapped, block_queries=192, schedule="pingpong"),
+    }
+    largest = {"descriptors": 128, "128x64, 4 warps": 80, "ping-pong, three": 64}
+    rule = forward_configuration(dtype, dim, dim_v, queries, keys, target, choices=())
+    return {
+        name: configuration
+        for name, configuration in known.items()
+        if max(dim, dim_v) <= largest.get(name, 512)
+        and configuration != rule
+        and (configuration.dim_widths != chunk_widths(dim))
+        and keys >= configuration.block_keys // 2
+        and unserved(configuration, dtype, dim, dim_v, keys, target) is None
+    }
+
+
 @lru_cache
 def forward_configuration(
     dtype: torch.dtype,
@@ -68,6 +215,8 @@ def forward_configuration(
     exact: bool = True,
     masked: bool = False,
     carried: int = 0,
+    features: frozenset[str] | None = None,
+    choices: "tuple[Choice, ...] | None" = None,
 ) -> ForwardConfiguration:
     """The configuration for this problem.
 
@@ -79,9 +228,38 @@ def forward_configuration(
         exact: float32 products are not rounded to TensorFloat-32.
         masked: there is a mask to load.
         carried: columns of the statistics' accumulators, beside the output's.
+        features: what the call asks for (arguments.py); None: unknown, and only the rule decides.
+        choices: what was measured to be better than the rule; None: the package's table, (): nothing.
+
+    Raises:
+        ValueError: the package's table is malformed.
     """
     if target is None:
         return INTERPRETER
+    if features is not None and not masked and not carried and dim == dim_v and features <= LIGHT:
+        # choices.py needs this module
+        from headscope_kernels.attention import choices as measured
+
+        table = measured.packaged() if choices is None else choices
+        for configuration in measured.nearest(table, dtype, dim, queries, keys, target):
+            if configuration.schedule == "plain":
+                return _shrink(configuration, queries, keys)
+            if unserved(configuration, dtype, dim, dim_v, keys, target, features) is None:
+                return configuration
+    return _by_rule(dtype, dim, dim_v, queries, keys, target, exact, masked, carried)
+
+
+def _by_rule(
+    dtype: torch.dtype,
+    dim: int,
+    dim_v: int,
+    queries: int,
+    keys: int,
+    target: tuple[str, int],
+    exact: bool,
+    masked: bool,
+    carried: int,
+) -> ForwardConfiguration:
     backend, architecture = target
     width = max(sum(chunk_widths(dim)), sum(chunk_widths(dim_v)))
     if dtype == torch.float32:

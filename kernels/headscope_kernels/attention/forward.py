@@ -25,10 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headscope_kernels.attention.arguments import forward_arguments
-from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration
+from headscope_kernels.attention.arguments import forward_arguments, forward_features
+from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration, unserved
 from headscope_kernels.attention.host import device_target, float32_precision, launch_context
 from headscope_kernels.attention.launches import Launches, layouts
+from headscope_kernels.attention.specialised import SpecialisedKernel
 from headscope_kernels.attention.statistics import BoundStatistic
 from headscope_kernels.attention.tiles import (
     add_products,
@@ -45,6 +46,7 @@ from headscope_kernels.attention.tiles import (
     initial_accumulators,
     load_chunks,
     load_described,
+    load_describing,
     load_row,
     masked_logits,
     scaled_strides,
@@ -119,6 +121,7 @@ def attention_forward_kernel(
     INPUT_PRECISION: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     WIDE: tl.constexpr,
+    SPECIALISED: tl.constexpr,
 ):
     """One program: BLOCK_QUERIES queries of one head against all of its keys.
 
@@ -130,6 +133,8 @@ def attention_forward_kernel(
     ADDITIVE: tl.constexpr = MASK == "additive" or key_bias_ptr is not None
     MASKED: tl.constexpr = MASK != "none" or key_bias_ptr is not None
     HAS_OUTPUT: tl.constexpr = output_ptr is not None or attention_ptr is not None
+    # Triton gives the loads of one loop only to warps of their own: there may be no tile with a border
+    PASSES: tl.constexpr = 1 if SPECIALISED else 2
     query_tiles = tl.cdiv(queries, BLOCK_QUERIES)
     batch_head = tl.program_id(0) // query_tiles
     query_tile = tl.program_id(0) % query_tiles
@@ -169,7 +174,13 @@ def attention_forward_kernel(
         exponent_scale = tempered(exponent_scale, temperature)
 
     # a tuple of [queries, width]
-    query = load_chunks(query_base, rows, query_limit, query_strides[2], query_strides[3], DIM, DIM_WIDTHS, True, WIDE)
+    if SPECIALISED:
+        head_query = head_base(query_ptr, batch, head, query_strides)
+        query = load_describing(head_query, first_query, queries, query_strides[2], BLOCK_QUERIES, DIM, DIM_WIDTHS)
+    else:
+        query = load_chunks(
+            query_base, rows, query_limit, query_strides[2], query_strides[3], DIM, DIM_WIDTHS, True, WIDE
+        )
     query = cast_chunks(query, SIGN, DOT_DTYPE)
 
     # keys before `full` come in tiles without a border, keys before `limit` matter at all
@@ -194,12 +205,12 @@ def attention_forward_kernel(
         result = zero_chunks(BLOCK_QUERIES, VALUE_WIDTHS)  # a tuple of [queries, width]
     accumulators = initial_accumulators(BLOCK_QUERIES, ACCUMULATORS)  # tuples of [queries] or [queries, width]
 
-    for BORDER in tl.static_range(2):
+    for BORDER in tl.static_range(PASSES):
         begin = full if BORDER else 0
         end = limit if BORDER else full
         # pipelined also where it is short: without, tiles of different layouts follow each other at one address, which
         # CUDA 12.8's assembler gets wrong (operands.py)
-        for first_key in tl.range(begin, end, BLOCK_KEYS):
+        for first_key in tl.range(begin, end, BLOCK_KEYS, warp_specialize=SPECIALISED):
             if key_descriptor is not None:
                 key = load_described(
                     key_descriptor, key_tail_descriptor, batch, kv_head, first_key, BLOCK_KEYS, DIM_WIDTHS
@@ -387,10 +398,12 @@ def attention_forward(
             without valid keys.
         log2_sum: like row_max, and together with it: log2 sum_j exp(logit_j - row_max), +inf for a row without valid
             keys, so that p_ij = 2^((logit_ij - row_max_i) * log2(e) - log2_sum_i).
-        configuration: tile shapes; None: chosen for the problem.
+        configuration: tile shapes and schedule; None: chosen for the problem.
 
     Raises:
-        ValueError: a dtype, head dimension, statistic or combination that the kernel has no code for.
+        ValueError: a dtype, head dimension, statistic or combination that the kernel, or the configuration's schedule,
+            has no code for.
+        RuntimeError: Triton compiled the kernel wrongly (operands.py) or not as the schedule says (specialised.py).
     """
     pointers = {
         "query_ptr": query,
@@ -423,6 +436,7 @@ def attention_forward(
             return
         batch, heads, queries, dim = query.shape
         keys, dim_v = value.shape[2:]
+        features = forward_features(pointers, is_causal, scale, statistics)
         if configuration is None:
             configuration = forward_configuration(
                 query.dtype,
@@ -434,11 +448,17 @@ def attention_forward(
                 exact=float32_precision() == "ieee",
                 masked=attn_mask is not None,
                 carried=sum(sum(bound.statistic.accumulators) for bound in statistics),
+                features=features,
             )
+        elif configuration.schedule != "plain":
+            refusal = unserved(configuration, query.dtype, dim, dim_v, keys, device_target(query), features)
+            if refusal:
+                raise ValueError(refusal)
         if configuration.schedule in ("overlapped", "pingpong"):
             # Gluon is for some targets only
             from headscope_kernels.attention.pingpong import attention_pingpong
 
+            assert output is not None
             attention_pingpong(
                 launch_key,
                 pointers,
@@ -448,19 +468,8 @@ def attention_forward(
                 output=output,
                 scale=scale,
                 gate=gate,
-                statistics=statistics,
                 statistic_outputs=statistic_outputs,
                 configuration=configuration,
-                others={
-                    "attn_mask": attn_mask,
-                    "is_causal": is_causal,
-                    "fill": fill,
-                    "temperature": temperature,
-                    "key_bias": key_bias,
-                    "key_scale": key_scale,
-                    "attention": attention,
-                    "row_max": row_max,
-                },
             )
             return
         arguments = forward_arguments(
@@ -491,7 +500,8 @@ def attention_forward(
             "num_stages": configuration.num_stages,
             "enable_fp_fusion": True,
         }
-        _LAUNCHES.first(launch_key, pointers, programs, arguments, options)
+        kernel = SpecialisedKernel(attention_forward_kernel) if configuration.schedule == "specialised" else None
+        _LAUNCHES.first(launch_key, pointers, programs, arguments, options, kernel)
 
 
 _LAUNCHES = Launches(

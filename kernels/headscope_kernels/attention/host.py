@@ -49,23 +49,36 @@ def tile_descriptors(
     """Tensor descriptors of [batch, heads, rows, columns] for tiles [rows, width], one for each of at most two chunks.
 
     The launcher encodes them on the host into the kernel's parameters: nothing is allocated, and a CUDA graph keeps
-    them. Both are None where the hardware can't address the tensor: addresses must be multiples of 16 bytes, rows
-    contiguous, and nothing expanded or empty.
+    them. Both are None where the hardware can't address the tensor.
+    """
+    if len(widths) > 2 or not addressable(tensor):
+        return None, None
+    strides = [*_used_strides(tensor), 1]
+    described = [TensorDescriptor(tensor, list(tensor.shape), strides, [1, 1, rows, width]) for width in widths]
+    return described[0], described[1] if len(described) > 1 else None
+
+
+def addressable(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor can tell where [batch, heads, rows, columns] lie.
+
+    Addresses must be multiples of 16 bytes, rows contiguous, and nothing expanded or empty.
     """
     unit = 16 // tensor.element_size()
-    # the stride of a dimension of one entry is never used, and may be anything
-    strides = [stride if size > 1 else unit for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)]
-    addressable = (
-        len(widths) <= 2
-        and min(tensor.shape) > 0
+    return (
+        min(tensor.shape) > 0
         and (tensor.stride(3) == 1 or tensor.shape[3] == 1)
-        and all(stride > 0 and stride % unit == 0 and stride < 2**40 // tensor.element_size() for stride in strides)
+        and all(
+            stride > 0 and stride % unit == 0 and stride < 2**40 // tensor.element_size()
+            for stride in _used_strides(tensor)
+        )
         and tensor.data_ptr() % 16 == 0
     )
-    if not addressable:
-        return None, None
-    described = [TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, width]) for width in widths]
-    return described[0], described[1] if len(described) > 1 else None
+
+
+def _used_strides(tensor: Tensor) -> list[int]:
+    """The stride of a dimension of one entry is never used, and may be anything."""
+    unit = 16 // tensor.element_size()
+    return [stride if size > 1 else unit for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True)]
 
 
 def float32_precision() -> str:

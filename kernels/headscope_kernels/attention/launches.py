@@ -92,9 +92,15 @@ class Launches:
         return True
 
     def first(
-        self, key: Hashable, pointers: Pointers, programs: int, arguments: dict[str, Any], options: dict[str, Any]
+        self,
+        key: Hashable,
+        pointers: Pointers,
+        programs: int,
+        arguments: dict[str, Any],
+        options: dict[str, Any],
+        kernel: Any = None,
     ) -> None:
-        """Launch with these arguments, and remember it.
+        """Launch with these arguments, and remember it. `kernel`: what is launched if not the jit function itself.
 
         Args:
             key: whatever the launch depends on: the layouts of pointers, and all that arguments, programs and options
@@ -107,7 +113,7 @@ class Launches:
         Raises:
             RuntimeError: the binary is one that the assembler got wrong (operands.py).
         """
-        compiled = self.kernel[(programs,)](**arguments, **options)
+        compiled = (kernel or self.kernel)[(programs,)](**arguments, **options)
         if triton.knobs.runtime.interpret:
             return
         refuse_misplaced(compiled)

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,30 +102,40 @@ def misplaced_operands(ptx: str, assembly: str) -> list[str]:
     """
     expected, (found, undefined) = _wanted(ptx), _followed(assembly)
     problems = [f"a descriptor is computed from {name}, which nothing has written" for name in undefined]
-    if len(expected) != len(found):
-        # the assembler unrolled or merged loops, so that products can't be told apart
-        return problems
-    for number, (wanted, got) in enumerate(zip(expected, found, strict=True)):
+    # groups of warps with work of their own may come in another order than in PTX
+    orders = [order for order in permutations(expected) if list(map(len, order)) == list(map(len, found))]
+    # the assembler unrolled or merged loops, so that products can't be told apart, if there are none
+    return problems + min((_differences(order, found) for order in orders), key=len, default=[])
+
+
+def _differences(expected: Sequence[Sequence[Product]], found: Sequence[Sequence[Product]]) -> list[str]:
+    problems = []
+    pairs = zip(chain.from_iterable(expected), chain.from_iterable(found), strict=True)
+    for number, (wanted, got) in enumerate(pairs):
         for side, should, is_ in (("left", wanted.left, got.left), ("right", wanted.right, got.right)):
             if should is not None and is_ is not None and should != is_:
                 problems.append(f"product {number} reads its {side} operand by {is_:#x}, expected {should:#x}")
     return problems
 
 
-def _wanted(ptx: str) -> list[Product]:
-    """The descriptors of every product in order, where they are constants."""
+def _wanted(ptx: str) -> list[list[Product]]:
+    """The descriptors of every product in order, where they are constants, by groups of warps with work of their own.
+
+    Such a group asks for its number of registers first.
+    """
     lines = [line.strip() for line in ptx.splitlines()]
     written: dict[str, int] = {}
     for line in lines:
         if match := re.match(r"(?:@\S+\s+)?[a-z0-9_.:]+\s+(%\w+),", line):
             written[match[1]] = written.get(match[1], 0) + 1
     values: dict[str, int] = {"global_smem": _SHARED_BASE}
-    products = []
+    groups: list[list[Product]] = [[]]
     for line in lines:
-        if line.startswith("wgmma.mma_async"):
+        if line.startswith("setmaxnreg"):
+            groups.append([])
+        elif line.startswith("wgmma.mma_async"):
             operands = re.sub(r"\{[^}]*\}", "registers", line[line.index("}") + 1 :]).strip(" ,;").split(",")
-            products.append(Product(*(values.get(operand.strip()) for operand in operands[:2])))
-            continue
+            groups[-1].append(Product(*(values.get(operand.strip()) for operand in operands[:2])))
         match = re.match(r"([a-z0-9_.:]+)\s+(%\w+),\s*(.*);$", line)
         # what is written twice is a loop's
         if match is None or written[match[2]] > 1:
@@ -132,7 +143,7 @@ def _wanted(ptx: str) -> list[Product]:
         result = _of_ptx(match[1], [_number(part.strip(), values) for part in match[3].split(",")])
         if result is not None:
             values[match[2]] = result
-    return products
+    return [products for products in groups if products]
 
 
 def _number(text: str, values: dict[str, int]) -> int | None:
@@ -203,12 +214,13 @@ class _Registers:
             self.values[f"{kind}{int(name[len(kind) :]) + index}"] = part
 
 
-def _followed(assembly: str) -> tuple[list[Product], list[str]]:
-    """The descriptors that every product reads, and the registers read before they are written.
+def _followed(assembly: str) -> tuple[list[list[Product]], list[str]]:
+    """The descriptors that every product reads, grouped as in PTX, and the registers read before they are written.
 
     In the order of the text, each loop once: a descriptor that is a constant is right on the first round or never.
     """
-    registers, products, undefined = _Registers(), [], []
+    registers, undefined = _Registers(), []
+    groups: list[list[Product]] = [[]]
     for line in assembly.splitlines():
         line = re.sub(r"/\*[0-9a-f]*\*/", "", line).strip().rstrip(";").strip(" {}")
         match = re.match(r"(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*)", line)
@@ -217,8 +229,10 @@ def _followed(assembly: str) -> tuple[list[Product], list[str]]:
         conditional, operation, rest = bool(match[1]), match[2], match[3]
         operands = [operand.strip() for operand in rest.split(",")] if rest else []
         try:
-            if operation.startswith("HGMMA"):
-                products.append(_product(registers, operands, rest))
+            if operation.startswith("USETMAXREG"):
+                groups.append([])
+            elif operation.startswith("HGMMA"):
+                groups[-1].append(_product(registers, operands, rest))
             elif operands and re.fullmatch(r"UR(\d+|Z)", operands[0]):
                 _uniform(registers, operation, operands, conditional)
             elif operands and re.fullmatch(r"R\d+", operands[0]):
@@ -228,10 +242,10 @@ def _followed(assembly: str) -> tuple[list[Product], list[str]]:
             undefined.append(name)
             registers.write(name, None)
             if operation.startswith("HGMMA"):
-                products.append(Product(None, None))
+                groups[-1].append(Product(None, None))
             else:
                 registers.write(operands[0], None, _width(operation))
-    return products, undefined
+    return [products for products in groups if products], undefined
 
 
 def _product(registers: _Registers, operands: list[str], rest: str) -> Product:

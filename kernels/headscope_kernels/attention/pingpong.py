@@ -1,9 +1,9 @@
 """The forward for Hopper: one warp loads, two or three warp groups compute, softmax runs under matrix products.
 
 Written in Gluon, Triton's lower level, because the order of asynchronous work is the point. It serves 16-bit calls
-without a mask (pingpong_arguments.py says which); forward.py has all the rest, and the formulas.
+without a mask (configs.py says which); forward.py has all the rest, and the formulas.
 
-    one warp            K(0) Q V(0) K(1) V(1) ...     by the tensor memory accelerator (TMA), as buffers become free
+    one warp            K(0) Q K(1) V(0) K(2) V(1) ...  by the tensor memory accelerator (TMA), as buffers become free
     each warp group     issues S(i) = Q K(i)^T and O += P(i-1) V(i-1), waits for S(i), takes its softmax while P V
                         runs, waits for P V, rescales O
 
@@ -45,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from headscope_kernels.attention.configs import ForwardConfiguration
 from headscope_kernels.attention.host import multiprocessors
 from headscope_kernels.attention.launches import Launches, Pointers
-from headscope_kernels.attention.pingpong_arguments import pingpong_arguments, unserved
+from headscope_kernels.attention.pingpong_arguments import pingpong_arguments
 from headscope_kernels.attention.pingpong_tiles import (
     GROUP_ROWS,
     LOWEST_EXPONENT,
@@ -71,7 +71,6 @@ from headscope_kernels.attention.pingpong_tiles import (
     zero_chunk,
     zero_chunks,
 )
-from headscope_kernels.attention.statistics import BoundStatistic
 
 LN2 = gl.constexpr(0.6931471805599453)
 
@@ -95,29 +94,37 @@ def produce(
     tiles, query_tiles, heads, heads_per_group, key_tiles = work
     QUERY_ROWS: gl.constexpr = GROUP_ROWS * CONSUMERS
     key_use = 0
+    value_use = 0
     query_use = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         batch, head, first_query = place(tile, query_tiles, heads, QUERY_ROWS)
         kv_head = head // heads_per_group
-        for number in range(key_tiles):
-            first_key = (key_tiles - 1 - number) * BLOCK_KEYS
-            slot = key_use % STAGES
-            free = (key_use // STAGES & 1) ^ 1
-            mbarrier.wait(key_free.index(slot), free)
-            mbarrier.expect(key_full.index(slot), tile_bytes(BLOCK_KEYS, WIDTHS))
-            load(key_descriptors, key_ring, slot, key_full.index(slot), batch, kv_head, first_key, WIDTHS)
+        # keys are needed first, and are free again first: they go one tile ahead of the values
+        for number in range(key_tiles + 1):
+            if number < key_tiles:
+                slot = key_use % STAGES
+                full = key_full.index(slot)
+                mbarrier.wait(key_free.index(slot), (key_use // STAGES & 1) ^ 1)
+                mbarrier.expect(full, tile_bytes(BLOCK_KEYS, WIDTHS))
+                row = (key_tiles - 1 - number) * BLOCK_KEYS
+                load(key_descriptors, key_ring, slot, full, batch, kv_head, row, WIDTHS)
+                key_use += 1
             if number == 0:
-                query_slot = query_use % QUERY_STAGES
-                full = query_full.index(query_slot)
-                mbarrier.wait(query_free.index(query_slot), (query_use // QUERY_STAGES & 1) ^ 1)
+                slot = query_use % QUERY_STAGES
+                full = query_full.index(slot)
+                mbarrier.wait(query_free.index(slot), (query_use // QUERY_STAGES & 1) ^ 1)
                 mbarrier.expect(full, tile_bytes(QUERY_ROWS, WIDTHS))
                 for group in gl.static_range(CONSUMERS):
                     row = first_query + group * GROUP_ROWS
-                    load(query_descriptors, query_ring, query_slot * CONSUMERS + group, full, batch, head, row, WIDTHS)
-            mbarrier.wait(value_free.index(slot), free)
-            mbarrier.expect(value_full.index(slot), tile_bytes(BLOCK_KEYS, WIDTHS))
-            load(value_descriptors, value_ring, slot, value_full.index(slot), batch, kv_head, first_key, WIDTHS)
-            key_use += 1
+                    load(query_descriptors, query_ring, slot * CONSUMERS + group, full, batch, head, row, WIDTHS)
+            else:
+                slot = value_use % STAGES
+                full = value_full.index(slot)
+                mbarrier.wait(value_free.index(slot), (value_use // STAGES & 1) ^ 1)
+                mbarrier.expect(full, tile_bytes(BLOCK_KEYS, WIDTHS))
+                row = (key_tiles - number) * BLOCK_KEYS
+                load(value_descriptors, value_ring, slot, full, batch, kv_head, row, WIDTHS)
+                value_use += 1
         query_use += 1
 
 
@@ -318,24 +325,19 @@ def attention_pingpong(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor | None,
+    output: Tensor,
     scale: float,
     gate: Tensor | None,
-    statistics: Sequence[BoundStatistic],
     statistic_outputs: Sequence[Tensor],
     configuration: ForwardConfiguration,
-    others: dict[str, object],
 ) -> None:
-    """`attention_forward` of a call that this kernel serves; `launch_key` and `pointers` are those of that call.
+    """`attention_forward` of a call that this kernel serves (configs.py); `launch_key` and `pointers` are that call's.
 
     Raises:
-        ValueError: a call that it doesn't serve, or a configuration that it has no code for.
+        RuntimeError: Triton compiled the kernel wrongly (operands.py).
     """
     if _LAUNCHES.repeat(launch_key, pointers):
         return
-    reason = unserved(query, key, value, output, scale=scale, statistics=statistics, others=others)
-    if reason is not None or output is None:
-        raise ValueError(f'schedule "{configuration.schedule}" can\'t serve this call: {reason}')
     arguments = pingpong_arguments(
         query,
         key,

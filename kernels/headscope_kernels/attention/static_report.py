@@ -21,17 +21,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headscope_kernels.attention.arguments import forward_arguments
+from headscope_kernels.attention.arguments import forward_arguments, forward_features
 from headscope_kernels.attention.configs import (
+    HOPPER,
+    INTERPRETER,
     ForwardConfiguration,
+    candidates,
     chunk_widths,
     forward_configuration,
     key_mass_configuration,
+    unserved,
 )
 from headscope_kernels.attention.forward import attention_forward_kernel
 from headscope_kernels.attention.host import float32_precision
 from headscope_kernels.attention.key_mass import attention_key_mass_kernel, key_mass_arguments
 from headscope_kernels.attention.operands import assembly_of, misplaced_operands
+from headscope_kernels.attention.specialised import COMPUTING_WARPS, refuse_unspecialised
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -132,7 +137,9 @@ class StaticReport:
         widths = shape.dim_widths or chunk_widths(self.problem.dim)
         chunks = f" {'+'.join(map(str, widths))}" if len(widths) > 1 else ""
         descriptors = " descriptors" if shape.descriptors else ""
-        return f"{shape.block_queries}x{shape.block_keys}w{shape.num_warps}s{shape.num_stages}{chunks}{descriptors}"
+        schedule = "" if shape.schedule == "plain" else f" {shape.schedule}"
+        tile = f"{shape.block_queries}x{shape.block_keys}w{shape.num_warps}s{shape.num_stages}"
+        return f"{tile}{chunks}{descriptors}{schedule}"
 
     @property
     def name(self) -> str:
@@ -179,13 +186,17 @@ def bound_statistic(name: str, groups: int) -> BoundStatistic:
     return BoundStatistic(STATISTICS[name]((64, 64, 64, 64) if name == "distance" else ()))
 
 
+def bound_statistics(problem: Problem) -> list[BoundStatistic]:
+    return [bound_statistic(name, problem.groups) for name in problem.statistics]
+
+
 def problem_arguments(problem: Problem, configuration: ForwardConfiguration) -> dict[str, Any]:
     """The kernel's arguments for a problem, its tensors without data."""
     if problem.key_mass:
         return second_pass_arguments(problem, configuration)
     heads, queries, keys, dim = 8, problem.queries, problem.keys, problem.dim
     dim_v = problem.dim_v or dim
-    statistics = [bound_statistic(name, problem.groups) for name in problem.statistics]
+    statistics = bound_statistics(problem)
 
     def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -283,28 +294,46 @@ def target_key(target: GPUTarget) -> tuple[str, int]:
 
 
 def chosen_configuration(problem: Problem, gpu: GPUTarget) -> ForwardConfiguration:
-    """The problem's own configuration, or the one that a launch would choose."""
-    if problem.configuration is not None:
-        return problem.configuration
+    """The problem's own configuration, or the one that a launch would choose.
+
+    Raises:
+        ValueError: its own is of a schedule that can't serve it.
+    """
     exact = float32_precision() == "ieee"
-    lengths, key = (problem.queries, problem.keys), target_key(gpu)
+    lengths, target = (problem.queries, problem.keys), target_key(gpu)
     if problem.key_mass:
-        return key_mass_configuration(problem.dtype, problem.dim, *lengths, key, exact=exact)
-    carried = [bound_statistic(name, problem.groups).statistic.accumulators for name in problem.statistics]
-    return forward_configuration(
-        problem.dtype,
-        problem.dim,
-        problem.dim_v or problem.dim,
-        *lengths,
-        key,
-        exact=exact,
-        masked=problem.mask != "none",
-        carried=sum(map(sum, carried)),
-    )
+        return problem.configuration or key_mass_configuration(
+            problem.dtype, problem.dim, *lengths, target, exact=exact
+        )
+    dim_v, statistics = problem.dim_v or problem.dim, bound_statistics(problem)
+    # a call's tensors are the same with any configuration
+    tensors = problem_arguments(problem, INTERPRETER)
+    features = forward_features(tensors, problem.causal, problem.dim**-0.5, statistics)
+    if problem.configuration is None:
+        return forward_configuration(
+            problem.dtype,
+            problem.dim,
+            dim_v,
+            *lengths,
+            target,
+            exact=exact,
+            masked=problem.mask != "none",
+            carried=sum(sum(bound.statistic.accumulators) for bound in statistics),
+            features=features,
+        )
+    refusal = unserved(problem.configuration, problem.dtype, problem.dim, dim_v, problem.keys, target, features)
+    if refusal:
+        raise ValueError(refusal)
+    return problem.configuration
 
 
 def report(problem: Problem, target: str = "sm_90") -> StaticReport:
-    """Compiles the kernel for one of TARGETS and reads the result."""
+    """Compiles the kernel for one of TARGETS and reads the result.
+
+    Raises:
+        ValueError: the problem's configuration can't serve it.
+        RuntimeError: Triton didn't specialise a kernel that should be.
+    """
     gpu = TARGETS[target]
     configuration = chosen_configuration(problem, gpu)
     kernel = attention_key_mass_kernel if problem.key_mass else attention_forward_kernel
@@ -315,6 +344,9 @@ def report(problem: Problem, target: str = "sm_90") -> StaticReport:
         "enable_fp_fusion": True,
     }
     compiled = triton.compile(source, target=gpu, options=options)
+    specialised = configuration.schedule == "specialised"
+    if specialised:
+        refuse_unspecialised(compiled)
     shared = compiled.metadata.shared
     if gpu.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -323,7 +355,7 @@ def report(problem: Problem, target: str = "sm_90") -> StaticReport:
         return StaticReport(target, problem, configuration, registers, 4 * spilled, shared)
     usage, assembly = disassemble(compiled.asm["cubin"])
     registers, stack = _figure(r"REG:(\d+)", usage), _figure(r"STACK:(\d+)", usage)
-    threads = 32 * configuration.num_warps
+    threads = 32 * (COMPUTING_WARPS if specialised else configuration.num_warps)
     tile_scores = configuration.block_queries * configuration.block_keys // threads
     loop = densest_matrix_loop(assembly)
     # ptxas may unroll: every score takes one power of two (and every row a few, which tiny tiles must not mistake)
@@ -424,15 +456,19 @@ def main() -> None:
     parser.add_argument("--tile", type=int, nargs=4, metavar=("QUERIES", "KEYS", "WARPS", "STAGES"))
     parser.add_argument("--widths", type=int, nargs="+", help="the head dimension's chunks")
     parser.add_argument("--descriptors", action="store_true", help="with --tile: tensor descriptors")
+    parser.add_argument(
+        "--schedule", choices=("plain", "specialised"), default="plain", help="specialised: 128 128 4 2 if no --tile"
+    )
+    parser.add_argument("--candidates", action="store_true", help="with --dim: also what is timed against the choice")
     options = parser.parse_args()
     problems = [replace(problem, dtype=DTYPES[options.dtype]) for problem in default_problems()]
     if options.dim:
         widths = tuple(options.widths) if options.widths else None
-        tile = (
-            ForwardConfiguration(*options.tile, dim_widths=widths, value_widths=widths, descriptors=options.descriptors)
-            if options.tile
-            else None
-        )
+        specialised = options.schedule == "specialised"
+        shape = options.tile or ((128, 128, 4, 2) if specialised else None)
+        tile = None
+        if shape:
+            tile = ForwardConfiguration(*shape, widths, widths, options.descriptors or specialised, options.schedule)
         problems = [
             Problem(
                 dtype=DTYPES[options.dtype],
@@ -445,6 +481,13 @@ def main() -> None:
                 configuration=tile,
             )
         ]
+        if options.candidates:
+            problem = problems[0]
+            sizes = (problem.dim, problem.dim, problem.queries, problem.keys)
+            for configuration in candidates(problem.dtype, *sizes, HOPPER).values():
+                # that kernel is another one
+                if configuration.schedule != "pingpong":
+                    problems.append(replace(problem, configuration=configuration))
     print(f"Triton {triton.__version__}\n\n{TABLE_HEAD}")
     for target in options.target:
         for problem in problems:

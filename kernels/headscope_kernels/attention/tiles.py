@@ -195,6 +195,24 @@ def load_described(descriptor, tail, batch, head, first_row, ROWS: tl.constexpr,
 
 
 @triton.jit
+def load_describing(
+    base, first_row, row_count, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTHS: tl.constexpr
+):
+    """As `load_described`, from one head's [row_count, COLUMNS] at base, through descriptors that are made here.
+
+    Where Triton divides a tile between two groups of warps it divides the load, too, which a launcher's descriptor
+    doesn't follow: it would still fetch ROWS rows into half as much shared memory.
+    """
+    tiles = ()
+    for index in tl.static_range(len(WIDTHS)):
+        descriptor = tl.make_tensor_descriptor(
+            base, [row_count, COLUMNS], [row_stride, 1], [ROWS, entry(WIDTHS, index)]
+        )
+        tiles = tiles + (descriptor.load([first_row, chunk_start(WIDTHS, index)]),)
+    return tiles
+
+
+@triton.jit
 def biased_logits(products, scale, bias):
     """scale * products [queries, keys] + bias [keys]."""
     return tl.fma(products, scale, tl.broadcast_to(bias[None, :], products.shape))
