@@ -96,6 +96,8 @@ def _check(python: Path) -> str:
 
 
 def test_wheel(tree, python, tmp_path, compiler):
+    table = Path("headscope_kernels", "attention", "choices.json")
+    (tree / "kernels" / table).write_text('{"format": 1, "entries": []}')
     _pip(python, "wheel", tree, "--wheel-dir", tmp_path)
     (wheel,) = tmp_path.glob("headscope-*.whl")
     # one wheel serves every Python: the library knows nothing of it
@@ -104,6 +106,7 @@ def test_wheel(tree, python, tmp_path, compiler):
     names = zipfile.ZipFile(wheel).namelist()
     assert "headscope/_native/libheadscope_cpu.so" in names
     assert "headscope_kernels/__init__.py" in names
+    assert str(table) in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"headscope", "headscope_kernels"}
     _install(python, wheel)
     assert _check(python) == "None"
