@@ -147,7 +147,7 @@ class Barrier:
 
     def arrive(self, count: int, clock: Clock, expected: int = 0) -> None:
         if count > self.pending:
-            raise EmulationError(f"{self}: {count} arrivals more than its count allows in one phase")
+            raise EmulationError(f"{self}: {count} arrivals are more than its count leaves in this phase")
         self.pending -= count
         self.bytes += expected
         learn(self.arriving, clock)

@@ -124,6 +124,7 @@ V_ARRIVE = "            mbarrier.arrive(v_free.index(before))\n"
 V_WAIT = "            acc, P = warpgroup_mma_wait(0, deps=[acc_next, P_next])\n"
 S_WAIT = "        S = warpgroup_mma_wait(0, deps=[S])\n"
 K_ARRIVE = "        mbarrier.arrive(k_free.index(s))\n        m,"
+END = "    tma.store_wait(0)\n"
 Q_ARRIVE = "        mbarrier.arrive(q_free)\n"
 # what is changed, and the errors that this may be found by
 FAULTS = {
@@ -178,6 +179,15 @@ FAULTS = {
     ),
     "a token is used as a tensor": ((S_WAIT, ""), "used before warpgroup_mma_wait"),
     "a wait lets its wgmma go on": ((V_WAIT, V_WAIT.replace("(0,", "(1,")), "still in flight"),
+    "a wgmma is left in flight": (
+        ("    tma.store_wait(0)\n\n", END + "    warpgroup_mma(q, q.permute((1, 0)), zero, is_async=True)\n\n"),
+        "consumer . ended with q_s.* in flight",
+    ),
+    "an operand in the accumulator's layout": (
+        ("P_next = gl.convert_layout(p.to(gl.bfloat16), LP)", "P_next = gl.convert_layout(p.to(gl.bfloat16), LO)"),
+        "expected of the operand in registers",
+    ),
+    "three arrivals where two are left": ((Q_ARRIVE, Q_ARRIVE.replace(")", ", count=3)")), "3 arrivals are more than"),
     "bytes too few": (
         ("mbarrier.expect(k_full.index(s), BN * D * 2)", "mbarrier.expect(k_full.index(s), BN * D)"),
         r"no expect\(\) has counted",
@@ -343,6 +353,8 @@ def test_arithmetic_is_tritons() -> None:
     run(arithmetic, (1,), {"x": x, "y": y, "out": out, "n": 3, "half": 0.5, "LAYOUT": layout})
     assert torch.equal(out[:8], (x * y + 0.1).float())
     assert out[8:16].tolist() == [-11.0, -10.0, -2.0, -1.0, 0.0, 1.0, 2.0, 10.0]
+    with pytest.raises(EmulationError, match="out: element 1 isn't the tensor's"):
+        run(arithmetic, (1,), {"x": x, "y": y, "out": out[::2], "n": 3, "half": 0.5, "LAYOUT": layout})
     assert torch.equal(out[16:], torch.where(torch.arange(8) < 3, x.float() * 0.5, 2.0))
 
 
