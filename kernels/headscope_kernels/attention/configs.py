@@ -191,3 +191,10 @@ def _shrink(configuration: ForwardConfiguration, queries: int, keys: int) -> For
         block_keys=min(configuration.block_keys, covering_block(keys)),
         num_warps=min(warps, configuration.num_warps),
     )
+
+
+def candidates(
+    dtype: torch.dtype, dim: int, dim_v: int, queries: int, keys: int, target: tuple[str, int] | None
+) -> dict[str, ForwardConfiguration]:
+    """Configurations worth timing for this problem, by name."""
+    return {}

@@ -1,0 +1,115 @@
+"""A stage: a process of its own, which tells what it learns as it learns it.
+
+    python -m card.stage NAME --out DIR --mode measure|rehearse|compile
+
+is what `supervise` starts. A stage may prepare (compile) before its turn comes: `Report.wait_for_turn` returns when the
+supervisor has written how many seconds it gets; where those are 0, the stage ends there.
+"""
+
+import argparse
+import ctypes
+import datetime
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PARENT_DIES = 1  # PR_SET_PDEATHSIG
+
+
+def die_with_parent() -> None:
+    """Nothing goes on measuring when the command that started it was killed."""
+    ctypes.CDLL(None).prctl(PARENT_DIES, signal.SIGKILL)
+
+
+def write_whole(path: Path, record: Any) -> None:
+    """JSON, by way of another file: whoever reads it finds all of it, or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+class Report:
+    """What a stage has learned: lines on the standard output and rows of gpu-STAGE.json, both at once.
+
+    Attributes:
+        facts: what isn't a row, beside them in the file.
+        rows: one for each result.
+    """
+
+    def __init__(self, name: str, out: Path, mode: str) -> None:
+        self.name, self.out, self.path, self.mode = name, out, out / f"gpu-{name}.json", mode
+        self.facts: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        self._started, self._end = time.monotonic(), float("inf")
+
+    def wait_for_turn(self) -> None:
+        """Until the supervisor says that the stage may use the card, and for how long."""
+        self.facts["seconds_prepared"] = round(time.monotonic() - self._started, 1)
+        line = sys.stdin.readline()
+        if not line:
+            raise SystemExit("the supervisor is gone")
+        if not float(line):
+            self.write("compiled")
+            raise SystemExit(0)
+        self._started = time.monotonic()
+        self._end = self._started + float(line)
+
+    def left(self) -> float:
+        """Seconds that remain to the stage; infinite before its turn."""
+        return self._end - time.monotonic()
+
+    def tell(self, text: str, **row: Any) -> None:
+        """A result: a line, and a row if there is one."""
+        print(f"  {text}", flush=True)
+        if row:
+            self.rows.append(row)
+        self.write("running")
+
+    def write(self, state: str) -> None:
+        from headscope._machine import versions
+
+        record = {
+            "what": f"GPU, {self.name}",
+            "mode": self.mode,
+            "state": state,
+            "seconds": round(time.monotonic() - self._started, 1),
+            "date": datetime.date.today().isoformat(),
+            "versions": versions(),
+            **self.facts,
+            "rows": self.rows,
+        }
+        write_whole(self.path, record)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--mode", choices=("measure", "rehearse", "compile"), required=True)
+    options = parser.parse_args()
+    die_with_parent()
+    report = Report(options.name, options.out, options.mode)
+    try:
+        from card.device import open_device
+
+        device = open_device(options.mode)
+        report.facts["device"] = device.name()
+        importlib.import_module(f"card.{options.name}").run(report, device)
+    except Exception as error:
+        traceback.print_exc()
+        report.write(f"failed: {type(error).__name__}: {str(error)[:500]}")
+        sys.stderr.flush()
+        raise SystemExit(1) from None
+    report.write("done")
+
+
+if __name__ == "__main__":
+    main()
