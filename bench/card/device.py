@@ -206,7 +206,9 @@ class Card:
     def sanitizer(self, tool: str, program: Sequence[str]) -> list[str] | None:
         """The command that runs a program under one of compute-sanitizer's tools; None where it isn't installed."""
         found = shutil.which("compute-sanitizer")
-        return [found, "--tool", tool, "--error-exitcode", "9", *program] if found else None
+        # the caching allocator would hide accesses past the end of a tensor
+        uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+        return [*uncached, found, "--tool", tool, "--error-exitcode", "9", *program] if found else None
 
     def sanitized(self) -> list[str]:
         """Further arguments of tests/gpu/sanitized.py."""

@@ -149,10 +149,10 @@ def measure(
         row: dict[str, Any] = {"how": how, "way": name, "milliseconds": percentiles(seconds)}
         row["time_over_stock"] = quartiles(seconds / stock)
         row["host_milliseconds"] = replays[name].host_seconds * 1e3
-        row["peak_mebibytes"] = device.peak_bytes(steps[name]) / 2**20
         text = f"{name:42} {np.median(seconds) * 1e3:7.1f} ms, {row['time_over_stock'][1]:.2f} of stock's"
-        text += f", host {row['host_milliseconds']:.1f} ms, {row['peak_mebibytes']:.0f} MiB"
+        text += f", host {row['host_milliseconds']:.1f} ms"
         if name in profiled:
+            row["peak_mebibytes"] = device.peak_bytes(steps[name]) / 2**20
             row |= device.profile(steps[name])
-            text += f", {row['kernels']} kernels, idle {row['idle_share']:.0%}"
+            text += f", {row['peak_mebibytes']:.0f} MiB, {row['kernels']} kernels, idle {row['idle_share']:.0%}"
         report.tell(text, **row)

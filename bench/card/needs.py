@@ -12,7 +12,6 @@ NEEDS = {
     "rich": ("rich", "model sweep"),
     "polars": ("polars", "sweep"),
     "transformers": ("transformers", "sweep"),
-    "pillow": ("PIL", "sweep"),
 }
 
 

@@ -3,7 +3,7 @@
     python -m card.stage NAME --out DIR --mode measure|rehearse|compile
 
 is what `supervise` starts. A stage may prepare (compile) before its turn comes: `Report.wait_for_turn` returns when the
-supervisor has written how many seconds it gets; where those are 0, the stage ends there.
+supervisor has written until when it may, in the system's monotonic seconds. Where it is only to compile, it ends there.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+from headscope._machine import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 PARENT_DIES = 1  # PR_SET_PDEATHSIG
@@ -49,6 +51,7 @@ class Report:
         self.facts: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self._started, self._end = time.monotonic(), float("inf")
+        self._versions = versions()
 
     def wait_for_turn(self) -> None:
         """Until the supervisor says that the stage may use the card, and for how long."""
@@ -56,11 +59,10 @@ class Report:
         line = sys.stdin.readline()
         if not line:
             raise SystemExit("the supervisor is gone")
-        if not float(line):
+        self._started, self._end = time.monotonic(), float(line)
+        if self.mode == "compile":
             self.write("compiled")
             raise SystemExit(0)
-        self._started = time.monotonic()
-        self._end = self._started + float(line)
 
     def left(self) -> float:
         """Seconds that remain to the stage; infinite before its turn."""
@@ -74,19 +76,28 @@ class Report:
         self.write("running")
 
     def write(self, state: str) -> None:
-        from headscope._machine import versions
-
         record = {
             "what": f"GPU, {self.name}",
             "mode": self.mode,
             "state": state,
             "seconds": round(time.monotonic() - self._started, 1),
             "date": datetime.date.today().isoformat(),
-            "versions": versions(),
+            "versions": self._versions,
             **self.facts,
             "rows": self.rows,
         }
         write_whole(self.path, record)
+
+
+def _own_package() -> None:
+    """An editable install of another checkout stands before PYTHONPATH."""
+    import headscope
+    import headscope_kernels
+
+    for package in (headscope, headscope_kernels):
+        file = Path(package.__file__ or "").resolve()
+        if ROOT not in file.parents and "site-packages" not in file.parts:
+            raise RuntimeError(f"{package.__name__} comes from {file}, expected {ROOT}: nothing is measured")
 
 
 def main() -> None:
@@ -100,6 +111,7 @@ def main() -> None:
     try:
         from card.device import open_device
 
+        _own_package()
         device = open_device(options.mode)
         report.facts["device"] = device.name()
         importlib.import_module(f"card.{options.name}").run(report, device)

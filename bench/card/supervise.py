@@ -48,7 +48,7 @@ class Running:
     """A stage's process, from its preparation on."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.name = name
+        self.name, self.unlimited = name, options.mode == "compile"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "card.stage", name, "--out", str(options.out), "--mode", options.mode],
             stdin=subprocess.PIPE,
@@ -61,10 +61,10 @@ class Running:
         """Gives the stage its turn; how it ended."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(f"{seconds:.1f}\n")
+            self.process.stdin.write(f"{time.monotonic() + seconds:.3f}\n")
             self.process.stdin.flush()
         try:
-            code = self.process.wait(seconds + GRACE if seconds else None)
+            code = self.process.wait(None if self.unlimited else seconds + GRACE)
         except subprocess.TimeoutExpired:
             self.end()
             return f"cut off after {seconds + GRACE:.0f} s"
@@ -98,7 +98,7 @@ def run_stages(names: list[str], options: argparse.Namespace) -> dict[str, str]:
         following = names[index + 1 : index + 2]
         if not STAGES[name].timed and following and left - expected >= STAGES[following[0]].seconds:
             prepared = Running(following[0], options)
-        ends[name] = running.finish(0.0 if options.mode == "compile" else seconds - GRACE)
+        ends[name] = running.finish(seconds - GRACE)
         print(f"== {name}: {ends[name]}", flush=True)
     if prepared:
         prepared.end()

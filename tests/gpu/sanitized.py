@@ -4,14 +4,18 @@ PYTHONPATH=src:kernels compute-sanitizer python tests/gpu/sanitized.py [DEVICE] 
 """
 
 import argparse
-import itertools
 
 import torch
 
 from headscope.ops import Distance, GroupEntropy, GroupMass, HeadEdit, attention
 
-SHAPES = ((40, 70, 77), (64, 130, 130), (160, 33, 45))
-DTYPES = (torch.float16, torch.float32)
+# dim, queries, keys; dtype; causal
+CALLS = [
+    (*shape, dtype, causal)
+    for shape in ((40, 70, 77), (64, 130, 130), (160, 33, 45))
+    for dtype in (torch.float16, torch.float32)
+    for causal in (False, True)
+]
 
 
 def main() -> None:
@@ -21,9 +25,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=130, help="at most")
     options = parser.parse_args()
     torch.manual_seed(0)
-    for (dim, queries, keys), dtype, causal in itertools.islice(
-        itertools.product(SHAPES, DTYPES, (False, True)), options.calls
-    ):
+    for dim, queries, keys, dtype, causal in CALLS[: options.calls]:
         call(options.device, dim, min(queries, options.tokens), min(keys, options.tokens), dtype, causal)
     if options.device == "cuda":
         torch.cuda.synchronize()
