@@ -45,6 +45,15 @@ class Replay:
     calls: Sequence[Call]
 
 
+@dataclass(frozen=True)
+class Tests:
+    """Tests for pytest: the folder that it runs in, files or names of tests, and an expression of markers."""
+
+    root: Path
+    files: tuple[str, ...]
+    marker: str
+
+
 class Card:
     """The GPU that torch sees.
 
@@ -222,9 +231,16 @@ class Card:
         """The arguments of bench/sweeps.py."""
         return ["--model", "sd15", "--device", "cuda", "--dtype", "float16", "--sites", "4", "--no-compile"]
 
-    def tests(self, folder: Path) -> tuple[Path, list[str]]:
-        """Where pytest runs and on which files: those that need a card, and nothing else."""
-        return ROOT, ["tests/gpu/test_device.py", "tests/gpu/test_contract.py"]
+    def tests(self, folder: Path) -> Tests:
+        """Those that need a card, and nothing else."""
+        return Tests(ROOT, ("tests/gpu/test_device.py", "tests/gpu/test_contract.py"), "gpu")
+
+    def more_tests(self, folder: Path) -> list[Tests]:
+        """The kernels' own, compiled, and those of sweeps."""
+        return [
+            Tests(ROOT, ("tests/kernels",), "not gpu and not full"),
+            Tests(ROOT, ("tests/gpu/test_sweep.py",), "gpu"),
+        ]
 
 
 def idle_share(spans: Sequence[tuple[float, float]]) -> dict[str, float]:
@@ -324,11 +340,15 @@ class Rehearsal(Card):
     def sweep(self) -> list[str]:
         return ["--model", "bundled", "--sites", "1", "--rounds", "1"]
 
-    def tests(self, folder: Path) -> tuple[Path, list[str]]:
+    def tests(self, folder: Path) -> Tests:
         """One case of the contract, interpreted; one failure; and a card that a test of three leaves broken once."""
         file = folder / "test_rehearsed.py"
         file.write_text(_REHEARSED_TESTS.format(mark=str(folder / "broken")))
-        return folder, [file.name]
+        return Tests(folder, (file.name,), "gpu")
+
+    def more_tests(self, folder: Path) -> list[Tests]:
+        (folder / "test_passing.py").write_text("def test_that_passes():\n    pass\n")
+        return [Tests(folder, ("test_passing.py",), "not gpu")]
 
 
 _REHEARSED_TESTS = """

@@ -2,14 +2,16 @@
 
 import importlib.util
 import itertools
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from card import speed
+from card import contract, speed
 from card.ahead import compile_ahead
 from card.device import Card, Replay, interleaved, percentiles, program, python, quartiles
 from card.stage import ROOT, Report
@@ -51,6 +53,7 @@ def run(report: Report, device: Card) -> None:
         *(("backward", lambda shape=shape: timed_backward(report, device, shape)) for shape in backward),
         ("determinism", lambda: deterministic(report, device)),
         *(("forward", lambda shape=shape: timed_forward(report, device, shape)) for shape in forward),
+        ("tests", lambda: tests(report, device)),
         ("programs", lambda: programs(report, device)),
     ]
     for name, part in parts:
@@ -141,6 +144,15 @@ def _repeated(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     total = result.output.float().square().sum() + result.statistics["entropy"].sum()
     found = [result.output, *result.statistics.values(), *torch.autograd.grad(total, leaves)]
     return [tensor.detach() for tensor in found]
+
+
+def tests(report: Report, device: Card) -> None:
+    """For which the first stages have no time; programs get half of what is left."""
+    with tempfile.TemporaryDirectory() as folder:
+        more = device.more_tests(Path(folder))
+        for some in more:
+            report.tell(f"tests: {' '.join(some.files)}")
+            contract.told(report, device, some, report.left() / (2 * len(more)))
 
 
 def sanitized(index: int) -> None:

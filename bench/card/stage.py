@@ -19,8 +19,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from headscope._machine import versions
-
 ROOT = Path(__file__).resolve().parents[2]
 PARENT_DIES = 1  # PR_SET_PDEATHSIG
 
@@ -51,6 +49,9 @@ class Report:
         self.facts: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self._started, self._end = time.monotonic(), float("inf")
+        # only a stage has the package on its path
+        from headscope._machine import versions
+
         self._versions = versions()
 
     def wait_for_turn(self) -> None:

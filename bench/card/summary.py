@@ -6,6 +6,8 @@ from typing import Any
 
 from card.supervise import STAGES
 
+MOST_LINES = 30
+
 
 def show(out: Path, ends: dict[str, str]) -> str:
     """The summary of a folder's gpu-STAGE.json; `ends` says how stages ended, where they were run."""
@@ -16,7 +18,9 @@ def show(out: Path, ends: dict[str, str]) -> str:
         lines.append(f"{name:9} {state}" + compiled(records[name]))
     wrong = [text for name, record in records.items() if record for text in wrong_of(name, record["rows"])]
     lines.append(f"wrong: {len(wrong) or 'nothing that was looked at'}")
-    lines += [f"  {text}" for text in wrong[:30]]
+    lines += [f"  {text}" for text in wrong[:MOST_LINES]]
+    unknown = [text for name, record in records.items() if record for text in unknown_of(name, record["rows"])]
+    lines += [f"not known: {len(unknown)}", *(f"  {text}" for text in unknown[:MOST_LINES])] if unknown else []
     fast = [text for name, record in records.items() if record for text in speeds_of(name, record["rows"])]
     lines += ["fast:", *(f"  {text}" for text in fast)] if fast else []
     lines.append(f"next: {next_step(wrong, ends, records)}")
@@ -40,14 +44,33 @@ def compiled(record: dict[str, Any] | None) -> str:
 def wrong_of(name: str, rows: list[dict[str, Any]]) -> list[str]:
     """A line for each row that says so: not right, not sound, past its bound."""
     found = []
-    for row in rows:
-        what = row.get("check") or row.get("test") or row.get("call") or row.get("part") or ""
-        what = f"candidate {row['candidate']}" if "candidate" in row else what
+    for row in latest(rows):
         past = {key: round(value, 2) for key, value in (row.get("error_over_bound") or {}).items() if not value <= 1}
         if row.get("right") is False or row.get("sound") is False or past:
-            why = past or str(row.get("error") or row.get("reason") or row.get("output") or "").strip().splitlines()[:1]
-            found.append(f"{name}: {row.get('shape', '')} {what}: {why}"[:230])
+            found.append(line_of(name, row, str(past or "")))
     return found
+
+
+def unknown_of(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """What was begun and has no answer, or couldn't be."""
+    found = []
+    for row in latest(rows):
+        judged = {"right", "sound"} & row.keys()
+        if row.get("right", True) is None or ("error" in row and not judged):
+            found.append(line_of(name, row))
+    return found
+
+
+def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A test that was run again has two rows."""
+    return list({row.get("test", index): row for index, row in enumerate(rows)}.values())
+
+
+def line_of(name: str, row: dict[str, Any], why: str = "") -> str:
+    what = next((row[key] for key in ("check", "test", "call", "way", "part") if key in row), "")
+    what = f"candidate {row['candidate']}" if "candidate" in row else what
+    why = why or next((str(row[key]) for key in ("error", "reason", "output") if row.get(key)), "")
+    return " ".join(f"{name}: {row.get('shape', '')} {what}: {why}".split())[:230]
 
 
 def speeds_of(name: str, rows: list[dict[str, Any]]) -> list[str]:

@@ -96,7 +96,8 @@ def run_stages(names: list[str], options: argparse.Namespace) -> dict[str, str]:
         running = prepared if prepared and prepared.name == name else Running(name, options)
         prepared = None
         following = names[index + 1 : index + 2]
-        if not STAGES[name].timed and following and left - expected >= STAGES[following[0]].seconds:
+        beside = options.mode != "compile" and not STAGES[name].timed
+        if beside and following and left - expected >= STAGES[following[0]].seconds:
             prepared = Running(following[0], options)
         ends[name] = running.finish(seconds - GRACE)
         print(f"== {name}: {ends[name]}", flush=True)

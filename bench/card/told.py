@@ -14,7 +14,8 @@ from typing import Any
 
 from card.workers import is_broken
 
-HANGS_AFTER = 60.0
+# a first call of every edit compiles for long
+HANGS_AFTER = 100.0
 MARK = "told: "
 _worker = "PYTEST_XDIST_WORKER" in os.environ
 _lost = False
