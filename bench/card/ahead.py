@@ -22,9 +22,8 @@ Job = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def compile_ahead(report: Report, device: Card, jobs: Sequence[Job]) -> None:
-    """Compiles what the jobs launch; says how many binaries that made and what it cost."""
-    started, before = time.monotonic(), binaries()
-    cores, failed = 0.0, []
+    """Compiles what the jobs launch; says how many kernels they are and what it cost."""
+    started, cores, kernels, failed = time.monotonic(), 0.0, 0, []
     jobs = device.jobs(jobs)
     answers = in_processes(
         _compiled,
@@ -36,20 +35,21 @@ def compile_ahead(report: Report, device: Card, jobs: Sequence[Job]) -> None:
         environment={"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
     for answer in answers:
-        cores += answer.result or 0.0
-        if answer.error:
+        if not answer.error:
+            kernels, cores = kernels + answer.result[0], cores + answer.result[1]
+        else:
             function, arguments = answer.task
             failed.append({"job": f"{function.__name__}{arguments}"[:300], "error": answer.error})
             report.tell(f"NOT COMPILED {failed[-1]['job']}: {answer.error[-300:]}")
-    made, wall = binaries() - before, time.monotonic() - started
+    wall = time.monotonic() - started
     report.facts["compiled_ahead"] = {
         "jobs": len(jobs),
-        "binaries": made,
+        "kernels": kernels,
         "core_seconds": round(cores, 1),
         "seconds": round(wall, 1),
         "failed": failed,
     }
-    report.tell(f"compiled {made} kernels in {wall:.1f} s, {cores:.0f} core-seconds")
+    report.tell(f"compiled {kernels} kernels in {wall:.1f} s, {cores:.0f} core-seconds")
     if report.mode == "compile":
         report.write("compiled")
         raise SystemExit(0)
@@ -61,13 +61,17 @@ def binaries() -> int:
     return sum(1 for _ in folder.glob("*/*.cubin")) if folder.exists() else 0
 
 
-def _compiled(job: Job) -> float:
-    """Makes the call without a card; returns core-seconds, those of the assembler included."""
+def _compiled(job: Job) -> tuple[int, float]:
+    """Makes the call without a card; returns its kernels and core-seconds, those of the assembler included."""
     pretend()
     function, arguments = job
-    before = _core_seconds()
+    loaded, before = len(_loaded), _core_seconds()
     function(*arguments)
-    return _core_seconds() - before
+    return len(_loaded) - loaded, _core_seconds() - before
+
+
+# names of kernels that this process would have loaded
+_loaded: list[str] = []
 
 
 def _core_seconds() -> float:
@@ -97,6 +101,7 @@ def pretend() -> None:
             return {"max_shared_mem": 227 * 1024}
 
         def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
+            _loaded.append(name)
             return object(), kernel, 255, 0, 1024
 
     class Driver:

@@ -30,6 +30,7 @@ SHAPES = [
     Shape(2, 8, 4096, 77, 40, "SD1.5 512 px, cross"),
     Shape(2, 8, 1024, 1024, 80, "SD1.5 512 px"),
 ]
+STARTS_WITHIN = 60.0
 # of a candidate on a shape: a graph is captured and replayed
 SECONDS_TO_TIME = 20.0
 CHOSEN = "the rule's choice"
@@ -67,6 +68,10 @@ def _wave(report: Report, device: Card, wave: list[list[Candidate]], rows: list[
     workers = [Worker() for _ in wave]
     sound: list[tuple[Worker, Candidate]] = []
     try:
+        for worker in workers:
+            worker.send(ready, report.mode)
+        for worker in workers:
+            worker.answer(min(STARTS_WITHIN, report.left()))
         for index in range(max(map(len, wave))):
             asked = [
                 (worker, cases[index])
@@ -130,6 +135,11 @@ def _told(
 
 # what the process checked, by shape: what is timed is the same
 _tensors: dict[Shape, Tensors] = {}
+
+
+def ready(mode: str) -> None:
+    """In the candidate's process: all that isn't the candidate's time."""
+    open_device(mode).synchronise()
 
 
 def check(task: tuple[str, Shape, ForwardConfiguration, str]) -> dict[str, float]:

@@ -71,7 +71,7 @@ class Card:
     processes = os.cpu_count() or 1
     rounds = 11
     target: tuple[str, int] | None = ("cuda", 90)
-    candidate_seconds = 30.0
+    candidate_seconds = 15.0
 
     def name(self) -> str:
         return device_name(self.torch_device)

@@ -74,7 +74,8 @@ def flexed(report: Report, device: Card) -> None:
     )
     for answer in answers:
         if answer.error:
-            report.tell(f"{answer.task[0]} {FLEX}: {answer.error[-300:]}", call=FLEX, error=answer.error)
+            shape = str(answer.task[0])
+            report.tell(f"{shape} {FLEX}: {answer.error[-300:]}", shape=shape, call=FLEX, error=answer.error)
         elif report.left() > 5:
             measure(report, device, answer.task[0], flex=True)
 

@@ -37,7 +37,7 @@ def compiled(record: dict[str, Any] | None) -> str:
     if not facts:
         return ""
     late = (record or {}).get("compiled_while_measured", 0)
-    text = f" (compiled {facts['binaries']} kernels in {facts['seconds']} s"
+    text = f" (compiled {facts['kernels']} kernels in {facts['seconds']} s"
     return text + (f", {late} more while it measured)" if late else ")")
 
 
