@@ -32,7 +32,7 @@ def compile_ahead(report: Report, device: Card, jobs: Sequence[Job]) -> None:
         # every edit at once takes the compiler twenty
         seconds_each=300.0,
         left=report.left,
-        environment={"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        environment={"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""},
     )
     for answer in answers:
         if not answer.error:

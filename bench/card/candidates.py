@@ -148,7 +148,7 @@ def check(task: tuple[str, Shape, ForwardConfiguration, str]) -> dict[str, float
     device = open_device(mode)
     device.before_candidate(name)
     tensors = _tensors[shape] = shape.tensors(device.torch_device, speed.DTYPE)
-    result = speed.launch(shape, configuration, tensors)
+    result = speed.launcher(shape, configuration, tensors)()
     device.synchronise()
     return speed.errors_of(shape, tensors, *result)
 
@@ -161,7 +161,7 @@ def timed(task: tuple[str, Shape, ForwardConfiguration, str]) -> dict[str, Any]:
     stock = [forwards(*tensors, flex=False, only=(STOCK, "SDPA flash", "SDPA cuDNN")) for tensors in sets]
     calls: dict[str, list[Callable[[], object]]] = {key: [made[key] for made in stock] for key in stock[0]}
     for key, chosen in ((name, configuration), (CHOSEN, None)):
-        calls[key] = [lambda tensors=tensors, chosen=chosen: speed.launch(shape, chosen, tensors) for tensors in sets]
+        calls[key] = [speed.launcher(shape, chosen, tensors) for tensors in sets]
     times = interleaved({key: device.replay(made) for key, made in calls.items()}, device.rounds)
     best = min(stock[0], key=lambda key: np.median(times[key]))
     row = speed.row_of(shape, times[name], times[STOCK], times[best])

@@ -92,7 +92,7 @@ def alone(task: tuple[str, Tests, str]) -> str:
 _last: list[str] = []
 
 
-def outcomes_of(device: Card, root: Path, tests: list[str], seconds: float, processes: int) -> Iterator[dict[str, Any]]:
+def outcomes_of(device: Card, tests: Tests, seconds: float, processes: int) -> Iterator[dict[str, Any]]:
     """Every test's outcome as pytest tells of it, until the time is over."""
     command = python("-m", "pytest", "-q", "--tb=short", "-m", tests.marker, "-n", str(processes), "-p", "card.told")
     # pyproject.toml makes errors of warnings, some of which are torch's at first use

@@ -80,8 +80,8 @@ class Card:
         torch.cuda.synchronize()
 
     def environment(self) -> dict[str, str]:
-        """For programs that are started: kernels compiled, though a sandbox hides /dev/nvidiactl."""
-        return {**os.environ, "TRITON_INTERPRET": "0"}
+        """For programs that are started, many at once: kernels compiled, though a sandbox hides /dev/nvidiactl."""
+        return {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
 
     def shapes(self, shapes: Iterable[Shape]) -> list[Shape]:
         return list(shapes)

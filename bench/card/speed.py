@@ -5,6 +5,7 @@ over torch's own choice, and over its fastest kernel, of the same round, with qu
 on the same tensors. Then every candidate configuration (candidates.py), then FlexAttention, which compiles for long.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -153,28 +154,36 @@ def errors_of(shape: Shape, tensors: Tensors, output: Tensor, statistics: dict[s
     return {name: float((got[name] - values).abs().max()) / bounds[name] for name, values in expected.items()}
 
 
-def launch(
-    shape: Shape,
-    configuration: ForwardConfiguration | None,
-    tensors: Tensors | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The kernel with entropy and gate, past the operator; on empty CPU tensors where there are none to compute on."""
-    query, key, value = tensors or empty(shape)
+def launcher(
+    shape: Shape, configuration: ForwardConfiguration | None, tensors: Tensors
+) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
+    """The kernel with entropy and gate, past the operator: nothing is allocated by a call."""
+    query, key, value = tensors
     output, entropy = torch.empty_like(query), torch.empty(query.shape[:3], device=query.device)
-    attention_forward(
-        query,
-        key,
-        value,
-        attn_mask=None,
-        is_causal=False,
-        scale=shape.dim**-0.5,
-        gate=torch.ones(query.shape[:2], device=query.device),
-        statistics=[BoundStatistic(STATISTICS["entropy"](()))],
-        statistic_outputs=[entropy],
-        output=output,
-        configuration=configuration,
-    )
-    return output, {"entropy": entropy}
+    gate = torch.ones(query.shape[:2], device=query.device)
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        attention_forward(
+            query,
+            key,
+            value,
+            attn_mask=None,
+            is_causal=False,
+            scale=shape.dim**-0.5,
+            gate=gate,
+            statistics=[BoundStatistic(STATISTICS["entropy"](()))],
+            statistic_outputs=[entropy],
+            output=output,
+            configuration=configuration,
+        )
+        return output, {"entropy": entropy}
+
+    return run
+
+
+def launch(shape: Shape, configuration: ForwardConfiguration | None) -> None:
+    """To be compiled ahead."""
+    launcher(shape, configuration, empty(shape))()
 
 
 def output_only(shape: Shape) -> None:

@@ -124,7 +124,7 @@ def in_processes(
     try:
         while waiting or busy:
             while waiting and len(busy) < count and left() > 0:
-                worker = idle.pop() if idle else Worker(environment)
+                worker = idle.pop() if idle else Worker({"OMP_NUM_THREADS": "1", **(environment or {})})
                 worker.send(function, waiting.pop(0))
                 busy[worker.connection] = (worker, time.monotonic() + seconds_each)
             if not busy:
