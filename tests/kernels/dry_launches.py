@@ -8,67 +8,46 @@ import gc
 import json
 import sys
 import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import stand_in
 import torch
 import triton
+from stand_in import launched
 from torch import Tensor
-from triton.backends.nvidia import driver as nvidia
-from triton.compiler import CompiledKernel
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia import hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_backward, attention_forward
+from headscope_kernels.attention import (
+    STATISTICS,
+    BoundStatistic,
+    attention_backward,
+    attention_forward,
+    attention_key_mass,
+)
+from headscope_kernels.attention import backward as backward_module
+from headscope_kernels.attention import key_mass as key_mass_module
 from headscope_kernels.attention.backward import DIFFERENTIABLE
 from headscope_kernels.attention.backward_configs import backward_configurations
-from headscope_kernels.attention.configs import forward_configuration
+from headscope_kernels.attention.configs import forward_configuration, key_mass_configuration
 from headscope_kernels.attention.forward import _LAUNCHES
+from headscope_kernels.attention.launches import Launches
 from headscope_kernels.attention.static_backward import BackwardProblem
 from headscope_kernels.attention.static_backward import problem_arguments as backward_problem_arguments
 from headscope_kernels.attention.static_report import TARGETS, Problem, ast_source, problem_arguments
 
-launched: list[tuple[CompiledKernel, int, list[Any]]] = []
-
-
-class Launcher:
-    """What Triton makes of a binary to start it."""
-
-    def __init__(self, source: Any, metadata: Any) -> None:
-        self.source = source
-
-    def __call__(self, grid_x: int, grid_y: int, grid_z: int, stream: int, function: Any, *rest: Any) -> None:
-        count = len(self.source.signature)
-        launched.append((function, grid_x, list(rest[-count:])))
-
-
-class Utilities:
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 * 1024}
-
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
-        return object(), kernel, 255, 0, 1024
-
-
-class Driver:
-    launcher_cls = Launcher
-    utils = Utilities()
-
-    def get_current_target(self) -> Any:
-        return TARGETS["sm_90"]
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def map_python_to_cpp_type(self, name: str) -> str:
-        return nvidia.ty_to_cpp(name)
+HALF = torch.float16
+BACKWARD = tuple(getattr(backward_module, name) for name in ("_ROW_TERMS", "_KEY_VALUE", "_QUERY", "_MASK"))
 
 
 def readable(value: Any, names: dict[int, str]) -> Any:
     """An argument with addresses as names."""
     if isinstance(value, Tensor):
-        return names[value.data_ptr()]
+        # what the call itself allocated, in the order in which kernels get it
+        return names.setdefault(value.data_ptr(), f"own {len(names)}")
     if isinstance(value, TensorDescriptor):
         return [names[value.base.data_ptr()], list(value.shape), list(value.strides), list(value.block_shape)]
     if isinstance(value, tuple):
@@ -149,6 +128,147 @@ def twice(dim: int, dtype: torch.dtype, *asked: str) -> dict[str, Any]:
     return {"first": first, "again": again, "alive": sum(ref() is not None for ref in alive)}
 
 
+def backward_tensors(dim: int, dtype: torch.dtype = HALF, offset: int = 0, keys: int = 256) -> dict[str, Tensor]:
+    """What a backward pass starts from."""
+    own = tensors(dim, dtype, offset, keys)
+    return {
+        **{name: own[name] for name in ("query", "key", "value", "gate", "fill", "temperature")},
+        "grad_output": own["output"],
+        "attention": torch.zeros(2, 8, 256, dim, dtype=dtype),
+        "attn_mask": torch.zeros(1, 1, 256, keys, dtype=dtype),
+        "key_bias": torch.zeros(1, 8, keys),
+        "key_scale": torch.ones(1, 8, keys),
+        "groups": own["groups"],
+        **{name: torch.zeros(2, 8, 256) for name in ("row_max", "log2_sum", "row_constants", "entropy_grad")},
+        "mass_grad": own["group_mass"],
+    }
+
+
+def launch_backward(own: dict[str, Tensor], needed: tuple[str, ...] = DIFFERENTIABLE, **changes: Any) -> dict[str, Any]:
+    """What the driver gets for a backward pass with everything, launch by launch."""
+    query, key = own["query"], own["key"]
+    dim = query.shape[3]
+    given = {name: tensor for name, tensor in own.items() if name not in ("groups", "entropy_grad", "mass_grad")}
+    options: dict[str, Any] = {
+        "scale": dim**-0.5,
+        "statistics": [
+            BoundStatistic(STATISTICS["entropy"](())),
+            BoundStatistic(STATISTICS["group_mass"]((3,)), (own["groups"],)),
+        ],
+        "statistic_grads": [own["entropy_grad"], own["mass_grad"]],
+        "needed": {name: name in needed for name in DIFFERENTIABLE},
+        "configurations": backward_configurations(
+            query.dtype, dim, dim, query.shape[2], key.shape[2], ("cuda", 90), exact=True, laden=True
+        ),
+    }
+    return observed(lambda: attention_backward(**{**given, **options, **changes}), own, BACKWARD)
+
+
+def launch_key_mass(own: dict[str, Tensor], **changes: Any) -> dict[str, Any]:
+    """What the driver gets for a pass of key_mass."""
+    query, key = own["query"], own["key"]
+    options: dict[str, Any] = {
+        "is_causal": False,
+        "scale": 0.125,
+        "configuration": key_mass_configuration(
+            query.dtype, query.shape[3], query.shape[2], key.shape[2], ("cuda", 90), exact=True
+        ),
+    }
+    own = {**own, "output": torch.zeros(2, 8, key.shape[2])}
+    given = {name: own[name] for name in ("row_max", "log2_sum", "temperature", "key_bias", "attn_mask", "output")}
+    call = {**given, **options, **changes}
+    return observed(lambda: attention_key_mass(query, key, **call), own, (key_mass_module._LAUNCHES,))
+
+
+def observed(call: Callable[[], Any], own: dict[str, Tensor], memories: tuple[Launches, ...]) -> dict[str, Any]:
+    """What the driver gets in a call, launch by launch, and how many of the launches are new to the memories."""
+    launched.clear()
+    before = sum(len(memory._known) for memory in memories)
+    result = call()
+    names = {tensor.data_ptr(): name for name, tensor in own.items()}
+    launches = [
+        {"binary": hash(function), "programs": programs, "arguments": [readable(value, names) for value in arguments]}
+        for function, programs, arguments in launched
+    ]
+    launched.clear()
+    del result
+    return {"new": sum(len(memory._known) for memory in memories) - before, "launches": launches}
+
+
+def repeated(launch: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> dict[str, Any]:
+    """The same call twice, on other tensors of the same layout."""
+    own = backward_tensors(*arguments)
+    first = launch(own, **options)
+    alive = [weakref.ref(tensor) for tensor in own.values()]
+    again = launch(backward_tensors(*arguments), **options)
+    del own
+    gc.collect()
+    return {"first": first, "again": again, "alive": sum(ref() is not None for ref in alive)}
+
+
+def passes() -> dict[str, Any]:
+    """Backward passes and passes of key_mass: repeated ones, and ones that differ from them in one thing."""
+    same = backward_tensors(64)
+    same["value"] = same["key"]
+    plain = backward_configurations(HALF, 128, 128, 256, 256, ("cuda", 90))
+    without = {"attn_mask": None, "key_bias": None, "key_scale": None, "configurations": plain}
+    return {
+        "everything": repeated(launch_backward, 64),
+        "descriptors": repeated(
+            launch_backward, 128, needed=("query", "key", "value"), statistics=[], statistic_grads=[], **without
+        ),
+        "aliased": launch_backward(same),
+        "unaligned": launch_backward(backward_tensors(64, offset=1), needed=("query",)),
+        "longer": launch_backward(backward_tensors(64, keys=512), needed=("query",)),
+        "scale": launch_backward(backward_tensors(64), scale=0.25, needed=("query",)),
+        "needed": launch_backward(backward_tensors(64), needed=("query",)),
+        "statistics": launch_backward(
+            backward_tensors(64),
+            needed=("query",),
+            statistics=[BoundStatistic(STATISTICS["entropy"](()))],
+            statistic_grads=[torch.zeros(2, 8, 256)],
+        ),
+        "key_mass": repeated(launch_key_mass, 64),
+        "key_mass, scale": launch_key_mass(backward_tensors(64), scale=0.25),
+        "key_mass, causal": launch_key_mass(backward_tensors(64), is_causal=True, attn_mask=None),
+    }
+
+
+def other_descriptors() -> dict[str, Any]:
+    """A launch whose tensor descriptor is of Gluon's class, repeated on another tensor."""
+    given: list[Any] = []
+    compiled = SimpleNamespace(hash="none", metadata=SimpleNamespace(target=SimpleNamespace(backend="none")))
+
+    class Compiled(SimpleNamespace):
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *values: given.append((grid, *values))
+
+    class Kernel:
+        params = (SimpleNamespace(name="x_descriptor"), SimpleNamespace(name="x_ptr"), SimpleNamespace(name="count"))
+
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., Any]:
+            return lambda **arguments: Compiled(**vars(compiled))
+
+    launches = Launches(Kernel(), {"x_descriptor": "x_ptr"})
+    first, again = torch.zeros(64, 64, dtype=HALF), torch.zeros(64, 64, dtype=HALF)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    descriptor = hopper.TensorDescriptor(first, [64, 64], [64, 1], [64, 64], layout)
+    arguments = {"x_descriptor": descriptor, "x_ptr": first, "count": 7}
+    launches.first("key", {"x_ptr": first}, 3, arguments, {})
+    launches.repeat("key", {"x_ptr": again})
+    (grid, found, pointer, count) = given[0]
+    expected = hopper.TensorDescriptor(again, [64, 64], [64, 1], [64, 64], layout)
+    same = {name: vars(found)[name] == vars(expected)[name] for name in vars(expected) if name != "base"}
+    return {
+        "grid": grid,
+        "class": type(found) is hopper.TensorDescriptor,
+        "base": found.base is again and pointer is again,
+        "first's": descriptor.base is first,
+        "fields": same,
+        "count": count,
+    }
+
+
 def backward(kernel: str, dim: int) -> dict[str, int]:
     """The binaries of one backward kernel, as a launch compiles it and as its report does."""
     problem = BackwardProblem(kernel=kernel, dim=dim)
@@ -182,8 +302,8 @@ def backward(kernel: str, dim: int) -> dict[str, int]:
 
 
 def main() -> None:
-    triton.runtime.driver.set_active(Driver())
-    half = torch.float16
+    stand_in.install()
+    half = HALF
     cases: dict[str, Any] = {
         "plain": twice(64, half),
         "descriptors": twice(128, half),
@@ -208,6 +328,8 @@ def main() -> None:
     cases["backward"] = {
         f"{kernel}, {dim}": backward(kernel, dim) for kernel in ("key_value", "query") for dim in (64, 128)
     }
+    cases["passes"] = passes()
+    cases["other descriptors"] = other_descriptors()
     json.dump(cases, sys.stdout)
 
 

@@ -21,7 +21,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "kernels"), environment.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT / "kernels"), str(ROOT / "tests"), environment.get("PYTHONPATH")])
+    )
     process = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("dry_launches.py"))],
         capture_output=True,
@@ -66,3 +68,53 @@ def test_reports_compile_what_runs(cases: dict[str, Any], name: str):
 def test_reports_compile_what_runs_backward(cases: dict[str, Any], kernel: str, dim: int):
     binaries = cases["backward"][f"{kernel}, {dim}"]
     assert binaries["launched"] == binaries["static"]
+
+
+@pytest.mark.parametrize("name", ["everything", "descriptors", "key_mass"])
+def test_passes_repeated(cases: dict[str, Any], name: str):
+    """Every kernel of a backward pass, and that of key_mass: as Triton bound it for the first call."""
+    first, again = cases["passes"][name]["first"], cases["passes"][name]["again"]
+    assert first["new"] == len(first["launches"]) == {"everything": 4, "descriptors": 3, "key_mass": 1}[name]
+    assert again["new"] == 0
+    assert again["launches"] == first["launches"]
+    assert cases["passes"][name]["alive"] == 0
+    if name == "descriptors":
+        described = [
+            argument[0] for launch in first["launches"] for argument in launch["arguments"] if is_descriptor(argument)
+        ]
+        assert {"key", "value"} <= set(described)
+
+
+def is_descriptor(argument: Any) -> bool:
+    """Whether it is a tensor descriptor, as dry_launches.py writes one, and no tuple of numbers."""
+    return isinstance(argument, list) and argument != [] and isinstance(argument[0], str)
+
+
+def test_passes_told_apart(cases: dict[str, Any]):
+    passes = cases["passes"]
+    names = ("needed", "unaligned", "longer", "scale", "statistics")
+    # the rows' kernel and the query's
+    assert [passes[name]["new"] for name in names] == [2] * 5
+    needed, *others = (passes[name]["launches"][-1] for name in names)
+    assert all(launch["arguments"] != needed["arguments"] for launch in others[1:])
+    assert others[0]["binary"] != needed["binary"] != others[3]["binary"]
+    assert [passes[f"key_mass, {name}"]["new"] for name in ("scale", "causal")] == [1, 1]
+
+
+def test_passes_aliased(cases: dict[str, Any]):
+    aliased, whole = cases["passes"]["aliased"], cases["passes"]["everything"]["first"]
+    assert aliased["new"] == 0
+    for launch, other in zip(aliased["launches"][1:], whole["launches"][1:], strict=True):
+        assert launch["arguments"][1] == launch["arguments"][2]
+        assert other["arguments"][1:3] == ["key", "value"]
+
+
+def test_descriptors_of_another_class(cases: dict[str, Any]):
+    """Gluon's have a layout besides."""
+    found = cases["other descriptors"]
+    assert "layout" in found["fields"]
+    assert all(found["fields"].values())
+    assert found["class"]
+    assert found["base"]
+    assert found["first's"]
+    assert (found["grid"], found["count"]) == ([3, 1, 1], 7)

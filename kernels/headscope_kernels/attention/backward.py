@@ -13,7 +13,8 @@ reproducible. A small kernel before both knows what concerns whole rows; a mask 
 more. What isn't needed isn't compiled in, or isn't launched.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ from headscope_kernels.attention.host import (
     stride_unit,
 )
 from headscope_kernels.attention.key_value_gradient import key_value_gradient_kernel
+from headscope_kernels.attention.launches import Launches, layouts, remember
 from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
-from headscope_kernels.attention.operands import refuse_misplaced
 from headscope_kernels.attention.query_gradient import query_gradient_kernel
 from headscope_kernels.attention.row_terms import row_terms_kernel
 from headscope_kernels.attention.statistics import BoundStatistic
@@ -111,8 +112,36 @@ def attention_backward(
             raise ValueError(f"{name} is None and has no gradient")
     if "attn_mask" in wanted and attn_mask is not None and attn_mask.dtype == torch.bool:
         raise ValueError("a bool attn_mask has no gradient")
+    pointers: dict[str, Any] = {
+        "query_ptr": query,
+        "key_ptr": key,
+        "value_ptr": value,
+        "mask_ptr": attn_mask,
+        "gate_ptr": gate,
+        "fill_ptr": fill,
+        "temperature_ptr": temperature,
+        "key_bias_ptr": key_bias,
+        "key_scale_ptr": key_scale,
+        "grad_output_ptr": grad_output,
+        "attention_ptr": attention,
+        "row_max_ptr": row_max,
+        "log2_sum_ptr": log2_sum,
+        "row_constants_ptr": row_constants,
+        "grad_ptrs": tuple(statistic_grads),
+        "statistic_data": tuple(tensor for bound in statistics for tensor in bound.tensors),
+    }
     with launch_context(query):
-        if configurations is None:
+        key_of_pass = (
+            layouts(pointers),
+            tuple((bound.statistic, len(bound.tensors)) for bound in statistics),
+            is_causal,
+            scale,
+            query.device,
+            float32_precision() if query.dtype == torch.float32 else None,
+            configurations,
+        )
+        kind = _KINDS.get(key_of_pass)
+        if kind is None and configurations is None:
             configurations = backward_configurations(
                 query.dtype,
                 query.shape[3],
@@ -123,7 +152,8 @@ def attention_backward(
                 exact=float32_precision() == "ieee",
                 laden=is_laden(attn_mask, key_bias, key_scale, statistics),
             )
-        arguments = shared_arguments(
+        arguments = partial(
+            shared_arguments,
             grad_output,
             query,
             key,
@@ -142,37 +172,71 @@ def attention_backward(
             row_constants=row_constants,
             statistics=statistics,
             statistic_grads=statistic_grads,
-            configurations=configurations,
+            configurations=kind.configurations if kind else configurations,
         )
-        return _Pass(arguments, configurations, tensors, wanted).gradients()
+        if kind is None:
+            # raises where anything doesn't fit, also where no kernel will run
+            arguments()
+            kind = _Kind(configurations)
+            remember(_KINDS, key_of_pass, kind)
+        return _Pass(pointers, arguments, kind, tensors, wanted).gradients()
+
+
+class _Kind:
+    """Passes that look alike to the kernels; one that has been seen fits them. Compares by identity."""
+
+    def __init__(self, configurations: BackwardConfigurations) -> None:
+        self.configurations = configurations
+
+
+_KINDS: dict[Hashable, _Kind] = {}
 
 
 class _Pass:
-    """One backward pass: from the shared arguments to the gradients."""
+    """One backward pass: from the tensors to the gradients.
+
+    Args:
+        pointers: the tensors by the kernels' parameters.
+        arguments: gives the kernels' shared arguments.
+        kind: what it looks like.
+        tensors: by the names of DIFFERENTIABLE.
+        wanted: those of them whose gradients are.
+    """
 
     def __init__(
         self,
-        arguments: dict[str, Any],
-        configurations: BackwardConfigurations,
+        pointers: dict[str, Any],
+        arguments: Callable[[], dict[str, Any]],
+        kind: _Kind,
         tensors: dict[str, Any],
         wanted: set[str],
     ):
-        self.arguments = arguments
-        self.configurations = configurations
+        self.pointers = pointers
+        self._arguments = arguments
+        self.kind = kind
+        self.configurations = kind.configurations
         self.tensors = tensors
         self.wanted = wanted
-        query = arguments["query_ptr"]
+        # what the first kernel writes for the others
+        self.rows: dict[str, Tensor] = {}
+        self.has_output = pointers["grad_output_ptr"] is not None
+        query = tensors["query"]
         self.batch, self.heads, self.queries, _ = query.shape
-        self.kv_heads, self.keys = arguments["key_ptr"].shape[1:3]
+        self.kv_heads, self.keys = tensors["key"].shape[1:3]
         self.statistics_shape = (self.batch, self.heads, self.queries)
         mask = tensors["attn_mask"]
         self.mask_sums = None
         if "attn_mask" in wanted and mask is not None:
             self.mask_sums = "rows" if mask.shape[3] == 1 else "columns" if mask.shape[2] == 1 else "none"
 
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The kernels' shared arguments, which only launches of a new kind need."""
+        return self._arguments()
+
     def empty(self, *shape: int) -> Tensor:
         """float32 on the query's device."""
-        return torch.empty(shape, dtype=torch.float32, device=self.arguments["query_ptr"].device)
+        return torch.empty(shape, dtype=torch.float32, device=self.tensors["query"].device)
 
     def gradients(self) -> dict[str, Tensor]:
         gradients: dict[str, Tensor] = {}
@@ -189,7 +253,7 @@ class _Pass:
             gradients["attn_mask"] = self.mask()
         if "fill" in self.wanted:
             gradients["fill"] = fill_gradient(
-                self.arguments["grad_output_ptr"] if self.arguments["HAS_OUTPUT"] else None,
+                self.pointers["grad_output_ptr"],
                 self.tensors["gate"],
                 self.tensors["fill"],
             )
@@ -200,29 +264,45 @@ class _Pass:
         tensor = self.tensors[name]
         return total.sum_to_size(tensor.shape).to(tensor.dtype)
 
-    def launch(self, kernel: Any, programs: int, configuration: BackwardConfiguration | None, **own: Any) -> None:
+    def launch(
+        self,
+        launches: Launches,
+        programs: int,
+        configuration: BackwardConfiguration | None,
+        written: dict[str, Tensor | None],
+        **own: Any,
+    ) -> None:
+        """Starts a kernel.
+
+        Args:
+            configuration: None where the kernel has no tiles of scores.
+            written: the tensors that it has beside the pass's, by parameter.
+            own: its other arguments, which the pass's kind doesn't say.
+        """
         if programs == 0:
             return
-        options: dict[str, Any] = {"num_warps": 4}
+        written = {**self.rows, **written}
+        key = (self.kind, layouts(written), tuple(own.values()))
+        pointers = {**self.pointers, **written}
+        if launches.repeat(key, pointers):
+            return
+        options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
         if configuration is not None:
-            options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
-        compiled = kernel[(programs,)](
-            **kernel_arguments(kernel, self.arguments, configuration, own), **options, enable_fp_fusion=True
-        )
-        refuse_misplaced(compiled)
+            options |= {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+        arguments = kernel_arguments(launches.kernel, self.arguments, configuration, {**written, **own})
+        launches.first(key, pointers, programs, arguments, options)
 
     def row_terms(self, scores: bool) -> dict[str, Tensor]:
         """What the other kernels read for every row, and the gate's gradient."""
         tiles = triton.cdiv(self.queries, self.configurations.block_rows)
         gate_parts = self.empty(self.batch, self.heads, tiles) if "gate" in self.wanted else None
         if scores:
-            self.arguments["delta_ptr"] = self.empty(*self.statistics_shape)
-            self.arguments["offset_ptr"] = self.empty(*self.statistics_shape)
+            self.rows = {name: self.empty(*self.statistics_shape) for name in ("delta_ptr", "offset_ptr")}
         self.launch(
-            row_terms_kernel,
+            _ROW_TERMS,
             self.batch * self.heads * tiles,
             None,
-            gate_grad_ptr=gate_parts,
+            {"gate_grad_ptr": gate_parts},
             NEED_DELTA=scores,
             NEED_GATE="gate" in self.wanted,
         )
@@ -231,7 +311,7 @@ class _Pass:
     def key_value(self) -> dict[str, Tensor]:
         """The kernel that owns keys: dk, dv, and sums over queries."""
         configuration = self.configurations.key_value
-        key, value = self.arguments["key_ptr"], self.arguments["value_ptr"]
+        key, value = self.tensors["key"], self.tensors["value"]
         key_tiles = self.batch * self.kv_heads * triton.cdiv(self.keys, configuration.block_keys)
         splits = self.configurations.splits or query_splits(key_tiles, self.queries, configuration.block_queries)
         split_queries = triton.cdiv(triton.cdiv(self.queries, configuration.block_queries), splits)
@@ -243,18 +323,20 @@ class _Pass:
             return self.empty(splits * self.batch, *tensor.shape[1:])
 
         key_grad = buffer(key) if "key" in self.wanted else None
-        value_grad = buffer(value) if "value" in self.wanted and self.arguments["HAS_OUTPUT"] else None
+        value_grad = buffer(value) if "value" in self.wanted and self.has_output else None
         written = [tensor for tensor in (key_grad, value_grad) if tensor is not None]
         unit = stride_unit(written) if written else 1
         sums_shape = (splits, self.batch, self.heads, self.keys)
         columns = "key_bias" in self.wanted or self.mask_sums == "columns"
         column_sums = self.empty(*sums_shape) if columns else None
         scale_sums = self.empty(*sums_shape) if "key_scale" in self.wanted else None
-        own = {
+        outputs = {
             "key_grad_ptr": key_grad,
             "value_grad_ptr": value_grad,
             "column_sums_ptr": column_sums,
             "key_scale_grad_ptr": scale_sums,
+        }
+        own = {
             "key_grad_strides": NO_STRIDES if key_grad is None else in_units(key_grad, unit),
             "value_grad_strides": NO_STRIDES if value_grad is None else in_units(value_grad, unit),
             "GRAD_UNIT": unit,
@@ -266,7 +348,7 @@ class _Pass:
             "NEED_KEY": "key" in self.wanted,
             "NEED_VALUE": value_grad is not None,
             "NEED_COLUMN_SUMS": columns,
-            "NEED_KEY_SCALE": "key_scale" in self.wanted and self.arguments["HAS_OUTPUT"],
+            "NEED_KEY_SCALE": "key_scale" in self.wanted and self.has_output,
         }
         launches = [flags]
         if (
@@ -277,7 +359,7 @@ class _Pass:
             launches = [{**flags, "NEED_VALUE": False}, {name: name == "NEED_VALUE" for name in flags}]
         for launch in launches:
             if any(launch.values()):
-                self.launch(key_value_gradient_kernel, key_tiles * splits, configuration, **own, **launch)
+                self.launch(_KEY_VALUE, key_tiles * splits, configuration, outputs, **own, **launch)
 
         def total(buffer: Tensor | None, tensor: Tensor) -> Tensor:
             if buffer is None:
@@ -303,7 +385,7 @@ class _Pass:
     def query(self) -> dict[str, Tensor]:
         """The kernel that owns queries: dq, and sums over keys."""
         configuration = self.configurations.query
-        query = self.arguments["query_ptr"]
+        query = self.tensors["query"]
         tiles = triton.cdiv(self.queries, configuration.block_queries)
         query_grad = torch.empty_like(query) if "query" in self.wanted else None
         unit = 1 if query_grad is None else stride_unit((query_grad,))
@@ -311,12 +393,10 @@ class _Pass:
         row_sums = self.empty(*self.statistics_shape) if rows else None
         parts = self.empty(*self.statistics_shape) if "temperature" in self.wanted else None
         self.launch(
-            query_gradient_kernel,
+            _QUERY,
             self.batch * self.heads * tiles,
             configuration,
-            query_grad_ptr=query_grad,
-            row_sums_ptr=row_sums,
-            temperature_grad_ptr=parts,
+            {"query_grad_ptr": query_grad, "row_sums_ptr": row_sums, "temperature_grad_ptr": parts},
             query_grad_strides=NO_STRIDES if query_grad is None else in_units(query_grad, unit),
             GRAD_UNIT=unit,
             NEED_QUERY="query" in self.wanted,
@@ -342,10 +422,10 @@ class _Pass:
             self.keys, configuration.block_keys
         )
         self.launch(
-            mask_gradient_kernel,
+            _MASK,
             mask_batch * mask_heads * tiles,
             configuration,
-            mask_grad_ptr=gradient,
+            {"mask_grad_ptr": gradient},
             mask_grad_strides=gradient.stride(),
             mask_heads=mask_heads,
             batch_repeats=self.batch if mask_batch == 1 else 1,
@@ -365,3 +445,14 @@ def fill_gradient(grad_output: Tensor | None, gate: Tensor | None, fill: Tensor)
     gate = gate[..., None, None].float()
     total = torch.where(gate == 1, 0.0, (1 - gate) * total)
     return total.sum_to_size(fill.shape).to(fill.dtype)
+
+
+_DESCRIBED = {
+    f"{name}{tail}_descriptor": f"{name}_ptr"
+    for name in ("query", "key", "value", "grad_output")
+    for tail in ("", "_tail")
+}
+_ROW_TERMS, _KEY_VALUE, _QUERY, _MASK = (
+    Launches(kernel, _DESCRIBED)
+    for kernel in (row_terms_kernel, key_value_gradient_kernel, query_gradient_kernel, mask_gradient_kernel)
+)

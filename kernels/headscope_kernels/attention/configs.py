@@ -17,9 +17,10 @@ class ForwardConfiguration:
         dim_widths, value_widths: the chunks the head dimensions are cut into, powers of two, at least 16;
             None: `chunk_widths` decides.
         descriptors: keys and values come through tensor descriptors where their strides allow.
-        schedule: who loads and who computes. "plain": every warp does both (forward.py); "specialised": the same kernel,
-            whose loads Triton gives to warps of their own; "pingpong": the kernel for Hopper in pingpong.py. The last
-            two serve some calls only, and are off by default.
+        schedule: who loads and who computes. "plain": every warp does both (forward.py). "specialised": the same
+            kernel, whose loads Triton gives to warps of their own. "overlapped": the kernel for Hopper in pingpong.py.
+            "pingpong": that kernel, whose warp groups take turns. All but the first serve some calls only, and are off
+            by default.
     """
 
     block_queries: int
@@ -29,7 +30,7 @@ class ForwardConfiguration:
     dim_widths: tuple[int, ...] | None = None
     value_widths: tuple[int, ...] | None = None
     descriptors: bool = False
-    schedule: Literal["plain", "specialised", "pingpong"] = "plain"
+    schedule: Literal["plain", "specialised", "overlapped", "pingpong"] = "plain"
 
 
 # A step of the interpreter costs the same for any tile, and small shapes shall still cross tile borders.

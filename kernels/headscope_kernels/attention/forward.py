@@ -435,6 +435,34 @@ def attention_forward(
                 masked=attn_mask is not None,
                 carried=sum(sum(bound.statistic.accumulators) for bound in statistics),
             )
+        if configuration.schedule in ("overlapped", "pingpong"):
+            # Gluon is for some targets only
+            from headscope_kernels.attention.pingpong import attention_pingpong
+
+            attention_pingpong(
+                launch_key,
+                pointers,
+                query=query,
+                key=key,
+                value=value,
+                output=output,
+                scale=scale,
+                gate=gate,
+                statistics=statistics,
+                statistic_outputs=statistic_outputs,
+                configuration=configuration,
+                others={
+                    "attn_mask": attn_mask,
+                    "is_causal": is_causal,
+                    "fill": fill,
+                    "temperature": temperature,
+                    "key_bias": key_bias,
+                    "key_scale": key_scale,
+                    "attention": attention,
+                    "row_max": row_max,
+                },
+            )
+            return
         arguments = forward_arguments(
             query,
             key,

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 import triton
@@ -97,6 +98,12 @@ def device_target(tensor: Tensor) -> tuple[str, int] | None:
     if not triton.knobs.runtime.interpret:
         raise ValueError(f"Triton kernels need tensors on a GPU, got {tensor.device} (TRITON_INTERPRET is off)")
     return None
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; those of an H100 where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @contextmanager

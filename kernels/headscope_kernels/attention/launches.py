@@ -11,7 +11,6 @@ from typing import Any
 
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headscope_kernels.attention.operands import refuse_misplaced
 
@@ -30,9 +29,18 @@ def layout(tensor: Tensor | None) -> Hashable:
 def layouts(pointers: Pointers) -> Hashable:
     """The layouts of everything that pointers name."""
     return tuple(
-        layout(value) if value is None or isinstance(value, Tensor) else tuple(map(layout, value))
-        for value in pointers.values()
+        [
+            layout(value) if value is None or isinstance(value, Tensor) else tuple(map(layout, value))
+            for value in pointers.values()
+        ]
     )
+
+
+def remember(known: dict[Hashable, Any], key: Hashable, value: Any) -> None:
+    """Adds to what is known; beyond CAPACITY everything older is forgotten."""
+    if len(known) >= CAPACITY:
+        known.clear()
+    known[key] = value
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,14 @@ class _Launch:
         programs: how many start.
         values: the kernel's arguments in order; None where a tensor goes.
         pointers: (position, name) of the tensors.
-        described: (position, name, shape, strides, block shape) of the tensor descriptors.
+        described: (position, name, class, attributes but the tensor) of the tensor descriptors.
     """
 
     compiled: Any
     programs: int
     values: list[Any]
     pointers: list[tuple[int, str]]
-    described: list[tuple[int, str, list[int], list[int], list[int]]]
+    described: list[tuple[int, str, type, dict[str, Any]]]
 
 
 class Launches:
@@ -59,7 +67,8 @@ class Launches:
 
     Args:
         kernel: the jit function.
-        described: parameter that takes a tensor descriptor: the one that takes the same tensor's pointer.
+        described: parameter that takes a tensor descriptor, of whatever class: the one that takes the same tensor's
+            pointer.
     """
 
     def __init__(self, kernel: Any, described: Mapping[str, str]) -> None:
@@ -75,8 +84,10 @@ class Launches:
         values = launch.values.copy()
         for position, name in launch.pointers:
             values[position] = pointers[name]
-        for position, name, shape, strides, block in launch.described:
-            values[position] = TensorDescriptor(pointers[name], shape, strides, block)
+        for position, name, kind, attributes in launch.described:
+            # what its class checks was right the first time, and depends on the layout alone
+            descriptor = values[position] = object.__new__(kind)
+            descriptor.__dict__.update(attributes, base=pointers[name])
         launch.compiled[(launch.programs, 1, 1)](*values)
         return True
 
@@ -84,6 +95,14 @@ class Launches:
         self, key: Hashable, pointers: Pointers, programs: int, arguments: dict[str, Any], options: dict[str, Any]
     ) -> None:
         """Launch with these arguments, and remember it.
+
+        Args:
+            key: whatever the launch depends on: the layouts of pointers, and all that arguments, programs and options
+                come from.
+            pointers: the tensors by parameter.
+            programs: how many start.
+            arguments: the kernel's, by name.
+            options: Triton's: num_warps and the like.
 
         Raises:
             RuntimeError: the binary is one that the assembler got wrong (operands.py).
@@ -94,16 +113,14 @@ class Launches:
         refuse_misplaced(compiled)
         values: list[Any] = []
         placed: list[tuple[int, str]] = []
-        described: list[tuple[int, str, list[int], list[int], list[int]]] = []
+        described: list[tuple[int, str, type, dict[str, Any]]] = []
         for position, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, arguments[parameter.name]
-            if isinstance(value, TensorDescriptor):
-                described.append((position, self.described[name], value.shape, value.strides, value.block_shape))
+            if value is not None and name in self.described:
+                described.append((position, self.described[name], type(value), {**vars(value), "base": None}))
                 value = None
-            elif name in pointers and value is not None:
+            elif value is not None and name in pointers:
                 placed.append((position, name))
                 value = None
             values.append(value)
-        if len(self._known) >= CAPACITY:
-            self._known.clear()
-        self._known[key] = _Launch(compiled, programs, values, placed, described)
+        remember(self._known, key, _Launch(compiled, programs, values, placed, described))

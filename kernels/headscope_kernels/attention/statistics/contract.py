@@ -54,6 +54,10 @@ class RowStatistic:
     constants: tuple[int | float, ...] = ()
     gradient: Any = None
 
+    def __hash__(self) -> int:
+        # Triton's functions compare by identity, but each hash of one takes microseconds
+        return hash((self.accumulators, self.width, self.constants))
+
 
 class BoundStatistic(NamedTuple):
     """A statistic with its data: int32 or float32 tensors [batch or 1, heads or 1, length], last stride 1."""
