@@ -1,7 +1,7 @@
 """Kernels compiled before the card is asked, by as many processes as there are cores, into Triton's own cache.
 
 A job is a call as the stage will make it, on CPU tensors of the same layout: Triton compiles for the card and hands its
-launcher's arguments to a driver that drops them. The binaries are those of the launches to come
+launcher's arguments to a driver that isn't one (tests/stand_in.py). The binaries are those of the launches to come
 (tests/kernels/test_launches.py shows it), and no process here touches the card.
 """
 
@@ -63,15 +63,16 @@ def binaries() -> int:
 
 def _compiled(job: Job) -> tuple[int, float]:
     """Makes the call without a card; returns its kernels and core-seconds, those of the assembler included."""
+    import stand_in
+
     pretend()
     function, arguments = job
-    loaded, before = len(_loaded), _core_seconds()
+    before = _core_seconds()
     function(*arguments)
-    return len(_loaded) - loaded, _core_seconds() - before
-
-
-# names of kernels that this process would have loaded
-_loaded: list[str] = []
+    binaries_launched = {binary for binary, *_ in stand_in.launched}
+    # they hold on to tensors
+    stand_in.launched.clear()
+    return len(binaries_launched), _core_seconds() - before
 
 
 def _core_seconds() -> float:
@@ -82,46 +83,14 @@ def _core_seconds() -> float:
 def pretend() -> None:
     """From now on this process compiles for sm_90 what it launches on CPU tensors, and launches nothing."""
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import driver as nvidia
 
+    import stand_in
     from headscope.ops.backends import BACKENDS
     from headscope_kernels.attention import backward, forward, key_mass
-
-    class Launcher:
-        def __init__(self, source: Any, metadata: Any) -> None:
-            pass
-
-        def __call__(self, *arguments: Any) -> None:
-            pass
-
-    class Utilities:
-        def get_device_properties(self, device: int) -> dict[str, int]:
-            return {"max_shared_mem": 227 * 1024}
-
-        def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple:
-            _loaded.append(name)
-            return object(), kernel, 255, 0, 1024
-
-    class Driver:
-        launcher_cls = Launcher
-        utils = Utilities()
-
-        def get_current_target(self) -> Any:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def map_python_to_cpp_type(self, name: str) -> str:
-            return nvidia.ty_to_cpp(name)
+    from headscope_kernels.attention.static_report import TARGETS, target_key
 
     torch.set_num_threads(1)
-    triton.runtime.driver.set_active(Driver())
+    stand_in.install()
     for module in (forward, backward, key_mass):
-        module.device_target = lambda tensor: ("cuda", 90)
+        module.device_target = lambda tensor: target_key(TARGETS["sm_90"])
     BACKENDS["triton"] = replace(BACKENDS["triton"], unavailable=lambda: None, rejects=lambda problem: None)
