@@ -14,6 +14,8 @@ import headscope
 # torch's own choice is the first; the others are named where they exist
 STOCK = "SDPA"
 OURS = "headscope, entropy + gate"
+# with its logsumexp, the only statistic that it gives
+FLEX = "FlexAttention"
 SDPA_BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -37,11 +39,12 @@ class Shape:
 
     def tensors(self, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value laid out as models have them, heads beside channels; the same each time."""
-        generator = torch.Generator().manual_seed(0)
+        # where they are needed: the largest take a CPU seconds
+        generator = torch.Generator(device).manual_seed(0)
 
         def normal(tokens: int) -> Tensor:
-            drawn = torch.randn(self.batch, tokens, self.heads, self.dim, generator=generator)
-            return drawn.to(device, dtype).transpose(1, 2)
+            drawn = torch.randn(self.batch, tokens, self.heads, self.dim, generator=generator, device=device)
+            return drawn.to(dtype).transpose(1, 2)
 
         return normal(self.queries), normal(self.keys), normal(self.keys)
 
@@ -109,8 +112,17 @@ def _flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def forwards(query: Tensor, key: Tensor, value: Tensor, *, flex: bool) -> dict[str, Callable[[], object]]:
-    """Every contender's forward. Those that can't take these tensors are left out."""
+def _flex_forward(query: Tensor, key: Tensor, value: Tensor) -> object:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    # on a CPU the compiled one can't return it
+    return _flex()(query, key, value, return_aux=AuxRequest(lse=True) if query.is_cuda else None)
+
+
+def forwards(
+    query: Tensor, key: Tensor, value: Tensor, *, flex: bool, only: tuple[str, ...] | None = None
+) -> dict[str, Callable[[], object]]:
+    """Every contender's forward, or those of `only`. Those that can't take these tensors are left out."""
     edit = headscope.HeadEdit(torch.ones(query.shape[:2], device=query.device))
 
     def stock() -> Tensor:
@@ -126,12 +138,13 @@ def forwards(query: Tensor, key: Tensor, value: Tensor, *, flex: bool) -> dict[s
         for name, backend in SDPA_BACKENDS.items():
             calls[name] = _with_backend(stock, backend)
     if flex:
-        calls["FlexAttention"] = lambda: _flex()(query, key, value)
+        calls[FLEX] = lambda: _flex_forward(query, key, value)
     matrix = query.element_size() * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
     # four of them live at once
     if 4 * matrix <= 24 * 2**30:
         calls["materialised"] = lambda: materialised(query, key, value)
-    return {name: call for name, call in calls.items() if _works(name, call)}
+    chosen = {name: call for name, call in calls.items() if only is None or name in only}
+    return {name: call for name, call in chosen.items() if _works(name, call)}
 
 
 def _with_backend(call: Callable[[], Tensor], backend: SDPBackend) -> Callable[[], object]:
@@ -176,7 +189,7 @@ def backwards(query: Tensor, key: Tensor, value: Tensor, *, flex: bool) -> dict[
                 except RuntimeError:
                     continue
         if flex and query.is_cuda:
-            outputs["FlexAttention"] = ([_flex()(*leaves)], leaves)
+            outputs[FLEX] = ([_flex()(*leaves)], leaves)
         matrix = query.element_size() * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
         if 8 * matrix <= 24 * 2**30:
             outputs["materialised"] = (list(materialised(*leaves)), leaves)

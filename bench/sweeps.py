@@ -433,14 +433,21 @@ def main() -> None:
     compiled = device == "cuda" if arguments.compile is None else arguments.compile
     chosen = contenders(models.denoiser, compiled)
     engines = {name: Engine(models, contender, sites) for name, contender in chosen.items()}
+    print(f"{models.description}, {len(engines)} contenders", flush=True)
     differences = check(loop, engines)
+    print(f"numbers agree: {differences}", flush=True)
     batch, batches = best_batch(loop)
+    print(f"the loop's edits a second by batch: {batches}", flush=True)
     calls: dict[str, Callable[[], float]] = {LOOP: lambda: loop.edits_per_second(batch)}
     calls |= {name: engine.edits_per_second for name, engine in engines.items()}
     rates: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(arguments.rounds):
         for name, call in calls.items():
             rates[name].append(call())
+            print(
+                f"{name}: {rates[name][-1]:.1f} edits/s, {rates[name][-1] / rates[LOOP][-1]:.2f} of the loop",
+                flush=True,
+            )
     heads = engines[WHOLE].heads
     rows = summary(rates, chosen, heads)
     result = {

@@ -1,0 +1,438 @@
+"""The card: its clock, its graphs, its tools. `Rehearsal` stands in for all of it where there is none."""
+
+import contextlib
+import functools
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from card.stage import ROOT
+from headscope._machine import device_name
+from headscope_kernels.attention.configs import INTERPRETER, ForwardConfiguration
+from peers import Shape
+
+Call = Callable[[], object]
+Tensors = tuple[Tensor, Tensor, Tensor]
+# inputs of one replay together, beyond the L2 of an H200 (60 MB)
+ROTATED_BYTES = 192 * 2**20
+REPLAY_SECONDS = 2e-3
+CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Calls that run again and again without the host.
+
+    Attributes:
+        run: returns the device's seconds for one call.
+        host_seconds: of one call made from Python.
+        calls: kept, because a graph reads their tensors.
+    """
+
+    run: Callable[[], float]
+    host_seconds: float
+    calls: Sequence[Call]
+
+
+@dataclass(frozen=True)
+class Tests:
+    """Tests for pytest: the folder that it runs in, files or names of tests, and an expression of markers."""
+
+    root: Path
+    files: tuple[str, ...]
+    marker: str
+
+
+class Card:
+    """The GPU that torch sees.
+
+    Attributes:
+        torch_device: where tensors go.
+        model_size: of headscope.bench.configurations.
+        processes: that compile or test at once.
+        rounds: of interleaved timing.
+        target: as `candidates` takes it.
+        candidate_seconds: a candidate that says nothing for so long hangs.
+    """
+
+    torch_device = "cuda"
+    model_size = "full"
+    processes = os.cpu_count() or 1
+    rounds = 11
+    target: tuple[str, int] | None = ("cuda", 90)
+    candidate_seconds = 15.0
+
+    def name(self) -> str:
+        return device_name(self.torch_device)
+
+    def synchronise(self) -> None:
+        torch.cuda.synchronize()
+
+    def environment(self) -> dict[str, str]:
+        """For programs that are started, many at once: kernels compiled, though a sandbox hides /dev/nvidiactl."""
+        return {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+
+    def shapes(self, shapes: Iterable[Shape]) -> list[Shape]:
+        return list(shapes)
+
+    def tokens(self, count: int) -> int:
+        """So many, or as many as a rehearsal can take."""
+        return count
+
+    def jobs(self, jobs: Sequence[Any]) -> Sequence[Any]:
+        """What is compiled ahead."""
+        return jobs
+
+    def clocks(self) -> dict[str, str]:
+        """MHz, W and degrees, as nvidia-smi says them now."""
+        command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader,nounits"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        values = run.stdout.strip().splitlines()
+        return dict(zip(CLOCKS.split(","), values[0].split(", "), strict=False)) if values else {}
+
+    def seconds(self, call: Call) -> float:
+        """The device's time of a call, host time included where the host is late."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def wall(self, call: Call) -> float:
+        """Seconds until the device is done."""
+        started = time.perf_counter()
+        call()
+        self.synchronise()
+        return time.perf_counter() - started
+
+    def host(self, call: Call) -> float:
+        """The host's seconds for a call, not waiting for the device."""
+        self.synchronise()
+        started = time.perf_counter()
+        call()
+        taken = time.perf_counter() - started
+        self.synchronise()
+        return taken
+
+    def graph(self, call: Call) -> Call:
+        """Captured, to be replayed."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            call()
+        return graph.replay
+
+    @functools.cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """On the stream on which graphs are captured."""
+        self.synchronise()
+        with torch.cuda.stream(self._stream):
+            yield
+        self.synchronise()
+
+    def replay(self, calls: Sequence[Call]) -> Replay:
+        """Many calls in one graph, in turn over the inputs that they were made for."""
+        for call in calls:
+            call()
+
+        def twenty() -> None:
+            for _ in range(20):
+                calls[0]()
+
+        host, whole = self.host(twenty) / 20, self.wall(twenty) / 20
+        count = int(np.clip(REPLAY_SECONDS / whole, len(calls), 200))
+
+        def all_of_them() -> None:
+            for call in itertools.islice(itertools.cycle(calls), count):
+                call()
+
+        replayed = self.graph(all_of_them)
+        return Replay(lambda: self.seconds(replayed) / count, host, calls)
+
+    def input_sets(self, shape: Shape, dtype: torch.dtype) -> list[Tensors]:
+        """The same numbers at as many addresses as it takes to miss the L2 cache."""
+        count = max(1, min(8, ROTATED_BYTES // shape.bytes(dtype.itemsize, False)))
+        return [shape.tensors(self.torch_device, dtype) for _ in range(count)]
+
+    def ceilings(self) -> dict[str, float]:
+        """What a large matrix product and a large copy reach."""
+        left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
+        block = torch.empty(2**31, device="cuda", dtype=torch.int8)
+        other = torch.empty_like(block)
+        calls = {
+            "matmul, TFLOP/s": (lambda: left @ right, 2 * 8192**3 / 1e12),
+            "copy, GB/s read and written": (lambda: other.copy_(block), 2 * 2**31 / 1e9),
+        }
+        found = {}
+        for name, (call, work) in calls.items():
+            times = [self.seconds(call) for _ in range(13)][3:]
+            found[name] = work / float(np.median(times))
+        return found
+
+    def peak_bytes(self, call: Call) -> int:
+        """The most memory that is alive at once during a call beyond what was before."""
+        self.synchronise()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        self.synchronise()
+        return torch.cuda.max_memory_allocated() - before
+
+    def profile(self, call: Call) -> dict[str, float]:
+        """Kernels of one call, and the share of the time from the first to the last in which none ran."""
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            call()
+            self.synchronise()
+        events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+        device = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
+        return idle_share([(event.start_ns(), event.start_ns() + event.duration_ns()) for event in device])
+
+    def compile(self, model: nn.Module) -> Any:
+        return torch.compile(model)
+
+    def candidates(self, find: Callable[..., dict], *problem: Any) -> dict[str, ForwardConfiguration]:
+        return find(*problem, self.target)
+
+    def before_candidate(self, name: str) -> None:
+        """Nothing: a card's candidates hang by themselves."""
+
+    def sanitizer(self, tool: str, program: Sequence[str]) -> list[str] | None:
+        """The command that runs a program under one of compute-sanitizer's tools; None where it isn't installed."""
+        found = shutil.which("compute-sanitizer")
+        # the caching allocator would hide accesses past the end of a tensor
+        uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+        return [*uncached, found, "--tool", tool, "--error-exitcode", "9", *program] if found else None
+
+    def sanitized(self) -> list[str]:
+        """Further arguments of tests/gpu/sanitized.py."""
+        return []
+
+    def fuzz_calls(self) -> int:
+        """Random calls of each of its processes."""
+        return 2000
+
+    def sweep(self) -> list[str]:
+        """The arguments of bench/sweeps.py."""
+        return ["--model", "sd15", "--device", "cuda", "--dtype", "float16", "--sites", "4", "--no-compile"]
+
+    def tests(self, folder: Path) -> Tests:
+        """Those that need a card, and nothing else."""
+        return Tests(ROOT, ("tests/gpu/test_device.py", "tests/gpu/test_contract.py"), "gpu")
+
+    def more_tests(self, folder: Path) -> list[Tests]:
+        """The kernels' own, compiled, and those of sweeps."""
+        return [
+            Tests(ROOT, ("tests/kernels",), "not gpu and not full"),
+            Tests(ROOT, ("tests/gpu/test_sweep.py",), "gpu"),
+        ]
+
+
+def idle_share(spans: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Of (begin, end) of kernels in nanoseconds: how many, seconds from the first to the last, and the idle share."""
+    if not spans:
+        return {"kernels": 0, "span_seconds": 0.0, "idle_share": 0.0}
+    busy, reached = 0.0, -float("inf")
+    for begin, end in sorted(spans):
+        busy += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    span = reached - min(begin for begin, _ in spans)
+    return {"kernels": len(spans), "span_seconds": span / 1e9, "idle_share": 1 - busy / span if span else 0.0}
+
+
+class Rehearsal(Card):
+    """No card: CPU tensors of tiny shapes, kernels in Triton's interpreter, wall time. Its numbers mean nothing."""
+
+    torch_device = "cpu"
+    model_size = "small"
+    processes = 3
+    rounds = 1
+    candidate_seconds = 20.0
+
+    def name(self) -> str:
+        return f"no GPU, a rehearsal on {device_name('cpu')}"
+
+    def synchronise(self) -> None:
+        pass
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+
+    def shapes(self, shapes: Iterable[Shape]) -> list[Shape]:
+        return [replace(shape, batch=1, heads=2, queries=20, keys=24) for shape in list(shapes)[:1]]
+
+    def tokens(self, count: int) -> int:
+        return min(count, 12)
+
+    def jobs(self, jobs: Sequence[Any]) -> Sequence[Any]:
+        return jobs[:1]
+
+    def clocks(self) -> dict[str, str]:
+        return dict.fromkeys(CLOCKS.split(","), "0")
+
+    def seconds(self, call: Call) -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    def graph(self, call: Call) -> Call:
+        return call
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        yield
+
+    def replay(self, calls: Sequence[Call]) -> Replay:
+        host = self.seconds(calls[0])
+        return Replay(lambda: self.seconds(self.graph(calls[0])), host, calls)
+
+    def input_sets(self, shape: Shape, dtype: torch.dtype) -> list[Tensors]:
+        return [shape.tensors("cpu", dtype)]
+
+    def ceilings(self) -> dict[str, float]:
+        return {"matmul, TFLOP/s": 1.0, "copy, GB/s read and written": 1.0}
+
+    def peak_bytes(self, call: Call) -> int:
+        call()
+        return 0
+
+    def profile(self, call: Call) -> dict[str, float]:
+        call()
+        return idle_share([(0, 10), (5, 20), (30, 40)])
+
+    def compile(self, model: nn.Module) -> Any:
+        return torch.compile(model, backend="eager")
+
+    def candidates(self, find: Callable[..., dict], *problem: Any) -> dict[str, ForwardConfiguration]:
+        """What a table of candidates can come to: a right one, one that hangs, one that is refused."""
+        find(*problem, ("cuda", 90))
+        refused = replace(INTERPRETER, block_queries=3)
+        return {"sound": replace(INTERPRETER, block_keys=16), "hanging": INTERPRETER, "refused": refused}
+
+    def before_candidate(self, name: str) -> None:
+        if name == "hanging":
+            time.sleep(3600)
+
+    def sanitizer(self, tool: str, program: Sequence[str]) -> list[str] | None:
+        return [*program]
+
+    def sanitized(self) -> list[str]:
+        return ["--calls", "1", "--tokens", "8"]
+
+    def fuzz_calls(self) -> int:
+        return 1
+
+    def sweep(self) -> list[str]:
+        return ["--model", "bundled", "--sites", "1", "--rounds", "1"]
+
+    def tests(self, folder: Path) -> Tests:
+        """One case of the contract, interpreted; one failure; and a card that a test of three leaves broken once."""
+        file = folder / "test_rehearsed.py"
+        file.write_text(_REHEARSED_TESTS.format(mark=str(folder / "broken")))
+        return Tests(folder, (file.name,), "gpu")
+
+    def more_tests(self, folder: Path) -> list[Tests]:
+        (folder / "test_passing.py").write_text("def test_that_passes():\n    pass\n")
+        return [Tests(folder, ("test_passing.py",), "not gpu")]
+
+
+_REHEARSED_TESTS = """
+import pathlib
+import pytest
+import torch
+from contract import CASES, assert_close, make_inputs, truth
+
+pytestmark = pytest.mark.gpu
+
+def test_contract():
+    inputs = make_inputs(next(case for case in CASES if case.name == "one_key"), torch.float32)
+    expected = truth(inputs)
+    assert_close("output", inputs.attend("triton").output, expected.output, expected.output_tolerance)
+
+def test_that_fails():
+    assert 2.5 < 1.0, "output: 2.5 > 1"
+
+def test_that_breaks_the_card_once():
+    mark = pathlib.Path("{mark}")
+    if not mark.exists():
+        mark.touch()
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_that_breaks_the_card():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+"""
+
+
+class Compiler(Card):
+    """No card: only what stages compile ahead of it."""
+
+    def name(self) -> str:
+        return f"no GPU, compiled for sm_90 on {device_name('cpu')}"
+
+
+def open_device(mode: str) -> Card:
+    """Raises SystemExit where there is no GPU to measure."""
+    if mode == "measure" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here: torch.cuda.is_available() is False; --rehearse does without")
+    return {"measure": Card, "rehearse": Rehearsal, "compile": Compiler}[mode]()
+
+
+def interleaved(replays: dict[str, Replay], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of one call of each in every round, after two rounds that don't count."""
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for round_ in range(rounds + 2):
+        for name, replay in replays.items():
+            seconds = replay.run()
+            if round_ >= 2:
+                times[name].append(seconds)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def percentiles(seconds: np.ndarray) -> list[float]:
+    """Milliseconds: the 20th, 50th and 80th."""
+    return (np.quantile(seconds, [0.2, 0.5, 0.8]) * 1e3).tolist()
+
+
+def quartiles(values: np.ndarray) -> list[float]:
+    return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+
+
+@contextlib.contextmanager
+def program(command: Sequence[str], device: Card, folder: Path = ROOT) -> Iterator[subprocess.Popen]:
+    """A program whose output is read line by line, and which ends with the block."""
+    from card.stage import die_with_parent
+
+    process = subprocess.Popen(
+        list(command),
+        cwd=folder,
+        env=device.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=die_with_parent,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]

@@ -1,0 +1,27 @@
+"""The sweep of every head against the loop that a researcher would write: bench/sweeps.py, in a program of its own."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from card.device import Card, program, python
+from card.stage import Report
+
+
+def run(report: Report, device: Card) -> None:
+    report.wait_for_turn()
+    with tempfile.TemporaryDirectory() as folder:
+        command = python("bench/sweeps.py", *device.sweep(), "--out", folder)
+        timeout = ["timeout", "-s", "KILL", f"{max(1.0, report.left()):.0f}"]
+        with program([*timeout, *command], device) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                report.facts.setdefault("output", []).append(line.rstrip())
+                report.tell(line.rstrip()[:160])
+            code = process.wait()
+        for file in Path(folder).glob("*.json"):
+            result = json.loads(file.read_text())
+            report.rows += result.pop("rows")
+            report.facts["result"] = result
+    if code:
+        raise RuntimeError(f"{' '.join(command[1:])} ended with code {code}" + " (out of time)" * (code in (124, 137)))
