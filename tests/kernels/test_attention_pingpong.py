@@ -1,8 +1,10 @@
 """The forward for Hopper: executed by the emulator in every order, with planted faults, and compiled without a card."""
 
 import importlib.util
+import json
 import math
-from dataclasses import dataclass, replace
+import re
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compiled import SHARED_LIMITS, answers, run_python
 from headscope_kernels.attention import pingpong
-from headscope_kernels.attention.configs import ForwardConfiguration
+from headscope_kernels.attention.configs import GLUON_SCHEDULES, HOPPER, ForwardConfiguration, candidates, unserved
 from headscope_kernels.attention.pingpong_arguments import pingpong_arguments
 from hopper import MODES, EmulationError, Statistics, run
 
@@ -258,3 +261,139 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path):
     short = replace(many, queries=500, keys=32, configuration=replace(SMALL, num_stages=4))
     with pytest.raises(EmulationError):
         emulate_all([many, short], mutant)
+
+
+COMPILED = """
+import json, sys
+from headscope_kernels.attention.static_report import ForwardConfiguration, Problem, report
+for line in sys.stdin:
+    entry = json.loads(line)
+    own = ForwardConfiguration(**entry.pop("configuration"))
+    result = report(Problem(statistics=tuple(entry.pop("statistics")), configuration=own, **entry), "sm_90")
+    print(json.dumps({
+        "spilled": result.loop.get("spill", 0),
+        "shared_bytes": result.shared_bytes,
+        "per_score": result.instructions_per_score,
+        "misplaced": result.misplaced,
+        "overlapped": result.overlapped,
+    }), flush=True)
+"""
+
+
+def shape_of(dim: int, keys: int = 4096) -> list[dict[str, Any]]:
+    """The candidates of this kernel for a head dimension, as fields."""
+    found = candidates(BRAIN, dim, dim, 4096, keys, HOPPER)
+    return [asdict(value) for value in found.values() if value.schedule in GLUON_SCHEDULES]
+
+
+def compiled_as(problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    results = answers(COMPILED, problems)
+    for problem, result in zip(problems, results, strict=True):
+        assert result["spilled"] == 0, problem
+        assert result["shared_bytes"] <= SHARED_LIMITS["sm_90"], problem
+        assert result["misplaced"] == [], problem
+        # what all this is for, which the assembler may undo: it moves waits
+        assert result["overlapped"] == 1.0, problem
+    return results
+
+
+def test_compiled_the_softmax_stays_under_products():
+    problems = [{"dim": dim, "statistics": ["entropy"], "configuration": shape_of(dim)[0]} for dim in (64, 128)]
+    counts = [result["per_score"] for result in compiled_as(problems)]
+    # issued instructions; one more a score is worth 0.008 cycles of a multiprocessor, both products of 64 channels 0.06
+    assert counts[0] <= 7.8
+    assert counts[1] <= 8.4
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dim", [40, 64, 80, 128])
+def test_the_entropy_costs_an_instruction_a_score(dim: int):
+    problems = [{"dim": dim, "statistics": names, "configuration": shape_of(dim)[0]} for names in (["entropy"], [])]
+    with_entropy, without = (result["per_score"] for result in compiled_as(problems))
+    assert with_entropy - without <= 1.25
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dim", [16, 40, 64, 80, 128, 160])
+def test_every_candidate_compiles(dim: int):
+    problems = [
+        {"dim": dim, "keys": keys, "gate": gate, "statistics": ["entropy"], "configuration": configuration}
+        for keys, gate in ((4096, True), (77, False))
+        for configuration in shape_of(dim, keys)
+    ]
+    for problem, result in zip(problems, compiled_as(problems), strict=True):
+        assert result["per_score"] <= 9.5, problem
+
+
+LAUNCHED = """
+import json, sys, torch, stand_in
+from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward, forward
+from headscope_kernels.attention.configs import GLUON_SCHEDULES, HOPPER, ForwardConfiguration, candidates, unserved
+stand_in.install()
+forward.device_target = lambda tensor: ("cuda", 90)
+configuration = ForwardConfiguration(128, 128, descriptors=True, schedule="pingpong")
+
+def call(batch):
+    shapes = {"query": (batch, 4, 200, 64), "key": (batch, 2, 77, 64), "value": (batch, 2, 77, 64)}
+    own = {name: torch.zeros(*shape, dtype=torch.float16) for name, shape in shapes.items()}
+    own |= {"output": torch.zeros_like(own["query"]), "gate": torch.ones(batch, 4)}
+    own["entropy"] = torch.zeros(batch, 4, 200)
+    attention_forward(
+        own["query"], own["key"], own["value"], attn_mask=None, is_causal=False, scale=0.125, gate=own["gate"],
+        statistics=[BoundStatistic(STATISTICS["entropy"](()))], statistic_outputs=[own["entropy"]],
+        output=own["output"], configuration=configuration,
+    )
+    binary, programs, arguments = stand_in.launched[-1]
+    names = {tensor.data_ptr(): name for name, tensor in own.items()}
+
+    def readable(value):
+        if hasattr(value, "block_shape"):
+            return [names[value.base.data_ptr()], list(value.shape), list(value.strides), list(value.block_shape)]
+        if isinstance(value, torch.Tensor):
+            return names[value.data_ptr()]
+        return [readable(each) for each in value] if isinstance(value, tuple) else str(value)
+
+    return [hash(binary), programs, [readable(value) for value in arguments]]
+
+print(json.dumps([call(batch) for batch in (2, 2, 40)]))
+"""
+
+
+def test_later_launches_are_the_first_on_other_tensors():
+    first, again, larger = json.loads(run_python(LAUNCHED))
+    assert first == again
+    binary, programs, arguments = first
+    assert programs == 2 * 4 * 2
+    described = [value for value in arguments if isinstance(value, list) and value[:1] in (["query"], ["output"])]
+    assert described == [
+        [name, [2, 4, 200, 64], [4 * 200 * 64, 200 * 64, 64, 1], [1, 1, 64, 64]] for name in ("query", "output")
+    ]
+    assert ["entropy"] in arguments
+    # no more programs than an H100 has multiprocessors, which go on to further tiles
+    assert larger[:2] == [binary, 132]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": {"fill", "gate"}}, r"fill \(not tried\)"),
+        ({"features": {"mask"}}, r"mask \(the warps that compute"),
+        ({"features": {"unaligned output"}}, r"unaligned output \(descriptors need"),
+        ({"dtype": torch.float32}, "torch.float32, expected float16 or bfloat16"),
+        ({"dim": 161, "dim_v": 161}, "head dimensions 161 and 161, expected 1 to 160"),
+        ({"dim_v": 32}, "head dimensions 64 and 32, expected them to be equal"),
+        ({"keys": 0}, "0 keys"),
+        ({"target": None}, "target None, expected"),
+        ({"target": ("cuda", 100)}, r"target \('cuda', 100\), expected"),
+        ({"configuration": replace(SMALL, block_queries=64)}, "a tile of 64 x 32, 4 warps"),
+        ({"configuration": replace(SMALL, num_warps=8)}, "a tile of 128 x 32, 8 warps"),
+        ({"configuration": replace(SMALL, num_stages=1)}, "1 stages, expected at least 2"),
+        ({"configuration": replace(SMALL, block_keys=256, num_stages=4)}, "bytes of shared memory"),
+    ],
+)
+def test_what_it_refuses(change: dict[str, Any], message: str):
+    call = {"configuration": SMALL, "dtype": HALF, "dim": 64, "dim_v": 64, "keys": 77, "target": HOPPER}
+    assert unserved(**call, features={"gate", "entropy"}) is None
+    refusal = unserved(**{**call, **change})
+    assert refusal is not None
+    assert re.search(message, refusal), refusal

@@ -72,6 +72,8 @@ LIGHT = frozenset(
 )
 
 
+# served by pingpong.py's kernel
+GLUON_SCHEDULES = ("overlapped", "pingpong")
 # of a warp group on Hopper, what one matrix instruction takes
 GROUP_ROWS = 64
 # of a program on Hopper, less what barriers take

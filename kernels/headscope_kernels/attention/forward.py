@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headscope_kernels.attention.arguments import forward_arguments, forward_features
-from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration, unserved
+from headscope_kernels.attention.configs import GLUON_SCHEDULES, ForwardConfiguration, forward_configuration, unserved
 from headscope_kernels.attention.host import device_target, float32_precision, launch_context
 from headscope_kernels.attention.launches import Launches, layouts
 from headscope_kernels.attention.specialised import SpecialisedKernel
@@ -454,7 +454,7 @@ def attention_forward(
             refusal = unserved(configuration, query.dtype, dim, dim_v, keys, device_target(query), features)
             if refusal:
                 raise ValueError(refusal)
-        if configuration.schedule in ("overlapped", "pingpong"):
+        if configuration.schedule in GLUON_SCHEDULES:
             # Gluon is for some targets only
             from headscope_kernels.attention.pingpong import attention_pingpong
 

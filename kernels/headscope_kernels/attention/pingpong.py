@@ -72,6 +72,7 @@ from headscope_kernels.attention.pingpong_tiles import (
     zero_chunks,
 )
 
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 LN2 = gl.constexpr(0.6931471805599453)
 
 
@@ -350,7 +351,7 @@ def attention_pingpong(
     )
     programs = min(arguments["tiles"], multiprocessors(query.device))
     if programs > 0:
-        _LAUNCHES.first(launch_key, pointers, programs, arguments, {"num_warps": 4, "enable_fp_fusion": True})
+        _LAUNCHES.first(launch_key, pointers, programs, arguments, OPTIONS)
 
 
 _LAUNCHES = Launches(

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -22,18 +21,11 @@ from headscope_kernels.attention.backward_configs import (
 )
 from headscope_kernels.attention.host import float32_precision, in_units, stride_unit
 from headscope_kernels.attention.key_value_gradient import key_value_gradient_kernel
+from headscope_kernels.attention.machine_code import count_kinds, densest_matrix_loop, disassemble, exponentials, figure
 from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
 from headscope_kernels.attention.query_gradient import query_gradient_kernel
 from headscope_kernels.attention.row_terms import row_terms_kernel
-from headscope_kernels.attention.static_report import (
-    DTYPES,
-    TARGETS,
-    ast_source,
-    count_kinds,
-    densest_matrix_loop,
-    disassemble,
-    target_key,
-)
+from headscope_kernels.attention.static_report import DTYPES, TARGETS, ast_source, target_key
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
 
 KERNELS = {
@@ -240,7 +232,7 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
     tile_scores = configuration.block_queries * configuration.block_keys // threads
     loop = densest_matrix_loop(assembly)
     # ptxas may unroll: every score takes one power of two
-    unrolled = max(1, sum("MUFU.EX2" in opcode for opcode in loop) // tile_scores) if tile_scores >= 16 else 1
+    unrolled = max(1, exponentials(loop) // tile_scores) if tile_scores >= 16 else 1
     return BackwardReport(
         target,
         problem,
@@ -249,17 +241,9 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
         stack,
         shared,
         dict(count_kinds(loop)),
-        dict(Counter(loop)),
+        dict(Counter(line.split()[0] for line in loop)),
         tile_scores * unrolled,
     )
-
-
-def figure(pattern: str, text: str) -> int:
-    """The number that a pattern finds in the compiler's output."""
-    match = re.search(pattern, text)
-    if match is None:
-        raise ValueError(f"the compiler's output lacks {pattern}")
-    return int(match[1])
 
 
 def default_problems() -> Iterator[BackwardProblem]:

@@ -6,23 +6,20 @@ tiles issues per logit. `python -m headscope_kernels.attention.static_report --h
 
 import argparse
 import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from headscope_kernels.attention.arguments import forward_arguments, forward_features
 from headscope_kernels.attention.configs import (
+    GLUON_SCHEDULES,
     HOPPER,
     INTERPRETER,
     ForwardConfiguration,
@@ -35,8 +32,16 @@ from headscope_kernels.attention.configs import (
 from headscope_kernels.attention.forward import attention_forward_kernel
 from headscope_kernels.attention.host import float32_precision
 from headscope_kernels.attention.key_mass import attention_key_mass_kernel, key_mass_arguments
-from headscope_kernels.attention.operands import assembly_of, misplaced_operands
-from headscope_kernels.attention.specialised import COMPUTING_WARPS, refuse_unspecialised
+from headscope_kernels.attention.machine_code import (
+    count_kinds,
+    densest_matrix_loop,
+    disassemble,
+    exponentials,
+    exponentials_under_products,
+    figure,
+)
+from headscope_kernels.attention.operands import misplaced_operands
+from headscope_kernels.attention.specialised import refuse_unspecialised
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -53,22 +58,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
-}
-
-# the first pattern that matches an opcode names its kind
-KINDS = {
-    "matrix": r"HGMMA|HMMA|UTC.MMA|WARPGROUP",
-    "exp2": r"MUFU\.EX2",
-    "maximum": r"FMNMX",
-    "fma": r"FFMA",
-    "add": r"FADD",
-    "multiply": r"FMUL",
-    "convert": r"F2FP|F2F|HADD2|PRMT",
-    "spill": r"STL|LDL",
-    "memory": r"LD|ST|CP|UTMA|SYNCS|DEPBAR|ARRIVES",
-    "compare": r"FSETP|ISETP|FSEL|SEL|PLOP3|P2R|R2P",
-    "address": r"U?IADD|U?IMAD|U?LEA|U?LOP3|U?SHF|U?MOV|R2UR|S2R|USEL|USETP|UISETP",
-    "control": r"BRA|BAR|BSYNC|BSSY|NOP|SHFL|VOTE|WARPSYNC",
 }
 
 
@@ -114,6 +103,8 @@ class StaticReport:
         loop: instructions of one iteration over a full key tile by kind, one thread; empty on AMD.
         scores: logits of that iteration, per thread.
         misplaced: matrix products that read their operands from elsewhere (operands.py); empty but on sm_90.
+        overlapped: the share of that iteration's powers of two that are issued while a matrix product of the same warps
+            runs; Hopper only.
     """
 
     target: str
@@ -125,6 +116,7 @@ class StaticReport:
     loop: dict[str, int] = field(default_factory=dict)
     scores: int = 0
     misplaced: list[str] = field(default_factory=list)
+    overlapped: float = 0.0
 
     @property
     def instructions_per_score(self) -> float:
@@ -169,14 +161,15 @@ class StaticReport:
             self.spill_bytes,
             self.shared_bytes,
             f"{self.instructions_per_score:.2f}" if self.loop else "",
+            f"{self.overlapped:.0%}",
             kinds,
         )
         return f"| {' | '.join(map(str, figures))} |"
 
 
 TABLE_HEAD = """\
-| target | dtype | d | asked for | tile | registers | spilled, B | shared, B | per score | by kind |
-|---|---|---|---|---|---|---|---|---|---|"""
+| target | dtype | d | asked for | tile | registers | spilled, B | shared, B | per score | overlapped | by kind |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def bound_statistic(name: str, groups: int) -> BoundStatistic:
@@ -252,7 +245,7 @@ def second_pass_arguments(problem: Problem, configuration: ForwardConfiguration)
     )
 
 
-def ast_source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
+def ast_source(kernel: Any, arguments: dict[str, Any], kind: type[ASTSource] = ASTSource) -> ASTSource:
     """What a launch with these arguments would compile: aligned pointers, strides specialised by value."""
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -263,8 +256,10 @@ def ast_source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
         if isinstance(value, Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return "*" + TYPE_NAMES[value.dtype]
-        if isinstance(value, TensorDescriptor):
-            return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>"
+        if hasattr(value, "block_shape"):
+            # Gluon's descriptors say how their tiles lie in shared memory
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}{layout}>"
         if isinstance(value, float):
             return "fp32"
         if value is None:
@@ -285,7 +280,7 @@ def ast_source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
             signature[parameter.name] = "constexpr"
         else:
             signature[parameter.name] = type_of(value, (index,))
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return kind(kernel, signature, constants, attributes)
 
 
 def target_key(target: GPUTarget) -> tuple[str, int]:
@@ -327,6 +322,43 @@ def chosen_configuration(problem: Problem, gpu: GPUTarget) -> ForwardConfigurati
     return problem.configuration
 
 
+def compile_problem(problem: Problem, configuration: ForwardConfiguration, gpu: GPUTarget) -> CompiledKernel:
+    """The binary that a launch of this configuration would start.
+
+    Raises:
+        RuntimeError: Triton didn't specialise a kernel that should be.
+    """
+    arguments = problem_arguments(problem, configuration)
+    if configuration.schedule in GLUON_SCHEDULES:
+        from headscope_kernels.attention.pingpong import OPTIONS, attention_pingpong_kernel
+
+        source = ast_source(attention_pingpong_kernel, pingpong_of(arguments, configuration), GluonASTSource)
+        return triton.compile(source, target=gpu, options=OPTIONS)
+    kernel = attention_key_mass_kernel if problem.key_mass else attention_forward_kernel
+    options = {
+        "num_warps": configuration.num_warps,
+        "num_stages": configuration.num_stages,
+        "enable_fp_fusion": True,
+    }
+    compiled = triton.compile(ast_source(kernel, arguments), target=gpu, options=options)
+    if configuration.schedule == "specialised":
+        refuse_unspecialised(compiled)
+    return compiled
+
+
+def pingpong_of(arguments: dict[str, Any], configuration: ForwardConfiguration) -> dict[str, Any]:
+    """The arguments of pingpong.py's kernel for a call that has these of the forward."""
+    from headscope_kernels.attention.pingpong_arguments import pingpong_arguments
+
+    return pingpong_arguments(
+        *(arguments[f"{name}_ptr"] for name in ("query", "key", "value", "output")),
+        scale=arguments["scale"],
+        gate=arguments["gate_ptr"],
+        statistic_outputs=arguments["statistic_ptrs"],
+        configuration=configuration,
+    )
+
+
 def report(problem: Problem, target: str = "sm_90") -> StaticReport:
     """Compiles the kernel for one of TARGETS and reads the result.
 
@@ -336,30 +368,22 @@ def report(problem: Problem, target: str = "sm_90") -> StaticReport:
     """
     gpu = TARGETS[target]
     configuration = chosen_configuration(problem, gpu)
-    kernel = attention_key_mass_kernel if problem.key_mass else attention_forward_kernel
-    source = ast_source(kernel, problem_arguments(problem, configuration))
-    options = {
-        "num_warps": configuration.num_warps,
-        "num_stages": configuration.num_stages,
-        "enable_fp_fusion": True,
-    }
-    compiled = triton.compile(source, target=gpu, options=options)
-    specialised = configuration.schedule == "specialised"
-    if specialised:
-        refuse_unspecialised(compiled)
+    compiled = compile_problem(problem, configuration, gpu)
     shared = compiled.metadata.shared
     if gpu.backend == "hip":
         text = compiled.asm["amdgcn"]
-        registers = _figure(r"\.vgpr_count:\s*(\d+)", text)
-        spilled = _figure(r"\.vgpr_spill_count:\s*(\d+)", text)
+        registers = figure(r"\.vgpr_count:\s*(\d+)", text)
+        spilled = figure(r"\.vgpr_spill_count:\s*(\d+)", text)
         return StaticReport(target, problem, configuration, registers, 4 * spilled, shared)
     usage, assembly = disassemble(compiled.asm["cubin"])
-    registers, stack = _figure(r"REG:(\d+)", usage), _figure(r"STACK:(\d+)", usage)
-    threads = 32 * (COMPUTING_WARPS if specialised else configuration.num_warps)
+    registers, stack = figure(r"REG:(\d+)", usage), figure(r"STACK:(\d+)", usage)
+    # every schedule but the plain one gives four warps 64 queries
+    warps = configuration.num_warps if configuration.schedule == "plain" else configuration.block_queries // 16
+    threads = 32 * warps
     tile_scores = configuration.block_queries * configuration.block_keys // threads
     loop = densest_matrix_loop(assembly)
     # ptxas may unroll: every score takes one power of two (and every row a few, which tiny tiles must not mistake)
-    unrolled = max(1, sum("MUFU.EX2" in opcode for opcode in loop) // tile_scores) if tile_scores >= 16 else 1
+    unrolled = max(1, exponentials(loop) // tile_scores) if tile_scores >= 16 else 1
     return StaticReport(
         target,
         problem,
@@ -370,60 +394,7 @@ def report(problem: Problem, target: str = "sm_90") -> StaticReport:
         dict(count_kinds(loop)),
         tile_scores * unrolled,
         misplaced_operands(compiled.asm["ptx"], assembly) if target == "sm_90" else [],
-    )
-
-
-def _figure(pattern: str, text: str) -> int:
-    match = re.search(pattern, text)
-    if match is None:
-        raise ValueError(f"the compiler's output lacks {pattern}")
-    return int(match[1])
-
-
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """The resource usage line and the assembly of a binary, by the tools Triton ships."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
-    return usage, assembly_of(cubin)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def densest_matrix_loop(assembly: str) -> list[str]:
-    """The opcodes of the shortest innermost loop with matrix instructions: the one over full tiles."""
-    opcodes: list[str] = []
-    labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
-    for line in assembly.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(opcodes)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
-            opcodes.append(instruction[1])
-            destination = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
-            if destination and instruction[1].startswith("BRA") and destination[1] in labels:
-                loops.append((labels[destination[1]], len(opcodes)))
-    # waiting for a copy goes on behind the kernel's end, from where it jumps back
-    loops = [(begin, end) for begin, end in loops if "EXIT" not in opcodes[begin:end]]
-    bodies = [(begin, end) for begin, end in loops if any("MMA" in opcode for opcode in opcodes[begin:end])]
-    if not bodies:
-        # float32 products run on the FMA units
-        bodies = [(begin, end) for begin, end in loops if any("FFMA" in opcode for opcode in opcodes[begin:end])]
-    innermost = [
-        (begin, end)
-        for begin, end in bodies
-        if not any((begin, end) != other and begin <= other[0] and other[1] <= end for other in bodies)
-    ]
-    return min((opcodes[begin:end] for begin, end in innermost), key=len, default=[])
-
-
-def count_kinds(opcodes: list[str]) -> Counter[str]:
-    """Instructions by kind."""
-    return Counter(
-        next((kind for kind, pattern in KINDS.items() if re.match(pattern, opcode)), "other") for opcode in opcodes
+        exponentials_under_products(loop) / max(exponentials(loop), 1),
     )
 
 
@@ -456,19 +427,12 @@ def main() -> None:
     parser.add_argument("--tile", type=int, nargs=4, metavar=("QUERIES", "KEYS", "WARPS", "STAGES"))
     parser.add_argument("--widths", type=int, nargs="+", help="the head dimension's chunks")
     parser.add_argument("--descriptors", action="store_true", help="with --tile: tensor descriptors")
-    parser.add_argument(
-        "--schedule", choices=("plain", "specialised"), default="plain", help="specialised: 128 128 4 2 if no --tile"
-    )
     parser.add_argument("--candidates", action="store_true", help="with --dim: also what is timed against the choice")
     options = parser.parse_args()
     problems = [replace(problem, dtype=DTYPES[options.dtype]) for problem in default_problems()]
     if options.dim:
         widths = tuple(options.widths) if options.widths else None
-        specialised = options.schedule == "specialised"
-        shape = options.tile or ((128, 128, 4, 2) if specialised else None)
-        tile = None
-        if shape:
-            tile = ForwardConfiguration(*shape, widths, widths, options.descriptors or specialised, options.schedule)
+        tile = ForwardConfiguration(*options.tile, widths, widths, options.descriptors) if options.tile else None
         problems = [
             Problem(
                 dtype=DTYPES[options.dtype],
@@ -485,9 +449,7 @@ def main() -> None:
             problem = problems[0]
             sizes = (problem.dim, problem.dim, problem.queries, problem.keys)
             for configuration in candidates(problem.dtype, *sizes, HOPPER).values():
-                # that kernel is another one
-                if configuration.schedule != "pingpong":
-                    problems.append(replace(problem, configuration=configuration))
+                problems.append(replace(problem, configuration=configuration))
     print(f"Triton {triton.__version__}\n\n{TABLE_HEAD}")
     for target in options.target:
         for problem in problems:
