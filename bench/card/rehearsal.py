@@ -24,6 +24,7 @@ class Rehearsal(Card):
     model_size = "small"
     processes = 3
     rounds = 1
+    target = None
     candidate_seconds = 20.0
 
     def name(self) -> str:

@@ -1,10 +1,10 @@
 """What remains, as far as time allows: backward speed, lengths, determinism, compute-sanitizer, random calls."""
 
+import contextlib
 import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +180,15 @@ def programs(report: Report, device: Card) -> None:
     missing = [name for name, command in commands.items() if command is None]
     for name in missing:
         report.tell(f"{name}: isn't installed", part=name, right=None, error="isn't installed")
-    with ThreadPoolExecutor(len(commands)) as pool:
-        running = {name: pool.submit(_output, command, report, device) for name, command in commands.items() if command}
-        for name, future in running.items():
-            code, output = future.result()
+    with contextlib.ExitStack() as stack:
+        running = {
+            name: stack.enter_context(program(limited(command, report), device))
+            for name, command in commands.items()
+            if command
+        }
+        for name, process in running.items():
+            output = process.communicate()[0]
+            code = process.returncode
             # killed by its limit, nothing is known; random calls say what they found
             right = None if code == 137 else code in (0, 124) and PAST not in output
             past = [line for line in output.splitlines() if PAST in line]
@@ -192,9 +197,6 @@ def programs(report: Report, device: Card) -> None:
             report.tell(f"{name}: {text}", part=name, right=right, reason=why, output=output[-3000:])
 
 
-def _output(command: list[str], report: Report, device: Card) -> tuple[int, str]:
-    """Of a program that is ended with the stage."""
-    limited = command if command[0] == "timeout" else ["timeout", "-s", "KILL", f"{report.left() - 3:.0f}", *command]
-    with program(limited, device) as process:
-        output = process.communicate()[0]
-        return process.returncode, output
+def limited(command: list[str], report: Report) -> list[str]:
+    """A program that ends before the stage."""
+    return command if command[0] == "timeout" else ["timeout", "-s", "KILL", f"{report.left() - 3:.0f}", *command]
