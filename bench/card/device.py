@@ -5,8 +5,10 @@ import functools
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -299,8 +301,11 @@ def quartiles(values: np.ndarray) -> list[float]:
 
 
 @contextlib.contextmanager
-def program(command: Sequence[str], device: Card, folder: Path = ROOT) -> Iterator[subprocess.Popen]:
-    """A program whose output is read line by line, and which ends with the block."""
+def program(
+    command: Sequence[str], device: Card, seconds: float, *, folder: Path = ROOT, ends: signal.Signals = signal.SIGKILL
+) -> Iterator[subprocess.Popen]:
+    """A program whose output is read line by line; it gets the signal `ends` after so many seconds, and ends with the
+    block or with this process."""
     process = subprocess.Popen(
         list(command),
         cwd=folder,
@@ -311,9 +316,13 @@ def program(command: Sequence[str], device: Card, folder: Path = ROOT) -> Iterat
         errors="replace",
         preexec_fn=die_with_parent,
     )
+    timer = threading.Timer(max(1.0, seconds), process.send_signal, [ends])
+    timer.daemon = True
+    timer.start()
     try:
         yield process
     finally:
+        timer.cancel()
         process.kill()
         process.wait()
 
