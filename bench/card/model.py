@@ -46,9 +46,9 @@ def run(report: Report, device: Card) -> None:
     report.facts["description"] = denoiser.description
     plain = {name: _step(denoiser.step, way.around) for name, way in chosen.items()}
     tell(report, measured(device, "as it is", plain, profile=True))
-    graph = device.graph(denoiser.step)
     for name in (RECORDING, REMOVING):
         try:
+            graph = device.graph(denoiser.step)
             # a graph reads tensors of the context
             with chosen[name].around():
                 denoiser.step()
