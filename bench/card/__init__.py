@@ -1,7 +1,7 @@
 """First contact with a GPU: everything that a card can tell in nine minutes, in order of value.
 
 Reading order: supervise (the command: budget, order, processes), stage (a stage's own process and what it tells),
-device (the card, and what stands in for one in a rehearsal), workers (processes that may hang or die), ahead (kernels
+device (the card), rehearsal (what stands in for it), workers (processes that may hang or die), ahead (kernels
 compiled before the card is asked), then the stages: smoke, speed and candidates, contract and told, model, sweep, rest;
 needs (packages), summary (the verdict).
 """

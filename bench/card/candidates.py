@@ -17,7 +17,7 @@ from card.device import Card, Tensors, interleaved, open_device
 from card.stage import Report
 from card.workers import Worker
 from headscope_kernels.attention import choices
-from headscope_kernels.attention.configs import ForwardConfiguration
+from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration
 from headscope_kernels.attention.configs import candidates as configurations
 from peers import STOCK, Shape, forwards
 
@@ -160,7 +160,8 @@ def timed(task: tuple[str, Shape, ForwardConfiguration, str]) -> dict[str, Any]:
     sets = device.input_sets(shape, speed.DTYPE)
     stock = [forwards(*tensors, flex=False, only=(STOCK, "SDPA flash", "SDPA cuDNN")) for tensors in sets]
     calls: dict[str, list[Callable[[], object]]] = {key: [made[key] for made in stock] for key in stock[0]}
-    for key, chosen in ((name, configuration), (CHOSEN, None)):
+    rule = forward_configuration(speed.DTYPE, shape.dim, shape.dim, shape.queries, shape.keys, device.target)
+    for key, chosen in ((name, configuration), (CHOSEN, rule)):
         calls[key] = [speed.launcher(shape, chosen, tensors) for tensors in sets]
     times = interleaved({key: device.replay(made) for key, made in calls.items()}, device.rounds)
     best = min(stock[0], key=lambda key: np.median(times[key]))

@@ -5,6 +5,7 @@ fails if it does so again.
 """
 
 import json
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ def outcomes_of(device: Card, tests: Tests, seconds: float, processes: int) -> I
     # pyproject.toml makes errors of warnings, some of which are torch's at first use
     command += ["-W", "default", "--max-worker-restart", "500", "-p", "no:cacheprovider", *tests.files]
     _last.clear()
-    with program(["timeout", "-s", "KILL", f"{max(1.0, seconds):.0f}", *command], device, tests.root) as process:
+    with program(command, device, seconds, folder=tests.root) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(MARK):
@@ -106,7 +107,7 @@ def outcomes_of(device: Card, tests: Tests, seconds: float, processes: int) -> I
             elif line.strip(" .\n"):
                 _last.append(line.rstrip()[:300])
                 del _last[:-60]
-        if process.wait() in (-9, 137):
+        if process.wait() == -signal.SIGKILL:
             _last.append("cut off")
 
 

@@ -1,15 +1,17 @@
-"""The card: its clock, its graphs, its tools. `Rehearsal` stands in for all of it where there is none."""
+"""The card: its clock, its graphs, its tools; rehearsal.py stands in for all of it where there is none."""
 
 import contextlib
 import functools
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from card.stage import ROOT
+from card.stage import ROOT, die_with_parent
 from headscope._machine import device_name
-from headscope_kernels.attention.configs import INTERPRETER, ForwardConfiguration
+from headscope_kernels.attention.configs import ForwardConfiguration
 from peers import Shape
 
 Call = Callable[[], object]
@@ -255,129 +257,6 @@ def idle_share(spans: Sequence[tuple[float, float]]) -> dict[str, float]:
     return {"kernels": len(spans), "span_seconds": span / 1e9, "idle_share": 1 - busy / span if span else 0.0}
 
 
-class Rehearsal(Card):
-    """No card: CPU tensors of tiny shapes, kernels in Triton's interpreter, wall time. Its numbers mean nothing."""
-
-    torch_device = "cpu"
-    model_size = "small"
-    processes = 3
-    rounds = 1
-    candidate_seconds = 20.0
-
-    def name(self) -> str:
-        return f"no GPU, a rehearsal on {device_name('cpu')}"
-
-    def synchronise(self) -> None:
-        pass
-
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-
-    def shapes(self, shapes: Iterable[Shape]) -> list[Shape]:
-        return [replace(shape, batch=1, heads=2, queries=20, keys=24) for shape in list(shapes)[:1]]
-
-    def tokens(self, count: int) -> int:
-        return min(count, 12)
-
-    def jobs(self, jobs: Sequence[Any]) -> Sequence[Any]:
-        return jobs[:1]
-
-    def clocks(self) -> dict[str, str]:
-        return dict.fromkeys(CLOCKS.split(","), "0")
-
-    def seconds(self, call: Call) -> float:
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-
-    def graph(self, call: Call) -> Call:
-        return call
-
-    @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        yield
-
-    def replay(self, calls: Sequence[Call]) -> Replay:
-        host = self.seconds(calls[0])
-        return Replay(lambda: self.seconds(self.graph(calls[0])), host, calls)
-
-    def input_sets(self, shape: Shape, dtype: torch.dtype) -> list[Tensors]:
-        return [shape.tensors("cpu", dtype)]
-
-    def ceilings(self) -> dict[str, float]:
-        return {"matmul, TFLOP/s": 1.0, "copy, GB/s read and written": 1.0}
-
-    def peak_bytes(self, call: Call) -> int:
-        call()
-        return 0
-
-    def profile(self, call: Call) -> dict[str, float]:
-        call()
-        return idle_share([(0, 10), (5, 20), (30, 40)])
-
-    def compile(self, model: nn.Module) -> Any:
-        return torch.compile(model, backend="eager")
-
-    def candidates(self, find: Callable[..., dict], *problem: Any) -> dict[str, ForwardConfiguration]:
-        """What a table of candidates can come to: a right one, one that hangs, one that is refused."""
-        find(*problem, ("cuda", 90))
-        refused = replace(INTERPRETER, block_queries=3)
-        return {"sound": replace(INTERPRETER, block_keys=16), "hanging": INTERPRETER, "refused": refused}
-
-    def before_candidate(self, name: str) -> None:
-        if name == "hanging":
-            time.sleep(3600)
-
-    def sanitizer(self, tool: str, program: Sequence[str]) -> list[str] | None:
-        return [*program]
-
-    def sanitized(self) -> list[str]:
-        return ["--calls", "1", "--tokens", "8"]
-
-    def fuzz_calls(self) -> int:
-        return 1
-
-    def sweep(self) -> list[str]:
-        return ["--model", "bundled", "--sites", "1", "--rounds", "1"]
-
-    def tests(self, folder: Path) -> Tests:
-        """One case of the contract, interpreted; one failure; and a card that a test of three leaves broken once."""
-        file = folder / "test_rehearsed.py"
-        file.write_text(_REHEARSED_TESTS.format(mark=str(folder / "broken")))
-        return Tests(folder, (file.name,), "gpu")
-
-    def more_tests(self, folder: Path) -> list[Tests]:
-        (folder / "test_passing.py").write_text("def test_that_passes():\n    pass\n")
-        return [Tests(folder, ("test_passing.py",), "not gpu")]
-
-
-_REHEARSED_TESTS = """
-import pathlib
-import pytest
-import torch
-from contract import CASES, assert_close, make_inputs, truth
-
-pytestmark = pytest.mark.gpu
-
-def test_contract():
-    inputs = make_inputs(next(case for case in CASES if case.name == "one_key"), torch.float32)
-    expected = truth(inputs)
-    assert_close("output", inputs.attend("triton").output, expected.output, expected.output_tolerance)
-
-def test_that_fails():
-    assert 2.5 < 1.0, "output: 2.5 > 1"
-
-def test_that_breaks_the_card_once():
-    mark = pathlib.Path("{mark}")
-    if not mark.exists():
-        mark.touch()
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-def test_that_breaks_the_card():
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
-"""
-
-
 class Compiler(Card):
     """No card: only what stages compile ahead of it."""
 
@@ -385,11 +264,20 @@ class Compiler(Card):
         return f"no GPU, compiled for sm_90 on {device_name('cpu')}"
 
 
+def device_of(mode: str) -> Card:
+    """The card of a mode, whether there is one or not."""
+    if mode == "rehearse":
+        from card.rehearsal import Rehearsal
+
+        return Rehearsal()
+    return Compiler() if mode == "compile" else Card()
+
+
 def open_device(mode: str) -> Card:
     """Raises SystemExit where there is no GPU to measure."""
     if mode == "measure" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: torch.cuda.is_available() is False; --rehearse does without")
-    return {"measure": Card, "rehearse": Rehearsal, "compile": Compiler}[mode]()
+    return device_of(mode)
 
 
 def interleaved(replays: dict[str, Replay], rounds: int) -> dict[str, np.ndarray]:
@@ -413,10 +301,11 @@ def quartiles(values: np.ndarray) -> list[float]:
 
 
 @contextlib.contextmanager
-def program(command: Sequence[str], device: Card, folder: Path = ROOT) -> Iterator[subprocess.Popen]:
-    """A program whose output is read line by line, and which ends with the block."""
-    from card.stage import die_with_parent
-
+def program(
+    command: Sequence[str], device: Card, seconds: float, *, folder: Path = ROOT, ends: signal.Signals = signal.SIGKILL
+) -> Iterator[subprocess.Popen]:
+    """A program whose output is read line by line; it gets the signal `ends` after so many seconds, and ends with the
+    block or with this process."""
     process = subprocess.Popen(
         list(command),
         cwd=folder,
@@ -427,9 +316,13 @@ def program(command: Sequence[str], device: Card, folder: Path = ROOT) -> Iterat
         errors="replace",
         preexec_fn=die_with_parent,
     )
+    timer = threading.Timer(max(1.0, seconds), process.send_signal, [ends])
+    timer.daemon = True
+    timer.start()
     try:
         yield process
     finally:
+        timer.cancel()
         process.kill()
         process.wait()
 

@@ -8,15 +8,17 @@ step launches, and what share of it the device waits for the host.
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from card.ahead import binaries, compile_ahead
-from card.device import Card, Replay, interleaved, percentiles, quartiles
+from card.device import Card, Replay, interleaved, open_device, percentiles, quartiles
 from card.stage import Report
+from card.workers import Worker
 from headscope.ops import HeadEdit, attention
 from peers import Shape
 
+# as headscope.bench.ways names them, which needs diffusers
+STOCK, RECORDING, REMOVING = "stock SDPA", "headscope, entropy at every site", "headscope, a head removed per site"
 DTYPE = torch.float16
 IMAGES = 8
 # of the UNet's attention: 8 heads, queries and keys of every site
@@ -29,36 +31,41 @@ SITES = [
 
 def run(report: Report, device: Card) -> None:
     compile_ahead(report, device, [(site, (shape, what)) for shape in SITES for what in ("entropy", "gate")])
+    # a process of its own: torch.compile takes a minute or more, and may outlast the stage
+    compiler = Worker({"TORCHINDUCTOR_COMPILE_THREADS": "8"})
+    compiler.send(compile_ways, report.mode)
     denoiser = build(device)
-    from headscope.bench import ways as known
-
-    ways = known.ways_of(denoiser)
-    chosen = {name: ways[name] for name in (known.STOCK, known.RECORDING, known.REMOVING, known.MATERIALISING)}
+    chosen = ways_of(denoiser)
     # first calls: kernels loaded, libraries' choices made
     for way in chosen.values():
         with way.around():
             denoiser.step()
-    compiled = _compiled(report, device, denoiser, chosen)
     device.synchronise()
     report.wait_for_turn()
     before = binaries()
     report.facts["description"] = denoiser.description
     plain = {name: _step(denoiser.step, way.around) for name, way in chosen.items()}
-    measure(report, device, "as it is", plain, plain)
-    graph = device.graph(denoiser.step)
-    for name in (known.RECORDING, known.REMOVING):
+    tell(report, measured(device, "as it is", plain, profile=True))
+    for name in (RECORDING, REMOVING):
         try:
+            graph = device.graph(denoiser.step)
             # a graph reads tensors of the context
             with chosen[name].around():
                 denoiser.step()
                 device.synchronise()
-                own = device.graph(denoiser.step)
-                graphs = {f"{known.STOCK}, a CUDA graph": graph, f"{name}, a CUDA graph": own}
-                measure(report, device, "graphs", graphs, {})
+                graphs = {f"{STOCK}, a CUDA graph": graph, f"{name}, a CUDA graph": device.graph(denoiser.step)}
+                tell(report, measured(device, "graphs", graphs, profile=False))
         except Exception as error:
-            _failed(report, f"{name}, a CUDA graph", error)
-    measure(report, device, "compiled", {known.STOCK: plain[known.STOCK], **compiled}, compiled)
+            _failed(report, f"{name}, a CUDA graph", f"{type(error).__name__}: {str(error)[:300]}")
     report.facts["compiled_while_measured"] = binaries() - before
+    for function in (compile_ways, measure_compiled):
+        if function is measure_compiled:
+            compiler.send(function, report.mode)
+        answer = compiler.answer(report.left())
+        if answer.error:
+            return _failed(report, "compiled", answer.error)
+        tell(report, answer.result)
+    compiler.end()
 
 
 def site(shape: Shape, what: str) -> None:
@@ -97,6 +104,14 @@ def build(device: Card) -> Any:
     return Denoiser(unet, arguments, step, unet, step, images, 1, description)
 
 
+def ways_of(denoiser: Any) -> dict[str, Any]:
+    # they need diffusers and more
+    from headscope.bench import ways
+
+    found = ways.ways_of(denoiser)
+    return {name: found[name] for name in (ways.STOCK, ways.RECORDING, ways.REMOVING, ways.MATERIALISING)}
+
+
 def _step(step: Callable[[], object], around: Callable[[], Any]) -> Callable[[], object]:
     def run() -> object:
         with around():
@@ -105,54 +120,63 @@ def _step(step: Callable[[], object], around: Callable[[], Any]) -> Callable[[],
     return run
 
 
-def _compiled(report: Report, device: Card, denoiser: Any, ways: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    """Ways through a compiled UNet, those that could be compiled."""
-    from headscope.bench import ways as known
+# the process's that compiles: its steps by name
+_compiled: dict[str, Callable[[], object]] = {}
 
-    model = device.compile(denoiser.model)
+
+def compile_ways(mode: str) -> list[dict[str, Any]]:
+    """Steps through a compiled UNet, and what the first of them took."""
+    device = open_device(mode)
+    denoiser = build(device)
+    chosen, model = ways_of(denoiser), device.compile(denoiser.model)
 
     def step() -> object:
         with torch.inference_mode():
             return model(**denoiser.arguments)
 
-    found = {}
-    for name in (known.STOCK, known.RECORDING):
-        run = _step(step, ways[name].around)
-        try:
-            seconds = device.wall(run)
-            report.tell(f"{name}, compiled: {seconds:.0f} s for the first step")
-            found[f"{name}, compiled"] = run
-        except Exception as error:
-            _failed(report, f"{name}, compiled", error)
-    return found
+    _compiled[STOCK] = denoiser.step
+    rows = []
+    for name in (STOCK, RECORDING):
+        run = _step(step, chosen[name].around)
+        rows.append({"how": "compiled", "way": f"{name}, compiled", "seconds_of_first": device.wall(run)})
+        _compiled[f"{name}, compiled"] = run
+    return rows
 
 
-def _failed(report: Report, name: str, error: Exception) -> None:
-    message = f"{type(error).__name__}: {str(error)[:300]}"
+def measure_compiled(mode: str) -> list[dict[str, Any]]:
+    return measured(open_device(mode), "compiled", _compiled, profile=True)
+
+
+def _failed(report: Report, name: str, message: str) -> None:
     report.tell(f"{name}: {message}", way=name, error=message)
 
 
-def measure(
-    report: Report,
-    device: Card,
-    how: str,
-    steps: dict[str, Callable[[], object]],
-    profiled: dict[str, Callable[[], object]],
-) -> None:
+def measured(device: Card, how: str, steps: dict[str, Callable[[], object]], *, profile: bool) -> list[dict[str, Any]]:
     """A row for each way; the first is what the others are compared with."""
     replays = {
         name: Replay(lambda step=step: device.seconds(step), device.host(step), [step]) for name, step in steps.items()
     }
     times = interleaved(replays, device.rounds)
     stock = next(iter(times.values()))
+    rows = []
     for name, seconds in times.items():
         row: dict[str, Any] = {"how": how, "way": name, "milliseconds": percentiles(seconds)}
         row["time_over_stock"] = quartiles(seconds / stock)
         row["host_milliseconds"] = replays[name].host_seconds * 1e3
-        text = f"{name:42} {np.median(seconds) * 1e3:7.1f} ms, {row['time_over_stock'][1]:.2f} of stock's"
-        text += f", host {row['host_milliseconds']:.1f} ms"
-        if name in profiled:
+        if profile:
             row["peak_mebibytes"] = device.peak_bytes(steps[name]) / 2**20
             row |= device.profile(steps[name])
+        rows.append(row)
+    return rows
+
+
+def tell(report: Report, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if "seconds_of_first" in row:
+            text = f"{row['way']}: {row['seconds_of_first']:.0f} s for the first step"
+        else:
+            text = f"{row['way']:42} {row['milliseconds'][1]:7.1f} ms, {row['time_over_stock'][1]:.2f} of stock's"
+            text += f", host {row['host_milliseconds']:.1f} ms"
+        if "kernels" in row:
             text += f", {row['peak_mebibytes']:.0f} MiB, {row['kernels']} kernels, idle {row['idle_share']:.0%}"
         report.tell(text, **row)

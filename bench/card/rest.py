@@ -1,10 +1,11 @@
 """What remains, as far as time allows: backward speed, lengths, determinism, compute-sanitizer, random calls."""
 
+import contextlib
 import importlib.util
 import itertools
+import signal
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ DIMS = [
     Shape(2, 16, 4096, 4096, 160, "dim"),
 ]
 PEERS = (STOCK, OURS, "SDPA flash", "SDPA cuDNN")
+RANDOM = "random calls"
 # what ops.fuzz prints of a wrong result
 PAST = "past the bound of"
 # of a part that could be started and not ended, seconds
@@ -175,26 +177,23 @@ def programs(report: Report, device: Card) -> None:
     # two cores for the sanitizer
     for index in range(max(1, device.processes - 2)):
         fuzz = python("-m", "ops.fuzz", "--backend", "triton", "--first", str(index * calls), "--calls", str(calls))
-        # what it found is printed when it is interrupted
-        commands[f"random calls from {index * calls}"] = ["timeout", "-s", "INT", f"{report.left() - 3:.0f}", *fuzz]
+        commands[f"{RANDOM} from {index * calls}"] = fuzz
     missing = [name for name, command in commands.items() if command is None]
     for name in missing:
         report.tell(f"{name}: isn't installed", part=name, right=None, error="isn't installed")
-    with ThreadPoolExecutor(len(commands)) as pool:
-        running = {name: pool.submit(_output, command, report, device) for name, command in commands.items() if command}
-        for name, future in running.items():
-            code, output = future.result()
-            # killed by its limit, nothing is known; random calls say what they found
-            right = None if code == 137 else code in (0, 124) and PAST not in output
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for name, command in commands.items():
+            # random calls that are interrupted print what they found
+            ends = signal.SIGINT if name.startswith(RANDOM) else signal.SIGKILL
+            if command:
+                running[name] = stack.enter_context(program(command, device, report.left() - 4, ends=ends))
+        for name, process in running.items():
+            output = process.communicate()[0]
+            code = process.returncode
+            # killed by its limit, nothing is known
+            right = None if code == -signal.SIGKILL else code == 0
             past = [line for line in output.splitlines() if PAST in line]
             why = " / ".join(past) or output[-400:]
             text = {True: "right", None: "out of time", False: f"WRONG, code {code}: {why}"}[right]
             report.tell(f"{name}: {text}", part=name, right=right, reason=why, output=output[-3000:])
-
-
-def _output(command: list[str], report: Report, device: Card) -> tuple[int, str]:
-    """Of a program that is ended with the stage."""
-    limited = command if command[0] == "timeout" else ["timeout", "-s", "KILL", f"{report.left() - 3:.0f}", *command]
-    with program(limited, device) as process:
-        output = process.communicate()[0]
-        return process.returncode, output

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from card.ahead import compile_ahead
-from card.device import Card, Rehearsal, open_device
+from card.device import Card, device_of, open_device
 from card.stage import Report
 from card.workers import in_processes
 from contract import CASES, Case, Inputs, Truth, make_inputs, truth
@@ -84,7 +84,7 @@ def run(report: Report, device: Card) -> None:
 
 
 def inputs_of(name: str, mode: str) -> Inputs:
-    check, device = CHECKS[name], (Rehearsal if mode == "rehearse" else Card)()
+    check, device = CHECKS[name], device_of(mode)
     batch, heads, kv_heads, queries, keys, *dims = check.case.shape
     shape = (batch, min(heads, device.tokens(heads)), kv_heads, device.tokens(queries), device.tokens(keys), *dims)
     return make_inputs(dataclasses.replace(check.case, shape=shape), check.dtype)

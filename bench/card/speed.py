@@ -113,7 +113,12 @@ def measure(report: Report, device: Card, shape: Shape, *, flex: bool) -> None:
     best = min((name for name in times if name.startswith(STOCK)), key=lambda name: np.median(times[name]))
     for name, seconds in times.items():
         row = row_of(shape, seconds, times[STOCK], times[best])
-        row |= {"call": name, "best_stock": best, "host_microseconds": replays[name].host_seconds * 1e6}
+        row |= {
+            "part": "flex" if flex else "forward",
+            "call": name,
+            "best_stock": best,
+            "host_microseconds": replays[name].host_seconds * 1e6,
+        }
         row |= {
             "clocks": {"before": clocks, "after": report.facts["clocks"]},
             "error_over_bound": errors if name == OURS else None,

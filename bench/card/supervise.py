@@ -18,7 +18,7 @@ class Stage:
     """What is known of a stage beforehand.
 
     Attributes:
-        seconds: expected on a card with 16 cores.
+        seconds: expected on a card with 16 cores; of the last, what makes a start worth it: it takes what is left.
         timed: nothing else may run beside it; the next stage is prepared beside one that isn't.
     """
 
@@ -27,12 +27,12 @@ class Stage:
 
 
 STAGES = {
-    "smoke": Stage(25, timed=False),
+    "smoke": Stage(40, timed=False),
     "speed": Stage(95),
     "contract": Stage(120, timed=False),
     "model": Stage(60),
     "sweep": Stage(90),
-    "rest": Stage(130),
+    "rest": Stage(60),
 }
 MODES = {
     "rehearse": "without a GPU: every line, and numbers that mean nothing",

@@ -1,6 +1,7 @@
 """The sweep of every head against the loop that a researcher would write: bench/sweeps.py, in a program of its own."""
 
 import json
+import signal
 import tempfile
 from pathlib import Path
 
@@ -12,8 +13,7 @@ def run(report: Report, device: Card) -> None:
     report.wait_for_turn()
     with tempfile.TemporaryDirectory() as folder:
         command = python("bench/sweeps.py", *device.sweep(), "--out", folder)
-        timeout = ["timeout", "-s", "KILL", f"{max(1.0, report.left()):.0f}"]
-        with program([*timeout, *command], device) as process:
+        with program(command, device, report.left()) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 report.facts.setdefault("output", []).append(line.rstrip())
@@ -24,4 +24,6 @@ def run(report: Report, device: Card) -> None:
             report.rows += result.pop("rows")
             report.facts["result"] = result
     if code:
-        raise RuntimeError(f"{' '.join(command[1:])} ended with code {code}" + " (out of time)" * (code in (124, 137)))
+        raise RuntimeError(
+            f"{' '.join(command[1:])} ended with code {code}" + " (out of time)" * (code == -signal.SIGKILL)
+        )

@@ -24,17 +24,23 @@ for _folder in sys.path[1:]:
         exec(open(_file).read())
         break
 """
-# what stages a to c do without
+# what the first three stages do without, as if it weren't installed
 BLOCKED = {
     *("rich", "plotly", "scipy", "polars", "pydantic", "pyarrow", "pandas", "diffusers", "transformers", "typer"),
     *("duckdb", "PIL", "skimage"),
 }
 BLOCKER = f"""
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {BLOCKED}:
-            raise ImportError(name + " is blocked")
-sys.meta_path.insert(0, Blocker())
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *rest):
+        return None if name.partition(".")[0] in {BLOCKED} else self.finder.find_spec(name, *rest)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 """
 # a stage that dies as of a segmentation fault
 CRASHER = """
@@ -105,7 +111,7 @@ def test_smoke(rehearsal):
 def test_speed(rehearsal):
     record, out, _ = rehearsal
     rows = record("speed")["rows"]
-    calls = {row["call"] for row in rows if "call" in row}
+    calls = {row["call"] for row in rows if "call" in row and "milliseconds" in row}
     assert {"SDPA", "headscope, entropy + gate", "two SDPA calls", "materialised", "FlexAttention"} <= calls
     for row in rows:
         if "milliseconds" in row:
