@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+TESTS = Path(__file__).resolve().parent
+KERNELS = TESTS.parent / "kernels"
 
 # what one program may have, bytes
 SHARED_LIMITS = {
@@ -28,7 +29,7 @@ VARIANTS = [
 def run_python(source: str, *arguments: str, text: str = "") -> str:
     """What a script prints in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(KERNELS), environment.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(KERNELS), str(TESTS), environment.get("PYTHONPATH")]))
     process = subprocess.run(
         [sys.executable, "-c", source, *arguments],
         input=text,
