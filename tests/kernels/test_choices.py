@@ -327,13 +327,25 @@ PLAIN = ["descriptors", "128x64, 4 warps"]
 @pytest.mark.parametrize(
     ("dim", "keys", "expected"),
     [
-        (40, 4096, [*PLAIN, "specialised", "overlapped", "overlapped, padded", "ping-pong", "ping-pong, three"]),
-        (64, 4096, [*PLAIN, "specialised", "overlapped", "ping-pong", "ping-pong, three"]),
+        (
+            40,
+            4096,
+            [
+                *PLAIN,
+                "specialised",
+                "overlapped",
+                "overlapped, deep",
+                "overlapped, padded",
+                "ping-pong",
+                "ping-pong, three",
+            ],
+        ),
+        (64, 4096, [*PLAIN, "specialised", "overlapped", "overlapped, deep", "ping-pong", "ping-pong, three"]),
         # the rule's own has descriptors from 65 channels on
-        (80, 1024, [PLAIN[1], "specialised", "overlapped", "overlapped, padded", "ping-pong"]),
-        (128, 4608, ["specialised", "overlapped", "ping-pong"]),
-        (64, 1000, [*PLAIN, "overlapped", "ping-pong", "ping-pong, three"]),
-        (64, 77, [*PLAIN, "overlapped", "ping-pong", "ping-pong, three"]),
+        (80, 1024, [PLAIN[1], "specialised", "overlapped", "overlapped, deep", "overlapped, padded", "ping-pong"]),
+        (128, 4608, ["specialised", "overlapped", "overlapped, deep", "ping-pong"]),
+        (64, 1000, [*PLAIN, "overlapped", "overlapped, deep", "ping-pong", "ping-pong, three"]),
+        (64, 77, [*PLAIN, "overlapped", "overlapped, deep", "ping-pong", "ping-pong, three"]),
         (160, 256, ["overlapped", "ping-pong"]),
         (256, 256, []),
     ],

@@ -179,15 +179,15 @@ def candidates(
     if target != HOPPER or dtype not in HALF or queries < 2 * GROUP_ROWS or not keys:
         return {}
     block_keys = min(128, covering_block(keys))
-    # as many tiles in flight as two tiles of queries leave room for
-    stages = 4 if dim <= 64 else 3 if dim <= 80 else 2
-    overlapped = ForwardConfiguration(128, block_keys, 4, stages, descriptors=True, schedule="overlapped")
+    overlapped = ForwardConfiguration(128, block_keys, 4, 2, descriptors=True, schedule="overlapped")
     known = {
         "descriptors": ForwardConfiguration(128, 128, num_warps=8, descriptors=True),
         # two programs on a multiprocessor, each at another place of its loop; beyond 80 channels it spills
         "128x64, 4 warps": ForwardConfiguration(128, 64, num_warps=4, descriptors=True),
         "specialised": ForwardConfiguration(128, 128, num_warps=4, descriptors=True, schedule="specialised"),
         "overlapped": overlapped,
+        # more tiles in flight: five more instructions in the loop, and loads that may take longer
+        "overlapped, deep": replace(overlapped, num_stages=4 if dim <= 64 else 3),
         "overlapped, padded": replace(overlapped, dim_widths=(covering_block(dim),)),
         "ping-pong": replace(overlapped, schedule="pingpong"),
         "ping-pong, three": replace(overlapped, block_queries=192, schedule="pingpong"),
@@ -199,7 +199,8 @@ def candidates(
         for name, configuration in known.items()
         if max(dim, dim_v) <= largest.get(name, 512)
         and configuration != rule
-        and (configuration.dim_widths != chunk_widths(dim))
+        # padding is the same where there is one chunk; a tile twice as long as the keys is waste
+        and configuration.dim_widths != chunk_widths(dim)
         and keys >= configuration.block_keys // 2
         and unserved(configuration, dtype, dim, dim_v, keys, target) is None
     }
