@@ -26,6 +26,7 @@ from headscope_kernels.attention import (
     attention_backward,
     attention_forward,
     attention_key_mass,
+    choices,
     forward,
 )
 from headscope_kernels.attention import backward as backward_module
@@ -75,9 +76,12 @@ def tensors(dim: int, dtype: torch.dtype, offset: int = 0, keys: int = 256) -> d
 
 
 def launch(
-    own: dict[str, Tensor], asked: tuple[str, ...], configuration: ForwardConfiguration | None = None
+    own: dict[str, Tensor],
+    asked: tuple[str, ...],
+    configuration: ForwardConfiguration | None = None,
+    choose: bool = False,
 ) -> dict[str, Any]:
-    """What the driver gets for a call on these tensors with what is asked for."""
+    """What the driver gets for a call on these tensors with what is asked for; `choose`: the launcher chooses."""
     query, key, value = own["query"], own["key"], own["value"]
     statistics = [BoundStatistic(STATISTICS["entropy"](()), ())]
     outputs = [own["entropy"]]
@@ -107,7 +111,7 @@ def launch(
         statistics=statistics,
         statistic_outputs=outputs,
         output=own["output"],
-        configuration=configuration,
+        configuration=None if choose else configuration,
     )
     function, programs, arguments = launched[-1]
     names = {tensor.data_ptr(): name for name, tensor in own.items()}
@@ -321,6 +325,12 @@ def main() -> None:
         "unaligned": launch(tensors(64, half, offset=1), ()),
         "longer": launch(tensors(64, half, keys=512), ()),
     }
+    entry = choices.Choice(
+        ("cuda", 90), choices.triton_version(), "float16", 64, 256, 256, "specialised", specialised, 1.0, 2.0
+    )
+    choices.packaged = lambda: (entry,)
+    cases["by table"] = launch(tensors(64, half), ("gate",), choose=True)
+    cases["not in table"] = launch(tensors(64, half), ("gate", "mask"), choose=True)
     same = tensors(64, half)
     same["value"] = same["key"]
     cases["aliased"] = launch(same, ())

@@ -51,6 +51,14 @@ def test_what_is_told_apart(cases: dict[str, Any]):
     assert cases["longer"]["arguments"] != plain["arguments"]
 
 
+def test_chosen_by_the_table(cases: dict[str, Any]):
+    """A launcher's own choice follows the table where the entry's schedule serves the call."""
+    specialised = cases["specialised"]["first"]["binary"]
+    assert cases["by table"]["binary"] == specialised
+    assert cases["not in table"]["new"] == 1
+    assert cases["not in table"]["binary"] != specialised
+
+
 def test_aliased(cases: dict[str, Any]):
     """A key that was also the value in one call isn't in the next."""
     assert cases["aliased"]["new"] == cases["apart"]["new"] == 0

@@ -15,13 +15,19 @@ from headscope_kernels.attention.specialised import SpecialisedKernel
 CONFIGURATION = ForwardConfiguration(128, 128, num_warps=4, descriptors=True, schedule="specialised")
 STATISTICS_SERVED = ("entropy", "logsumexp", "max_logit", "max_prob", "collision_entropy")
 
+hopper = pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper or the interpreter"
+)
 
+
+@hopper
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [40, 64, 80, 128])
 def test_head_dimensions(dim: int, dtype: torch.dtype):
     attention(heads=1, queries=130, keys=256, dim=dim, dtype=dtype).check(("entropy",), CONFIGURATION)
 
 
+@hopper
 @pytest.mark.parametrize("queries", [1, 100, 128])
 def test_everything_it_serves(queries: int):
     problem = attention(batch=2, heads=4, kv_heads=2, queries=queries, keys=256, dim=16, dtype=torch.float16)
@@ -37,11 +43,13 @@ def test_everything_it_serves(queries: int):
     problem.check_statistic("logsumexp", natural)
 
 
+@hopper
 def test_padded_instead_of_split():
     whole = ForwardConfiguration(128, 128, 4, 2, (64,), (64,), descriptors=True, schedule="specialised")
     attention(heads=1, queries=20, keys=128, dim=40, dtype=torch.float16).check(("entropy",), whole)
 
 
+@hopper
 def test_strided_tokens():
     """Tokens before heads, as a projection leaves them."""
     problem = attention(batch=2, heads=3, queries=130, keys=128, dim=40, dtype=torch.float16)
