@@ -71,4 +71,5 @@ def __getattr__(name: str):
         return importlib.import_module("headscope.sweep")
     if name not in _LAZY:
         raise AttributeError(f"module 'headscope' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    found = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return found

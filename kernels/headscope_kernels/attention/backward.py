@@ -18,7 +18,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from headscope_kernels.attention.arguments import NO_STRIDES
@@ -30,6 +29,7 @@ from headscope_kernels.attention.backward_configs import (
     query_splits,
 )
 from headscope_kernels.attention.host import (
+    cdiv,
     device_target,
     float32_precision,
     in_units,
@@ -294,7 +294,7 @@ class _Pass:
 
     def row_terms(self, scores: bool) -> dict[str, Tensor]:
         """What the other kernels read for every row, and the gate's gradient."""
-        tiles = triton.cdiv(self.queries, self.configurations.block_rows)
+        tiles = cdiv(self.queries, self.configurations.block_rows)
         gate_parts = self.empty(self.batch, self.heads, tiles) if "gate" in self.wanted else None
         if scores:
             self.rows = {name: self.empty(*self.statistics_shape) for name in ("delta_ptr", "offset_ptr")}
@@ -312,9 +312,9 @@ class _Pass:
         """The kernel that owns keys: dk, dv, and sums over queries."""
         configuration = self.configurations.key_value
         key, value = self.tensors["key"], self.tensors["value"]
-        key_tiles = self.batch * self.kv_heads * triton.cdiv(self.keys, configuration.block_keys)
+        key_tiles = self.batch * self.kv_heads * cdiv(self.keys, configuration.block_keys)
         splits = self.configurations.splits or query_splits(key_tiles, self.queries, configuration.block_queries)
-        split_queries = triton.cdiv(triton.cdiv(self.queries, configuration.block_queries), splits)
+        split_queries = cdiv(cdiv(self.queries, configuration.block_queries), splits)
 
         def buffer(tensor: Tensor) -> Tensor:
             """What a program writes: the gradient itself, or its share."""
@@ -386,7 +386,7 @@ class _Pass:
         """The kernel that owns queries: dq, and sums over keys."""
         configuration = self.configurations.query
         query = self.tensors["query"]
-        tiles = triton.cdiv(self.queries, configuration.block_queries)
+        tiles = cdiv(self.queries, configuration.block_queries)
         query_grad = torch.empty_like(query) if "query" in self.wanted else None
         unit = 1 if query_grad is None else stride_unit((query_grad,))
         rows = self.mask_sums == "rows"
@@ -418,9 +418,7 @@ class _Pass:
         mask = self.tensors["attn_mask"]
         gradient = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
         mask_batch, mask_heads = mask.shape[:2]
-        tiles = triton.cdiv(self.queries, configuration.block_queries) * triton.cdiv(
-            self.keys, configuration.block_keys
-        )
+        tiles = cdiv(self.queries, configuration.block_queries) * cdiv(self.keys, configuration.block_keys)
         self.launch(
             _MASK,
             mask_batch * mask_heads * tiles,

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -10,6 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover a size; Triton's own takes longer than a tensor's allocation."""
+    return -(-size // block)
 
 
 def broadcast_strides(name: str, tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -119,16 +124,23 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-@contextmanager
-def launch_context(tensor: Tensor) -> Iterator[None]:
+def launch_context(tensor: Tensor) -> AbstractContextManager:
     """The tensor's GPU is current inside: Triton launches on the current one, wherever the tensors are.
 
     Under the interpreter NumPy's warnings about NaN and infinity are off; a GPU has none.
     """
-    if tensor.is_cuda:
-        with torch.cuda.device_of(tensor):
-            yield
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            yield
+    if not tensor.is_cuda:
+        return _without_warnings()
+    if tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device_of(tensor)
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield

@@ -5,7 +5,7 @@ Working out a kernel's arguments and asking Triton which binary they mean takes 
 where exactly or on what is in them: so they are worked out once for each layout.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,14 @@ def layout(tensor: Tensor | None) -> Hashable:
 
 def layouts(pointers: Pointers) -> Hashable:
     """The layouts of everything that pointers name."""
+    # `layout` written out, and a list: at every call
     return tuple(
         [
-            layout(value) if value is None or isinstance(value, Tensor) else tuple(map(layout, value))
+            None
+            if value is None
+            else (value.dtype, value.shape, value.stride(), value.data_ptr() % 16)
+            if isinstance(value, Tensor)
+            else tuple(map(layout, value))
             for value in pointers.values()
         ]
     )
@@ -48,15 +53,13 @@ class _Launch:
     """A launch without its tensors, which it must not keep alive.
 
     Attributes:
-        compiled: the binary, loaded.
-        programs: how many start.
+        start: the binary, loaded, with the number of its programs; takes the values.
         values: the kernel's arguments in order; None where a tensor goes.
         pointers: (position, name) of the tensors.
         described: (position, name, class, attributes but the tensor) of the tensor descriptors.
     """
 
-    compiled: Any
-    programs: int
+    start: Callable[..., None]
     values: list[Any]
     pointers: list[tuple[int, str]]
     described: list[tuple[int, str, type, dict[str, Any]]]
@@ -88,7 +91,7 @@ class Launches:
             # what its class checks was right the first time, and depends on the layout alone
             descriptor = values[position] = object.__new__(kind)
             descriptor.__dict__.update(attributes, base=pointers[name])
-        launch.compiled[(launch.programs, 1, 1)](*values)
+        launch.start(*values)
         return True
 
     def first(
@@ -129,4 +132,4 @@ class Launches:
                 placed.append((position, name))
                 value = None
             values.append(value)
-        remember(self._known, key, _Launch(compiled, programs, values, placed, described))
+        remember(self._known, key, _Launch(compiled[(programs, 1, 1)], values, placed, described))

@@ -1,6 +1,8 @@
 """headscope.attention, and the drop-in for torch's scaled_dot_product_attention."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -11,9 +13,18 @@ from headscope.ops.attend import for_every_head
 from headscope.ops.backends import Problem, select
 from headscope.ops.call import DIFFERENTIABLE, Call, autocasts
 from headscope.ops.edits import HeadEdit
-from headscope.ops.schema import default_scale
+from headscope.ops.ordinary import looks, unobserved
+from headscope.ops.schema import BACKWARDS, compute, default_scale, dispatched
 from headscope.ops.statistics import Statistic, requested_statistics
-from headscope.ops.validation import check_edit, check_inputs, check_mask, check_scale, require_tensor, shape_of
+from headscope.ops.validation import (
+    check_edit,
+    check_inputs,
+    check_mask,
+    check_scale,
+    four_dimensional,
+    require_tensor,
+    shape_of,
+)
 
 _NO_EDIT = HeadEdit()
 
@@ -77,47 +88,131 @@ def attention(
     """
     requested = requested_statistics(statistics)
     query, key, value = _autocast(query, key, value)
-    check_inputs(query, key, value, enable_gqa)
-    mask = _finite_mask(check_mask(attn_mask, is_causal, query, key), query)
-    check_edit(edit, query, key, value)
-    for statistic in requested:
-        statistic.check(query, key)
+    options = (is_causal, scale, enable_gqa, backend)
+    seen = _seen(query, key, value, attn_mask, edit, requested, options)
+    checked = None if seen is None else _CHECKED.get(seen)
+    if checked is None:
+        checked = _check(query, key, value, attn_mask, edit, requested, *options)
+        if seen is not None:
+            if len(_CHECKED) >= _CAPACITY:
+                _CHECKED.clear()
+            _CHECKED[seen] = checked
+    else:
+        # a class's own check may look at anything
+        for statistic in requested:
+            statistic.check(query, key)
     edit = edit or _NO_EDIT
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
     call = Call(
         query=query,
         key=key,
         value=value,
-        attn_mask=mask,
+        attn_mask=None if attn_mask is None else _finite_mask(four_dimensional(attn_mask), query),
         is_causal=is_causal,
-        scale=check_scale(scale, default_scale(query.shape[-1])),
+        scale=checked.scale,
         gate=_in(precise, edit.gate),
-        fill=None,
+        fill=four_dimensional(edit.fill) if isinstance(edit.fill, Tensor) else None,
         temperature=_in(precise, edit.temperature),
         key_bias=_in(precise, edit.key_bias),
         key_scale=_in(precise, edit.key_scale),
         statistics=[statistic.spec for statistic in requested],
         statistic_tensors=[tensor for statistic in requested for tensor in statistic.tensors],
-        training=False,
+        training=checked.needs_gradient,
     )
-    if isinstance(edit.fill, Tensor):
-        call = call._replace(fill=edit.fill[(None,) * (4 - edit.fill.ndim)])
-    needs_gradient = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (getattr(call, name) for name in DIFFERENTIABLE)
-    )
-    problem = Problem(query.device, query.dtype, query.shape[-1], value.shape[-1], needs_gradient, requested)
-    operator = select(backend, problem)
-    if needs_gradient:
-        call = call._replace(training=True)
-    if operator is not torch.ops.headscope.reference_attention.default:
+    directly = seen is not None and checked.backend in BACKWARDS
+    run = partial(compute if directly else dispatched, checked.backend)
+    if not directly and checked.backend != "reference":
         _refuse_transforms(call)
     if edit.fill == "identity":
         call = call._replace(fill=for_every_head(value, call))
     elif edit.fill == "uniform":
-        call = call._replace(fill=_uniform_fill(operator, call))
-    output, values, _ = operator(*call)
-    names = [statistic.name for statistic in requested]
-    return AttentionResult(output, dict(zip(names, values, strict=True)))
+        call = call._replace(fill=_uniform_fill(run, call))
+    output, values = run(call)
+    return AttentionResult(output, {statistic.name: value for statistic, value in zip(requested, values, strict=True)})
+
+
+class _Checked(NamedTuple):
+    """What checking a call came to."""
+
+    scale: float
+    needs_gradient: bool
+    backend: str
+
+
+# by what calls look like; a model has some tens of looks, varying lengths may make more without end
+_CHECKED: dict[Hashable, _Checked] = {}
+_CAPACITY = 1024
+
+
+def _seen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    edit: HeadEdit | None,
+    requested: tuple[Statistic, ...],
+    options: tuple[bool, float | None, bool, str | None],
+) -> Hashable | None:
+    """All that `_check` depends on; None where not all arguments are of the usual types, or torch is observed."""
+    if not unobserved():
+        return None
+    edit = _NO_EDIT if edit is None else edit
+    if type(edit) is not HeadEdit or tuple(map(type, options)) not in _USUAL:
+        return None
+    named = isinstance(edit.fill, str)
+    tensors = looks(
+        (
+            query,
+            key,
+            value,
+            attn_mask,
+            edit.gate,
+            None if named else edit.fill,
+            edit.temperature,
+            edit.key_bias,
+            edit.key_scale,
+            *[tensor for statistic in requested for tensor in statistic.tensors],
+        )
+    )
+    if tensors is None:
+        return None
+    kinds = tuple([(type(statistic), statistic.spec, statistic.name) for statistic in requested])
+    return tensors, edit.fill if named else None, kinds, options, torch.is_grad_enabled()
+
+
+_USUAL = frozenset(product([bool], [float, int, type(None)], [bool], [str, type(None)]))
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    edit: HeadEdit | None,
+    requested: tuple[Statistic, ...],
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str | None,
+) -> _Checked:
+    """Checks `attention`'s arguments against each other, and chooses who computes.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `attention`.
+    """
+    check_inputs(query, key, value, enable_gqa)
+    check_mask(attn_mask, is_causal, query, key)
+    check_edit(edit, query, key, value)
+    for statistic in requested:
+        statistic.check(query, key)
+    scale = check_scale(scale, default_scale(query.shape[-1]))
+    edit = edit or _NO_EDIT
+    inputs = (query, key, value, attn_mask, edit.gate, edit.fill, edit.temperature, edit.key_bias, edit.key_scale)
+    needs_gradient = torch.is_grad_enabled() and any(
+        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs
+    )
+    problem = Problem(query.device, query.dtype, query.shape[-1], value.shape[-1], needs_gradient, requested)
+    return _Checked(scale, needs_gradient, select(backend, problem))
 
 
 def _finite_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -129,7 +224,7 @@ def _finite_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _in(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _refuse_transforms(call: Call) -> None:
@@ -162,7 +257,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return tensors
 
 
-def _uniform_fill(operator, call: Call) -> Tensor:
+def _uniform_fill(run: Callable[[Call], tuple[Tensor, Sequence[Tensor]]], call: Call) -> Tensor:
     """Attention's output with q . k set to zero and all else kept, broadcastable to [batch, heads, queries, dim_v]."""
     if call.attn_mask is None and not call.is_causal and call.key_bias is None and call.key_scale is None:
         keys = max(1, call.value.shape[2])
@@ -177,7 +272,7 @@ def _uniform_fill(operator, call: Call) -> Tensor:
     plain = call._replace(
         query=query, key=key, scale=1.0, gate=removed, temperature=None, statistics=[], statistic_tensors=[]
     )
-    return operator(*plain)[0]
+    return run(plain)[0]
 
 
 def scaled_dot_product_attention(

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 # cpu_library at once: it has to see forks from the start
-from headscope.ops import cpu_library, schema
+from headscope.ops import cpu_library
 from headscope.ops.statistics import KeyMass, Statistic
 
 
@@ -133,8 +133,8 @@ def backend_status() -> dict[str, str | None]:
     return {name: backend.unavailable() for name, backend in BACKENDS.items()}
 
 
-def select(requested: str | None, problem: Problem):
-    """The torch operator that serves the problem: the requested one, or the fastest that can.
+def select(requested: str | None, problem: Problem) -> str:
+    """The name of the backend that serves the problem: the requested one, or the fastest that can.
 
     Raises:
         ValueError: the backend is unknown.
@@ -149,12 +149,8 @@ def select(requested: str | None, problem: Problem):
             raise RuntimeError(
                 f"backend {requested!r} can't serve this call: {reason}; backend=None picks one that can"
             )
-        return _operator(requested)
+        return requested
     # the interpreter makes Triton available on a CPU, but never the fastest
     first = "triton" if problem.device.type == "cuda" else "cpu"
     backend = BACKENDS[first]
-    return _operator("portable" if backend.rejects(problem) or backend.unavailable() else first)
-
-
-def _operator(name: str):
-    return getattr(schema.torch.ops.headscope, f"{name}_attention").default
+    return "portable" if backend.rejects(problem) or backend.unavailable() else first

@@ -1,5 +1,6 @@
 """One call of the operator, as the torch operators and every backend see it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "gate", "fill", "tempera
 
 def autocasts(device: torch.device) -> bool:
     """Whether torch.autocast is at work for the device; for meta tensors torch has none and would raise."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
@@ -53,7 +56,8 @@ class Call(NamedTuple):
     @property
     def row_shape(self) -> tuple[int, int, int]:
         """[batch, heads, queries]."""
-        return self.query.shape[0], self.query.shape[1], self.query.shape[2]
+        batch, heads, queries, _ = self.query.shape
+        return batch, heads, queries
 
     @property
     def statistic_dtype(self) -> torch.dtype:
@@ -64,27 +68,27 @@ class Call(NamedTuple):
         """The statistics, on their tensors."""
         return restore_statistics(self.statistics, self.statistic_tensors)
 
-    def statistic_shapes(self) -> list[tuple[int, ...]]:
-        """The shape of each statistic's result."""
-        sizes = (*self.row_shape, self.key.shape[2])
-        return [statistic.shape(*sizes) for statistic in self.restored_statistics()]
-
     def empty_output(self) -> Tensor:
         """An empty [batch, heads, queries, dim_v] in query's dtype and stride order, as torch's SDPA gives it.
 
         The order keeps `transpose(1, 2).reshape(...)` a view where the query came from the inverse of it.
         """
-        order = sorted(range(4), key=lambda dimension: self.query.stride(dimension), reverse=True)
-        shape = (*self.row_shape, self.value.shape[3])
+        query = self.query
+        order = sorted(range(4), key=query.stride().__getitem__, reverse=True)
+        shape = (*query.shape[:3], self.value.shape[3])
+        if order == [0, 1, 2, 3]:
+            return query.new_empty(shape)
         return torch.empty_permuted(shape, order, dtype=self.query.dtype, device=self.query.device)
 
     def empty_rows(self) -> Tensor:
         """An empty [batch, heads, queries] in the statistics' dtype."""
         return self.query.new_empty(self.row_shape, dtype=self.statistic_dtype)
 
-    def empty_statistics(self) -> list[Tensor]:
-        """Uninitialised results of the statistics."""
-        return [self.query.new_empty(shape, dtype=self.statistic_dtype) for shape in self.statistic_shapes()]
+    def empty_statistics(self, statistics: Sequence[Statistic] | None = None) -> list[Tensor]:
+        """Uninitialised results of the statistics, which may be given if they are at hand."""
+        sizes, dtype = (*self.row_shape, self.key.shape[2]), self.statistic_dtype
+        statistics = self.restored_statistics() if statistics is None else statistics
+        return [self.query.new_empty(statistic.shape(*sizes), dtype=dtype) for statistic in statistics]
 
 
 class Cotangents(NamedTuple):

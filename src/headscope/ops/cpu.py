@@ -8,8 +8,7 @@ from headscope.ops.call import Call
 
 def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     output, statistics = call.empty_output(), call.restored_statistics()
-    sizes = (*call.row_shape, call.key.shape[2])
-    values = [call.query.new_empty(entry.shape(*sizes), dtype=call.statistic_dtype) for entry in statistics]
+    values = call.empty_statistics(statistics)
     cpu_library.attention_forward(
         call.query,
         call.key,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, autocasts
+from headscope.ops.ordinary import looks, unobserved
 
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale, Tensor? gate,"
@@ -73,26 +74,33 @@ def _module(backend: str) -> Any:
 def _as_written(call: Call) -> AbstractContextManager:
     """Inside, torch.autocast doesn't round the operands of matrix products: query, key and value had their turn."""
     device = call.query.device
-    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 def _laid_out_like(tensor: Tensor, gradient: Tensor) -> Tensor:
     """The gradient with the strides that the fake promises."""
+    if tensor.is_contiguous() and gradient.stride() == tensor.stride():
+        return gradient
     like = torch.empty_like(tensor, device="meta")
     if gradient.stride() == like.stride():
         return gradient
     return torch.empty_like(tensor).copy_(gradient)
 
 
+def _forward(backend: str, call: Call) -> Any:
+    """The results of the schema, by a backend."""
+    with _as_written(call):
+        return _module(backend).forward(call)
+
+
 def _forward_of(backend: str) -> Callable[..., Any]:
-    def forward(*arguments: Any) -> Any:
-        call = Call(*arguments)
-        with _as_written(call):
-            return _module(backend).forward(call)
-
-    return forward
+    return lambda *arguments: _forward(backend, Call(*arguments))
 
 
+@cache
 def _backward_of(backend: str) -> Callable[..., Any]:
     def backward(*arguments: Any) -> Any:
         cotangents, call = _split(arguments)
@@ -104,9 +112,12 @@ def _backward_of(backend: str) -> Callable[..., Any]:
     return backward
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    call = Call(*inputs)
-    result, values, saved = output
+def _keep(ctx: Any, call: Call, output: Tensor, values: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    """Saves for the backward what `_gradients` reads.
+
+    Args:
+        output, values, saved: what the forward gave.
+    """
     ctx.set_materialize_grads(False)
     statistics = call.restored_statistics()
     fixed = [value for statistic, value in zip(statistics, values, strict=True) if not statistic.differentiable]
@@ -114,53 +125,115 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     # a backend that keeps nothing starts from the inputs again
     results = []
     if saved:
-        attention = saved[2] if len(saved) > 2 else result
+        attention = saved[2] if len(saved) > 2 else output
         results = [attention, *values, *saved[:2]]
     ctx.save_for_backward(*(getattr(call, name) for name in DIFFERENTIABLE), *call.statistic_tensors, *results)
     ctx.layout = (call.is_causal, call.scale, list(call.statistics), len(call.statistic_tensors), bool(saved))
 
 
+def _gradients(
+    ctx: Any,
+    backend: str,
+    needs: Sequence[Any],
+    grad_output: Tensor | None,
+    grad_values: Sequence[Tensor | None],
+) -> dict[str, Any]:
+    """The gradients of those of DIFFERENTIABLE that are needed, by name, None for the others.
+
+    Args:
+        ctx: what `_keep` saved in.
+        backend: the forward's.
+        needs: whether a gradient is needed, in the order of Call.
+        grad_output, grad_values: the cotangents.
+    """
+    is_causal, scale, specs, tensor_count, has_results = ctx.layout
+    kept = list(ctx.saved_tensors)
+    inputs = dict(zip(DIFFERENTIABLE, kept, strict=False))
+    tensors = kept[len(DIFFERENTIABLE) : len(DIFFERENTIABLE) + tensor_count]
+    results = kept[len(DIFFERENTIABLE) + tensor_count :]
+    call = Call(
+        **inputs,
+        is_causal=is_causal,
+        scale=scale,
+        statistics=specs,
+        statistic_tensors=tensors,
+        training=True,
+    )
+    by_name = dict(zip(Call._fields, needs, strict=True))
+    needed = [bool(by_name[name]) for name in DIFFERENTIABLE]
+    cotangents = Cotangents(
+        output=grad_output,
+        statistics=list(grad_values) if grad_values else [None] * len(specs),
+        attention=results[0] if has_results else None,
+        values=results[1:-2] if has_results else [],
+        saved=results[-2:] if has_results else [],
+        needed=needed,
+    )
+    with torch.no_grad():
+        found = _backward(BACKWARDS[backend], cotangents, call, kept)
+    if torch.is_grad_enabled():
+        # create_graph=True: nothing may quietly come out as a constant
+        found = _OnlyOnce.apply(len(found), *found, *(tensor for tensor in inputs.values() if tensor is not None))
+    each = iter(found)
+    return {name: next(each) if need else None for name, need in zip(DIFFERENTIABLE, needed, strict=True)}
+
+
+def _backward(backend: str, cotangents: Cotangents, call: Call, kept: Sequence[Tensor | None]) -> Any:
+    given = (*kept, cotangents.output, *cotangents.statistics)
+    if unobserved() and looks(given) is not None:
+        return _backward_of(backend)(*cotangents, *call)
+    return getattr(torch.ops.headscope, f"{backend}_attention_backward").default(*cotangents, *call)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _keep(ctx, Call(*inputs), *output)
+
+
 def _autograd_of(backend: str) -> Callable[..., Any]:
     def backward(ctx: Any, grad_output: Tensor | None, grad_values: Sequence[Tensor | None] | None, _: Any) -> tuple:
-        is_causal, scale, specs, tensor_count, has_results = ctx.layout
-        kept = list(ctx.saved_tensors)
-        inputs = dict(zip(DIFFERENTIABLE, kept, strict=False))
-        tensors = kept[len(DIFFERENTIABLE) : len(DIFFERENTIABLE) + tensor_count]
-        results = kept[len(DIFFERENTIABLE) + tensor_count :]
-        call = Call(
-            **inputs,
-            is_causal=is_causal,
-            scale=scale,
-            statistics=specs,
-            statistic_tensors=tensors,
-            training=True,
-        )
-        needs = dict(zip(Call._fields, ctx.needs_input_grad, strict=True))
-        needed = [bool(needs[name]) for name in DIFFERENTIABLE]
-        cotangents = Cotangents(
-            output=grad_output,
-            statistics=list(grad_values) if grad_values else [None] * len(specs),
-            attention=results[0] if has_results else None,
-            values=results[1:-2] if has_results else [],
-            saved=results[-2:] if has_results else [],
-            needed=needed,
-        )
-        operator = getattr(torch.ops.headscope, f"{BACKWARDS[backend]}_attention_backward").default
-        with torch.no_grad():
-            found = operator(*cotangents, *call)
-        if torch.is_grad_enabled():
-            # create_graph=True: nothing may quietly come out as a constant
-            found = _OnlyOnce.apply(len(found), *found, *(tensor for tensor in inputs.values() if tensor is not None))
-        gradients = iter(found)
-        grads: dict[str, Any] = {
-            name: next(gradients) if need else None for name, need in zip(DIFFERENTIABLE, needed, strict=True)
-        }
+        grads = _gradients(ctx, backend, ctx.needs_input_grad, grad_output, grad_values or ())
         # torch wants the structure of lists back, and takes an empty str[] for an empty Tensor[]
+        specs, tensor_count = ctx.layout[2:4]
         grads["statistics"] = None if specs else []
         grads["statistic_tensors"] = [None] * tensor_count
         return tuple(grads.get(name) for name in Call._fields)
 
     return backward
+
+
+def dispatched(backend: str, call: Call) -> tuple[Tensor, Sequence[Tensor]]:
+    """The output and the statistics that a backend's operator gives."""
+    return getattr(torch.ops.headscope, f"{backend}_attention").default(*call)[:2]
+
+
+def compute(backend: str, call: Call) -> tuple[Tensor, Sequence[Tensor]]:
+    """As `dispatched` gives for one of BACKWARDS, without torch's dispatcher.
+
+    Only where nobody listens (`ordinary.unobserved`) and the tensors are ordinary ones (`ordinary.looks`).
+    """
+    if call.training:
+        output, *values = _Operator.apply(backend, *call)
+        return output, values
+    with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
+        output, values, _ = _forward(backend, call)
+    return output, values
+
+
+class _Operator(torch.autograd.Function):
+    """An operator and its gradients as they are registered below."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+        call = Call(*arguments)
+        output, values, saved = _forward(backend, call)
+        _keep(ctx, call, output, values, saved)
+        ctx.backend = backend
+        return output, *values
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *grad_values: Tensor | None) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads = _gradients(ctx, ctx.backend, ctx.needs_input_grad[1:], grad_output, grad_values)
+        return (None, *(grads.get(name) for name in Call._fields))
 
 
 class _OnlyOnce(torch.autograd.Function):

@@ -13,8 +13,9 @@ from headscope_kernels.attention import BoundStatistic, attention_backward, atte
 
 
 def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    output, values, saved = call.empty_output(), call.empty_statistics(), triton_saved(call)
-    entries = list(zip(call.restored_statistics(), values, strict=True))
+    statistics = call.restored_statistics()
+    output, values, saved = call.empty_output(), call.empty_statistics(statistics), triton_saved(call)
+    entries = list(zip(statistics, values, strict=True))
     second_pass = [value for statistic, value in entries if statistic.sums_over_queries]
     row_max, log2_sum = saved[:2] if saved else (None, None)
     if second_pass and row_max is None:
@@ -74,13 +75,12 @@ def _passes(entries: Sequence[tuple[Statistic, Tensor]]) -> list:
     for statistic, value in entries:
         pieces = statistic.kernel_pieces()
         for index, (kernel, columns) in enumerate(pieces):
-            bound = BoundStatistic(kernel, statistic.tensors)
-            if len(pieces) == 1:
-                job = _Job(bound, value, None)
-            else:
+            part = None
+            buffer = value
+            if len(pieces) > 1:
                 part = value[..., columns]
-                job = _Job(bound, torch.empty_like(part, memory_format=torch.contiguous_format), part)
-            (later if index else first).append(job)
+                buffer = torch.empty_like(part, memory_format=torch.contiguous_format)
+            (later if index else first).append(_Job(BoundStatistic(kernel, statistic.tensors), buffer, part))
     return [first, *later]
 
 

@@ -55,15 +55,15 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         raise ValueError(f"key: got {kv_heads} heads, expected a divisor of query's {heads}")
 
 
-def check_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> Tensor | None:
-    """The mask with four dimensions, each 1 or that of [batch, heads, queries, keys].
+def check_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> None:
+    """Each of the mask's dimensions is 1 or that of [batch, heads, queries, keys], leading ones may be missing.
 
     Raises:
         TypeError: not a tensor, or neither bool nor floating.
         ValueError: a shape that doesn't broadcast, another device, or a mask together with is_causal.
     """
     if attn_mask is None:
-        return None
+        return
     require_tensor("attn_mask", attn_mask)
     if is_causal:
         raise ValueError("attn_mask: got a mask together with is_causal=True, expected one of them")
@@ -72,13 +72,17 @@ def check_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Te
     if attn_mask.device != query.device:
         raise ValueError(f"attn_mask: got device {attn_mask.device}, expected query's {query.device}")
     full = (*query.shape[:3], key.shape[2])
-    padded = attn_mask[(None,) * (4 - attn_mask.ndim)] if attn_mask.ndim < 4 else attn_mask
+    padded = four_dimensional(attn_mask)
     if padded.ndim != 4 or any(size not in (1, whole) for size, whole in zip(padded.shape, full, strict=True)):
         raise ValueError(
             f"attn_mask: got shape {shape_of(attn_mask)}, expected one broadcastable to"
             f" [batch, heads, queries, keys] = {list(full)}"
         )
-    return padded
+
+
+def four_dimensional(tensor: Tensor) -> Tensor:
+    """With leading dimensions of 1 where it has fewer than four."""
+    return tensor[(None,) * (4 - tensor.ndim)] if tensor.ndim < 4 else tensor
 
 
 def check_scale(scale: float | None, default: float) -> float:
@@ -129,7 +133,7 @@ def check_edit(edit: HeadEdit | None, query: Tensor, key: Tensor, value: Tensor)
     full = (batch, heads, queries, value.shape[3])
     if fill.ndim > 4:
         raise ValueError(f"edit.fill: got shape {shape_of(fill)}, expected at most 4 dimensions")
-    _check_part("edit.fill", fill[(None,) * (4 - fill.ndim)], full, (0, 1, 2, 3), query, shown=fill)
+    _check_part("edit.fill", four_dimensional(fill), full, (0, 1, 2, 3), query, shown=fill)
 
 
 def _check_part(

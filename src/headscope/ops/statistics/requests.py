@@ -21,7 +21,7 @@ def requested_statistics(
     """
     if isinstance(statistics, (str, Statistic)):
         statistics = (statistics,)
-    if not isinstance(statistics, Iterable):
+    if not isinstance(statistics, (list, tuple)) and not isinstance(statistics, Iterable):
         raise TypeError(
             f"statistics: got {'None' if statistics is None else type(statistics).__name__}, expected names or"
             " Statistics; () for none"

@@ -1,0 +1,61 @@
+"""Whether torch's dispatcher would only hand a call on to its implementation, which then may be called directly.
+
+An operator in Python takes the dispatcher through several Python functions: some 60 microseconds for a call without
+gradients, 300 with them (bench/NOTES.md), where a small kernel takes ten. They are for nothing where nobody listens: no
+mode or transform of torch is active, no profiler runs, and all tensors are ordinary ones.
+"""
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad, profiler
+
+_KEY = torch._C.DispatchKey
+
+
+def _key_set(*keys: Any) -> int:
+    found = torch._C.DispatchKeySet(keys[0])
+    for key in keys[1:]:
+        found = found.add(key)
+    return found.raw_repr()
+
+
+# what a dense tensor on a CPU or GPU is to the dispatcher, and what it is if it was made in inference mode. Whatever
+# isn't just that (a fake or functional one, one with its sign pending, a transform's) has other keys
+_ORDINARY = frozenset(
+    _key_set(*keys)
+    for device in ("CPU", "CUDA")
+    for own in [(getattr(_KEY, device), getattr(_KEY, f"Autocast{device}"))]
+    for keys in (own, (*own, _KEY.ADInplaceOrView, getattr(_KEY, f"Autograd{device}")))
+)
+# what the dispatcher looks at beside a call's tensors while no mode is active, outside and inside inference mode
+_QUIET = frozenset((_key_set(_KEY.BackendSelect), _key_set(_KEY.BackendSelect, _KEY.ADInplaceOrView)))
+_AUTOGRAD = _KEY.AutogradFunctionality
+_CLASSES = (Tensor, torch.nn.Parameter)
+
+
+def unobserved() -> bool:
+    """Whether no mode, transform or profiler of torch is active, nor anything that traces."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _QUIET
+        and not (torch.is_grad_enabled() and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD))
+        and torch._C._len_torch_function_stack() == 0
+        and forward_ad._current_level < 0
+        and not profiler._is_profiler_enabled
+    )
+
+
+def looks(tensors: Iterable[Any]) -> Hashable | None:
+    """What checks and choices may depend on, of each tensor (or None); None if one isn't an ordinary tensor."""
+    found = []
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+            continue
+        if type(tensor) not in _CLASSES or torch._C._dispatch_keys(tensor).raw_repr() not in _ORDINARY:
+            return None
+        found.append((tensor.dtype, tensor.shape, tensor.get_device(), tensor.requires_grad))
+    return tuple(found)
