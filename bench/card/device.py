@@ -66,6 +66,7 @@ class Card:
         rounds: of interleaved timing.
         target: as `candidates` takes it.
         candidate_seconds: a candidate that says nothing for so long hangs.
+        compile_seconds: that FlexAttention may take to compile.
     """
 
     torch_device = "cuda"
@@ -74,6 +75,7 @@ class Card:
     rounds = 11
     target: tuple[str, int] | None = ("cuda", 90)
     candidate_seconds = 15.0
+    compile_seconds = 60.0
 
     def name(self) -> str:
         return device_name(self.torch_device)

@@ -26,6 +26,7 @@ class Rehearsal(Card):
     rounds = 1
     target = None
     candidate_seconds = 20.0
+    compile_seconds = 300.0
 
     def name(self) -> str:
         return f"no GPU, a rehearsal on {device_name('cpu')}"

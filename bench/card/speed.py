@@ -70,7 +70,7 @@ def flexed(report: Report, device: Card) -> None:
         compile_flex,
         [(shape, device.torch_device) for shape in shapes],
         count=device.processes,
-        seconds_each=60.0,
+        seconds_each=device.compile_seconds,
         left=lambda: report.left() - 10,
     )
     for answer in answers:

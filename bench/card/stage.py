@@ -71,7 +71,7 @@ class Report:
 
     def tell(self, text: str, **row: Any) -> None:
         """A result: a line, and a row if there is one."""
-        print(f"  {text}", flush=True)
+        print(f"{self.name:9} {text}", flush=True)
         if row:
             self.rows.append(row)
         self.write("running")

@@ -202,8 +202,8 @@ def test_killed_it_has_told_all(tmp_path: Path):
     while len(told) < 2:
         line = process.stdout.readline()
         assert line, told
-        if line.startswith("  right"):
-            told.append(line.split()[1])
+        if line.split()[:2] == ["smoke", "right"]:
+            told.append(line)
     process.send_signal(signal.SIGKILL)
     process.wait()
     record = json.loads((tmp_path / "out" / "gpu-smoke.json").read_text())
