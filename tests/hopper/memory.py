@@ -338,9 +338,9 @@ def copy_shared_to_global(tensor_desc: Descriptor, coord: Sequence[Any], src: Sh
 
 
 @stand_in("store_wait", gluon_tma)
-def store_wait(pendings: int) -> None:
+def store_wait(outstanding: int) -> None:
     partition = current().step()
-    while len(partition.stores) > pendings:
+    while len(partition.stores) > outstanding:
         access, finish = partition.stores.pop(0)
         finish()
         access.time = partition.clock[partition.key]

@@ -231,7 +231,7 @@ FAULTS = {
     "keys are freed under the product": (LOGITS + KEYS_FREED, KEYS_FREED + LOGITS),
     "a wait for too few products": ("warpgroup_mma_wait(len(WIDTHS), deps", "warpgroup_mma_wait(len(WIDTHS) + 1, deps"),
     "no fence before the output leaves": ("        fence_async_shared()\n        for index", "        for index"),
-    "the output isn't awaited": ("        tma.store_wait(pendings=0)\n", ""),
+    "the output isn't awaited": ("        tma.store_wait(0)\n", ""),
     "a turn isn't given on": ("                mbarrier.arrive(turns.index((GROUP + 1) % CONSUMERS))\n", ""),
     "nobody begins": ("(turn & 1) ^ (GROUP == 0)", "turn & 1"),
     "everybody begins": ("(turn & 1) ^ (GROUP == 0)", "(turn & 1) ^ 1"),

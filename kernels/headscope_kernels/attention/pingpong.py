@@ -33,7 +33,7 @@ once between two waits of its own, so no barrier is more than one phase ahead of
 
 # gl.static_range exists for the compiler only
 # ruff: noqa: SIM113 (the kernel language has no enumerate)
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
 
 from collections.abc import Hashable, Sequence
 
@@ -240,7 +240,7 @@ def consume(
         for index in gl.static_range(len(WIDTHS)):
             corner = [batch, head, first_query, chunk_start(WIDTHS, index)]
             tma.async_copy_shared_to_global(output_descriptors[index], corner, query_ring[index].index(own))
-        tma.store_wait(pendings=0)
+        tma.store_wait(0)
         mbarrier.arrive(query_free.index(query_slot))
         query_use += 1
 
