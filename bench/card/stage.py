@@ -71,10 +71,11 @@ class Report:
 
     def tell(self, text: str, **row: Any) -> None:
         """A result: a line, and a row if there is one."""
-        print(f"{self.name:9} {text}", flush=True)
         if row:
             self.rows.append(row)
+        # first, so that what was read on the screen is in the file as well
         self.write("running")
+        print(f"{self.name:9} {text}", flush=True)
 
     def write(self, state: str) -> None:
         record = {

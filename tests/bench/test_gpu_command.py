@@ -196,16 +196,15 @@ def test_a_stage_that_the_budget_does_not_hold_is_skipped(tmp_path: Path):
 def test_killed_it_has_told_all(tmp_path: Path):
     """And nothing goes on."""
     command = _command(tmp_path / "out", "--budget", "600", "--stages", "smoke")
-    process = subprocess.Popen(command, env=_environment(tmp_path), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     told = []
-    while len(told) < 2:
-        line = process.stdout.readline()
-        assert line, told
-        if line.split()[:2] == ["smoke", "right"]:
-            told.append(line)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen(command, env=_environment(tmp_path), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while len(told) < 2:
+            line = process.stdout.readline()
+            assert line, told
+            if line.split()[:2] == ["smoke", "right"]:
+                told.append(line)
+        process.send_signal(signal.SIGKILL)
     record = json.loads((tmp_path / "out" / "gpu-smoke.json").read_text())
     assert record["state"] == "running"
     assert len(record["rows"]) >= 2
