@@ -306,7 +306,7 @@ def test_compiled_the_softmax_stays_under_products():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dim", [40, 64, 80, 128])
+@pytest.mark.parametrize("dim", [64, 128])
 def test_the_entropy_costs_an_instruction_a_score(dim: int):
     problems = [{"dim": dim, "statistics": names, "configuration": shape_of(dim)[0]} for names in (["entropy"], [])]
     with_entropy, without = (result["per_score"] for result in compiled_as(problems))
@@ -314,12 +314,12 @@ def test_the_entropy_costs_an_instruction_a_score(dim: int):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dim", [16, 40, 64, 80, 128, 160])
+@pytest.mark.parametrize("dim", [40, 64, 128, 160])
 def test_every_candidate_compiles(dim: int):
     problems = [
         {"dim": dim, "keys": keys, "gate": gate, "statistics": ["entropy"], "configuration": configuration}
         for keys, gate in ((4096, True), (77, False))
-        for configuration in shape_of(dim, keys)
+        for configuration in shape_of(dim, keys)[: None if gate else 1]
     ]
     for problem, result in zip(problems, compiled_as(problems), strict=True):
         assert result["per_score"] <= 9.5, problem
@@ -397,3 +397,27 @@ def test_what_it_refuses(change: dict[str, Any], message: str):
     refusal = unserved(**{**call, **change})
     assert refusal is not None
     assert re.search(message, refusal), refusal
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": torch.zeros(1, 2, 150, 64, dtype=HALF)}, "must share one of"),
+        ({"key": torch.zeros(1, 1, 77, 64, dtype=HALF)}, "must share one of"),
+        ({"key": torch.zeros(1, 1, 77, 32, dtype=BRAIN)}, "don't go together"),
+        ({"value": torch.zeros(1, 1, 76, 64, dtype=BRAIN)}, "don't go together"),
+        ({"output": torch.zeros(1, 2, 149, 64, dtype=BRAIN)}, "don't go together"),
+        ({"key": torch.zeros(1, 3, 77, 64, dtype=BRAIN)}, r"heads \(2\) must be a multiple of key's \(3\)"),
+        ({"entropy": torch.zeros(1, 150, 2).transpose(1, 2)}, "must be contiguous float32"),
+    ],
+)
+def test_tensors_that_do_not_go_together(change: dict[str, Tensor], message: str):
+    call = Call()
+    with pytest.raises(ValueError, match=message):
+        emulate(call, {**tensors(call), **change})
+
+
+def test_chunks_that_hold_no_head():
+    call = Call(configuration=replace(SMALL, dim_widths=(32, 16)))
+    with pytest.raises(ValueError, match=r"chunks \(32, 16\) don't go together"):
+        emulate(call)

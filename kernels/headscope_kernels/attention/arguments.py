@@ -133,6 +133,22 @@ def tile_reach(strides: Sequence[int], rows: int, columns: int) -> int:
     return strides[-2] * rows + strides[-1] * columns
 
 
+def check_statistic_outputs(widths: Sequence[int], outputs: Sequence[Tensor], shape: tuple[int, int, int]) -> None:
+    """Whether results of these widths (0: a number a row) for rows [batch, heads, queries] fit their tensors.
+
+    Raises:
+        ValueError: they don't.
+    """
+    if len(widths) != len(outputs):
+        raise ValueError(f"{len(widths)} statistics need as many outputs, got {len(outputs)}")
+    for width, output in zip(widths, outputs, strict=True):
+        expected = (*shape, width) if width else shape
+        if output.shape != expected or output.dtype != torch.float32 or not output.is_contiguous():
+            raise ValueError(
+                f"a statistic's output must be contiguous float32 {expected}, got {output.dtype} {tuple(output.shape)}"
+            )
+
+
 def statistic_arguments(
     statistics: Sequence[BoundStatistic], outputs: Sequence[Tensor], shape: tuple[int, int, int]
 ) -> dict[str, Any]:
@@ -141,15 +157,8 @@ def statistic_arguments(
     Raises:
         ValueError: outputs or data of a shape or dtype that the statistic doesn't have.
     """
-    if len(statistics) != len(outputs):
-        raise ValueError(f"{len(statistics)} statistics need as many outputs, got {len(outputs)}")
     chosen = statistic_set(tuple(bound.statistic for bound in statistics))
-    for width, output in zip(chosen.widths, outputs, strict=True):
-        expected = (*shape, width) if width else shape
-        if output.shape != expected or output.dtype != torch.float32 or not output.is_contiguous():
-            raise ValueError(
-                f"a statistic's output must be contiguous float32 {expected}, got {output.dtype} {tuple(output.shape)}"
-            )
+    check_statistic_outputs(chosen.widths, outputs, shape)
     data = tuple(tensor for bound in statistics for tensor in bound.tensors)
     strides: list[int] = []
     for tensor in data:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from headscope_kernels.attention.arguments import forward_arguments, forward_features
 from headscope_kernels.attention.configs import GLUON_SCHEDULES, ForwardConfiguration, forward_configuration, unserved
-from headscope_kernels.attention.host import device_target, float32_precision, launch_context
+from headscope_kernels.attention.host import device_target, float32_precision, launch_context, multiprocessors
 from headscope_kernels.attention.launches import Launches, layouts
 from headscope_kernels.attention.specialised import SpecialisedKernel
 from headscope_kernels.attention.statistics import BoundStatistic
@@ -456,21 +456,23 @@ def attention_forward(
                 raise ValueError(refusal)
         if configuration.schedule in GLUON_SCHEDULES:
             # Gluon is for some targets only
-            from headscope_kernels.attention.pingpong import attention_pingpong
+            from headscope_kernels.attention.pingpong import OPTIONS, attention_pingpong_kernel
+            from headscope_kernels.attention.pingpong_arguments import pingpong_arguments
 
             assert output is not None
-            attention_pingpong(
-                launch_key,
-                pointers,
-                query=query,
-                key=key,
-                value=value,
-                output=output,
+            arguments = pingpong_arguments(
+                query,
+                key,
+                value,
+                output,
                 scale=scale,
                 gate=gate,
                 statistic_outputs=statistic_outputs,
                 configuration=configuration,
             )
+            programs = min(arguments["tiles"], multiprocessors(query.device))
+            if programs > 0:
+                _LAUNCHES.first(launch_key, pointers, programs, arguments, OPTIONS, attention_pingpong_kernel)
             return
         arguments = forward_arguments(
             query,
@@ -507,9 +509,13 @@ def attention_forward(
 _LAUNCHES = Launches(
     attention_forward_kernel,
     {
+        "query_descriptor": "query_ptr",
+        "query_tail_descriptor": "query_ptr",
         "key_descriptor": "key_ptr",
         "key_tail_descriptor": "key_ptr",
         "value_descriptor": "value_ptr",
         "value_tail_descriptor": "value_ptr",
+        "output_descriptor": "output_ptr",
+        "output_tail_descriptor": "output_ptr",
     },
 )

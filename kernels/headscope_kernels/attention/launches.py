@@ -116,14 +116,15 @@ class Launches:
         Raises:
             RuntimeError: the binary is one that the assembler got wrong (operands.py).
         """
-        compiled = (kernel or self.kernel)[(programs,)](**arguments, **options)
+        kernel = kernel or self.kernel
+        compiled = kernel[(programs,)](**arguments, **options)
         if triton.knobs.runtime.interpret:
             return
         refuse_misplaced(compiled)
         values: list[Any] = []
         placed: list[tuple[int, str]] = []
         described: list[tuple[int, str, type, dict[str, Any]]] = []
-        for position, parameter in enumerate(self.kernel.params):
+        for position, parameter in enumerate(kernel.params):
             name, value = parameter.name, arguments[parameter.name]
             if value is not None and name in self.described:
                 described.append((position, self.described[name], type(value), {**vars(value), "base": None}))

@@ -35,17 +35,10 @@ once between two waits of its own, so no barrier is more than one phase ahead of
 # ruff: noqa: SIM113 (the kernel language has no enumerate)
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
 
-from collections.abc import Hashable, Sequence
-
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from headscope_kernels.attention.configs import ForwardConfiguration
-from headscope_kernels.attention.host import multiprocessors
-from headscope_kernels.attention.launches import Launches, Pointers
-from headscope_kernels.attention.pingpong_arguments import pingpong_arguments
 from headscope_kernels.attention.pingpong_tiles import (
     GROUP_ROWS,
     LOWEST_EXPONENT,
@@ -245,7 +238,8 @@ def consume(
         query_use += 1
 
 
-@gluon.jit
+# numbers that differ from call to call, and of which no better code could be made
+@gluon.jit(do_not_specialize=["tiles", "query_tiles", "heads", "heads_per_group", "queries"])
 def attention_pingpong_kernel(
     query_descriptor,
     query_tail_descriptor,
@@ -317,48 +311,3 @@ def attention_pingpong_kernel(
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],
         )
-
-
-def attention_pingpong(
-    launch_key: Hashable,
-    pointers: Pointers,
-    *,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    scale: float,
-    gate: Tensor | None,
-    statistic_outputs: Sequence[Tensor],
-    configuration: ForwardConfiguration,
-) -> None:
-    """`attention_forward` of a call that this kernel serves (configs.py); `launch_key` and `pointers` are that call's.
-
-    Raises:
-        RuntimeError: Triton compiled the kernel wrongly (operands.py).
-    """
-    if _LAUNCHES.repeat(launch_key, pointers):
-        return
-    arguments = pingpong_arguments(
-        query,
-        key,
-        value,
-        output,
-        scale=scale,
-        gate=gate,
-        statistic_outputs=statistic_outputs,
-        configuration=configuration,
-    )
-    programs = min(arguments["tiles"], multiprocessors(query.device))
-    if programs > 0:
-        _LAUNCHES.first(launch_key, pointers, programs, arguments, OPTIONS)
-
-
-_LAUNCHES = Launches(
-    attention_pingpong_kernel,
-    {
-        f"{name}_{tail}descriptor": f"{name}_ptr"
-        for name in ("query", "key", "value", "output")
-        for tail in ("", "tail_")
-    },
-)

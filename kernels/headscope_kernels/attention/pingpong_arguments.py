@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from headscope_kernels.attention.arguments import optional_strides
+from headscope_kernels.attention.arguments import check_operands, check_statistic_outputs, optional_strides
 from headscope_kernels.attention.configs import GROUP_ROWS, ForwardConfiguration, chunk_widths, query_stages
 from headscope_kernels.attention.host import tile_descriptors
 
@@ -30,11 +30,22 @@ def pingpong_arguments(
     statistic_outputs: Sequence[Tensor],
     configuration: ForwardConfiguration,
 ) -> dict[str, Any]:
-    """The kernel's arguments by name, for a call that it serves."""
+    """The kernel's arguments by name, for a call that it serves.
+
+    Raises:
+        ValueError: tensors that don't go together, or chunks that don't hold the head dimension.
+    """
+    check_operands(query, key, value, (output,))
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1:3]
     groups = configuration.block_queries // GROUP_ROWS
+    check_statistic_outputs([0] * len(statistic_outputs), statistic_outputs, (batch, heads, queries))
     widths = configuration.dim_widths or chunk_widths(dim)
+    if key.shape[3] != dim or value.shape[2] != keys or output.shape != query.shape or sum(widths) < dim:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, output "
+            f"{tuple(output.shape)} and chunks {widths} don't go together"
+        )
     described: dict[str, TensorDescriptor | None] = {}
     for name, tensor, rows in (
         ("query", query, GROUP_ROWS),

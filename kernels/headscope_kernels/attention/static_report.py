@@ -265,14 +265,15 @@ def ast_source(kernel: Any, arguments: dict[str, Any], kind: type[ASTSource] = A
         if value is None:
             constants[path] = None
             return "constexpr"
-        if value == 1:
+        if value == 1 and path[0] not in unspecialised:
             constants[path] = 1
             return "constexpr"
-        if value % 16 == 0:
+        if value % 16 == 0 and path[0] not in unspecialised:
             attributes[path] = [["tt.divisibility", 16]]
         return "i32" if value < 2**31 else "i64"
 
     signature = {}
+    unspecialised = {index for index, parameter in enumerate(kernel.params) if parameter.do_not_specialize}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr:
