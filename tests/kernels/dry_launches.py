@@ -311,7 +311,12 @@ def backward(kernel: str, dim: int) -> dict[str, int]:
 
 
 def main() -> None:
+    """Prints the forward's cases, or with "backward" as an argument those of gradients and key_mass."""
     stand_in.install()
+    json.dump(backward_cases() if "backward" in sys.argv else forward_cases(), sys.stdout)
+
+
+def forward_cases() -> dict[str, Any]:
     # asked of where a schedule isn't the plain one; tensors lie on the CPU
     forward.device_target = lambda tensor: ("cuda", 90)
     half = HALF
@@ -348,12 +353,17 @@ def main() -> None:
         options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
         compiled = triton.compile(source, target=TARGETS["sm_90"], options={**options, "enable_fp_fusion": True})
         cases[name] = {"launched": hash(launched[-1][0]), "static": hash(compiled.asm["cubin"])}
-    cases["backward"] = {
-        f"{kernel}, {dim}": backward(kernel, dim) for kernel in ("key_value", "query") for dim in (64, 128)
-    }
-    cases["passes"] = passes()
     cases["other descriptors"] = other_descriptors()
-    json.dump(cases, sys.stdout)
+    return cases
 
 
-main()
+def backward_cases() -> dict[str, Any]:
+    kernels = [(kernel, dim) for kernel in ("key_value", "query") for dim in (64, 128)]
+    return {
+        "backward": {f"{kernel}, {dim}": backward(kernel, dim) for kernel, dim in kernels},
+        "passes": passes(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hopper import MODES, EmulationError, Statistics, run
 
-SUBJECT = Path(__file__).with_name("pingpong.py")
+SUBJECT = Path(__file__).with_name("small_attention.py")
 HEADS, N, BM, BN, DIM = 2, 64, 16, 16, 32
 B: Any = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
 

@@ -14,6 +14,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The forward's."""
+    return printed(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def backward_cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Those of gradients and key_mass, whose kernels compile for long."""
+    return printed(tmp_path_factory, "backward")
+
+
+def printed(tmp_path_factory: pytest.TempPathFactory, *arguments: str) -> dict[str, Any]:
     """What tests/kernels/dry_launches.py prints, from a process without the interpreter.
 
     Triton's cache is its own: a binary holds the time of its source file, which a cached one may have from another
@@ -25,7 +36,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         filter(None, [str(ROOT / "kernels"), str(ROOT / "tests"), environment.get("PYTHONPATH")])
     )
     process = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("dry_launches.py"))],
+        [sys.executable, str(Path(__file__).with_name("dry_launches.py")), *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -71,21 +82,23 @@ def test_reports_compile_what_runs(cases: dict[str, Any], name: str):
     assert cases[name]["launched"] == cases[name]["static"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("kernel", ["key_value", "query"])
-def test_reports_compile_what_runs_backward(cases: dict[str, Any], kernel: str, dim: int):
-    binaries = cases["backward"][f"{kernel}, {dim}"]
+def test_reports_compile_what_runs_backward(backward_cases: dict[str, Any], kernel: str, dim: int):
+    binaries = backward_cases["backward"][f"{kernel}, {dim}"]
     assert binaries["launched"] == binaries["static"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["everything", "descriptors", "key_mass"])
-def test_passes_repeated(cases: dict[str, Any], name: str):
+def test_passes_repeated(backward_cases: dict[str, Any], name: str):
     """Every kernel of a backward pass, and that of key_mass: as Triton bound it for the first call."""
-    first, again = cases["passes"][name]["first"], cases["passes"][name]["again"]
+    first, again = backward_cases["passes"][name]["first"], backward_cases["passes"][name]["again"]
     assert first["new"] == len(first["launches"]) == {"everything": 4, "descriptors": 3, "key_mass": 1}[name]
     assert again["new"] == 0
     assert again["launches"] == first["launches"]
-    assert cases["passes"][name]["alive"] == 0
+    assert backward_cases["passes"][name]["alive"] == 0
     if name == "descriptors":
         described = [
             argument[0] for launch in first["launches"] for argument in launch["arguments"] if is_descriptor(argument)
@@ -98,8 +111,9 @@ def is_descriptor(argument: Any) -> bool:
     return isinstance(argument, list) and argument != [] and isinstance(argument[0], str)
 
 
-def test_passes_told_apart(cases: dict[str, Any]):
-    passes = cases["passes"]
+@pytest.mark.full
+def test_passes_told_apart(backward_cases: dict[str, Any]):
+    passes = backward_cases["passes"]
     names = ("needed", "unaligned", "longer", "scale", "statistics")
     # the rows' kernel and the query's
     assert [passes[name]["new"] for name in names] == [2] * 5
@@ -109,8 +123,9 @@ def test_passes_told_apart(cases: dict[str, Any]):
     assert [passes[f"key_mass, {name}"]["new"] for name in ("scale", "causal")] == [1, 1]
 
 
-def test_passes_aliased(cases: dict[str, Any]):
-    aliased, whole = cases["passes"]["aliased"], cases["passes"]["everything"]["first"]
+@pytest.mark.full
+def test_passes_aliased(backward_cases: dict[str, Any]):
+    aliased, whole = backward_cases["passes"]["aliased"], backward_cases["passes"]["everything"]["first"]
     assert aliased["new"] == 0
     for launch, other in zip(aliased["launches"][1:], whole["launches"][1:], strict=True):
         assert launch["arguments"][1] == launch["arguments"][2]

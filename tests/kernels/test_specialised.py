@@ -212,6 +212,7 @@ def elements(shape: str) -> int:
     return torch.Size(map(int, shape.split("x"))).numel()
 
 
+@pytest.mark.full
 def test_compiled():
     """Specialised, without spills, with operands in their places, and each box of a copy as large as its tile.
 
