@@ -1,7 +1,6 @@
 """A rehearsal: everything that needs a card, stood in for on a machine without one."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ class Rehearsal(Card):
         pass
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        return {**super().environment(), "TRITON_INTERPRET": "1"}
 
     def shapes(self, shapes: Iterable[Shape]) -> list[Shape]:
         return [replace(shape, batch=1, heads=2, queries=20, keys=24) for shape in list(shapes)[:1]]
