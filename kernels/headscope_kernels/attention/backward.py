@@ -37,7 +37,7 @@ from headscope_kernels.attention.host import (
     stride_unit,
 )
 from headscope_kernels.attention.key_value_gradient import key_value_gradient_kernel
-from headscope_kernels.attention.launches import Launches, layouts, remember
+from headscope_kernels.attention.launches import Launches, call_key, layouts, remember
 from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
 from headscope_kernels.attention.query_gradient import query_gradient_kernel
 from headscope_kernels.attention.row_terms import row_terms_kernel
@@ -131,15 +131,7 @@ def attention_backward(
         "statistic_data": tuple(tensor for bound in statistics for tensor in bound.tensors),
     }
     with launch_context(query):
-        key_of_pass = (
-            layouts(pointers),
-            tuple((bound.statistic, len(bound.tensors)) for bound in statistics),
-            is_causal,
-            scale,
-            query.device,
-            float32_precision() if query.dtype == torch.float32 else None,
-            configurations,
-        )
+        key_of_pass = call_key(pointers, query, statistics, is_causal, scale, configurations)
         kind = _KINDS.get(key_of_pass)
         if kind is None and configurations is None:
             configurations = backward_configurations(

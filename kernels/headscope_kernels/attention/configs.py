@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -35,6 +35,11 @@ class ForwardConfiguration:
     value_widths: tuple[int, ...] | None = None
     descriptors: bool = False
     schedule: Literal["plain", "specialised", "overlapped", "pingpong"] = "plain"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton compiles with."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 # A step of the interpreter costs the same for any tile, and small shapes shall still cross tile borders.

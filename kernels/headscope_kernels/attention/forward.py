@@ -20,7 +20,6 @@ Keys come in tiles; only tiles that reach past the last key or across the causal
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,7 +27,7 @@ from torch import Tensor
 from headscope_kernels.attention.arguments import forward_arguments, forward_features
 from headscope_kernels.attention.configs import GLUON_SCHEDULES, ForwardConfiguration, forward_configuration, unserved
 from headscope_kernels.attention.host import device_target, float32_precision, launch_context, multiprocessors
-from headscope_kernels.attention.launches import Launches, layouts
+from headscope_kernels.attention.launches import Launches, call_key
 from headscope_kernels.attention.specialised import SpecialisedKernel
 from headscope_kernels.attention.statistics import BoundStatistic
 from headscope_kernels.attention.tiles import (
@@ -423,15 +422,7 @@ def attention_forward(
         "statistic_data": tuple(tensor for bound in statistics for tensor in bound.tensors),
     }
     with launch_context(query):
-        launch_key = (
-            layouts(pointers),
-            tuple((bound.statistic, len(bound.tensors)) for bound in statistics),
-            is_causal,
-            scale,
-            query.device,
-            float32_precision() if query.dtype == torch.float32 else None,
-            configuration,
-        )
+        launch_key = call_key(pointers, query, statistics, is_causal, scale, configuration)
         if _LAUNCHES.repeat(launch_key, pointers):
             return
         batch, heads, queries, dim = query.shape
@@ -497,13 +488,8 @@ def attention_forward(
         programs = batch * heads * triton.cdiv(queries, configuration.block_queries)
         if programs == 0:
             return
-        options = {
-            "num_warps": configuration.num_warps,
-            "num_stages": configuration.num_stages,
-            "enable_fp_fusion": True,
-        }
         kernel = SpecialisedKernel(attention_forward_kernel) if configuration.schedule == "specialised" else None
-        _LAUNCHES.first(launch_key, pointers, programs, arguments, options, kernel)
+        _LAUNCHES.first(launch_key, pointers, programs, arguments, configuration.options, kernel)
 
 
 _LAUNCHES = Launches(

@@ -13,7 +13,6 @@ same bits in every run. It adds up whole tiles and sums over their queries once,
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +23,7 @@ from headscope_kernels.attention.arguments import (
 )
 from headscope_kernels.attention.configs import ForwardConfiguration, key_mass_configuration
 from headscope_kernels.attention.host import device_target, float32_precision, in_units, launch_context, stride_unit
-from headscope_kernels.attention.launches import Launches, layouts
+from headscope_kernels.attention.launches import Launches, call_key
 from headscope_kernels.attention.tiles import (
     LOG2_E,
     advance,
@@ -251,14 +250,7 @@ def attention_key_mass(
         "output_ptr": output,
     }
     with launch_context(query):
-        launch_key = (
-            layouts(pointers),
-            is_causal,
-            scale,
-            query.device,
-            float32_precision() if query.dtype == torch.float32 else None,
-            configuration,
-        )
+        launch_key = call_key(pointers, query, (), is_causal, scale, configuration)
         if _LAUNCHES.repeat(launch_key, pointers):
             return
         batch, heads, queries, dim = query.shape
@@ -283,12 +275,7 @@ def attention_key_mass(
         programs = batch * heads * triton.cdiv(keys, configuration.block_keys)
         if programs == 0:
             return
-        options = {
-            "num_warps": configuration.num_warps,
-            "num_stages": configuration.num_stages,
-            "enable_fp_fusion": True,
-        }
-        _LAUNCHES.first(launch_key, pointers, programs, arguments, options)
+        _LAUNCHES.first(launch_key, pointers, programs, arguments, configuration.options)
 
 
 _LAUNCHES = Launches(attention_key_mass_kernel, {})

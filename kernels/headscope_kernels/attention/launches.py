@@ -9,10 +9,13 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
+from headscope_kernels.attention.host import float32_precision
 from headscope_kernels.attention.operands import refuse_misplaced
+from headscope_kernels.attention.statistics import BoundStatistic
 
 # layouts to remember; a model has some tens of them, varying lengths may make more without end
 CAPACITY = 1024
@@ -38,6 +41,26 @@ def layouts(pointers: Pointers) -> Hashable:
             else tuple(map(layout, value))
             for value in pointers.values()
         ]
+    )
+
+
+def call_key(
+    pointers: Pointers,
+    query: Tensor,
+    statistics: Sequence[BoundStatistic],
+    is_causal: bool,
+    scale: float,
+    configuration: Hashable,
+) -> Hashable:
+    """All that a call of attention's kernels depends on but for what is in its tensors, `query` among them."""
+    return (
+        layouts(pointers),
+        tuple((bound.statistic, len(bound.tensors)) for bound in statistics),
+        is_causal,
+        scale,
+        query.device,
+        float32_precision() if query.dtype == torch.float32 else None,
+        configuration,
     )
 
 

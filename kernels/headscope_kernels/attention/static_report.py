@@ -336,12 +336,7 @@ def compile_problem(problem: Problem, configuration: ForwardConfiguration, gpu: 
         source = ast_source(attention_pingpong_kernel, pingpong_of(arguments, configuration), GluonASTSource)
         return triton.compile(source, target=gpu, options=OPTIONS)
     kernel = attention_key_mass_kernel if problem.key_mass else attention_forward_kernel
-    options = {
-        "num_warps": configuration.num_warps,
-        "num_stages": configuration.num_stages,
-        "enable_fp_fusion": True,
-    }
-    compiled = triton.compile(ast_source(kernel, arguments), target=gpu, options=options)
+    compiled = triton.compile(ast_source(kernel, arguments), target=gpu, options=configuration.options)
     if configuration.schedule == "specialised":
         refuse_unspecialised(compiled)
     return compiled
