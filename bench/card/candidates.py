@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import triton
 
-from card import speed
+from card.calls import DTYPE, errors_of, launcher, row_of
 from card.device import Card, Tensors, interleaved, open_device
 from card.stage import Report
 from card.workers import Worker
@@ -43,7 +42,7 @@ def find(device: Card) -> list[Candidate]:
     """All of them, in order of the shapes' value."""
     found = []
     for shape in device.shapes(SHAPES):
-        problem = (speed.DTYPE, shape.dim, shape.dim, shape.queries, shape.keys)
+        problem = (DTYPE, shape.dim, shape.dim, shape.queries, shape.keys)
         found += [(name, shape, value) for name, value in device.candidates(configurations, *problem).items()]
     return found
 
@@ -105,8 +104,8 @@ def _told(
     name, shape, configuration = candidate
     row = {
         "target": ["cuda", 90],
-        "triton": ".".join(triton.__version__.split(".")[:2]),
-        "dtype": str(speed.DTYPE).removeprefix("torch."),
+        "triton": choices.triton_version(),
+        "dtype": str(DTYPE).removeprefix("torch."),
         "dim": shape.dim,
         "queries": shape.queries,
         "keys": shape.keys,
@@ -147,23 +146,23 @@ def check(task: tuple[str, Shape, ForwardConfiguration, str]) -> dict[str, float
     name, shape, configuration, mode = task
     device = open_device(mode)
     device.before_candidate(name)
-    tensors = _tensors[shape] = shape.tensors(device.torch_device, speed.DTYPE)
-    result = speed.launcher(shape, configuration, tensors)()
+    tensors = _tensors[shape] = shape.tensors(device.torch_device, DTYPE)
+    result = launcher(shape, configuration, tensors)()
     device.synchronise()
-    return speed.errors_of(shape, tensors, *result)
+    return errors_of(shape, tensors, *result)
 
 
 def timed(task: tuple[str, Shape, ForwardConfiguration, str]) -> dict[str, Any]:
     """In the candidate's process: its times, the rule's and torch's, interleaved."""
     name, shape, configuration, mode = task
     device = open_device(mode)
-    sets = device.input_sets(shape, speed.DTYPE)
+    sets = device.input_sets(shape, DTYPE)
     stock = [forwards(*tensors, flex=False, only=(STOCK, "SDPA flash", "SDPA cuDNN")) for tensors in sets]
     calls: dict[str, list[Callable[[], object]]] = {key: [made[key] for made in stock] for key in stock[0]}
-    rule = forward_configuration(speed.DTYPE, shape.dim, shape.dim, shape.queries, shape.keys, device.target)
+    rule = forward_configuration(DTYPE, shape.dim, shape.dim, shape.queries, shape.keys, device.target)
     for key, chosen in ((name, configuration), (CHOSEN, rule)):
-        calls[key] = [speed.launcher(shape, chosen, tensors) for tensors in sets]
+        calls[key] = [launcher(shape, chosen, tensors) for tensors in sets]
     times = interleaved({key: device.replay(made) for key, made in calls.items()}, device.rounds)
     best = min(stock[0], key=lambda key: np.median(times[key]))
-    row = speed.row_of(shape, times[name], times[STOCK], times[best])
+    row = row_of(shape, times[name], times[STOCK], times[best])
     return row | {"best_stock": best, "default_milliseconds": float(np.median(times[CHOSEN])) * 1e3}

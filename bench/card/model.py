@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from card.ahead import binaries, compile_ahead
+from card.calls import DTYPE, empty
 from card.device import Card, Replay, interleaved, open_device, percentiles, quartiles
 from card.stage import Report
 from card.workers import Worker
@@ -19,7 +20,6 @@ from peers import Shape
 
 # as headscope.bench.ways names them, which needs diffusers
 STOCK, RECORDING, REMOVING = "stock SDPA", "headscope, entropy at every site", "headscope, a head removed per site"
-DTYPE = torch.float16
 IMAGES = 8
 # of the UNet's attention: 8 heads, queries and keys of every site
 SITES = [
@@ -70,8 +70,6 @@ def run(report: Report, device: Card) -> None:
 
 def site(shape: Shape, what: str) -> None:
     """A site's call as the recorder makes it, or the editor."""
-    from card.speed import empty
-
     tensors = empty(shape)
     if what == "entropy":
         attention(*tensors, statistics=["entropy"], backend="triton")

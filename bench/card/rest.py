@@ -12,20 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from card import contract, speed
+from card import contract
 from card.ahead import compile_ahead
+from card.calls import DTYPE, empty, launch
 from card.device import Card, Replay, interleaved, percentiles, program, python, quartiles
+from card.speed import SHAPES
 from card.stage import ROOT, Report
 from headscope.ops import HeadEdit, attention
 from peers import OURS, STOCK, Shape, backwards, forwards
 
-DTYPE = torch.float16
-BACKWARD = [
-    Shape(2, 10, 4096, 4096, 64, "SDXL 1024 px"),
-    Shape(2, 24, 4608, 4608, 128, "Flux 1024 px"),
-    Shape(2, 8, 4096, 4096, 40, "SD1.5 512 px"),
-    Shape(2, 8, 1024, 1024, 80, "SD1.5 512 px"),
-]
+# the long ones of models
+BACKWARD = SHAPES[:4]
 # 16,384 queries in all, so that the work grows with the keys alone
 LENGTHS = [
     Shape(max(1, 16384 // size), 16, size, size, dim, "length")
@@ -47,7 +44,7 @@ PARTS_TAKE = 4.0
 def run(report: Report, device: Card) -> None:
     backward, forward = device.shapes(BACKWARD), device.shapes(LENGTHS) + device.shapes(DIMS)
     jobs: list[Any] = [(train, (shape, "cpu")) for shape in backward]
-    jobs += [(speed.launch, (shape, None)) for shape in forward]
+    jobs += [(launch, (shape, None)) for shape in forward]
     jobs += [(sanitized, (index,)) for index in range(12)]
     compile_ahead(report, device, jobs)
     report.wait_for_turn()
@@ -71,7 +68,7 @@ def run(report: Report, device: Card) -> None:
 
 def train(shape: Shape, place: str) -> list[torch.Tensor]:
     """Forward and backward with entropy and gate: output, entropy and all gradients."""
-    tensors = speed.empty(shape) if place == "cpu" else shape.tensors(place, DTYPE)
+    tensors = empty(shape) if place == "cpu" else shape.tensors(place, DTYPE)
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     gate = torch.ones(shape.batch, shape.heads, device=place, requires_grad=True)
     result = attention(*leaves, statistics=["entropy"], edit=HeadEdit(gate), backend="triton")

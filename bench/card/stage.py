@@ -11,7 +11,6 @@ import ctypes
 import datetime
 import importlib
 import json
-import os
 import signal
 import sys
 import time
@@ -28,14 +27,6 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PARENT_DIES, signal.SIGKILL)
 
 
-def write_whole(path: Path, record: Any) -> None:
-    """JSON, by way of another file: whoever reads it finds all of it, or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(beside, path)
-
-
 class Report:
     """What a stage has learned: lines on the standard output and rows of gpu-STAGE.json, both at once.
 
@@ -50,9 +41,10 @@ class Report:
         self.rows: list[dict[str, Any]] = []
         self._started, self._end = time.monotonic(), float("inf")
         # only a stage has the package on its path
+        from headscope._files import write_atomic
         from headscope._machine import versions
 
-        self._versions = versions()
+        self._versions, self._write = versions(), write_atomic
 
     def wait_for_turn(self) -> None:
         """Until the supervisor says that the stage may use the card, and for how long."""
@@ -88,7 +80,7 @@ class Report:
             **self.facts,
             "rows": self.rows,
         }
-        write_whole(self.path, record)
+        self._write(self.path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _own_package() -> None:
