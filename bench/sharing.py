@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from headscope._machine import versions
 from headscope.bench.configurations import CONFIGURATIONS, DEEP, FULL, Configuration
 from headscope.models import Scope
-from headscope.sweep.sharing import Prefix
+from headscope.sweep.compute.sharing import Prefix
 
 Build = Callable[[str], Configuration]
 

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from headscope._machine import device_name, versions
 from headscope.sweep import Execution, SweepConfig
-from headscope.sweep.executors.member import Silent
-from headscope.sweep.worker import Opened, work
+from headscope.sweep.work.executors.member import Silent
+from headscope.sweep.work.worker import Opened, work
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

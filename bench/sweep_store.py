@@ -21,9 +21,9 @@ from rich.console import Console
 
 from headscope._machine import device_name, versions
 from headscope.sweep import Run
-from headscope.sweep.plan import Edit
-from headscope.sweep.rows import Grid
-from headscope.sweep.store import RunStore
+from headscope.sweep.plan.units import Edit
+from headscope.sweep.store.rows import Grid
+from headscope.sweep.store.store import RunStore
 
 SITES, HEADS, ITEMS = 40, 25, 25
 

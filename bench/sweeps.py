@@ -39,15 +39,16 @@ from torch import nn
 from headscope._machine import device_name, versions
 from headscope.bench.denoisers import DENOISERS
 from headscope.bench.encoders import give_encoders
-from headscope.models import attending, routing
-from headscope.models.sites import find_denoiser
+from headscope.models import attending
+from headscope.models.hooks import routing
+from headscope.models.structure.sites import find_denoiser
 from headscope.ops import AttentionResult
 from headscope.sweep import Execution, SweepConfig
-from headscope.sweep import plan as kinds
-from headscope.sweep.config import IN_MEMORY
-from headscope.sweep.executors.member import Silent
-from headscope.sweep.fitting import is_out_of_memory, prefers_channels_last
-from headscope.sweep.worker import Opened, work
+from headscope.sweep.compute.fitting import is_out_of_memory, prefers_channels_last
+from headscope.sweep.plan import units as kinds
+from headscope.sweep.plan.config import IN_MEMORY
+from headscope.sweep.work.executors.member import Silent
+from headscope.sweep.work.worker import Opened, work
 
 TIMESTEP = 500
 # of one group; a unit holds as many

@@ -12,8 +12,8 @@ from PIL import Image
 
 from headscope import zoo
 from headscope._images import as_shown, read_image
-from headscope.models.plots import heatmaps
-from headscope.sweep.sources import TarGroup
+from headscope.models.recording.plots import heatmaps
+from headscope.sweep.plan.sources import TarGroup
 
 RED, WHITE = [255, 0, 0], [255, 255, 255]
 # a row of four levels that none of 8 bits hits

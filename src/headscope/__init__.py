@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from headscope._version import __version__
 
 if TYPE_CHECKING:
     from headscope.models import AttnProcessor, Attribution, Patch, Recording, Scope, Site, Task, Where

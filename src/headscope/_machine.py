@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import headscope
+from headscope._version import __version__
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def versions() -> dict[str, str]:
     """headscope, Python, and those of its dependencies that are installed."""
-    found = {"headscope": headscope.__version__, "python": platform.python_version()}
+    found = {"headscope": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "diffusers", "transformers", "numpy"):
         try:
             found[name] = version(name)

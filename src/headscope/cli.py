@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import headscope
 from headscope._files import local_path
 from headscope._signals import INTERRUPTED, TERMINATED, Terminated, sigterm_interrupts
+from headscope._version import __version__
 
 app = typer.Typer(
     help="See and edit what every attention head of a diffusion model does.",
@@ -221,7 +221,7 @@ def _run(config, out: Path, batch: int | None, workforce, quiet: bool, dry_run: 
 
     local_path("out", out)
     if dry_run:
-        from headscope.sweep.estimate import estimate_sweep
+        from headscope.sweep.compute.estimate import estimate_sweep
 
         _print_estimate(estimate_sweep(config, Execution(rows=batch)), workforce.count)
         return
@@ -315,7 +315,7 @@ def sheet(directory: RunDirectory) -> None:
     """Contact sheets of a sweep's generated images: clean, and with the heads removed that change them most."""
     with _clear_errors():
         from headscope.sweep import Run
-        from headscope.sweep.sheet import write_contact_sheets
+        from headscope.sweep.store.sheet import write_contact_sheets
 
         for path in write_contact_sheets(Run.open(directory)):
             console.print(f"sheet  {_escaped(str(path))}", highlight=False)
@@ -467,7 +467,7 @@ def doctor() -> None:
 
 def _version(show: bool) -> None:
     if show:
-        print(headscope.__version__)
+        print(__version__)
         raise typer.Exit
 
 

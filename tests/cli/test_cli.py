@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 import headscope
 from headscope.cli import app
-from headscope.sweep import Run, SweepConfig, run_sweep, runner, store
+from headscope.sweep import Run, SweepConfig, run_sweep
+from headscope.sweep.store import store
+from headscope.sweep.work import runner
 from headscope.zoo import train
 
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configurations.case import Case
 from headscope import Scope
-from headscope.models.sites import find_sites
+from headscope.models.structure.sites import find_sites
 
 # how far a float32 output may move when recording, in units of the larger of 1 and the output's largest entry; a random
 # model may amplify rounding, so four times what lies between two of torch's own kernels is granted where that is more

@@ -16,7 +16,7 @@ from diffusers import (
 
 import tiny
 from headscope import Scope
-from headscope.models.branches import _named_parts
+from headscope.models.hooks.branches import _named_parts
 
 PROMPTS = ["a red fox", "a blue boat"]
 

@@ -7,8 +7,8 @@ from diffusers import CogVideoXTransformer3DModel, UNetMotionModel
 
 import tiny
 from headscope import Scope
-from headscope.models.layout import Geometry, Given, Place, layout_of, place_of
-from headscope.models.sites import Site
+from headscope.models.structure.layout import Geometry, Given, Place, layout_of, place_of
+from headscope.models.structure.sites import Site
 
 FAMILIES = {"sd3": (tiny.sd3_transformer, tiny.sd3_inputs), "flux": (tiny.flux_transformer, tiny.flux_inputs)}
 

@@ -9,7 +9,7 @@ import torch.nn.functional as functional
 
 import tiny
 from headscope import Scope
-from headscope.models import routing
+from headscope.models.hooks import routing
 
 SITES = ["down_blocks.1.attentions.0", "mid_block.attentions.0"]
 

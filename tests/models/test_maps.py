@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from headscope import GroupMass, Scope
-from headscope.models.maps import label_tokens
+from headscope.models.recording.maps import label_tokens
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from headscope import Scope
-from headscope.models.branches import BRANCHES
+from headscope.models.hooks.branches import BRANCHES
 
 
 @pytest.fixture(scope="module")

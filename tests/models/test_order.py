@@ -8,8 +8,8 @@ from torch import nn
 from configurations import CASES
 from configurations.examine import build, run, watched
 from headscope import Scope
-from headscope.models.order import execution_order
-from headscope.models.sites import find_sites
+from headscope.models.structure.order import execution_order
+from headscope.models.structure.sites import find_sites
 
 # those whose modules are made in another order than they run in, of each kind
 GATING = ["UNet2DModel", "UNet2DConditionModel", "UNetMotionModel", "Kandinsky3UNet", "Lumina2Transformer2DModel"]

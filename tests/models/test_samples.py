@@ -9,7 +9,7 @@ import torch.nn.functional as functional
 from diffusers import MochiTransformer3DModel
 
 from headscope import Scope
-from headscope.models.sites import find_sites
+from headscope.models.structure.sites import find_sites
 
 
 def attention_of(query, key):

@@ -13,8 +13,8 @@ from diffusers.models.attention_processor import AttnProcessor as EagerProcessor
 import headscope
 import tiny
 from headscope import HeadEdit, Scope
-from headscope.models import routing
 from headscope.models import scope as scope_module
+from headscope.models.hooks import routing
 
 
 class SelfAttention(torch.nn.Module):

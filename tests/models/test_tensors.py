@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from headscope.models.tensors import HeadTensors, Key
+from headscope.models.recording.tensors import HeadTensors, Key
 
 
 @pytest.mark.parametrize("reduce", ["mean", None])

@@ -6,8 +6,8 @@ import pytest
 
 import tiny
 from headscope.sweep import SweepConfig, run_sweep
-from headscope.sweep.config import HeadSet
-from headscope.sweep.store import TABLES, TENSORS
+from headscope.sweep.plan.config import HeadSet
+from headscope.sweep.store.store import TABLES, TENSORS
 
 SITE = "mid_block.attentions.0.transformer_blocks.0.attn1"
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headscope.sweep.store import RunStore
+from headscope.sweep.store.store import RunStore
 
 _meet: Any = None
 

@@ -45,8 +45,8 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def on_tape(compute: Callable[[], None]) -> Callable[[], None]:
-    """Captures as `headscope.sweep.graphs.CudaCapture` does: once to warm up, once to record, whose numbers are no good
-    before they are replayed."""
+    """Captures as `compute.graphs.CudaCapture` does: once to warm up, once to record, whose numbers are no good before
+    they are replayed."""
     compute()
     with Tape() as tape:
         compute()

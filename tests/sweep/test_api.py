@@ -13,7 +13,7 @@ import tiny
 from headscope import Scope
 from headscope.sweep import HeadSet, Run, SweepConfig
 from headscope.sweep.api import Fields, sweep
-from headscope.sweep.memory import structure
+from headscope.sweep.plan.in_memory import structure
 from sweep.faults import ordered
 
 ASKED = {"groups": ["faces"], "splits": ["confirm"], "items": 2, "timesteps": [60], "fills": ["zero"], "observe": False}

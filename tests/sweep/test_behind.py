@@ -8,12 +8,12 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from headscope.sweep import Run, SweepConfig, SweepFailed, run_sweep
-from headscope.sweep import items as items_module
-from headscope.sweep.claims import Claims
-from headscope.sweep.executors.member import Silent
-from headscope.sweep.store import CLAIMS, RunStore
-from headscope.sweep.unit import UnitRunner
-from headscope.sweep.worker import Execution, Opened, work
+from headscope.sweep.compute.unit import UnitRunner
+from headscope.sweep.plan import items as items_module
+from headscope.sweep.store.claims import Claims
+from headscope.sweep.store.store import CLAIMS, RunStore
+from headscope.sweep.work.executors.member import Silent
+from headscope.sweep.work.worker import Execution, Opened, work
 from sweep.faults import ordered
 
 WAIT = 60.0

@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from headscope.sweep import SweepConfig, run_sweep
-from headscope.sweep import claims as module
-from headscope.sweep.claims import Claims
-from headscope.sweep.store import CLAIMS
-from headscope.sweep.worker import TRIES, Execution, Opened, given_up
+from headscope.sweep.store import claims as module
+from headscope.sweep.store.claims import Claims
+from headscope.sweep.store.store import CLAIMS
+from headscope.sweep.work.worker import TRIES, Execution, Opened, given_up
 
 
 def test_a_unit_is_one_process_s_at_a_time(tmp_path):

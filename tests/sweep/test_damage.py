@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from headscope.cli import app
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.claims import Claims
-from headscope.sweep.sheet import write_contact_sheets
-from headscope.sweep.store import CLAIMS, EXECUTION, FAILURES, GENERATED, MANIFEST, TABLES, TENSORS, RunStore
-from headscope.sweep.worker import TRIES
+from headscope.sweep.store.claims import Claims
+from headscope.sweep.store.sheet import write_contact_sheets
+from headscope.sweep.store.store import CLAIMS, EXECUTION, FAILURES, GENERATED, MANIFEST, TABLES, TENSORS, RunStore
+from headscope.sweep.work.worker import TRIES
 
 SHARDS = (*TABLES, *TENSORS)
 # the images that the generations are made of

@@ -8,8 +8,8 @@ import torch
 import headscope
 import tiny
 from headscope.sweep import Execution, SweepConfig
-from headscope.sweep.estimate import estimate_sweep
-from headscope.sweep.worker import Opened
+from headscope.sweep.compute.estimate import estimate_sweep
+from headscope.sweep.work.worker import Opened
 from sweep.faults import ordered
 
 ASKED = {

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from headscope.sweep import Run, SweepConfig, Workers, run_sweep
-from headscope.sweep.store import CLAIMS, JOBS
+from headscope.sweep.store.store import CLAIMS, JOBS
 from sweep.faults import assert_same, awaited, claimants, undisturbed
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
@@ -64,8 +64,8 @@ def test_a_slurm_job_s_log_says_whom_it_waits_for(short, tmp_path):
 JOB = """
 import sys
 from headscope.sweep import SweepConfig
-from headscope.sweep.executors.slurm import _Job
-from headscope.sweep.worker import Execution, WorkOrder
+from headscope.sweep.work.executors.slurm import _Job
+from headscope.sweep.work.worker import Execution, WorkOrder
 
 config = SweepConfig(model=sys.argv[1], groups=("faces",), items=6, timesteps=(60, 500), fills=("mean", "zero"))
 print(_Job()(WorkOrder(config, sys.argv[2], Execution(threads=1), "session")))

@@ -14,8 +14,8 @@ from headscope.cli import app
 from headscope.counter import counter_normal
 from headscope.models import Scope
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.items import load_task, open_items
-from headscope.sweep.sharing import Prefix
+from headscope.sweep.compute.sharing import Prefix
+from headscope.sweep.plan.items import load_task, open_items
 
 FLOWS = ("stable_diffusion_3", "flux")
 FAMILIES = ("stable_diffusion", "stable_diffusion_xl", *FLOWS)

@@ -16,8 +16,8 @@ import pytest
 
 from headscope._signals import AGAIN, terminable
 from headscope.sweep import DiskFull, Run, SweepConfig, SweepFailed, run_sweep
-from headscope.sweep.store import CLAIMS, FAILURES
-from headscope.sweep.unit import UnitRunner
+from headscope.sweep.compute.unit import UnitRunner
+from headscope.sweep.store.store import CLAIMS, FAILURES
 from sweep.faults import Destroyed, assert_same, script, undisturbed
 
 

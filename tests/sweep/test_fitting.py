@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from headscope.models import PixelTask
 from headscope.sweep import Execution, Run, SweepConfig, run_sweep
-from headscope.sweep.fitting import (
+from headscope.sweep.compute.fitting import (
     CPU_ROWS,
     Fit,
     Rows,
@@ -19,7 +19,7 @@ from headscope.sweep.fitting import (
     measured_bytes,
     prefers_channels_last,
 )
-from headscope.sweep.worker import Opened
+from headscope.sweep.work.worker import Opened
 from sweep.faults import ordered
 
 MEBI = 2**20

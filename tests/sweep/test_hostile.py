@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from headscope.cli import app
 from headscope.study import demonstration, inference
 from headscope.sweep import Run
-from headscope.sweep import store as files
-from headscope.sweep.store import CLAIMS, FAILURES, JOBS, MANIFEST, TABLES, TENSORS, RunStore
+from headscope.sweep.store import store as files
+from headscope.sweep.store.store import CLAIMS, FAILURES, JOBS, MANIFEST, TABLES, TENSORS, RunStore
 
 READERS = (("sweep", "status"), ("sweep", "verify"), ("sweep", "sheet"), ("report",))
 EVIL = '</script><script>alert("&")</script><img src=x onerror=alert(1)>'

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from headscope.sweep import SweepConfig
-from headscope.sweep.executors import processes, ray, slurm
-from headscope.sweep.executors.member import Telling, take_part, tell
-from headscope.sweep.plan import Unit
-from headscope.sweep.progress import Progress
-from headscope.sweep.worker import DiskFull, Execution, Opened, WorkOrder, work
+from headscope.sweep.plan.units import Unit
+from headscope.sweep.work.executors import processes, ray, slurm
+from headscope.sweep.work.executors.member import Telling, take_part, tell
+from headscope.sweep.work.progress import Progress
+from headscope.sweep.work.worker import DiskFull, Execution, Opened, WorkOrder, work
 from sweep.faults import Destroyed
 
 UNIT = Unit("ablations", "faces", (0, 1), 60, None, 10, "unit0")
@@ -128,7 +128,7 @@ def test_a_slurm_job_ends_though_python_ignored_the_interrupt(asked, monkeypatch
 
 
 def test_a_member_s_log_says_what_failed(asked, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("headscope.sweep.unit.UnitRunner.run", lambda *_: 1 / 0)
+    monkeypatch.setattr("headscope.sweep.compute.unit.UnitRunner.run", lambda *_: 1 / 0)
     take_part(WorkOrder(asked, str(tmp_path / "run"), Execution(rows=1), "ours"))
     assert capsys.readouterr().err.count("failed, will be tried again: ZeroDivisionError") == 2
 

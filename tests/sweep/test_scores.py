@@ -10,7 +10,7 @@ import torch
 
 import headscope
 from headscope.models.tasks import NoisyInputs
-from headscope.sweep.scores import checked_score, code_of, image_scores, own_scores
+from headscope.sweep.compute.scores import checked_score, code_of, image_scores, own_scores
 
 SCORE = """
 def largest(edited, clean, target, inputs):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from headscope.sweep import seals
+from headscope.sweep.store import seals
 
 NAME = "ablations/one"
 

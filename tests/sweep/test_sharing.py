@@ -8,8 +8,8 @@ from torch import nn
 import tiny
 from headscope.models import Scope
 from headscope.ops import HeadEdit
-from headscope.sweep.calls import Diverged, all_calls
-from headscope.sweep.sharing import Prefix
+from headscope.sweep.compute.calls import Diverged, all_calls
+from headscope.sweep.compute.sharing import Prefix
 from headscope.zoo import load_pipeline
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from headscope.sweep.sources import expanded, open_source
+from headscope.sweep.plan.sources import expanded, open_source
 
 
 def png(level: int) -> bytes:

@@ -8,8 +8,8 @@ from polars.testing import assert_frame_equal
 
 from headscope.models import Scope
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.items import load_task, open_items
-from headscope.sweep.unit import UnitRunner
+from headscope.sweep.compute.unit import UnitRunner
+from headscope.sweep.plan.items import load_task, open_items
 
 
 def text_columns(frame: pl.DataFrame) -> pl.DataFrame:

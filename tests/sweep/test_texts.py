@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from headscope.sweep import SweepConfig
-from headscope.sweep.sources import TarGroup
-from headscope.sweep.texts import read_prompts
+from headscope.sweep.plan.sources import TarGroup
+from headscope.sweep.plan.texts import read_prompts
 
 # what splitlines() takes for ends of lines and a text editor doesn't
 KEPT = "a\x0bfox\x0cin\x1cthe\x1dred\x1ehouse\x85of\u2028the\u2029sea"

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headscope.bench.denoisers import Denoiser
 from headscope.bench.ways import Way
-from headscope.models.routing import HANDLE
+from headscope.models.hooks.routing import HANDLE
 
 # how CUDA's own calls that make the host wait for the device are named
 _WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")

@@ -6,11 +6,11 @@ drop-in), tasks (what a model is asked to do).
 """
 
 from headscope.models.attribution import Attribution
-from headscope.models.edits import Patch, Where
+from headscope.models.editing.edits import Patch, Where
 from headscope.models.processor import AttnProcessor
-from headscope.models.recording import Recording
+from headscope.models.recording.recording import Recording
 from headscope.models.scope import Scope
-from headscope.models.sites import Site
+from headscope.models.structure.sites import Site
 from headscope.models.tasks import (
     FluxTask,
     LatentTask,

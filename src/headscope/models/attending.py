@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from headscope.models.editing import ActiveEdit, Combined, combine
-from headscope.models.forwards import Forward
-from headscope.models.layout import Geometry, Given, Layout, Place, layout_of, place_of
-from headscope.models.maps import TokenRequest
-from headscope.models.recording import ENTROPY, HEAD_OUTPUT, Recording
-from headscope.models.sites import Site
+from headscope.models.editing.editing import ActiveEdit, Combined, combine
+from headscope.models.hooks.forwards import Forward
+from headscope.models.recording.maps import TokenRequest
+from headscope.models.recording.recording import ENTROPY, HEAD_OUTPUT, Recording
+from headscope.models.structure.layout import Geometry, Given, Layout, Place, layout_of, place_of
+from headscope.models.structure.sites import Site
 from headscope.ops import HeadEdit, Statistic, attention
 from headscope.ops.edits import blend
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope.counter import counter_uniform, whole
-from headscope.models.edits import Fill
+from headscope.models.editing.edits import Fill
 from headscope.models.tasks import NoisyInputs, Prepared, Task, TaskItem
 from headscope.ops import HeadEdit
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as functional
 from torch import Tensor
 
-from headscope.models import routing
+from headscope.models.hooks import routing
 from headscope.ops import HeadEdit, attention
 from headscope.ops.statistics import Statistic, requested_statistics
 

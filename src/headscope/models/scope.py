@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from headscope.models import routing
 from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
-from headscope.models.caches import HookWatch, Reused
-from headscope.models.editing import ActiveEdit
-from headscope.models.edits import Edits, Fill, check_heads
-from headscope.models.forwards import Forward, Progress, Window, begin_forward, running_module
-from headscope.models.maps import TokenMaps, TokenRequest
-from headscope.models.prompts import Prompts
-from headscope.models.recording import Recording, RecordRequest
-from headscope.models.sites import Site, Unseen, find_denoiser, find_sites, other_denoisers
+from headscope.models.editing.editing import ActiveEdit
+from headscope.models.editing.edits import Edits, Fill, check_heads
+from headscope.models.hooks import routing
+from headscope.models.hooks.caches import HookWatch, Reused
+from headscope.models.hooks.forwards import Forward, Progress, Window, begin_forward, running_module
+from headscope.models.hooks.wrapping import ForwardWrap
+from headscope.models.recording.maps import TokenMaps, TokenRequest
+from headscope.models.recording.prompts import Prompts
+from headscope.models.recording.recording import Recording, RecordRequest
+from headscope.models.recording.tensors import QUANTITIES, Reduce
+from headscope.models.structure.sites import Site, Unseen, find_denoiser, find_sites, other_denoisers
 from headscope.models.tasks import Task, TaskItem
-from headscope.models.tensors import QUANTITIES, Reduce
-from headscope.models.wrapping import ForwardWrap
 from headscope.ops import Statistic
 from headscope.ops.statistics import requested_statistics
 

@@ -26,8 +26,8 @@ from headscope.report.page import STUDY_CAVEATS, GroupInfo, write_report, write_
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.config import SPLITS
-from headscope.sweep.run import REPORTED, as_written
+from headscope.sweep.plan.config import SPLITS
+from headscope.sweep.store.run import REPORTED, as_written
 from headscope.zoo import GROUPS, open_group
 
 REPORT = "report.html"

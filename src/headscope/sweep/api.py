@@ -14,11 +14,11 @@ from typing import Any, TypedDict, Unpack
 
 from rich.console import Console
 
-from headscope.models.sites import find_denoiser
-from headscope.sweep.config import IN_MEMORY, HeadSet, SweepConfig
-from headscope.sweep.memory import check_pipeline
-from headscope.sweep.run import Run
-from headscope.sweep.runner import Workers, run_sweep
+from headscope.models.structure.sites import find_denoiser
+from headscope.sweep.plan.config import IN_MEMORY, HeadSet, SweepConfig
+from headscope.sweep.plan.in_memory import check_pipeline
+from headscope.sweep.store.run import Run
+from headscope.sweep.work.runner import Workers, run_sweep
 
 
 class Fields(TypedDict, total=False):

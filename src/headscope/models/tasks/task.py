@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headscope.counter import counter_normal
-from headscope.models.sites import find_denoiser
+from headscope.models.structure.sites import find_denoiser
 from headscope.models.tasks.noising import Diffusion, Noising
 
 

@@ -1,0 +1,325 @@
+"""Which part of the picture attends to which token of the prompt."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from headscope.models.hooks.caches import Reused
+from headscope.models.hooks.forwards import PROMPT, Forward, Window
+from headscope.models.recording.prompts import TOKENIZERS, Prompts
+from headscope.models.structure.layout import IMAGE, TEXT, Layout
+from headscope.ops import GroupMass
+
+TokenKind = Literal["start", "word", "end", "padding", "unknown"]
+
+
+@dataclass(frozen=True)
+class Token:
+    """A position of the text that the denoiser is given.
+
+    Attributes:
+        position: among the text keys.
+        text: the piece of the prompt, without the tokenizer's marks of word ends.
+        kind: "start" and "end" marks, a "word" (or a piece of one), "padding", or "unknown".
+    """
+
+    position: int
+    text: str
+    kind: TokenKind
+
+
+class _Piece(NamedTuple):
+    """What one attention call adds to a site's sums: [samples, tokens, height, width], summed over so many heads."""
+
+    site: str
+    batch: int
+    samples: range
+    summed: Tensor
+    heads: int
+
+
+class TokenMaps:
+    """The attention mass that image queries give to each token of the prompt, summed over heads and steps.
+
+    Kept per site, on the model's device. What is read is the mean over heads, attention calls and the chosen sites,
+    each site's map resized to the finest one's grid (bilinear). Masses of all tokens, marks and padding included, sum
+    to 1 at every place of a cross-attention.
+
+    Their words are those of the pipeline's call. A pipeline that doesn't give its prompts to a text encoder as they
+    are (it cleans them, or puts them into a template) leaves the tokens of that encoder "unknown".
+
+    Attributes:
+        reused: the sites whose attention under the prompt a forward took from a cache of diffusers or skipped, as in
+            `Recording.reused`; they are not in the sums of those steps.
+    """
+
+    def __init__(self, pipeline: Any, prompts: Prompts, heads: Mapping[str, Sequence[int]]) -> None:
+        self._prompts = prompts
+        self.reused: list[Reused] = []
+        self._pipeline = pipeline
+        self._heads = heads
+        self._sums: dict[str, Tensor] = {}  # [samples, tokens, height, width]
+        self._counts: dict[str, Counter[int]] = {}  # by sample, how many heads of how many calls
+        # of the forward that runs
+        self._pending: list[_Piece] = []
+        self._groups: dict[tuple, GroupMass] = {}
+        # two contexts may ask for the same tokens
+        self._name = f"token_mass_{id(self)}"
+
+    def __repr__(self) -> str:
+        return f"TokenMaps({len(self.prompts)} prompts, {len(self._sums)} sites)"
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One per sample; before the pipeline runs, those that were named."""
+        of_samples = self._prompts.of_samples
+        return self._prompts.named or () if of_samples is None else tuple(own[PROMPT] for own in of_samples)
+
+    # what the scope does with it
+
+    def statistic(self, forward: Forward, layout: Layout, keys: int, device: torch.device) -> GroupMass | None:
+        """The operator's statistic for a call; None where image queries don't meet text keys."""
+        text = next((segment for segment in layout.keys if segment.group == TEXT), None)
+        if text is None or self._grid(forward, layout) is None:
+            return None
+        place = (text.start, text.stop, keys, device)
+        if place not in self._groups:
+            # ordinary tensors, which a later forward may save for its backward
+            with torch.inference_mode(False):
+                groups = torch.full((keys,), -1, dtype=torch.int32)
+                groups[text.start : text.stop] = torch.arange(text.stop - text.start, dtype=torch.int32)
+                self._groups[place] = GroupMass(groups.to(device), text.stop - text.start, name=self._name)
+        return self._groups[place]
+
+    def saw(self, forward: Forward) -> None:
+        """Take note of a forward inside the context.
+
+        Raises:
+            ValueError: it isn't of the prompts that were named, or not of those before.
+        """
+        self._prompts.saw(forward)
+
+    def add(self, forward: Forward, site: str, layout: Layout, mass: Tensor) -> None:
+        """Add one call's [rows, heads, queries, tokens]; of several guidance branches, the one that sees the prompt."""
+        if layout.fold != 1:
+            raise ValueError(f"token maps: site {site!r} folds frames into its batch, expected a picture per row")
+        branches = forward.branches
+        if "cond" not in branches and branches != (None,):
+            return
+        part = 0 if branches == (None,) else branches.index("cond")
+        samples = forward.samples_of(part, layout)
+        if not samples:
+            return
+        first = part * forward.samples + samples.start - layout.first_sample
+        own = mass.detach()[first : first + len(samples)]
+        heads = self._heads.get(site)
+        own = own if heads is None else own[:, list(heads)]
+        image = next(segment for segment in layout.queries if segment.group == IMAGE)
+        grid = self._grid(forward, layout)
+        assert grid is not None
+        summed = own[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
+        self._pending.append(_Piece(site, forward.samples, samples, summed, own.shape[1]))
+
+    def end_forward(self, completed: bool) -> None:
+        """Keep what the forward gave; nothing of one that did not end."""
+        pending, self._pending = self._pending, []
+        for piece in pending if completed else ():
+            self._keep(*piece)
+
+    def _keep(self, site: str, batch: int, samples: range, summed: Tensor, heads: int) -> None:
+        if site not in self._sums:
+            # an ordinary tensor, which a later forward in another mode may add to
+            with torch.inference_mode(False):
+                self._sums[site] = summed.new_zeros(batch, *summed.shape[1:])
+        before, now = tuple(self._sums[site].shape), tuple(summed.shape)
+        if before[2:] != now[2:]:
+            raise ValueError(
+                f"token maps: site {site!r} has a picture of {now[2]} x {now[3]} places after one of {before[2]} x"
+                f" {before[3]} in one context, expected pictures of one size, or a context for each"
+            )
+        if self._sums[site].shape[1:] != summed.shape[1:]:
+            raise ValueError(
+                f"token maps: site {site!r} meets {summed.shape[1]} text tokens in one sample and"
+                f" {self._sums[site].shape[1]} in another, expected prompts of one length"
+            )
+        self._sums[site][samples.start : samples.stop] += summed
+        heard = self._counts.setdefault(site, Counter())
+        heard.update(dict.fromkeys(samples, heads))
+
+    def _grid(self, forward: Forward, layout: Layout) -> tuple[int, int] | None:
+        """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
+        image = next((segment for segment in layout.queries if segment.group == IMAGE), None)
+        return None if image is None else layout.grid or forward.geometry.grid(image.stop - image.start)
+
+    # what a person reads
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where there was something to see."""
+        return tuple(self._sums)
+
+    def tokens(self, sample: int = 0) -> list[Token]:
+        """The text tokens of a sample's prompt, in order.
+
+        Raises:
+            ValueError: nothing was recorded.
+            IndexError: there is no such sample.
+        """
+        _, count = self._require(sample)
+        assert self._prompts.of_samples is not None
+        return label_tokens(self._pipeline, self._prompts.of_samples[sample], count, self._prompts.encoded)
+
+    def positions(self, words: str, sample: int = 0) -> list[int]:
+        """Where the prompt's words stand among the tokens.
+
+        Raises:
+            ValueError: they don't stand there.
+        """
+        tokens = [token for token in self.tokens(sample) if token.kind == "word"]
+        wanted = "".join(words.lower().split())
+        for first in range(len(tokens)):
+            for last in range(first, len(tokens)):
+                if "".join(token.text for token in tokens[first : last + 1]).lower() == wanted:
+                    return [token.position for token in tokens[first : last + 1]]
+        raise ValueError(f"words: got {words!r}, expected some of {[token.text for token in tokens]}")
+
+    def map(self, of: str | Sequence[int] | TokenKind, sample: int = 0, sites: Sequence[str] | None = None) -> Tensor:
+        """The mass on some tokens, [height, width], float32 on the CPU, 0..1.
+
+        Args:
+            of: words of the prompt, positions, or a kind: "start", "end", "padding".
+            sites: names of sites to average over; all by default.
+
+        Raises:
+            ValueError: no such words, or nothing was recorded.
+            KeyError: nothing was recorded at a site.
+            IndexError: there is no such sample.
+        """
+        self._require(sample)
+        if isinstance(of, str):
+            kinds = [token.position for token in self.tokens(sample) if token.kind == of]
+            of = kinds or self.positions(of, sample)
+        chosen = self.sites if sites is None else (sites,) if isinstance(sites, str) else tuple(sites)
+        for site in chosen:
+            if site not in self._sums:
+                raise KeyError(f"sites: nothing was recorded at {site!r}, expected some of {', '.join(self.sites)}")
+            if not self._counts[site][sample]:
+                raise KeyError(f"sites: nothing of sample {sample} was recorded at {site!r}")
+        if not chosen:
+            raise ValueError(f"sites: got none, expected some of {', '.join(self.sites)}")
+        maps = [self._sums[site][sample, list(of)].sum(0) / self._counts[site][sample] for site in chosen]
+        height, width = max((tuple(one.shape) for one in maps), key=lambda shape: shape[0] * shape[1])
+        resized = [
+            functional.interpolate(one[None, None], (height, width), mode="bilinear", align_corners=False)[0, 0]
+            for one in maps
+        ]
+        return torch.stack(resized).mean(0).float().cpu()
+
+    def plot(self, *words: str, sample: int = 0, sites: Sequence[str] | None = None, image: Any = None) -> Any:
+        """A plotly figure with a map for each of the words (each word token of the prompt if none is named).
+
+        Args:
+            image: what the pipeline drew for that sample (PIL, or an array [height, width, 3]), shown first.
+        """
+        from headscope.models.recording.plots import heatmaps
+
+        if not words:
+            words = tuple(dict.fromkeys(token.text for token in self.tokens(sample) if token.kind == "word"))
+        maps = {word: self.map(word, sample, sites).numpy() for word in words}
+        return heatmaps(maps, "attention mass on the word, 0 to 1", image)
+
+    def _require(self, sample: int) -> tuple[int, int]:
+        """How many samples and text tokens were recorded, the sample among them."""
+        if not self._sums:
+            raise ValueError("token maps: nothing was recorded, expected a run of the pipeline inside the context")
+        samples, tokens = next(iter(self._sums.values())).shape[:2]
+        if not 0 <= sample < samples:
+            raise IndexError(f"sample: got {sample}, expected 0 to {samples - 1}")
+        return samples, tokens
+
+
+class TokenRequest(Window):
+    """The token maps of one context."""
+
+    def __init__(self, maps: TokenMaps, sites: frozenset[str], steps: range | None) -> None:
+        super().__init__(steps)
+        self.maps = maps
+        self.sites = sites
+
+    def saw(self, forward: Forward) -> None:
+        super().saw(forward)
+        self.maps.saw(forward)
+
+
+def label_tokens(
+    pipeline: Any, prompts: Mapping[str, str], count: int, encoded: Mapping[str, Collection[tuple[int, ...]]]
+) -> list[Token]:
+    """What stands at each of `count` text positions of the denoiser.
+
+    "unknown" where no tokenizer explains a position, or its encoder was given other tokens than the prompt's.
+
+    Args:
+        prompts: a sample's, by the name of the call's argument; a tokenizer without one of its own has "prompt".
+        encoded: by tokenizer, the rows of ids that its encoder was seen to be given.
+    """
+    found: list[Token] = []
+    for name, length in _encoders(pipeline, count, encoded):
+        tokenizer = getattr(pipeline, name)
+        prompt = prompts.get(name.replace("tokenizer", PROMPT), prompts[PROMPT])
+        # a word that stands for several embeddings
+        convert = getattr(pipeline, "maybe_convert_prompt", None)
+        prompt = convert(prompt, tokenizer) if convert else prompt
+        ids = tuple(tokenizer(prompt, truncation=True, max_length=length).input_ids)
+        rows = encoded.get(name)
+        if rows and not any(row[: len(ids)] == ids for row in rows):
+            found += _unknown(len(found), length)
+        else:
+            found += _labelled(tokenizer, ids, length, len(found))
+    return found + _unknown(len(found), count - len(found))
+
+
+def _encoders(pipeline: Any, count: int, encoded: Mapping[str, Collection[tuple[int, ...]]]) -> list[tuple[str, int]]:
+    """Whose tokens make up the text positions, and how many they are: tokenizers by name, in order.
+
+    CLIP's come first where there are T5's as well (SD3); where CLIP gives a single vector, there are T5's alone (Flux).
+    """
+    tokenizers = {name: tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipeline, name, None)) is not None}
+    clip = next((name for name, one in tokenizers.items() if one.bos_token_id is not None), None)
+    other = next((name for name, one in tokenizers.items() if one.bos_token_id is None), None)
+    lengths = {len(row) for row in encoded.get(other or "", ())}
+    found = []
+    left = count
+    if clip is not None:
+        length = tokenizers[clip].model_max_length
+        # without T5's encoder, zeros stand in its tokens' place
+        alone = other is None or getattr(pipeline, other.replace("tokenizer", "text_encoder"), None) is None
+        if length == count or (length < count and (alone or count - length in lengths)):
+            found.append((clip, length))
+            left = count - length
+    if other is not None and left and (left in lengths or (clip is None and not lengths)):
+        found.append((other, left))
+    return found
+
+
+def _unknown(first: int, count: int) -> list[Token]:
+    return [Token(position, "", "unknown") for position in range(first, first + count)]
+
+
+def _labelled(tokenizer: Any, ids: Sequence[int], length: int, first: int) -> list[Token]:
+    labels = []
+    for place in range(length):
+        if place >= len(ids):
+            labels.append(Token(first + place, "", "padding"))
+        elif ids[place] == tokenizer.bos_token_id and place == 0:
+            labels.append(Token(first, "", "start"))
+        elif ids[place] == tokenizer.eos_token_id and place == len(ids) - 1:
+            labels.append(Token(first + place, "", "end"))
+        else:
+            text = tokenizer.convert_ids_to_tokens(ids[place])
+            labels.append(Token(first + place, text.replace("</w>", "").replace("\u2581", ""), "word"))
+    return labels

@@ -1,0 +1,478 @@
+"""What a `scope.record(...)` context collects."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from headscope._extras import require
+from headscope._files import local_path, write_atomic
+from headscope.models.hooks.caches import Reused
+from headscope.models.hooks.forwards import Forward
+from headscope.models.recording.tensors import HeadTensors, Key, Reduce
+from headscope.models.structure.layout import ALL, Layout, Segment
+from headscope.ops import STATISTICS, Statistic
+
+if TYPE_CHECKING:
+    import pyarrow
+
+HEAD_OUTPUT = "head_output"
+REDUCTIONS = ("mean", "std", "min", "max")
+TABLE_FILE, TENSOR_FILE = "statistics.parquet", "tensors.safetensors"
+ENTROPY, NORMALISED = "entropy", "entropy_normalised"
+
+
+class Part(NamedTuple):
+    """The rows of one attention call that belong to one query group (and video frame).
+
+    Attributes:
+        number: of the part within its forward, in the order of execution.
+        forward_number: of the forward within the recording, over all its contexts.
+    """
+
+    number: int
+    forward: Forward
+    forward_number: int
+    step: int
+    site: str
+    call: int
+    segment: Segment
+    first_sample: int
+    samples: int
+    heads: int
+    queries: int
+    keys: int
+
+
+class _Rows(NamedTuple):
+    """A statistic of one part, not reduced yet: [samples, heads, queries, ...]."""
+
+    part: Part
+    name: str
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reduced:
+    """A statistic of several parts of one shape.
+
+    Attributes:
+        values: for each of `reductions` [parts, samples, heads, ...].
+        reductions: names out of mean, std, min, max; ("sum",) for sums over queries.
+        rows: [parts, samples, heads, queries, ...] where every query is kept.
+    """
+
+    parts: tuple[Part, ...]
+    name: str
+    reductions: tuple[str, ...]
+    values: tuple[Tensor, ...]
+    rows: Tensor | None = None
+
+
+class RecordRequest(NamedTuple):
+    """An active recording, and the sites that it records.
+
+    Attributes:
+        all_sites: all that there are, because none were named: attention outside of them is an error then.
+    """
+
+    recording: "Recording"
+    sites: frozenset[str]
+    all_sites: bool
+
+
+class Recording:
+    """Per-head statistics and tensors of every attention call made inside the context.
+
+    Statistics are reduced over the queries of each query group, per sample and head, when a forward of the denoiser
+    ends: calls of one shape together. All stays on the model's device until a table is asked for, and then comes over
+    at once.
+
+    Attributes:
+        requested: the recorded statistics; empty in one that was loaded.
+        statistics: their names.
+        quantities: which of head_output, q, k and v are kept.
+        reduce: "mean" (statistics over queries, tensors over samples), or None (each query and each sample).
+        reused: the sites that forwards went without, because a cache of diffusers had their attention or their layer
+            was skipped: (site, step, branch). Nothing of them is recorded in those forwards.
+    """
+
+    def __init__(self, requested: Sequence[Statistic], quantities: Sequence[str] = (), reduce: Reduce = "mean") -> None:
+        self.requested = tuple(requested)
+        self.statistics = tuple(statistic.name for statistic in requested)
+        self.quantities = tuple(quantities)
+        self.reduce: Reduce = reduce
+        self.reused: list[Reused] = []
+        self.tensors = HeadTensors(reduce)
+        # how many of the denoiser's forwards the scope had seen when the context was entered
+        self.first_forward = 0
+        # the forwards of earlier contexts, where it goes on in a new one, and those of all so far
+        self._forwards_before = 0
+        self._forwards = 0
+        self._active = False
+        self.reduced: list[Reduced] = []
+        self._pending: list[_Rows] = []
+        self._calls = 0
+        self._calls_in_forward = 0
+        self._loaded: Any = None
+        # made of a file's means, which don't say of how many samples they are
+        self._read = False
+
+    def __len__(self) -> int:
+        """The number of attention calls recorded."""
+        return self._calls
+
+    def __repr__(self) -> str:
+        what = ", ".join([*self.statistics, *self.quantities])
+        return f"Recording({what}; {self._calls} attention calls, {len(self.tensors)} tensors)"
+
+    @property
+    def records_head_output(self) -> bool:
+        return HEAD_OUTPUT in self.quantities
+
+    def same_request(self, other: "Recording") -> bool:
+        return (self.statistics, self.quantities, self.reduce) == (other.statistics, other.quantities, other.reduce)
+
+    def check_continues(self, asked: "Recording") -> None:
+        """Raises ValueError unless this recording can go on with what another one was asked for."""
+        request = ", ".join([*asked.statistics, *asked.quantities])
+        if not self.same_request(asked):
+            raise ValueError(f"into: got {self!r}, expected a recording of {request}, reduce={asked.reduce!r}")
+        if self._active:
+            raise ValueError(f"into: got {self!r}, whose context is active still, expected one that has ended")
+        if self._read:
+            raise ValueError(
+                f"into: got {self!r}, which was read from a file and doesn't say how many samples its means are of,"
+                " expected one of this session"
+            )
+
+    def enter(self, first_forward: int) -> None:
+        """A context begins, after so many of the scope's forwards."""
+        self.first_forward = first_forward
+        self._forwards_before = self._forwards
+        self._active = True
+
+    def leave(self) -> None:
+        """The context has ended."""
+        self._active = False
+
+    def step_of(self, forward: Forward) -> int:
+        """The pipeline's step, or the number of the forward where no pipeline counts."""
+        return self._number_of(forward) if forward.step is None else forward.step
+
+    def _number_of(self, forward: Forward) -> int:
+        return self._forwards_before + forward.index - self.first_forward
+
+    def count_call(self) -> None:
+        self._calls_in_forward += 1
+
+    def add_statistics(
+        self,
+        forward: Forward,
+        site: str,
+        call: int,
+        layout: Layout,
+        values: dict[str, Tensor],
+        valid_keys: Tensor | int,
+        keys: int,
+    ) -> None:
+        """Keep one call's statistics until the forward ends.
+
+        Args:
+            values: by name, [rows, heads, queries], or with a last dimension of groups; sums over queries are
+                [rows, heads, keys].
+            valid_keys: how many keys each row may see, an int or broadcastable to [rows, heads, queries].
+        """
+        step, forward_number = self.step_of(forward), self._number_of(forward)
+
+        def part_of(segment: Segment, heads: int, queries: int) -> Part:
+            number, first, samples = len(self._pending), layout.first_sample, layout.samples
+            return Part(
+                number, forward, forward_number, step, site, call, segment, first, samples, heads, queries, keys
+            )
+
+        for statistic in self.requested:
+            name, tensor = statistic.name, values[statistic.name]
+            if tensor.requires_grad:
+                tensor = tensor.detach()
+            heads = tensor.shape[1]
+            if statistic.sums_over_queries:
+                # one number per key, of all queries together
+                total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
+                part = part_of(Segment(ALL, None, 0, 0), heads, 0)
+                self._pending.append(_Rows(part, name, total[:, :, None]))
+                continue
+            rows = {name: tensor}
+            if name == ENTROPY and isinstance(valid_keys, Tensor):
+                rows[NORMALISED] = _normalised(tensor, valid_keys)
+            for own, whole in rows.items():
+                for segment, piece in split_queries(whole, layout):
+                    part = part_of(segment, heads, piece.shape[2])
+                    self._pending.append(_Rows(part, own, piece))
+
+    def end_forward(self, forward: Forward) -> None:
+        """Reduce what the forward gave: calls of one shape in one go."""
+        self._forwards = self._number_of(forward) + 1
+        self._calls += self._calls_in_forward
+        self._calls_in_forward = 0
+        alike: dict[tuple, list[_Rows]] = {}
+        for rows in self._pending:
+            alike.setdefault((rows.name, rows.values.shape, rows.values.device, rows.values.dtype), []).append(rows)
+        self._pending = []
+        for members in alike.values():
+            stacked = torch.stack([rows.values for rows in members])
+            self.reduced.append(self._reduce(tuple(rows.part for rows in members), members[0].name, stacked))
+        self.tensors.end_forward(forward)
+
+    def drop(self, forward: Forward) -> None:
+        """Forget a forward that did not end."""
+        self._forwards = self._number_of(forward) + 1
+        self._pending = []
+        self._calls_in_forward = 0
+        self.tensors.drop(forward)
+
+    def _reduce(self, parts: tuple[Part, ...], name: str, stacked: Tensor) -> Reduced:
+        if parts[0].queries == 0:
+            return Reduced(parts, name, ("sum",), (stacked.squeeze(3),))
+        kept = stacked if self.reduce is None else None
+        if name == NORMALISED:
+            return Reduced(parts, name, ("mean",), (stacked.nanmean(3),), kept)
+        deviation, mean = torch.std_mean(stacked, 3, correction=0)
+        lowest, highest = torch.aminmax(stacked, dim=3)
+        return Reduced(parts, name, REDUCTIONS, (mean, deviation, lowest, highest), kept)
+
+    # means over samples
+
+    def mean(self, quantity: str, site: str, call: int, timestep: float, branch: str | None = None) -> Tensor:
+        """The mean of head_output, q, k or v over recorded samples, [heads, tokens, dim], float32.
+
+        Where the model folds frames or pixels into the batch, [rows per sample, heads, tokens, dim].
+
+        Raises:
+            KeyError: nothing was recorded for this site, call, timestep and branch.
+        """
+        mean = self.tensors.mean(Key.of(quantity, site, call, timestep, branch))
+        return mean[0] if mean.shape[0] == 1 else mean
+
+    def mean_head_output(self, site: str, call: int, timestep: float, branch: str | None) -> Tensor:
+        """`mean("head_output", ...)`."""
+        return self.mean(HEAD_OUTPUT, site, call, timestep, branch)
+
+    def samples(
+        self, quantity: str, site: str, call: int, timestep: float, branch: str | None = None, visit: int = 0
+    ) -> Tensor:
+        """head_output, q, k or v of every recorded sample, [samples, heads, tokens, dim], in the model's dtype.
+
+        Args:
+            visit: how many earlier steps of the pipeline's call had this timestep (PNDM's and Heun's schedules repeat
+                some).
+
+        Raises:
+            KeyError: nothing was recorded for this site, call, timestep and branch.
+            ValueError: the recording holds means.
+        """
+        found = self.tensors.samples(Key.of(quantity, site, call, timestep, branch, visit))
+        return found[:, 0] if found.shape[1] == 1 else found
+
+    def take(self, samples: Sequence[int]) -> "Resampled":
+        """A fill or patch that gives row i of a batch what sample `samples[i]` of this recording had.
+
+        A single index serves every row.
+
+        Raises:
+            TypeError: an index that is no whole number.
+            ValueError: a negative one, or none.
+        """
+        for index in samples:
+            if isinstance(index, bool) or not isinstance(index, Integral):
+                raise TypeError(f"samples: got an entry {index!r} of type {type(index).__name__}, expected indices")
+            if index < 0:
+                raise ValueError(f"samples: got {index}, expected indices from 0")
+        if not len(samples):
+            raise ValueError("samples: got none, expected one per row, or one for all")
+        return Resampled(self, tuple(samples))
+
+    # tables
+
+    def to_arrow(self) -> "pyarrow.Table":
+        """A row per forward, attention call, query group, sample and head; calls in the order of execution.
+
+        What is in `reused` has none.
+
+        Columns: forward (of the denoiser, since the context was entered; `into` counts on), step (the pipeline's; the
+        forward where no pipeline counts), timestep (the scheduler's), site, call (within that forward), sample (within
+        its guidance branch), branch ("uncond", "cond", "perturbed", "skip", "modality", "image", "part_0", "part_1",
+        ... where the pipeline's source doesn't name a part of the batch, "unknown"; null where there is no guidance),
+        head, query_group ("image", "text", "frame", or "all" where the model doesn't tell), frame (of a video, else
+        null), queries, keys, grid_height and grid_width (those queries, row by row; null where the model doesn't tell),
+        and for each statistic its mean, std (population form), min and max over those queries (nats for entropy,
+        logsumexp and max_logit; 0..1 for max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row
+        divided by its own; null where rows see a single key. Statistics of several numbers are lists. With reduce=None
+        a column of the statistic's own name holds the list of every query's value.
+        """
+        from headscope.models.recording.tables import build_table
+
+        if self._loaded is not None:
+            return self._loaded
+        return build_table(self)
+
+    def to_polars(self):
+        """`to_arrow()` as a polars DataFrame."""
+        return require("polars", "diffusers").from_arrow(self.to_arrow())
+
+    def to_xarray(self):
+        """The numbers of `to_arrow()` as an xarray Dataset.
+
+        A variable per statistic and reduction, with dimensions forward, site, call, branch, sample, head, query_group
+        and frame, NaN where the model has no such number (sites differ in their heads and groups); coordinates step and
+        timestep along forward (timestep along branch and sample as well, where a batch has several). Lists (statistics
+        of several numbers, every query's value) are left to `to_arrow`.
+
+        Raises:
+            ImportError: xarray is not installed; the message names the extra.
+        """
+        from headscope.models.recording.tables import build_dataset
+
+        return build_dataset(self.to_arrow(), require("xarray", "xarray"))
+
+    def plot(
+        self,
+        statistic: str,
+        site: str,
+        heads: Sequence[int] | None = None,
+        *,
+        step: int | None = None,
+        sample: int = 0,
+        branch: str | None = None,
+        frame: int | None = None,
+        call: int | None = None,
+        image: Any = None,
+    ) -> Any:
+        """A plotly figure: a statistic of each query over the picture, a map per head.
+
+        Args:
+            statistic: one that was recorded with reduce=None.
+            heads: all if None.
+            step: the pipeline's step; the mean over all if None.
+            branch: a guidance branch; the mean over all if None.
+            frame: of a video.
+            call: the attention call within the site; to be named where there are several (IP-Adapter).
+            image: what was drawn for that sample (PIL, or an array [height, width, 3]), shown first.
+
+        Raises:
+            ValueError: the recording holds means only, nothing in it fits, or the model does not tell where a query
+                is.
+        """
+        from headscope.models.recording.plots import heatmaps
+        from headscope.models.recording.tables import query_maps
+
+        maps = query_maps(self.to_arrow(), statistic, site, heads, step, sample, branch, frame, call)
+        units = [STATISTICS[statistic].unit] if statistic in STATISTICS else []
+        return heatmaps(
+            {f"head {head}": values for head, values in maps.items()}, ", ".join([statistic, *units]), image
+        )
+
+    # files
+
+    def save(self, folder: str | Path) -> None:
+        """Write statistics.parquet and tensors.safetensors; each is written whole or not at all.
+
+        Both carry the same id, so that `load` never mixes an old file with a new one.
+        """
+        parquet = require("pyarrow.parquet", "diffusers")
+        save_tensors = require("safetensors.torch", "diffusers").save
+        folder, identity = local_path("folder", folder), uuid4().hex
+        settings = {
+            "statistics": self.statistics,
+            "quantities": self.quantities,
+            "reduce": self.reduce,
+            "reused": self.reused,
+        }
+        described = {"headscope": json.dumps(settings), "id": identity}
+        tensors = {json.dumps(key): tensor for key, tensor in self.tensors.stored()}
+        write_atomic(folder / TENSOR_FILE, save_tensors(tensors, metadata=described))
+        table = self.to_arrow().replace_schema_metadata(described)
+        write_atomic(folder / TABLE_FILE, lambda file: parquet.write_table(table, file, compression="zstd"))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Recording":
+        """A recording that `save` wrote: its table, and its tensors for fills and patches.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the two files are not of one recording.
+        """
+        parquet = require("pyarrow.parquet", "diffusers")
+        safe_open = require("safetensors", "diffusers").safe_open
+        folder = local_path("folder", folder)
+        table = parquet.read_table(folder / TABLE_FILE)
+        described = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        with safe_open(str(folder / TENSOR_FILE), "pt") as file:
+            if (file.metadata() or {}).get("id") != described.get("id") or "headscope" not in described:
+                raise ValueError(f"folder: the files in {str(folder)!r} are not of one recording; save it again")
+            settings = json.loads(described["headscope"])
+            recording = cls((), settings["quantities"], settings["reduce"])
+            recording.statistics = tuple(settings["statistics"])
+            # files of earlier versions don't say
+            recording.reused = [Reused(*entry) for entry in settings.get("reused", ())]
+            for name in file.keys():  # noqa: SIM118
+                recording.tensors.put(Key.of(*json.loads(name)), file.get_tensor(name))
+        recording._loaded, recording._read = table, True
+        return recording
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The mean head outputs, named for safetensors; `from_tensors` is the inverse."""
+        return {
+            "|".join((key.site, str(key.call), repr(key.timestep), key.branch or "")): self.mean(*key[:5])
+            .cpu()
+            .contiguous()
+            for key in self.tensors.kept()
+            if key.quantity == HEAD_OUTPUT
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Recording":
+        """A recording of mean head outputs that `to_tensors` wrote."""
+        recording = cls((), (HEAD_OUTPUT,))
+        recording._read = True
+        for name, tensor in tensors.items():
+            site, call, timestep, branch = name.split("|")
+            key = Key.of(HEAD_OUTPUT, site, int(call), float(timestep), branch or None)
+            # [heads, queries, dim], or with the rows per sample in front
+            recording.tensors.put(key, tensor[None, None] if tensor.ndim == 3 else tensor[None])
+        return recording
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Other samples' tensors, as fills and patches take them: see `Recording.take`."""
+
+    recording: Recording
+    chosen: tuple[int, ...]
+
+
+def split_queries(rows: Tensor, layout: Layout) -> Iterator[tuple[Segment, Tensor]]:
+    """The query groups of [rows, heads, queries, ...], each [samples, heads, queries of the group, ...]."""
+    if layout.fold == 1 and len(layout.queries) == 1:
+        yield layout.queries[0], rows
+        return
+    apart = rows.unflatten(0, (layout.samples, layout.fold)).movedim(1, 2)  # [samples, heads, fold, queries, ...]
+    for segment in layout.queries:
+        own = apart[:, :, :, segment.start : segment.stop]
+        if layout.folds_frames:
+            for frame in range(layout.fold):
+                yield segment._replace(frame=frame), own[:, :, frame]
+        else:
+            yield segment, own.flatten(2, 3)
+
+
+def _normalised(entropy: Tensor, valid_keys: Tensor) -> Tensor:
+    """H / ln(valid keys), NaN where a row sees fewer than two keys."""
+    counts = valid_keys.to(entropy.dtype)
+    return torch.where(counts > 1, entropy / counts.log(), torch.nan)

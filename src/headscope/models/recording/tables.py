@@ -1,0 +1,226 @@
+"""Recordings as tables: everything comes over from the device at once, then columns are built by whole arrays."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headscope._extras import require
+from headscope.models.hooks.forwards import Forward
+from headscope.models.recording.recording import ENTROPY, NORMALISED, Part, Recording
+from headscope.models.structure.layout import IMAGE
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_KEYS = ("forward", "site", "call", "branch", "sample", "head", "query_group", "frame")
+
+
+def build_table(recording: Recording) -> "pyarrow.Table":
+    """See `Recording.to_arrow`."""
+    pa = require("pyarrow", "diffusers")
+    blocks = _blocks(recording)
+    if not blocks:
+        return pa.table({})
+    parts = list(blocks)
+    sizes = np.array([part.samples * part.heads for part in parts])
+    timesteps = _timesteps([part.forward for part in parts])
+
+    def spread(values: list, dtype) -> np.ndarray:
+        return np.repeat(np.array(values, dtype), sizes)
+
+    def words(values: list[str]):
+        names = list(dict.fromkeys(values))
+        codes = np.array([names.index(value) for value in values], np.int32)
+        return pa.DictionaryArray.from_arrays(np.repeat(codes, sizes), pa.array(names, pa.string()))
+
+    samples = [np.arange(part.first_sample, part.first_sample + part.samples) for part in parts]
+    branches: list[str | None] = []
+    for part, own in zip(parts, samples, strict=True):
+        branches += [part.forward.branch_of(int(sample)) for sample in own]
+    per_sample = np.concatenate([np.full(part.samples, part.heads) for part in parts])
+    names = list(dict.fromkeys(branch for branch in branches if branch is not None))
+    codes = np.array([-1 if branch is None else names.index(branch) for branch in branches], np.int8)
+    codes = np.repeat(codes, per_sample)
+    within = np.concatenate([own % part.forward.samples for part, own in zip(parts, samples, strict=True)])
+    at = np.concatenate(
+        [timesteps[id(part.forward)][own] for part, own in zip(parts, samples, strict=True)]
+    )  # one per sample
+    frames = spread([-1 if part.segment.frame is None else part.segment.frame for part in parts], np.int16)
+    columns = {
+        "forward": pa.array(spread([part.forward_number for part in parts], np.int32)),
+        "step": pa.array(spread([part.step for part in parts], np.int32)),
+        "timestep": pa.array(np.repeat(at, per_sample)),
+        "site": words([part.site for part in parts]),
+        "call": pa.array(spread([part.call for part in parts], np.int16)),
+        "sample": pa.array(np.repeat(within, per_sample).astype(np.int32)),
+        "branch": pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(names, pa.string())),
+        "head": pa.array(np.concatenate([np.tile(np.arange(p.heads, dtype=np.int16), p.samples) for p in parts])),
+        "query_group": words([part.segment.group for part in parts]),
+        "frame": pa.array(frames, mask=frames < 0),
+        "queries": pa.array(spread([part.queries for part in parts], np.int32)),
+        "keys": pa.array(spread([part.keys for part in parts], np.int32)),
+    }
+    grids = [_grid(part) for part in parts]
+    for axis, name in enumerate(("grid_height", "grid_width")):
+        edges = spread([grid[axis] for grid in grids], np.int32)
+        columns[name] = pa.array(edges, mask=edges == 0)
+    for name in dict.fromkeys(name for values in blocks.values() for name in values):
+        columns[name] = _column(name, [values.get(name) for values in blocks.values()], sizes, pa)
+    return pa.table(columns)
+
+
+def _blocks(recording: Recording) -> dict[Part, dict[str, np.ndarray]]:
+    """Each part's columns, [samples * heads] or [samples * heads, numbers], in the order of execution."""
+    tensors = [tensor for entry in recording.reduced for tensor in (*entry.values, entry.rows) if tensor is not None]
+    arrays = iter(_to_host(tensors))
+    order: dict[tuple, Part] = {}
+    # reduced together were calls of one shape, wherever they are in the model
+    numbers: dict[tuple, int] = {}
+    found: dict[tuple, dict[str, np.ndarray]] = defaultdict(dict)
+    for entry in recording.reduced:
+        values = {
+            (f"{entry.name}_{reduction}" if reduction != "sum" else entry.name): next(arrays)
+            for reduction in entry.reductions
+        }
+        if entry.rows is not None:
+            values[entry.name] = next(arrays)
+        for index, part in enumerate(entry.parts):
+            # a site may attend to one sample after the other
+            place = (part.forward_number, part.site, part.call, part.segment, part.first_sample)
+            order.setdefault(place, part)
+            numbers[place] = min(part.number, numbers.get(place, part.number))
+            for name, array in values.items():
+                found[place][name] = array[index].reshape(part.samples * part.heads, *array.shape[3:])
+            if entry.name == ENTROPY and part.keys > 1 and f"{NORMALISED}_mean" not in found[place]:
+                # replaced below where rows see different numbers of keys
+                found[place][f"{NORMALISED}_mean"] = found[place]["entropy_mean"] / np.float32(np.log(part.keys))
+            elif entry.name == ENTROPY:
+                found[place].setdefault(f"{NORMALISED}_mean", np.full(part.samples * part.heads, np.nan, np.float32))
+    places = sorted(order, key=lambda place: (place[0], numbers[place]))
+    return {order[place]: found[place] for place in places}
+
+
+def _grid(part: Part) -> tuple[int, int]:
+    """(height, width) of the part's queries, (0, 0) where it isn't known."""
+    known = part.forward.geometry.grid(part.queries) if part.segment.group == IMAGE else None
+    return known or (0, 0)
+
+
+def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
+    """Tensors of one device and many shapes as float32 arrays, with one transfer."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    pieces = np.split(flat, ends[:-1])
+    return [piece.reshape(tuple(tensor.shape)) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _timesteps(forwards: list[Forward]) -> dict[int, np.ndarray]:
+    """Every forward's timesteps, one per sample of the batch, with one transfer."""
+    unique = list({id(forward): forward for forward in forwards}.values())
+    flat = torch.cat([forward.timestep.double() for forward in unique]).cpu().numpy()
+    ends = np.cumsum([forward.timestep.numel() for forward in unique])
+    pieces = np.split(flat, ends[:-1])
+    return {id(f): np.broadcast_to(piece, (f.batch,)) for f, piece in zip(unique, pieces, strict=True)}
+
+
+def _column(name: str, values: list[np.ndarray | None], sizes: np.ndarray, pa):
+    """One statistic's numbers for all rows; null where a row has none."""
+    shapes = {array.shape[1:] for array in values if array is not None}
+    if shapes == {()}:
+        filled = [np.full(size, np.nan, np.float32) if a is None else a for a, size in zip(values, sizes, strict=True)]
+        column = np.concatenate(filled)
+        missing = any(array is None for array in values)
+        return pa.array(column, from_pandas=missing or name.startswith(NORMALISED))
+    lists = [[None] * size if a is None else list(a.reshape(size, -1)) for a, size in zip(values, sizes, strict=True)]
+    return pa.array([row for block in lists for row in block], pa.list_(pa.float32()))
+
+
+def query_maps(
+    table: "pyarrow.Table",
+    statistic: str,
+    site: str,
+    heads: Sequence[int] | None,
+    step: int | None,
+    sample: int,
+    branch: str | None,
+    frame: int | None,
+    call: int | None,
+) -> dict[int, np.ndarray]:
+    """See `Recording.plot`: per head [grid_height, grid_width], the mean over the rows that fit."""
+    pl = require("polars", "diffusers")
+    rows = pl.from_arrow(table).with_columns(pl.col("query_group", "site", "branch").cast(pl.String))
+    whole = [name for name, kind in rows.schema.items() if isinstance(kind, pl.List)]
+    if statistic not in whole:
+        listed = ", ".join(whole) or "none here"
+        raise ValueError(f"statistic: got {statistic!r}, expected one that was recorded with reduce=None: {listed}")
+    rows = rows.filter(pl.col("query_group") == IMAGE)
+    # one after the other, so that an error lists what there is of the rest
+    chosen = {"site": site, "sample": sample, "step": step, "branch": branch, "frame": frame, "call": call}
+    for name, value in chosen.items():
+        if value is None:
+            continue
+        there = rows[name].unique().sort().to_list()
+        rows = rows.filter(pl.col(name) == value)
+        if not len(rows):
+            listed = ", ".join(map(str, there)) or "none: nothing was recorded of image queries"
+            raise ValueError(f"{name}: got {value!r}, of which nothing was recorded, expected one of {listed}")
+    # they are attention to different things
+    if (calls := rows["call"].n_unique()) > 1:
+        raise ValueError(f"call: got None, and site {site!r} attends {calls} times in a forward; expected one of them")
+    if heads is not None:
+        there = rows["head"].unique().sort().to_list()
+        for head in heads:
+            if head not in there:
+                raise ValueError(f"heads: got {head}, expected some of {', '.join(map(str, there))}")
+        rows = rows.filter(pl.col("head").is_in(list(heads)))
+    if rows["grid_height"].null_count():
+        raise ValueError(f"site: the model doesn't tell where the queries of {site!r} are in the picture")
+    maps = {}
+    for (head,), own in rows.group_by("head", maintain_order=True):
+        shape = (own["grid_height"][0], own["grid_width"][0])
+        maps[int(head)] = np.mean([np.array(values) for values in own[statistic]], 0).reshape(shape)
+    return dict(sorted(maps.items()))
+
+
+def build_dataset(table: "pyarrow.Table", xarray: Any) -> Any:
+    """See `Recording.to_xarray`."""
+    pa = require("pyarrow", "diffusers")
+    coordinates: dict[str, list] = {}
+    places = []
+    for name in _KEYS:
+        values = table[name].to_pylist()
+        known = list(dict.fromkeys(values))
+        # None stands for "no guidance" and "not a video"
+        coordinates[name] = ["none" if value is None else value for value in known]
+        if name == "frame":
+            coordinates[name] = [-1 if value is None else value for value in known]
+        index = {value: position for position, value in enumerate(known)}
+        places.append(np.array([index[value] for value in values]))
+    shape = tuple(len(values) for values in coordinates.values())
+    flat = np.ravel_multi_index(places, shape)
+    variables = {}
+    for name in table.column_names:
+        if not pa.types.is_floating(table.schema.field(name).type) or name == "timestep":
+            continue
+        array = np.full(int(np.prod(shape)), np.nan, np.float32)
+        array[flat] = table[name].to_numpy()
+        variables[name] = (_KEYS, array.reshape(shape))
+    for name in ("step", "timestep"):
+        values = table[name].to_numpy()
+        along = np.zeros(shape[0], values.dtype)
+        along[places[0]] = values
+        coordinates[name] = ("forward", along)  # type: ignore[assignment]
+        # samples of one forward may have timesteps of their own
+        if not np.array_equal(along[places[0]], values, equal_nan=True):
+            dimensions = ("forward", "branch", "sample")
+            own = tuple(places[_KEYS.index(dimension)] for dimension in dimensions)
+            each = np.full([len(coordinates[dimension]) for dimension in dimensions], np.nan)
+            each[own] = values
+            coordinates[name] = (dimensions, each)  # type: ignore[assignment]
+    return xarray.Dataset(variables, coords=coordinates)

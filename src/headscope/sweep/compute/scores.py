@@ -1,0 +1,182 @@
+"""What is measured of an edited prediction or image."""
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headscope._extras import require
+from headscope.sweep.compute.fitting import is_out_of_memory
+
+ImageScore = Callable[[np.ndarray, np.ndarray], Any]
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean squared difference over a row's elements, float64 [rows], on their device."""
+    # in place: fresh memory costs more than the arithmetic
+    return prediction.to(torch.float64, copy=True).sub_(target).square_().flatten(1).mean(1)
+
+
+def image_distance(edited: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """Mean squared difference of uint8 images, on a scale from 0 to 1, float64 [images]."""
+    difference = (edited.astype(np.float64) - clean) / 255.0
+    return np.square(difference).reshape(len(edited), -1).mean(1)
+
+
+def image_scores(names: Sequence[str]) -> dict[str, ImageScore]:
+    """Functions of (clean, edited), uint8 [images, height, width, 3], that give a number for each image.
+
+    Raises:
+        ValueError: no such module or function.
+        ImportError: torchmetrics isn't there.
+    """
+    return {name.rpartition(":")[2]: _named(name) for name in names}
+
+
+def _named(name: str) -> ImageScore:
+    if ":" not in name:
+        require("torchmetrics", "sweep")
+        return lambda clean, edited: _torchmetrics(name, clean, edited)
+    score = imported("image_scores", name)
+
+    def run(clean: np.ndarray, edited: np.ndarray) -> Any:
+        with _naming("image_scores", name):
+            # copies: what one score does in place, others would see
+            return score(clean.copy(), edited.copy())
+
+    return run
+
+
+@contextmanager
+def _naming(field: str, name: str) -> Iterator[None]:
+    """Errors of the user's own code say whose they are; memory that ran out stays what it is, fewer rows are tried."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{field}: {name} raised {type(error).__name__}: {error}") from error
+
+
+def imported(field: str, name: str) -> Callable[..., Any]:
+    """The function that "module:function" names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    # whatever a module of the user's does wrong while it is imported
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{field}: got {name!r}, expected an importable module:function ({reason})") from error
+    if not callable(found):
+        raise ValueError(f"{field}: got {name!r}, which is {type(found).__name__}, expected a function")
+    return found
+
+
+def code_of(names: Sequence[str]) -> dict[str, str]:
+    """Of every "module:function" among the names, a digest of its code: that of its module and, where that one has it
+    from elsewhere, of the module that defines it. Code that those modules import isn't in it.
+
+    Functions without Python source (compiled ones, builtins) have none, and are left out.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    found = {}
+    for name in names:
+        if ":" not in name:
+            continue
+        function = imported("scores", name)
+        sources = [_source(importlib.import_module(name.partition(":")[0])), _source(inspect.getmodule(function))]
+        # written into a notebook, where there is no module's source
+        sources = [source for source in sources if source is not None] or [_source(function)]
+        if sources != [None]:
+            found[name] = hashlib.sha256("\0".join(map(str, dict.fromkeys(sources))).encode()).hexdigest()
+    return found
+
+
+def _source(code: Any) -> str | None:
+    """The source of a module or function, None where there isn't any."""
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):
+        return None
+
+
+def _torchmetrics(name: str, clean: np.ndarray, edited: np.ndarray) -> np.ndarray:
+    image = require("torchmetrics.functional.image", "sweep")
+    regression = require("torchmetrics.functional.regression", "sweep")
+    # both on a scale from 0 to 1
+    one, two = (torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255.0 for images in (clean, edited))
+    if name == "mse":
+        values = [regression.mean_squared_error(*pair) for pair in zip(two.contiguous(), one.contiguous(), strict=True)]
+        return torch.stack(values).numpy()
+    if name == "psnr":
+        return image.peak_signal_noise_ratio(two, one, data_range=1.0, reduction="none", dim=(1, 2, 3)).numpy()
+    values = image.structural_similarity_index_measure(two, one, data_range=1.0, reduction="none")
+    return values.reshape(len(clean)).numpy()
+
+
+def checked_score(name: str, values: Any, count: int, field: str = "image_scores") -> np.ndarray:
+    """A score's numbers, one for each of `count` rows or images.
+
+    Raises:
+        ValueError: it gave another number of them, or something else than real numbers.
+    """
+    if isinstance(values, Tensor):
+        # NumPy has no bfloat16
+        values = (values.double() if values.is_floating_point() else values).detach().cpu()
+    try:
+        if np.ma.is_masked(values):
+            raise TypeError("some are masked")
+        found = np.asarray(values)
+        # lists of a library's own numbers, such as 0-dimensional tensors
+        found = _numbers(found) if found.dtype == object else found
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{field}: {name} gave {type(values).__name__}, expected real numbers ({error})") from None
+    if found.dtype.kind not in "biuf":
+        raise ValueError(f"{field}: {name} gave numbers of dtype {found.dtype}, expected real ones")
+    if found.shape != (count,):
+        raise ValueError(f"{field}: {name} gave an array {list(found.shape)}, expected [{count}]")
+    return found.astype(np.float64)
+
+
+def _numbers(objects: np.ndarray) -> np.ndarray:
+    """Float64 of objects that are numbers; raises TypeError for others, such as None and texts, which NumPy takes."""
+    for one in objects.flat:
+        if one is None or isinstance(one, (str, bytes)):
+            raise TypeError(f"one is {one!r}")
+    return objects.astype(np.float64)
+
+
+def own_scores(names: Sequence[str]) -> dict[str, Callable[[Tensor, Tensor, Any], np.ndarray]]:
+    """The user's scores of a teacher-forced forward, by the columns they fill: functions of the edited prediction, the
+    clean one and the inputs.
+
+    Raises:
+        ValueError: no such module or function; from one of them, that it gave no number for each row.
+    """
+
+    def checked(name: str, score: Callable[..., Any]) -> Callable[[Tensor, Tensor, Any], np.ndarray]:
+        def run(edited: Tensor, clean: Tensor, inputs: Any) -> np.ndarray:
+            # copies: what one score does in place, others would see
+            conditioning = {part: tensor.clone() for part, tensor in inputs.conditioning.items()}
+            own = replace(inputs, sample=inputs.sample.clone(), target=inputs.target.clone(), conditioning=conditioning)
+            with _naming("scores", name):
+                values = score(edited.clone(), clean.clone(), own.target, own)
+            return checked_score(name, values, len(edited), "scores")
+
+        return run
+
+    own = [name for name in names if ":" in name]
+    return {name.rpartition(":")[2]: checked(name, imported("scores", name)) for name in own}

@@ -1,0 +1,364 @@
+"""A run directory: one manifest, and one file per finished unit, each written whole or not at all.
+
+    manifest.json                       what the run is: identity, configuration, versions, device, git revision, and
+                                        the units it is made of
+    execution.json                      how many rows go through the model at once, as the first process measured it
+    observations/<unit>.parquet         per head: entropy
+    ablations/<unit>.parquet            per head and fill: paired losses
+    generations/<unit>.parquet          per head and fill: distance of images, beside <unit>.safetensors, the images
+    set_ablations/, set_generations/    the same of sets of heads
+    attributions/<unit>.parquet         per head and fill: g, c and the loss
+    reference/<unit>.safetensors        mean head outputs
+    images/<unit>.safetensors           what the model drew for the prompts
+    failures/<unit>.json                what went wrong with a unit, try by try
+    claims/<unit>                       who is working on a unit now
+    jobs/                               what Slurm's jobs say
+
+A file is written under a temporary name, flushed to disk and renamed. A unit is done when its file is there and whole,
+as the checksum in it says (`seals`), which all of them carry but Slurm's.
+"""
+
+import contextlib
+import datetime
+import io
+import json
+import os
+import re
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from headscope._files import read_plain, write_atomic, write_first
+from headscope.sweep.compute.fitting import Fit
+from headscope.sweep.store import seals
+
+MANIFEST, EXECUTION = "manifest.json", "execution.json"
+# 1 had no checksums, and the units in a file of their own
+FORMAT = 2
+# the kinds whose unit is a table; of the others it is tensors
+TABLES = ("observations", "ablations", "generations", "attributions", "set_ablations", "set_generations")
+TENSORS = ("reference", "images")
+# the tables with images beside them
+GENERATED = ("generations", "set_generations")
+FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
+# in an identity, before the name of a function of the user's own
+CODE = "code of "
+_SEAL = "headscope.seal"
+# ids are digests: a name made of one leads nowhere else
+_ID = re.compile(r"[0-9a-f]{64}")
+
+
+class DamagedManifest(ValueError):
+    """A run's manifest isn't what headscope wrote, or is gone."""
+
+
+class RunStore:
+    """The files of one run.
+
+    Args:
+        units: what the manifest says of each unit; written when the run is new, and where its manifest was damaged or
+            lost: the results there tell that it is this run.
+
+    Attributes:
+        rebuilt: why the manifest was written anew, None where it wasn't.
+
+    Raises:
+        ValueError: the directory holds a run of another configuration, something that isn't a run, or a folder that is
+            a link.
+    """
+
+    def __init__(
+        self, path: Path, identity: dict[str, Any], description: dict[str, Any], units: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        check_folders(path)
+        self.path = path
+        self.rebuilt: str | None = None
+        manifest = path / MANIFEST
+        said = {"format": FORMAT, "identity": identity, **description, "units": list(units)}
+        content = seals.to_json(said, MANIFEST)
+        if not manifest.is_file():
+            # a run killed while its manifest was being written has left nothing but that
+            strange = path.exists() and not (path.is_dir() and all(map(_is_beginning, path.iterdir())))
+            lost = strange and self._has_results_of(units)
+            # another process may have begun the same run meanwhile
+            if strange and not lost and not manifest.is_file():
+                raise ValueError(
+                    f"out: got {str(path)!r}, which holds something that isn't a headscope run; expected a new one"
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            # of several processes that begin one, one's manifest stands, and the units are in it
+            if write_first(manifest, content) and lost:
+                self.rebuilt = f"{str(manifest)!r} was missing"
+        try:
+            found = read_manifest(path)
+        except DamagedManifest as error:
+            if not self._has_results_of(units):
+                raise ValueError(
+                    f"out: {error}. Nothing there is of this configuration; choose another directory"
+                ) from None
+            write_atomic(manifest, content)
+            found = read_manifest(path)
+            self.rebuilt = f"{str(manifest)!r} was damaged"
+        _same_identity(path, found["identity"], identity)
+
+    def _has_results_of(self, units: Sequence[dict[str, Any]]) -> bool:
+        """Whether there are results in the directory, all of units of this plan: their ids are digests of it."""
+        results = {unit for _, unit in self.listed()}
+        return bool(results) and results <= {unit["id"] for unit in units}
+
+    def table_path(self, kind: str, unit: str) -> Path:
+        return self.path / kind / f"{unit}.parquet"
+
+    def tensor_path(self, kind: str, unit: str) -> Path:
+        return self.path / kind / f"{unit}.safetensors"
+
+    def has(self, kind: str, unit: str) -> bool:
+        """Whether the unit is done: its file is there, whole and its own. A damaged one counts as absent and is
+        written again."""
+        return unit_problem(self.path, kind, unit) is None
+
+    def listed(self) -> set[tuple[str, str]]:
+        """(kind, unit) of every unit whose file seems to be there, without opening any."""
+        found = set()
+        for kind in (*TABLES, *TENSORS):
+            suffix = ".safetensors" if kind in TENSORS else ".parquet"
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path / kind) as entries:
+                found |= {(kind, entry.name.removesuffix(suffix)) for entry in entries if entry.name.endswith(suffix)}
+        return found
+
+    def write_table(self, kind: str, unit: str, table: pa.Table) -> None:
+        path = self.table_path(kind, unit)
+        footer = {**(table.schema.metadata or {}), _SEAL: seals.blank(_name(path))}
+        floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
+        content = io.BytesIO()
+        pq.write_table(
+            table.replace_schema_metadata(footer),
+            content,
+            compression="zstd",
+            use_byte_stream_split=floats,
+            write_page_checksum=True,
+            use_dictionary=[field.name for field in table.schema if field.name not in floats],
+        )
+        _write_sealed(path, content.getvalue())
+
+    def write_tensors(self, kind: str, unit: str, tensors: dict[str, torch.Tensor]) -> None:
+        path = self.tensor_path(kind, unit)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        _write_sealed(path, save(whole, {_SEAL: seals.blank(_name(path))}))
+
+    def read_tensors(self, kind: str, unit: str) -> dict[str, torch.Tensor]:
+        """A unit's tensors.
+
+        Raises:
+            ValueError: the file is missing, damaged, or another's.
+        """
+        path = self.tensor_path(kind, unit)
+        check_whole(path)
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def fit(self, measured: Fit | None = None) -> Fit | None:
+        """How many rows go through the model at once, the same for all processes of the run: so that their numbers
+        agree to the last bit. The first to measure decides; None where nobody has."""
+        file = self.path / EXECUTION
+        if measured is not None:
+            if file.is_file() and self.fit() is None:
+                file.unlink(missing_ok=True)
+            write_first(file, seals.to_json({"rows": measured.rows, "clean": measured.clean}, EXECUTION))
+        found = _read_json(file, EXECUTION)
+        if not found:
+            return None
+        rows, clean = found.get("rows"), found.get("clean")
+        # a whole one may have been made elsewhere; of no rows, work would never end
+        if isinstance(rows, int) and isinstance(clean, int) and rows >= 1 and clean >= 0:
+            return Fit(rows, clean)
+        return None
+
+    def failures(self) -> dict[str, list[dict[str, Any]]]:
+        """Of every unit that went wrong, its tries, first to last. A damaged record counts as none."""
+        return {file.stem: tries for file in _records(self.path) if (tries := read_tries(file))}
+
+    def add_failure(self, unit: str, error: str, session: str, death: bool = False) -> None:
+        """Record that a unit went wrong, or that the process working on it died."""
+        file = self.path / FAILURES / f"{unit}.json"
+        tries = read_tries(file) or []
+        tries.append(
+            {
+                "error": error,
+                "death": death,
+                "session": session,
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "host": socket.gethostname(),
+                "process": os.getpid(),
+            }
+        )
+        write_atomic(file, seals.to_json({"tries": tries}, _name(file)))
+
+    def clear_failure(self, unit: str) -> None:
+        (self.path / FAILURES / f"{unit}.json").unlink(missing_ok=True)
+
+
+def check_folders(run: Path) -> None:
+    """Raises ValueError where a folder of a run is a link: what is written or dropped there would be elsewhere."""
+    for name in (*TABLES, *TENSORS, FAILURES, CLAIMS, JOBS):
+        if (run / name).is_symlink():
+            raise ValueError(f"run: {str(run / name)!r} is a link, expected a folder of the run's own")
+
+
+def read_tries(file: Path) -> list[dict[str, Any]] | None:
+    """A unit's record of what went wrong, try by try: empty where there is none, None where it is damaged."""
+    record = _read_json(file, _name(file))
+    if not record:
+        return [] if record is None else None
+    tries = record.get("tries")
+    return tries if isinstance(tries, list) and tries and all(map(_is_try, tries)) else None
+
+
+def damaged_failures(run: Path) -> list[Path]:
+    """A run's records of failures that say nothing any more."""
+    return [file for file in _records(run) if read_tries(file) is None]
+
+
+def _records(run: Path) -> list[Path]:
+    return sorted((run / FAILURES).glob("*.json"))
+
+
+def _read_json(file: Path, name: str) -> dict[str, Any] | None:
+    """What a sealed JSON file says: None where there is none, empty where it is damaged or can't be read."""
+    try:
+        return seals.from_json(read_plain(file), name) or {}
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return {}
+
+
+def _is_try(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("death"), bool):
+        return False
+    texts = [entry.get(name) for name in ("error", "session")]
+    return all(isinstance(text, str) for text in texts) and bool(entry["error"].strip())
+
+
+def unit_file(run: Path, kind: str, unit: str) -> Path:
+    """The file that makes a unit done."""
+    return run / kind / (unit + (".safetensors" if kind in TENSORS else ".parquet"))
+
+
+def unit_problem(run: Path, kind: str, unit: str) -> str | None:
+    """Why a unit isn't done: its file, or the images beside it, are "missing", "torn" or "foreign"; None if it is."""
+    path = unit_file(run, kind, unit)
+    found = file_problem(path)
+    if found is None and kind in GENERATED:
+        return file_problem(path.with_suffix(".safetensors"))
+    return found
+
+
+def file_problem(path: Path) -> str | None:
+    """What is wrong with a unit's file, read to its end: "missing", "torn" or "foreign"; None if nothing is."""
+    return seals.problem(path, _name(path))
+
+
+def check_whole(path: Path) -> None:
+    """Raises ValueError where a unit's file isn't there, whole and its own."""
+    problem = file_problem(path)
+    if problem:
+        what = {
+            "missing": "isn't there",
+            "torn": "is damaged: its bytes don't give the checksum in it",
+            "foreign": "isn't this run's",
+        }[problem]
+        raise ValueError(f"run: {str(path)!r} {what}; headscope sweep retry computes what is missing or damaged")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A run's manifest.
+
+    Raises:
+        DamagedManifest: it isn't whole, or gone from a directory with results.
+        ValueError: there is none, or one of another format.
+    """
+    file = path / MANIFEST
+    problem = seals.problem(file, MANIFEST)
+    begun = any((path / kind).is_dir() for kind in (*TABLES, *TENSORS))
+    if problem == "missing" and not begun:
+        raise ValueError(f"run: got {str(path)!r}, expected a directory with a headscope run ({MANIFEST})")
+    manifest: Any = None
+    # those of older formats have no seal
+    with contextlib.suppress(ValueError, RecursionError, OSError):
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if problem is None or (isinstance(found, int) and "seal" not in manifest):
+        if found != FORMAT:
+            raise ValueError(
+                f"run: {str(path)!r} has format {found!r}, this headscope writes and reads {FORMAT}; use the version"
+                " that wrote it, or begin a new run"
+            )
+        if problem is None and _is_manifest(manifest):
+            return manifest
+    what = "is missing" if problem == "missing" else "is damaged: it isn't what headscope wrote"
+    raise DamagedManifest(
+        f"run: {str(file)!r} {what}. The command that began the run writes it anew and keeps all results that are"
+        " whole; status, verify, report and retry can't, as only the manifest told them what the run is"
+    )
+
+
+def _is_manifest(manifest: dict[str, Any]) -> bool:
+    """Whether a whole manifest says what one says, in the right types: it may have been made elsewhere."""
+    units = manifest.get("units")
+    return (
+        isinstance(manifest.get("identity"), dict)
+        and isinstance(units, list)
+        and all(isinstance(unit, dict) and _is_unit(unit) for unit in units)
+    )
+
+
+def _is_unit(unit: dict[str, Any]) -> bool:
+    return (
+        unit.get("kind") in (*TABLES, *TENSORS)
+        and isinstance(unit.get("id"), str)
+        and _ID.fullmatch(unit["id"]) is not None
+        and isinstance(unit.get("group"), str)
+        and "/" not in unit["group"]
+        and all(isinstance(unit.get(name), int) for name in ("items", "forwards"))
+    )
+
+
+def _name(path: Path) -> str:
+    """What a unit's file is sealed under: its place in the run."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def _write_sealed(path: Path, content: bytes) -> None:
+    parts = seals.sealed(content, path.suffix)
+    write_atomic(path, lambda file: file.writelines(parts))
+
+
+def _is_beginning(entry: Path) -> bool:
+    """Whether a file is one that a run writes before its manifest."""
+    return entry.name.endswith(".tmp") and MANIFEST in entry.name
+
+
+def _same_identity(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    different = sorted(name for name in {*stored, *asked} if stored.get(name) != asked.get(name))
+    if different:
+        changes = "".join(f"\n  {name}: {_change(name, stored, asked)}" for name in different)
+        raise ValueError(f"out: {str(path)!r} holds a run of another configuration; choose another directory{changes}")
+
+
+def _change(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> str:
+    if name.startswith(CODE) and name in stored and name in asked:
+        return "changed since the run began; put it back to go on with this run"
+    return f"{_short(stored.get(name))} there, {_short(asked.get(name))} now"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,9 @@
+"""Where the processes of a sweep run: here, on this machine's devices, in a Ray cluster, in a Slurm array.
+
+All of them call `work.worker.work` on the same run directory, and units are claimed there. How many there are changes
+nothing else.
+"""
+
+EXECUTORS = ("local", "processes", "ray", "slurm")
+
+__all__ = ["EXECUTORS"]
