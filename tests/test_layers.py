@@ -1,0 +1,76 @@
+"""The layers that pyproject.toml draws: `lint-imports` keeps them, and says in a sentence what is wrong where one is
+broken."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+PACKAGES = {"headscope": PROJECT / "src" / "headscope", "headscope_kernels": PROJECT / "kernels" / "headscope_kernels"}
+
+
+# `lint-imports` finds packages as Python does: here those of a folder, whatever is installed
+LINT = """
+import sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, PathFinder]
+sys.path[:0] = ["src", "kernels"]
+from importlinter.cli import lint_imports
+sys.exit(lint_imports(no_cache=True, no_logo=True))
+"""
+
+
+def lint(project: Path) -> tuple[int, str]:
+    """The exit code and output of `lint-imports` on a project laid out as this one."""
+    environment = {**os.environ, "COLUMNS": "200"}
+    command = [sys.executable, "-c", LINT]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_layers_are_kept():
+    code, output = lint(PROJECT)
+    assert code == 0, output
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "sentence"),
+    [
+        ("src/headscope/ops/edits.py", "import headscope.models.scope", "What both need belongs into the lower"),
+        ("src/headscope/models/structure/sites.py", "import headscope.models.scope", "a smaller class in the lower"),
+        ("src/headscope/sweep/plan/config.py", "import headscope.sweep.store.run", "A plan says what to do"),
+        ("src/headscope/report/naming.py", "import headscope.report.page", "into a third one below them"),
+        ("kernels/headscope_kernels/__init__.py", "import headscope.ops", "The kernels serve people who"),
+        ("kernels/headscope_kernels/__init__.py", "import numpy", "The kernels serve people who"),
+        ("src/headscope/new_module.py", "", "new_module"),
+    ],
+)
+def test_a_broken_layer_is_an_error_with_a_sentence(tmp_path: Path, module: str, line: str, sentence: str):
+    shutil.copy(PROJECT / "pyproject.toml", tmp_path)
+    for folder in PACKAGES.values():
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "weights")
+        shutil.copytree(folder, tmp_path / folder.relative_to(PROJECT), ignore=ignored)
+    changed = tmp_path / module
+    before = changed.read_text() if changed.exists() else ""
+    # imports for types alone count as well
+    changed.write_text(f"{before}\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    {line or 'pass'}\n")
+    code, output = lint(tmp_path)
+    assert code != 0
+    assert sentence in " ".join(output.split())
+
+
+def test_no_module_imports_the_front_of_its_own_package():
+    graph = grimp.build_graph(*PACKAGES)
+    # other packages' fronts are there to be imported from; its own is imported before it is complete
+    found = [
+        f"{module} imports {front}"
+        for module in graph.modules
+        for front in graph.find_modules_directly_imported_by(module)
+        if module.startswith(f"{front}.")
+    ]
+    assert found == []
