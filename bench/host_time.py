@@ -25,8 +25,8 @@ import torch
 
 import headscope
 import headscope.ops.triton as backend
-import headscope_kernels.attention.backward as backward_kernels
-import headscope_kernels.attention.forward as forward_kernel
+import headscope_kernels.attention.backward.launch as backward_kernels
+import headscope_kernels.attention.forward.launch as forward_kernel
 from headscope._machine import device_name, versions
 from headscope.ops import backends
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward, attention_key_mass
-from headscope_kernels.attention.configs import ForwardConfiguration
+from headscope_kernels.attention.configuration import ForwardConfiguration
 from rounding import attention_tolerance, blend_tolerance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

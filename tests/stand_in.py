@@ -6,7 +6,7 @@ import triton
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 
-from headscope_kernels.attention.static_report import TARGETS
+from headscope_kernels.attention.inspection.compiling import TARGETS
 
 # what was launched: the binary, its programs, the kernel's arguments
 launched: list[tuple[CompiledKernel, int, list[Any]]] = []

@@ -86,8 +86,10 @@ def pretend() -> None:
 
     import stand_in
     from headscope.ops.backends import BACKENDS
-    from headscope_kernels.attention import backward, forward, key_mass
-    from headscope_kernels.attention.static_report import TARGETS, target_key
+    from headscope_kernels.attention import key_mass
+    from headscope_kernels.attention.backward import launch as backward
+    from headscope_kernels.attention.forward import launch as forward
+    from headscope_kernels.attention.inspection.compiling import TARGETS, target_key
 
     torch.set_num_threads(1)
     stand_in.install()

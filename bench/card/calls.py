@@ -10,7 +10,7 @@ from torch import Tensor
 import headscope
 from card.device import Tensors, percentiles, quartiles
 from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward
-from headscope_kernels.attention.configs import ForwardConfiguration
+from headscope_kernels.attention.configuration import ForwardConfiguration
 from peers import Shape
 
 DTYPE = torch.float16

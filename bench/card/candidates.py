@@ -16,8 +16,9 @@ from card.device import Card, Tensors, interleaved, open_device
 from card.stage import Report
 from card.workers import Worker
 from headscope_kernels.attention import choices
-from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration
-from headscope_kernels.attention.configs import candidates as configurations
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.forward.candidates import candidates as configurations
+from headscope_kernels.attention.forward.configs import forward_configuration
 from peers import STOCK, Shape, forwards
 
 SHAPES = [

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from card.stage import ROOT, die_with_parent
 from headscope._machine import device_name
-from headscope_kernels.attention.configs import ForwardConfiguration
+from headscope_kernels.attention.configuration import ForwardConfiguration
 from peers import Shape
 
 Call = Callable[[], object]

@@ -12,7 +12,7 @@ from torch import nn
 
 from card.device import CLOCKS, Call, Card, Replay, Tensors, Tests, idle_share
 from headscope._machine import device_name
-from headscope_kernels.attention.configs import INTERPRETER, ForwardConfiguration
+from headscope_kernels.attention.configuration import INTERPRETER, ForwardConfiguration
 from peers import Shape
 
 

@@ -27,18 +27,20 @@ from headscope_kernels.attention import (
     attention_forward,
     attention_key_mass,
     choices,
-    forward,
 )
-from headscope_kernels.attention import backward as backward_module
 from headscope_kernels.attention import key_mass as key_mass_module
-from headscope_kernels.attention.backward import DIFFERENTIABLE
-from headscope_kernels.attention.backward_configs import backward_configurations
-from headscope_kernels.attention.configs import ForwardConfiguration, forward_configuration, key_mass_configuration
-from headscope_kernels.attention.forward import _LAUNCHES
+from headscope_kernels.attention.backward import launch as backward_module
+from headscope_kernels.attention.backward.configs import backward_configurations
+from headscope_kernels.attention.backward.launch import DIFFERENTIABLE
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.forward import launch as forward
+from headscope_kernels.attention.forward.configs import forward_configuration, key_mass_configuration
+from headscope_kernels.attention.forward.launch import _LAUNCHES
+from headscope_kernels.attention.inspection.backward import BackwardProblem
+from headscope_kernels.attention.inspection.backward import problem_arguments as backward_problem_arguments
+from headscope_kernels.attention.inspection.compiling import TARGETS, ast_source
+from headscope_kernels.attention.inspection.forward import Problem, problem_arguments
 from headscope_kernels.attention.launches import Launches
-from headscope_kernels.attention.static_backward import BackwardProblem
-from headscope_kernels.attention.static_backward import problem_arguments as backward_problem_arguments
-from headscope_kernels.attention.static_report import TARGETS, Problem, ast_source, problem_arguments
 from stand_in import launched
 
 HALF = torch.float16

@@ -13,9 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward, backward
-from headscope_kernels.attention.backward import DIFFERENTIABLE, attention_backward
-from headscope_kernels.attention.backward_configs import BackwardConfiguration, BackwardConfigurations, query_splits
+from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward
+from headscope_kernels.attention.backward import launch as backward
+from headscope_kernels.attention.backward.configs import BackwardConfiguration, BackwardConfigurations, query_splits
+from headscope_kernels.attention.backward.launch import DIFFERENTIABLE, attention_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FINFO_MIN = torch.finfo(torch.float32).min

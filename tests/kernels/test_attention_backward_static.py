@@ -9,8 +9,8 @@ import compiled
 
 SCRIPT = """
 import json, sys
-from headscope_kernels.attention.static_backward import BackwardProblem, backward_report
-from headscope_kernels.attention.static_report import DTYPES
+from headscope_kernels.attention.inspection.backward import BackwardProblem, backward_report
+from headscope_kernels.attention.inspection.compiling import DTYPES
 for line in sys.stdin:
     entry = json.loads(line)
     target = entry.pop("target")

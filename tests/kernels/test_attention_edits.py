@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forward_problem import ALL, DEVICE, FINFO_MIN, attention, normal
-from headscope_kernels.attention.configs import ForwardConfiguration
+from headscope_kernels.attention.configuration import ForwardConfiguration
 
 
 def positive(*shape: int) -> torch.Tensor:

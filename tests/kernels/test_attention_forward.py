@@ -7,7 +7,7 @@ import torch
 import triton
 
 from forward_problem import ALL, DEVICE, FINFO_MIN, attention, group_ids, normal
-from headscope_kernels.attention.configs import ForwardConfiguration
+from headscope_kernels.attention.configuration import ForwardConfiguration
 
 
 def test_interpreter_or_gpu():

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compiled import SHARED_LIMITS, answers, run_python
-from headscope_kernels.attention import pingpong
-from headscope_kernels.attention.configs import GLUON_SCHEDULES, HOPPER, ForwardConfiguration, candidates, unserved
-from headscope_kernels.attention.pingpong_arguments import pingpong_arguments
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.forward.candidates import candidates
+from headscope_kernels.attention.hopper import pingpong
+from headscope_kernels.attention.hopper.pingpong_arguments import pingpong_arguments
+from headscope_kernels.attention.hopper.schedules import GLUON_SCHEDULES, HOPPER, unserved
 from hopper import MODES, EmulationError, Statistics, run
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -265,7 +267,8 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path):
 
 COMPILED = """
 import json, sys
-from headscope_kernels.attention.static_report import ForwardConfiguration, Problem, report
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.inspection.forward import Problem, report
 for line in sys.stdin:
     entry = json.loads(line)
     own = ForwardConfiguration(**entry.pop("configuration"))
@@ -327,8 +330,11 @@ def test_every_candidate_compiles(dim: int):
 
 LAUNCHED = """
 import json, sys, torch, stand_in
-from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward, forward
-from headscope_kernels.attention.configs import GLUON_SCHEDULES, HOPPER, ForwardConfiguration, candidates, unserved
+from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward
+from headscope_kernels.attention.forward import launch as forward
+from headscope_kernels.attention.hopper.schedules import GLUON_SCHEDULES, HOPPER, unserved
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.forward.candidates import candidates
 stand_in.install()
 forward.device_target = lambda tensor: ("cuda", 90)
 configuration = ForwardConfiguration(128, 128, descriptors=True, schedule="pingpong")

@@ -12,7 +12,9 @@ import compiled
 
 SCRIPT = """
 import dataclasses, json, sys, torch
-from headscope_kernels.attention.static_report import DTYPES, ForwardConfiguration, Problem, report
+from headscope_kernels.attention.inspection.compiling import DTYPES
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.inspection.forward import Problem, report
 for line in sys.stdin:
     entry = json.loads(line)
     target = entry.pop("target")
@@ -36,8 +38,9 @@ for line in sys.stdin:
 EDITED = """
 import importlib.util, sys
 from pathlib import Path
-from headscope_kernels.attention import BoundStatistic, RowStatistic, static_report
-from headscope_kernels.attention.forward import attention_forward_kernel
+from headscope_kernels.attention import BoundStatistic, RowStatistic
+from headscope_kernels.attention.inspection import forward as static_report
+from headscope_kernels.attention.forward.kernel import attention_forward_kernel
 
 def source_hash(folder, factor):
     path = Path(folder) / "own.py"

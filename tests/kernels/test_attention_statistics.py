@@ -10,8 +10,8 @@ import triton.language as tl
 
 from forward_problem import ALL, DEVICE, SIMPLE, Problem, attention, group_ids, normal
 from headscope_kernels.attention import STATISTICS, BoundStatistic, RowStatistic
-from headscope_kernels.attention.arguments import statistic_arguments
-from headscope_kernels.attention.configs import ForwardConfiguration
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.forward.arguments import statistic_arguments
 from headscope_kernels.attention.statistics import statistic_set
 
 GROUPED = ("group_mass", "group_entropy")

@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 
 from headscope_kernels.attention import choices
 from headscope_kernels.attention.choices import Choice, packaged, read, triton_version, write
-from headscope_kernels.attention.configs import (
-    HOPPER,
-    LIGHT,
-    ForwardConfiguration,
-    candidates,
-    forward_configuration,
-    unserved,
-)
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.forward.candidates import candidates
+from headscope_kernels.attention.forward.configs import forward_configuration
+from headscope_kernels.attention.hopper.schedules import HOPPER, LIGHT, unserved
 
 HALF = torch.float16
 SMALL = ForwardConfiguration(128, 64, num_warps=4, descriptors=True)

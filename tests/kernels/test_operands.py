@@ -124,7 +124,8 @@ def test_without_the_tool_there_is_a_warning(binary, monkeypatch):
 
 SCRIPT = """
 import json, sys, torch
-from headscope_kernels.attention.static_report import DTYPES, Problem, report
+from headscope_kernels.attention.inspection.compiling import DTYPES
+from headscope_kernels.attention.inspection.forward import Problem, report
 for line in sys.stdin:
     entry = json.loads(line)
     entry["dtype"] = DTYPES[entry["dtype"]]

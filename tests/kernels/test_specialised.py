@@ -9,8 +9,9 @@ import triton
 
 from compiled import answers
 from forward_problem import DEVICE, attention, group_ids, normal
-from headscope_kernels.attention.configs import ForwardConfiguration, unserved
-from headscope_kernels.attention.specialised import SpecialisedKernel
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.hopper.schedules import unserved
+from headscope_kernels.attention.hopper.specialised import SpecialisedKernel
 
 CONFIGURATION = ForwardConfiguration(128, 128, num_warps=4, descriptors=True, schedule="specialised")
 STATISTICS_SERVED = ("entropy", "logsumexp", "max_logit", "max_prob", "collision_entropy")
@@ -177,8 +178,10 @@ def test_a_binary_that_is_not_specialised_is_refused(monkeypatch):
 
 SCRIPT = """
 import json, re, sys, torch, triton
-from headscope_kernels.attention import static_report
-from headscope_kernels.attention.static_report import ForwardConfiguration, Problem, TARGETS, report
+from headscope_kernels.attention.inspection import forward as static_report
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.inspection.forward import Problem, report
+from headscope_kernels.attention.inspection.compiling import TARGETS
 
 made = []
 compile = triton.compile

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import triton
 
-from headscope_kernels.attention.configs import ForwardConfiguration
+from headscope_kernels.attention.configuration import ForwardConfiguration
 
 PATH = Path(__file__).with_name("choices.json")
 FORMAT = 1
@@ -39,7 +39,7 @@ class Choice:
         dtype: "float16" or "bfloat16".
         dim: of query, key and value.
         queries, keys: sequence lengths.
-        name: the candidate's (configs.py).
+        name: the candidate's (forward/candidates.py).
         configuration: what to launch.
         milliseconds, default_milliseconds: medians of it and of the rule's choice.
     """

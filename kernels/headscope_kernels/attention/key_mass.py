@@ -17,11 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headscope_kernels.attention.arguments import (
-    check_operands,
-    logit_arguments,
-)
-from headscope_kernels.attention.configs import ForwardConfiguration, key_mass_configuration
+from headscope_kernels.attention.arguments import check_operands, logit_arguments
+from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.forward.configs import key_mass_configuration
 from headscope_kernels.attention.host import device_target, float32_precision, in_units, launch_context, stride_unit
 from headscope_kernels.attention.launches import Launches, call_key
 from headscope_kernels.attention.tiles import (

@@ -1,6 +1,6 @@
-"""What the compiler makes of the backward kernels, without a GPU: see static_report.py for the forward's.
+"""What the compiler makes of the backward kernels, without a GPU: see inspection/forward.py for the forward's.
 
-`python -m headscope_kernels.attention.static_backward --help`.
+`python -m headscope_kernels.attention.inspection.backward --help`.
 """
 
 import argparse
@@ -13,19 +13,25 @@ import torch
 import triton
 from torch import Tensor
 
-from headscope_kernels.attention.backward_arguments import kernel_arguments, shared_arguments
-from headscope_kernels.attention.backward_configs import (
+from headscope_kernels.attention.backward.arguments import kernel_arguments, shared_arguments
+from headscope_kernels.attention.backward.configs import (
     BackwardConfiguration,
     BackwardConfigurations,
     backward_configurations,
 )
+from headscope_kernels.attention.backward.key_value_gradient import key_value_gradient_kernel
+from headscope_kernels.attention.backward.mask_gradient import mask_gradient_kernel
+from headscope_kernels.attention.backward.query_gradient import query_gradient_kernel
+from headscope_kernels.attention.backward.row_terms import row_terms_kernel
 from headscope_kernels.attention.host import float32_precision, in_units, stride_unit
-from headscope_kernels.attention.key_value_gradient import key_value_gradient_kernel
-from headscope_kernels.attention.machine_code import count_kinds, densest_matrix_loop, disassemble, exponentials, figure
-from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
-from headscope_kernels.attention.query_gradient import query_gradient_kernel
-from headscope_kernels.attention.row_terms import row_terms_kernel
-from headscope_kernels.attention.static_report import DTYPES, TARGETS, ast_source, target_key
+from headscope_kernels.attention.inspection.compiling import DTYPES, TARGETS, ast_source, target_key
+from headscope_kernels.attention.inspection.machine_code import (
+    count_kinds,
+    densest_matrix_loop,
+    disassemble,
+    exponentials,
+    figure,
+)
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
 
 KERNELS = {

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.backward_tiles import (
+from headscope_kernels.attention.backward.tiles import (
     EMPTY_ROW,
     add_weighted,
     load_head_scalar,

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from headscope_kernels.attention.configs import chunk_widths, covering_block
+from headscope_kernels.attention.configuration import chunk_widths, covering_block
 
 
 @dataclass(frozen=True)

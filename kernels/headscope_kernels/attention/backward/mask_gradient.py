@@ -10,7 +10,7 @@ backward kernels have; only this one writes a matrix, as large as the mask itsel
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.backward_tiles import (
+from headscope_kernels.attention.backward.tiles import (
     EMPTY_ROW,
     load_head_scalar,
     load_key_terms,

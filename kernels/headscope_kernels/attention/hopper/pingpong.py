@@ -1,7 +1,7 @@
 """The forward for Hopper: one warp loads, two or three warp groups compute, softmax runs under matrix products.
 
 Written in Gluon, Triton's lower level, because the order of asynchronous work is the point. It serves 16-bit calls
-without a mask (configs.py says which); forward.py has all the rest, and the formulas.
+without a mask (schedules.py says which); forward/kernel.py has all the rest, and the formulas.
 
     one warp            K(0) Q K(1) V(0) K(2) V(1) ...  by the tensor memory accelerator (TMA), as buffers become free
     each warp group     issues S(i) = Q K(i)^T and O += P(i-1) V(i-1), waits for S(i), takes its softmax while P V
@@ -39,7 +39,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from headscope_kernels.attention.pingpong_tiles import (
+from headscope_kernels.attention.hopper.pingpong_tiles import (
     GROUP_ROWS,
     LOWEST_EXPONENT,
     await_outputs,

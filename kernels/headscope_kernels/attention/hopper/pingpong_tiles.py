@@ -180,7 +180,7 @@ def whole(sums, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def weigh(logits, running_max, exponent_scale):
-    """The new maximum and offset of a tile of logits [queries, keys], the exponents, the weights: see forward.py."""
+    """The new maximum and offset of a tile of logits [queries, keys], the exponents and the weights."""
     running_max = gl.maximum(running_max, gl.max(logits, 1))  # [queries]
     offset = gl.where(gl.abs(running_max) != float("inf"), running_max * exponent_scale, 0.0)  # [queries]
     exponents = gl.fma(logits, exponent_scale, gl.zeros_like(logits) - offset[:, None])  # [queries, keys]

@@ -11,14 +11,7 @@ probabilities is the left operand of a matrix product as it stands, out of regis
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.tiles import (
-    LOG2_E,
-    LOWEST_EXPONENT,
-    advance,
-    entry,
-    load_chunks,
-    load_described,
-)
+from headscope_kernels.attention.tiles import LOG2_E, LOWEST_EXPONENT, advance, entry, load_chunks, load_described
 
 LN2 = tl.constexpr(0.6931471805599453)
 # stands for +inf as the log2 of a row's sum: 2^x is 0 for any product, and x times the gradient of a row is finite

@@ -1,11 +1,10 @@
 """What the compiler makes of the attention kernels, without a GPU.
 
 Compiles for a target, disassembles, and counts: registers, spills, shared memory, and what the loop over full key
-tiles issues per logit. `python -m headscope_kernels.attention.static_report --help`.
+tiles issues per logit. `python -m headscope_kernels.attention.inspection.forward --help`.
 """
 
 import argparse
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,25 +13,19 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from headscope_kernels.attention.arguments import forward_arguments, forward_features
-from headscope_kernels.attention.configs import (
-    GLUON_SCHEDULES,
-    HOPPER,
-    INTERPRETER,
-    ForwardConfiguration,
-    candidates,
-    chunk_widths,
-    forward_configuration,
-    key_mass_configuration,
-    unserved,
-)
-from headscope_kernels.attention.forward import attention_forward_kernel
+from headscope_kernels.attention.configuration import INTERPRETER, ForwardConfiguration, chunk_widths
+from headscope_kernels.attention.forward.arguments import forward_arguments, forward_features
+from headscope_kernels.attention.forward.candidates import candidates
+from headscope_kernels.attention.forward.configs import forward_configuration, key_mass_configuration
+from headscope_kernels.attention.forward.kernel import attention_forward_kernel
+from headscope_kernels.attention.hopper.schedules import GLUON_SCHEDULES, HOPPER, unserved
+from headscope_kernels.attention.hopper.specialised import refuse_unspecialised
 from headscope_kernels.attention.host import float32_precision
-from headscope_kernels.attention.key_mass import attention_key_mass_kernel, key_mass_arguments
-from headscope_kernels.attention.machine_code import (
+from headscope_kernels.attention.inspection.compiling import DTYPES, TARGETS, ast_source, target_key
+from headscope_kernels.attention.inspection.machine_code import (
     count_kinds,
     densest_matrix_loop,
     disassemble,
@@ -40,25 +33,9 @@ from headscope_kernels.attention.machine_code import (
     exponentials_under_products,
     figure,
 )
+from headscope_kernels.attention.key_mass import attention_key_mass_kernel, key_mass_arguments
 from headscope_kernels.attention.operands import misplaced_operands
-from headscope_kernels.attention.specialised import refuse_unspecialised
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-TYPE_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-}
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-    "gfx950": GPUTarget("hip", "gfx950", 64),
-}
 
 
 @dataclass(frozen=True)
@@ -245,50 +222,6 @@ def second_pass_arguments(problem: Problem, configuration: ForwardConfiguration)
     )
 
 
-def ast_source(kernel: Any, arguments: dict[str, Any], kind: type[ASTSource] = ASTSource) -> ASTSource:
-    """What a launch with these arguments would compile: aligned pointers, strides specialised by value."""
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def type_of(value: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(value, tuple):
-            return tuple(type_of(element, (*path, index)) for index, element in enumerate(value))
-        if isinstance(value, Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
-            return "*" + TYPE_NAMES[value.dtype]
-        if hasattr(value, "block_shape"):
-            # Gluon's descriptors say how their tiles lie in shared memory
-            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
-            return f"tensordesc<{TYPE_NAMES[value.base.dtype]}{list(value.block_shape)}{layout}>"
-        if isinstance(value, float):
-            return "fp32"
-        if value is None:
-            constants[path] = None
-            return "constexpr"
-        if value == 1 and path[0] not in unspecialised:
-            constants[path] = 1
-            return "constexpr"
-        if value % 16 == 0 and path[0] not in unspecialised:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "i32" if value < 2**31 else "i64"
-
-    signature = {}
-    unspecialised = {index for index, parameter in enumerate(kernel.params) if parameter.do_not_specialize}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr:
-            constants[(index,)] = value
-            signature[parameter.name] = "constexpr"
-        else:
-            signature[parameter.name] = type_of(value, (index,))
-    return kind(kernel, signature, constants, attributes)
-
-
-def target_key(target: GPUTarget) -> tuple[str, int]:
-    """("cuda", 90) or ("hip", 942), as the configurations want it."""
-    return target.backend, int(re.sub(r"\D", "", str(target.arch)))
-
-
 def chosen_configuration(problem: Problem, gpu: GPUTarget) -> ForwardConfiguration:
     """The problem's own configuration, or the one that a launch would choose.
 
@@ -331,7 +264,7 @@ def compile_problem(problem: Problem, configuration: ForwardConfiguration, gpu: 
     """
     arguments = problem_arguments(problem, configuration)
     if configuration.schedule in GLUON_SCHEDULES:
-        from headscope_kernels.attention.pingpong import OPTIONS, attention_pingpong_kernel
+        from headscope_kernels.attention.hopper.pingpong import OPTIONS, attention_pingpong_kernel
 
         source = ast_source(attention_pingpong_kernel, pingpong_of(arguments, configuration), GluonASTSource)
         return triton.compile(source, target=gpu, options=OPTIONS)
@@ -344,7 +277,7 @@ def compile_problem(problem: Problem, configuration: ForwardConfiguration, gpu: 
 
 def pingpong_of(arguments: dict[str, Any], configuration: ForwardConfiguration) -> dict[str, Any]:
     """The arguments of pingpong.py's kernel for a call that has these of the forward."""
-    from headscope_kernels.attention.pingpong_arguments import pingpong_arguments
+    from headscope_kernels.attention.hopper.pingpong_arguments import pingpong_arguments
 
     return pingpong_arguments(
         *(arguments[f"{name}_ptr"] for name in ("query", "key", "value", "output")),

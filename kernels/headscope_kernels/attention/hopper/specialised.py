@@ -1,7 +1,7 @@
 """Launching the forward as Triton specialises it for Hopper: four warps load, two groups of four compute.
 
 Triton cuts the tile of queries in two and the code in three by itself. What it is known to get right of this kernel is
-what configs.py lets through: the query comes through a descriptor that the kernel makes (for which it needs memory),
+what schedules.py lets through: the query comes through a descriptor that the kernel makes (for which it needs memory),
 its tile's first row is used nowhere else, and nothing but tiles of keys and values is loaded in the loop.
 """
 

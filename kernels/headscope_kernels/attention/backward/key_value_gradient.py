@@ -10,7 +10,7 @@ registers. The output's products are launched before the exponentials, which the
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.backward_tiles import (
+from headscope_kernels.attention.backward.tiles import (
     EMPTY_ROW,
     add_weighted,
     load_head_scalar,

@@ -13,8 +13,8 @@ from headscope_kernels.attention.arguments import (
     optional_strides,
     tile_reach,
 )
-from headscope_kernels.attention.backward_configs import BackwardConfiguration, BackwardConfigurations
-from headscope_kernels.attention.configs import chunk_widths, covering_block
+from headscope_kernels.attention.backward.configs import BackwardConfiguration, BackwardConfigurations
+from headscope_kernels.attention.configuration import chunk_widths, covering_block
 from headscope_kernels.attention.host import (
     broadcast_strides,
     dot_dtype,

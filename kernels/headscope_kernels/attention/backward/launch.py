@@ -21,13 +21,17 @@ import torch
 from torch import Tensor
 
 from headscope_kernels.attention.arguments import NO_STRIDES
-from headscope_kernels.attention.backward_arguments import is_laden, kernel_arguments, shared_arguments
-from headscope_kernels.attention.backward_configs import (
+from headscope_kernels.attention.backward.arguments import is_laden, kernel_arguments, shared_arguments
+from headscope_kernels.attention.backward.configs import (
     BackwardConfiguration,
     BackwardConfigurations,
     backward_configurations,
     query_splits,
 )
+from headscope_kernels.attention.backward.key_value_gradient import key_value_gradient_kernel
+from headscope_kernels.attention.backward.mask_gradient import mask_gradient_kernel
+from headscope_kernels.attention.backward.query_gradient import query_gradient_kernel
+from headscope_kernels.attention.backward.row_terms import row_terms_kernel
 from headscope_kernels.attention.host import (
     cdiv,
     device_target,
@@ -36,11 +40,7 @@ from headscope_kernels.attention.host import (
     launch_context,
     stride_unit,
 )
-from headscope_kernels.attention.key_value_gradient import key_value_gradient_kernel
 from headscope_kernels.attention.launches import Launches, call_key, layouts, remember
-from headscope_kernels.attention.mask_gradient import mask_gradient_kernel
-from headscope_kernels.attention.query_gradient import query_gradient_kernel
-from headscope_kernels.attention.row_terms import row_terms_kernel
 from headscope_kernels.attention.statistics import BoundStatistic
 
 DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "gate", "fill", "temperature", "key_bias", "key_scale")

@@ -11,7 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from headscope_kernels.attention.arguments import check_operands, check_statistic_outputs, optional_strides
-from headscope_kernels.attention.configs import GROUP_ROWS, ForwardConfiguration, chunk_widths, query_stages
+from headscope_kernels.attention.configuration import ForwardConfiguration, chunk_widths
+from headscope_kernels.attention.hopper.schedules import GROUP_ROWS, query_stages
 from headscope_kernels.attention.host import tile_descriptors
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}

@@ -1,0 +1,1 @@
+"""Schedules of the forward for Hopper: what each serves (schedules), Triton's own (specialised), ours (pingpong)."""
