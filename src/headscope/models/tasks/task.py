@@ -96,10 +96,12 @@ class Task(ABC):
         denoiser: its unet or transformer.
         scheduler: its scheduler.
         noising: the noise process that the model was taught, from the scheduler.
-        expects: what pipelines of the family have, in a line.
+        expects: the parts that pipelines of the family have, in a line.
+        takes_prompts: False if the model can't be given a prompt.
     """
 
     expects: ClassVar[str]
+    takes_prompts: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
