@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from headscope import GroupMass, Scope
-from headscope.models.recording.maps import label_tokens
+from headscope.models.recording.tokens import label_tokens
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_other_prompts_than_those_of_the_call_are_errors(diffusion, named, messa
     scope = Scope(diffusion)
     with pytest.raises(ValueError, match=re.escape(message)), scope.record_tokens(named):
         draw(diffusion)
-    assert scope.token_maps == []
+    assert len(scope._contexts) == 0
 
 
 def test_prompts_do_not_change_within_a_context(diffusion):

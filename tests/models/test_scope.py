@@ -13,8 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor as EagerProcessor
 import headscope
 import tiny
 from headscope import HeadEdit, Scope
-from headscope.models import scope as scope_module
-from headscope.models.hooks import routing
+from headscope.models.hooks import attachment, routing
 
 
 class SelfAttention(torch.nn.Module):
@@ -302,7 +301,7 @@ def test_an_exception_leaves_nothing_behind(unet, sample):
 )
 def test_an_interrupt_while_a_context_begins_leaves_nothing_behind(unet, sample, monkeypatch, place, done):
     scope, original = Scope(unet), functional.scaled_dot_product_attention
-    where = scope_module if place == "ForwardWrap" else routing
+    where = attachment if place == "ForwardWrap" else routing
     step, calls = getattr(where, place), []
 
     def interrupted(*arguments):

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+import headscope
 import tiny
+from headscope import models
 from headscope.models import (
     FluxTask,
     PixelTask,
@@ -29,7 +32,8 @@ from headscope.models import (
     StableDiffusionXLTask,
     Task,
 )
-from headscope.zoo import counter_normal
+from headscope.models.tasks import task as task_module
+from headscope.zoo import counter_normal, open_group
 from tiny import Picture, pictures
 
 
@@ -70,6 +74,70 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_fitting_task_is_found(name, request):
     assert type(request.getfixturevalue(name)) is FAMILIES[name]
+
+
+def test_every_family_is_tested_exported_and_in_the_docs():
+    bundled = [family for family in Task.families() if family.__module__.startswith("headscope.")]
+    assert set(bundled) == set(FAMILIES.values())
+    page = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text()
+    for family in bundled:
+        assert family.__name__ in models.__all__
+        assert f"`{family.__name__}`" in page
+        assert family.expects
+        assert family.takes_prompts == (family is not PixelTask)
+
+
+class HalvedPipeline(DDPMPipeline):
+    """A pipeline that a bundled family would fit, too."""
+
+
+def define_own_family() -> type[Task]:
+    class HalvedTask(PixelTask):
+        expects = "a pipeline whose denoiser answers twice the target"
+
+        @classmethod
+        def fits(cls, pipeline):
+            return isinstance(pipeline, HalvedPipeline)
+
+        def predict(self, inputs):
+            return super().predict(inputs) / 2
+
+    return HalvedTask
+
+
+@pytest.fixture
+def own_family():
+    bundled = list(task_module._FAMILIES)
+    yield define_own_family()
+    task_module._FAMILIES[:] = bundled
+
+
+def test_a_family_is_known_once_it_is_defined(own_family, pixel):
+    pipeline = HalvedPipeline(unet=pixel.denoiser, scheduler=pixel.scheduler)
+    assert type(Task.of(pipeline)) is own_family
+    assert type(Task.of(pixel.pipeline)) is PixelTask
+    with pytest.raises(TypeError, match=r"\(Flux\); a pipeline whose denoiser answers twice the target"):
+        Task.of(object())
+    # as a notebook cell that runs again
+    replacing = define_own_family()
+    assert type(Task.of(pipeline)) is replacing
+    assert own_family not in Task.families()
+
+
+def test_a_family_of_ones_own_can_be_swept(own_family, tmp_path):
+    stock = tiny.ddpm(size=32)
+    pipeline = HalvedPipeline(unet=stock.unet, scheduler=stock.scheduler)
+    asked = {"groups": ["faces"], "splits": ["confirm"], "items": 2, "timesteps": [60], "fills": ["zero"]}
+    run = headscope.sweep(tmp_path / "run", model=pipeline, progress=False, observe=False, **asked)
+    assert run.complete
+    clean = dict(run.table("ablations").select("item", "clean").collect().iter_rows())
+    task, faces = own_family(pipeline), open_group("faces")
+    assert len(clean) == 2
+    for index, loss in clean.items():
+        item = faces.item(index)
+        inputs = task.noisy_inputs(task.prepare([item]), 60)
+        with torch.inference_mode():
+            assert loss == pytest.approx(float(task.loss(inputs)), rel=1e-5)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

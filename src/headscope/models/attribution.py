@@ -14,9 +14,10 @@ What c leaves out of the second order is the mean of the error times the predict
 where the error has nothing to do with the model's curvature, as after training; with random weights it may undo c.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,19 +25,19 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope.counter import counter_uniform, whole
-from headscope.models.editing.edits import Fill
 from headscope.models.tasks import NoisyInputs, Prepared, Task, TaskItem
 from headscope.ops import HeadEdit
 
 if TYPE_CHECKING:
     import pyarrow
 
-    from headscope.models.scope import Scope
+# the context in which these edits act, by site
+Edit = Callable[[dict[str, HeadEdit]], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """What `Scope.attribute` found, float64 arrays [items, timesteps, heads]; heads are those of all sites in turn.
+    """The result of `Scope.attribute`: float64 arrays [items, timesteps, heads]; heads are those of all sites in turn.
 
     Attributes:
         items: keys of the items.
@@ -87,19 +88,23 @@ class Attribution:
 
 
 def attribute(
-    scope: "Scope",
     task: Task,
     items: Sequence[TaskItem],
     timesteps: Sequence[int],
     *,
-    sites: Sequence[str],
+    sites: Mapping[str, int],
+    edit: Edit,
     cotangents: int,
-    fill: Fill,
     replicate: int,
     integrate: int,
     batch: int,
 ) -> Attribution:
-    """See `Scope.attribute`."""
+    """See `Scope.attribute`.
+
+    Args:
+        sites: the number of heads of each.
+        edit: gives the context in which the heads have gates.
+    """
     cotangents, integrate = whole("cotangents", cotangents, least=1), whole("integrate", integrate, least=0)
     batch = whole("batch", batch, least=1)
     if torch.is_inference_mode_enabled():
@@ -108,84 +113,77 @@ def attribute(
     timesteps = torch.as_tensor(timesteps).tolist()
     if not items or not timesteps:
         raise ValueError("items, timesteps: got none, expected at least one of each")
-    if task.denoiser is not scope.denoiser:
-        raise ValueError("task: got one of another model, expected the scope's own denoiser")
-    sizes = {name: scope.site(name).heads for name in sites}
-    shape = (len(items), len(timesteps), sum(sizes.values()))
+    gates = _Gates(sites, edit, task.device)
+    shape = (len(items), len(timesteps), sum(sites.values()))
     loss = np.zeros(shape[:2])
     found = {name: np.zeros(shape) for name in ("g", "c", *(("integrated",) if integrate else ()))}
     for start in range(0, len(items), batch):
         chunk = items[start : start + batch]
-        own = slice(start, start + len(chunk))
+        rows = slice(start, start + len(chunk))
         prepared = task.prepare(chunk)
         for column, timestep in enumerate(timesteps):
             inputs = task.noisy_inputs(prepared, timestep, replicate)
             vectors = _cotangents(prepared, timestep, replicate, cotangents, inputs.target)
-            loss[own, column], found["g"][own, column], found["c"][own, column] = _one_forward(
-                scope, task, inputs, sizes, fill, vectors
-            )
+            scores = _one_forward(task, inputs, gates, vectors)
+            loss[rows, column], found["g"][rows, column], found["c"][rows, column] = scores
             if integrate:
-                found["integrated"][own, column] = _integrated(scope, task, inputs, sizes, fill, integrate)
-    heads = tuple((name, head) for name, count in sizes.items() for head in range(count))
+                found["integrated"][rows, column] = _integrated(task, inputs, gates, integrate)
+    heads = tuple((name, head) for name, count in sites.items() for head in range(count))
     return Attribution(tuple(item.key for item in items), tuple(timesteps), heads, loss, **found)
 
 
+class _Gates:
+    """Gates that take gradients, [samples, heads] at each site."""
+
+    def __init__(self, sites: Mapping[str, int], edit: Edit, device: torch.device) -> None:
+        self._sites = sites
+        self._edit = edit
+        self._device = device
+
+    @contextmanager
+    def applied(self, samples: int, level: float = 1.0) -> Iterator[list[Tensor]]:
+        """Inside, the model has a gate of that level at every head of every sample; gives them by site."""
+        gates = {
+            name: torch.full((samples, heads), level, device=self._device, requires_grad=True)
+            for name, heads in self._sites.items()
+        }
+        with torch.enable_grad(), self._edit({name: HeadEdit(gate) for name, gate in gates.items()}):
+            yield list(gates.values())
+
+
+def _gradient(value: Tensor, gates: list[Tensor], retain: bool = True) -> Tensor:
+    """d value / d gate, float64 [samples, heads of all sites]."""
+    grads = torch.autograd.grad(value, gates, retain_graph=retain)
+    return torch.cat([grad.double() for grad in grads], 1)
+
+
 def _one_forward(
-    scope: "Scope", task: Task, inputs: NoisyInputs, sizes: dict[str, int], fill: Fill, vectors: Iterator[Tensor]
+    task: Task, inputs: NoisyInputs, gates: _Gates, vectors: Iterator[Tensor]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss [items], g and c [items, heads], from one forward and a backward per cotangent and one more."""
-    with torch.enable_grad(), _Gates(scope, len(inputs.sample), sizes, fill, task.device) as gates:
+    with gates.applied(len(inputs.sample)) as leaves:
         prediction = task.predict(inputs)
         error = prediction.double() - inputs.target.double()
         loss = error.square().flatten(1).mean(1)
         # samples don't meet in the model: the sum's gradient is each sample's own
-        g = -gates.gradient(loss.sum())
+        g = -_gradient(loss.sum(), leaves)
         outputs = prediction[0].numel()
         squares, count = torch.zeros_like(g), 0
         for vector in vectors:
-            slope = gates.gradient((prediction * vector).sum())
-            squares += slope.square()
+            squares += _gradient((prediction * vector).sum(), leaves).square()
             count += 1
     return loss.detach().cpu().numpy(), g.cpu().numpy(), (squares / (count * outputs)).cpu().numpy()
 
 
-def _integrated(
-    scope: "Scope", task: Task, inputs: NoisyInputs, sizes: dict[str, int], fill: Fill, points: int
-) -> np.ndarray:
+def _integrated(task: Task, inputs: NoisyInputs, gates: _Gates, points: int) -> np.ndarray:
     """-integral over the joint gate path, [items, heads], by the midpoint rule."""
     total = None
     for point in range(points):
-        level = (point + 0.5) / points
-        with torch.enable_grad(), _Gates(scope, len(inputs.sample), sizes, fill, task.device, level) as gates:
-            slope = -gates.gradient(task.loss(inputs).sum(), retain=False)
+        with gates.applied(len(inputs.sample), level=(point + 0.5) / points) as leaves:
+            slope = -_gradient(task.loss(inputs).sum(), leaves, retain=False)
         total = slope if total is None else total + slope
     assert total is not None
     return (total / points).cpu().numpy()
-
-
-class _Gates:
-    """A context in which every head's gate is a leaf that takes gradients, [samples, heads] at each site."""
-
-    def __init__(
-        self, scope: "Scope", samples: int, sizes: dict[str, int], fill: Fill, device: torch.device, level: float = 1.0
-    ) -> None:
-        self._leaves = {
-            name: torch.full((samples, count), level, device=device, requires_grad=True)
-            for name, count in sizes.items()
-        }
-        self._edit: Any = scope.edit({name: HeadEdit(gate) for name, gate in self._leaves.items()}, fill=fill)
-
-    def __enter__(self) -> "_Gates":
-        self._edit.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._edit.__exit__(*error)
-
-    def gradient(self, value: Tensor, retain: bool = True) -> Tensor:
-        """d value / d gate, float64 [samples, heads of all sites]."""
-        grads = torch.autograd.grad(value, list(self._leaves.values()), retain_graph=retain)
-        return torch.cat([grad.double() for grad in grads], 1)
 
 
 def _cotangents(prepared: Prepared, timestep: int, replicate: int, count: int, like: Tensor) -> Iterator[Tensor]:

@@ -1,31 +1,26 @@
 """headscope.Scope: see and edit the attention heads of a diffusion model while it runs."""
 
-import inspect
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
-from headscope.models.editing.editing import ActiveEdit
+from headscope.models.editing.editing import EditContext
 from headscope.models.editing.edits import Edits, Fill, check_heads
-from headscope.models.hooks import routing
-from headscope.models.hooks.caches import HookWatch, Reused
-from headscope.models.hooks.forwards import Forward, Progress, Window, begin_forward, running_module
-from headscope.models.hooks.wrapping import ForwardWrap
-from headscope.models.recording.maps import TokenMaps, TokenRequest
+from headscope.models.hooks.attachment import Attachment
+from headscope.models.hooks.contexts import ActiveContexts, Context
+from headscope.models.recording.maps import TokenMapContext, TokenMaps
 from headscope.models.recording.prompts import Prompts
-from headscope.models.recording.recording import Recording, RecordRequest
+from headscope.models.recording.recording import Recording, RecordingContext
 from headscope.models.recording.tensors import QUANTITIES, Reduce
+from headscope.models.structure.index import SiteIndex
 from headscope.models.structure.sites import Site, Unseen, find_denoiser, find_sites, other_denoisers
 from headscope.models.tasks import Task, TaskItem
-from headscope.ops import Statistic
+from headscope.ops import HeadEdit, Statistic
 from headscope.ops.statistics import requested_statistics
 
 
@@ -49,7 +44,6 @@ class Scope:
         sites: what can be recorded and edited, in the order in which a forward runs them.
         unseen: attention modules that can't be, with the reason. Recording with unseen sites raises unless
             `sites=` leaves them out.
-        recordings, token_maps, edits: what is active, outer contexts first.
 
     Warns:
         UserWarning: the pipeline has a second denoiser (Wan 2.2 has one for its later steps), which isn't seen.
@@ -70,25 +64,7 @@ class Scope:
                 " this Scope neither records nor edits; a Scope of that model sees it",
                 stacklevel=2,
             )
-        self._signature = inspect.signature(type(self.denoiser).forward)
-        self.recordings: list[RecordRequest] = []
-        self.token_maps: list[TokenRequest] = []
-        self.edits: list[ActiveEdit] = []
-        self._wrap: ForwardWrap | None = None
-        self._hooks: HookWatch | None = None
-        self._installed = False
-        self._modules: list[nn.Module] = []
-        self._contexts = 0
-        self._forwards = 0
-        # the forward that runs, or ran last
-        self.running: Forward | None = None
-        # the thread that a forward runs in, while one does
-        self._thread: int | None = None
-        self._thread_lock = threading.Lock()
-        # counts up whenever a context is entered or left: what sites know of them then is out of date
-        self.contexts_seen = 0
-        self.sites: tuple[Site, ...]
-        self.unseen: tuple[Unseen, ...]
+        self._contexts = ActiveContexts(self.denoiser, self._pipeline)
         self.refresh()
         if not self.sites:
             reasons = "".join(f"\n  {entry.name}: {entry.reason}" for entry in self.unseen)
@@ -96,9 +72,7 @@ class Scope:
 
     def refresh(self) -> None:
         """Look at the model's processors again, after they were changed."""
-        sites, unseen = find_sites(self.denoiser)
-        self.sites, self.unseen = tuple(sites), tuple(unseen)
-        self._by_name = {site.name: site for site in sites}
+        self._index = SiteIndex(*find_sites(self.denoiser))
 
     def __repr__(self) -> str:
         heads = sum(site.heads for site in self.sites)
@@ -106,18 +80,21 @@ class Scope:
             f"Scope({type(self.denoiser).__name__}: {len(self.sites)} sites, {heads} heads, {len(self.unseen)} unseen)"
         )
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self._index.sites
+
+    @property
+    def unseen(self) -> tuple[Unseen, ...]:
+        return self._index.unseen
+
     def site(self, name: str) -> Site:
         """The site of that name.
 
         Raises:
             KeyError: there is none, or it can't be seen.
         """
-        if name in self._by_name:
-            return self._by_name[name]
-        for entry in self.unseen:
-            if entry.name == name:
-                raise KeyError(f"site {name!r} can't be seen: {entry.reason}")
-        raise KeyError(f"site: got {name!r}, expected one of {', '.join(site.name for site in self.sites)}")
+        return self._index.site(name)
 
     def matching(self, pattern: str) -> list[str]:
         """The names of the sites that a name or a pattern of shell style ("*.attn2") means, in the order of `sites`.
@@ -125,17 +102,7 @@ class Scope:
         Raises:
             KeyError: there is none, or one of them can't be seen.
         """
-        if not any(character in pattern for character in "*?["):
-            return [self.site(pattern).name]
-        for entry in self.unseen:
-            if fnmatchcase(entry.name, pattern):
-                raise KeyError(f"site {entry.name!r} (of {pattern!r}) can't be seen: {entry.reason}")
-        names = [site.name for site in self.sites if fnmatchcase(site.name, pattern)]
-        if not names:
-            raise KeyError(
-                f"site: got {pattern!r}, expected a pattern of {', '.join(site.name for site in self.sites)}"
-            )
-        return names
+        return self._index.matching(pattern)
 
     @contextmanager
     def record(
@@ -176,8 +143,8 @@ class Scope:
                 raise TypeError(f"into: got {type(into).__name__}, expected an earlier Recording")
             into.check_continues(recording)
             recording = into
-        entry = RecordRequest(recording, self._chosen(sites), sites is None)
-        with self._context(self.recordings, entry):
+        context = RecordingContext(recording, self._index.chosen(sites), all_sites=sites is None)
+        with self._opened(context):
             yield recording
 
     @contextmanager
@@ -206,20 +173,26 @@ class Scope:
             TypeError: steps that are no range, heads that are no numbers.
         """
         self._look_again()
-        names = self._chosen(sites) if sites is not None else frozenset(self._by_name)
-        chosen: dict[str, tuple[int, ...]] = {}
-        for pattern, own in (heads or {}).items():
-            if names.isdisjoint(self.matching(pattern)):
-                raise ValueError(f"heads: got {pattern!r}, which is not among the sites to record")
-            for name in self.matching(pattern):
-                check_heads(own, self.site(name), f"heads[{pattern!r}]")
-                chosen[name] = tuple(own)
-            if len(set(own)) != len(own) or not len(own):
-                raise ValueError(f"heads[{pattern!r}]: got {list(own)}, expected some heads, each once")
+        names = frozenset(self._index.chosen(sites) if sites is not None else [site.name for site in self.sites])
+        chosen = self._chosen_heads(heads or {}, names)
         words = Prompts(self._pipeline, prompts)
         maps = TokenMaps(self._pipeline, words, chosen)
-        with words.watching_encoders(), self._context(self.token_maps, TokenRequest(maps, names, steps)):
+        with words.watching_encoders(), self._opened(TokenMapContext(maps, names, steps)):
             yield maps
+
+    def _chosen_heads(self, heads: Mapping[str, Sequence[int]], names: frozenset[str]) -> dict[str, tuple[int, ...]]:
+        """By site, the heads to sum over; `names` are the recorded sites."""
+        chosen: dict[str, tuple[int, ...]] = {}
+        for pattern, numbers in heads.items():
+            matching = self.matching(pattern)
+            if names.isdisjoint(matching):
+                raise ValueError(f"heads: got {pattern!r}, which is not among the sites to record")
+            for name in matching:
+                check_heads(numbers, self.site(name), f"heads[{pattern!r}]")
+                chosen[name] = tuple(numbers)
+            if len(set(numbers)) != len(numbers) or not len(numbers):
+                raise ValueError(f"heads[{pattern!r}]: got {list(numbers)}, expected some heads, each once")
+        return chosen
 
     @contextmanager
     def edit(
@@ -253,9 +226,29 @@ class Scope:
             RuntimeError: another Scope is active on the model.
         """
         self._look_again()
-        active = ActiveEdit.build(edits, fill, steps, branches, self)
-        with self._context(self.edits, active):
+        with self._opened(EditContext(edits, fill, steps, branches, self._index)):
             yield
+
+    @contextmanager
+    def keep_hooks(self) -> Iterator[None]:
+        """Keep what contexts put into the model in place, so that those entered inside are quick to enter and leave.
+
+        Raises:
+            RuntimeError: another Scope is active on the model.
+        """
+        self._look_again()
+        with self._opened(Context(())):
+            yield
+
+    @property
+    def timestep(self) -> float | None:
+        """The scheduler's timestep of the forward that runs inside the open contexts, or ran last; None before one.
+
+        Raises:
+            ValueError: its samples have different timesteps.
+        """
+        forward = self._contexts.forward
+        return None if forward is None else forward.single_timestep
 
     def attribute(
         self,
@@ -292,15 +285,20 @@ class Scope:
             RuntimeError: in torch.inference_mode.
         """
         self._look_again()
-        names = [site.name for site in self.sites if site.name in self._chosen(sites)]
+        names = self._index.chosen(sites)
+
+        def edit(edits: dict[str, HeadEdit]) -> AbstractContextManager[None]:
+            return self.edit(edits, fill=fill)
+
+        if task.denoiser is not self.denoiser:
+            raise ValueError("task: got one of another model, expected the scope's own denoiser")
         return attribute(
-            self,
             task,
             items,
             timesteps,
-            sites=names,
+            sites={name: self.site(name).heads for name in names},
+            edit=edit,
             cotangents=cotangents,
-            fill=fill,
             replicate=replicate,
             integrate=integrate,
             batch=batch,
@@ -308,7 +306,7 @@ class Scope:
 
     def _look_again(self) -> None:
         """Processors may have been changed since the last context, and the model may have been compiled."""
-        if self._contexts > 0:
+        if len(self._contexts):
             return
         if self._pipeline is not None:
             called = find_denoiser(self._pipeline)
@@ -320,186 +318,9 @@ class Scope:
             self._called = called
         self.refresh()
 
-    def _chosen(self, sites: Sequence[str] | str | None) -> frozenset[str]:
-        if sites is not None:
-            patterns = [sites] if isinstance(sites, str) or not isinstance(sites, Iterable) else list(sites)
-            if not all(isinstance(pattern, str) for pattern in patterns):
-                raise TypeError(f"sites: got {sites!r}, expected names or patterns, or None for all")
-            if not patterns:
-                raise ValueError("sites: got none, expected names or patterns, or None for all")
-            return frozenset(name for pattern in patterns for name in self.matching(pattern))
-        if self.unseen:
-            listed = "".join(f"\n  {entry.name}: {entry.reason}" for entry in self.unseen)
-            raise ValueError(
-                f"sites: {len(self.unseen)} of the model's sites can't be seen; name those to record{listed}"
-            )
-        return frozenset(site.name for site in self.sites)
+    def _opened(self, context: Context) -> AbstractContextManager[None]:
+        return self._contexts.opened(context, self._attach)
 
-    @contextmanager
-    def _context(self, entries: list, entry: Any) -> Iterator[None]:
-        """Keep the entry active, and the hooks in place while anything is."""
-        if self._contexts == 0:
-            self._attach()
-        self._contexts += 1
-        entries.append(entry)
-        self.contexts_seen += 1
-        if isinstance(entry, RecordRequest):
-            entry.recording.enter(self._forwards)
-        else:
-            entry.first_forward = self._forwards
-        try:
-            yield
-        finally:
-            # the newest of several equal entries
-            del entries[max(index for index, other in enumerate(entries) if other is entry)]
-            if isinstance(entry, RecordRequest):
-                entry.recording.leave()
-            self.contexts_seen += 1
-            self._contexts -= 1
-            if self._contexts == 0:
-                self._detach()
-        # only where the context ended by itself: an exception of its own says more
-        if isinstance(entry, Window):
-            entry.check_met()
-
-    def _attach(self) -> None:
-        modules = dict(self.denoiser.named_modules())
-        if any(routing.is_observed(modules[site.name]) for site in self.sites):
-            raise RuntimeError(
-                "another Scope is active on this model, or a part of it, and each would hide attention from the other;"
-                " use one Scope for both"
-            )
-        self._forwards = 0
-        # Ctrl-C may come half way, too
-        try:
-            for site in self.sites:
-                self._modules.append(modules[site.name])
-                routing.observe(modules[site.name], SiteFrame(self, site))
-            self._hooks = HookWatch(self.denoiser)
-            self._wrap = ForwardWrap(self._called, self)
-            routing.install()
-            self._installed = True
-        except BaseException:
-            self._detach()
-            raise
-
-    def _detach(self) -> None:
-        if self._installed:
-            routing.uninstall()
-            self._installed = False
-        # where Ctrl-C came between a forward's end and our own
-        routing.unwatch(self)
-        for module in self._modules:
-            routing.forget(module)
-        self._modules.clear()
-        if self._wrap is not None:
-            self._wrap.remove()
-            self._wrap = None
-        if self._hooks is not None:
-            self._hooks.remove()
-            self._hooks = None
-        self.running = self._thread = None
-
-    def begin(self, args: tuple, kwargs: dict, cache_context: str | None) -> None:
-        with self._thread_lock:
-            if self._thread not in (None, threading.get_ident()):
-                raise RuntimeError(
-                    f"{type(self.denoiser).__name__} runs in two threads inside a Scope, which can't tell their"
-                    " forwards apart; run one after the other, or a copy of the model with a Scope of its own in each"
-                )
-            self._thread = threading.get_ident()
-        arguments = self._named_arguments(args, kwargs)
-        forward = begin_forward(self._forwards, self.denoiser, self._pipeline, arguments, cache_context, self.running)
-        forward.contexts = self.contexts_seen
-        # one object for forwards that are alike, so that sites need not read each anew
-        if self.running is not None and self.running.geometry.same_as(forward.geometry):
-            forward.geometry = self.running.geometry
-        self.running = forward
-        self._forwards += 1
-        if self._hooks is not None:
-            self._hooks.begin(forward, arguments, self._named_arguments)
-        for entry in (*self.edits, *self.token_maps):
-            entry.saw(forward)
-        routing.watch(self)
-
-    def _named_arguments(self, args: tuple, kwargs: dict) -> dict[str, Any]:
-        """The denoiser's arguments by name."""
-        arguments = dict(self._signature.bind_partial(self.denoiser, *args, **kwargs).arguments)
-        arguments.pop("self", None)
-        return arguments | arguments.pop("kwargs", {})
-
-    def end(self, completed: bool) -> None:
-        # after a forward that `begin` refused, another thread's still runs
-        if self._thread not in (None, threading.get_ident()):
-            return
-        self._thread = None
-        routing.unwatch(self)
-        forward = self.running
-        # the one before, where `begin` refused this one
-        if forward is None or forward.totals is not None:
-            return
-        # what runs again in a backward belongs to this forward still
-        forward.totals = dict(forward.calls)
-        for entry in self.recordings:
-            if completed:
-                entry.recording.end_forward(forward)
-            else:
-                entry.recording.drop(forward)
-        for request in self.token_maps:
-            request.maps.end_forward(completed)
-        if completed:
-            self._note_missing(forward)
-
-    @property
-    def in_forward(self) -> bool:
-        """Whether a forward runs, or a backward that may run a part of one again."""
-        return self._thread == threading.get_ident() or torch._C._current_graph_task_id() != -1
-
-    def _note_missing(self, forward: Forward) -> None:
-        """List what hooks of diffusers left out; what a cache gave in its place can't be edited any more."""
-        if self._hooks is None:
-            return
-        for site, branch, cache in self._hooks.missing(forward, self._by_name):
-            for entry in self.recordings:
-                if site in entry.sites:
-                    entry.recording.reused.append(Reused(site, entry.recording.step_of(forward), branch))
-            for request in self.token_maps:
-                shown = site in request.maps.sites and branch in ("cond", None)
-                if shown and site in request.sites and request.acts_in(forward):
-                    step = forward.step_since(request.first_forward)
-                    request.maps.reused.append(Reused(site, step, branch))
-            for edit in self.edits:
-                named = edit.branches is None or (branch or "cond") in edit.branches
-                if cache is not None and site in edit.sites and edit.acts_in(forward) and named:
-                    raise RuntimeError(
-                        f"site {site!r} can't be edited in step {forward.step_since(edit.first_forward)}, for {cache}"
-                        " took its attention from a cache; edit other sites or steps, or disable the cache"
-                    )
-
-    @contextmanager
-    def repeat(self, forward: Forward | None, calls: dict[str, Progress]) -> Iterator[None]:
-        """Run a part of an earlier forward again as it ran then, without recording it a second time."""
-        if self._contexts == 0 or (forward is not None and forward.contexts != self.contexts_seen):
-            raise RuntimeError(
-                "gradient checkpointing runs the forward again in the backward, which came after a context of the Scope"
-                " had begun or ended; call backward inside the contexts of its forward"
-            )
-        if forward is None:
-            yield
-            return
-        before, counts = self.running, forward.calls
-        self.running, forward.calls = forward, dict(calls)
-        try:
-            yield
-        finally:
-            self.running, forward.calls = before, counts
-
-    def attention_outside(self) -> None:
-        """Attention inside the denoiser, outside of every site: none may be missing where all are recorded."""
-        if any(entry.all_sites for entry in self.recordings):
-            where = running_module(self.denoiser)
-            raise RuntimeError(
-                f"{type(self.denoiser).__name__} calls attention outside of scope.sites{where}, and a"
-                " recording of all would miss it; name the sites to record ([site.name for site in scope.sites] are all"
-                " that can be seen)"
-            )
+    def _attach(self) -> Attachment:
+        frames = {site.name: SiteFrame(self._contexts, site) for site in self.sites}
+        return Attachment(self._called, frames, self._contexts)

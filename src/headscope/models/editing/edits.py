@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from headscope.models.recording.recording import Recording, Resampled
+from headscope.models.structure.index import SiteIndex
 from headscope.models.structure.sites import Site
 from headscope.ops import HeadEdit
 
@@ -60,8 +61,27 @@ Value = Iterable[int] | HeadEdit | Patch | Callable[[Where], Any] | Sequence[Any
 Edits = Mapping[str, Value]
 
 
-def mappings_of(edits: Any) -> list[Edits]:
-    """One for the whole batch, or one per sample."""
+def values_by_site(edits: Any, index: SiteIndex) -> dict[str, list[list[Any]]]:
+    """By site, a list of values for the whole batch, or a list for each sample, in the order they are applied.
+
+    Raises:
+        KeyError: an unknown site, or one that can't be seen.
+        TypeError, ValueError: values that the site can't be edited by.
+    """
+    samples = _mappings(edits)
+    found: dict[str, list[list[Any]]] = {}
+    for row, sample in enumerate(samples):
+        for pattern, value in sample.items():
+            for name in index.matching(pattern):
+                values = checked(value, index.site(name), f"edits[{name!r}]")
+                if len(samples) > 1:
+                    check_one_row(values, f"edits[{row}][{name!r}]")
+                found.setdefault(name, [[] for _ in samples])[row] += values
+    return found
+
+
+def _mappings(edits: Any) -> list[Edits]:
+    """One mapping for the whole batch, or one per sample."""
     samples = [edits] if isinstance(edits, Mapping) else edits
     if not isinstance(samples, Sequence) or isinstance(samples, str):
         raise TypeError(f"edits: got {type(edits).__name__}, expected a mapping from sites to edits, or one per sample")

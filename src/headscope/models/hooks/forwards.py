@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,62 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headscope.models.hooks.branches import branches_of, checked_branches
+from headscope.models.hooks.branches import branches_of
 from headscope.models.structure.layout import Geometry, Layout, Place
 from headscope.models.structure.sites import find_denoiser
 
 # the call's own prompt; some pipelines take others for their further text encoders
 PROMPT = "prompt"
 _PROMPTS = (PROMPT, "prompt_2", "prompt_3")
-
-
-class Window:
-    """The forwards, and the guidance branches of them, in which a context acts.
-
-    Args:
-        steps: the pipeline's steps; all if None, none if the range is empty.
-        branches: their names; all if None.
-
-    Attributes:
-        first_forward: the number of denoiser forwards the scope had seen when the context was entered.
-
-    Raises:
-        TypeError: steps that are no range; see `checked_branches` for the rest.
-    """
-
-    def __init__(self, steps: range | None, branches: Iterable[str] | None = None) -> None:
-        if steps is not None and not isinstance(steps, range):
-            raise TypeError(f"steps: got {type(steps).__name__}, expected a range of pipeline steps or None")
-        self.steps = steps
-        self.branches = checked_branches(branches)
-        self.first_forward = 0
-        # in order, each once
-        self._steps_seen: dict[int, None] = {}
-        self._branches_seen: dict[str | None, None] = {}
-
-    def acts_in(self, forward: "Forward") -> bool:
-        return self.steps is None or forward.step_since(self.first_forward) in self.steps
-
-    def saw(self, forward: "Forward") -> None:
-        """Take note of a forward inside the context."""
-        self._steps_seen[forward.step_since(self.first_forward)] = None
-        if self.acts_in(forward):
-            self._branches_seen.update(dict.fromkeys(forward.branches))
-
-    def check_met(self) -> None:
-        """Raises ValueError where forwards ran, and what was named of steps and branches was not among them."""
-        if not self._steps_seen or (self.steps is not None and not self.steps):
-            return
-        if not self._branches_seen:
-            first, last = min(self._steps_seen), max(self._steps_seen)
-            raise ValueError(
-                f"steps: got {self.steps}, none of which ran in the context, expected some of steps {first} to {last}"
-            )
-        ran = {branch or "cond" for branch in self._branches_seen}
-        missing = [name for name in self.branches or () if name not in ran]
-        if missing:
-            listed = ", ".join(branch or 'no guidance (which counts as "cond")' for branch in self._branches_seen)
-            raise ValueError(f"branches: got {missing[0]!r}, which never ran in the context: expected some of {listed}")
 
 
 class Progress(NamedTuple):
@@ -157,10 +108,6 @@ class Forward:
             return 0
         visits = self.schedule.visits
         return visits[self.step] if self.step < len(visits) else 0
-
-    def step_since(self, first_forward: int) -> int:
-        """The pipeline's step, or the number of forwards since `first_forward` where there is none."""
-        return self.index - first_forward if self.step is None else self.step
 
     def count(self, site: str, place: Place, attended: int) -> tuple[int, int]:
         """The number of a site's attention call, which begins, and the first sample of the batch that it is of.

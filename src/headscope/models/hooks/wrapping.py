@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from headscope.models.hooks.forwards import Forward, Progress
-from headscope.models.hooks.routing import Uncopyable
+from headscope.models.hooks.routing import Uncopyable, Watcher
 
 _ABSENT = object()
 # where modules of diffusers have the function that checkpoints a part of them
@@ -21,11 +21,13 @@ def is_bracketed(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("_compiled_call_impl"), "__module__", None) == __name__
 
 
-class Watched(Protocol):
-    """Who is told of a denoiser's forwards."""
+class Watched(Watcher, Protocol):
+    """What is told of a denoiser's forwards."""
 
     @property
-    def running(self) -> Forward | None: ...
+    def forward(self) -> Forward | None:
+        """The forward that runs, or the one that ran last."""
+        ...
 
     def begin(self, args: tuple, kwargs: dict, cache_context: str | None) -> None: ...
 
@@ -141,7 +143,7 @@ class ForwardWrap(Uncopyable):
         """Gradient checkpointing runs a part of the forward a second time, in the backward."""
 
         def checkpoint(function: Callable[..., Any], *args, **kwargs):
-            forward = self._watched.running
+            forward = self._watched.forward
             calls = dict(forward.calls) if forward is not None else {}
             ran = False
 

@@ -1,36 +1,21 @@
 """Which part of the picture attends to which token of the prompt."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from headscope.models.hooks.caches import Reused
-from headscope.models.hooks.forwards import PROMPT, Forward, Window
-from headscope.models.recording.prompts import TOKENIZERS, Prompts
+from headscope.models.hooks.caches import Missing, Reused
+from headscope.models.hooks.contexts import Context
+from headscope.models.hooks.forwards import PROMPT, Forward
+from headscope.models.recording.plots import heatmaps
+from headscope.models.recording.prompts import Prompts
+from headscope.models.recording.tokens import Token, TokenKind, label_tokens
 from headscope.models.structure.layout import IMAGE, TEXT, Layout
 from headscope.ops import GroupMass
-
-TokenKind = Literal["start", "word", "end", "padding", "unknown"]
-
-
-@dataclass(frozen=True)
-class Token:
-    """A position of the text that the denoiser is given.
-
-    Attributes:
-        position: among the text keys.
-        text: the piece of the prompt, without the tokenizer's marks of word ends.
-        kind: "start" and "end" marks, a "word" (or a piece of one), "padding", or "unknown".
-    """
-
-    position: int
-    text: str
-    kind: TokenKind
 
 
 class _Piece(NamedTuple):
@@ -96,13 +81,13 @@ class TokenMaps:
                 self._groups[place] = GroupMass(groups.to(device), text.stop - text.start, name=self._name)
         return self._groups[place]
 
-    def saw(self, forward: Forward) -> None:
+    def begin_forward(self, forward: Forward) -> None:
         """Take note of a forward inside the context.
 
         Raises:
             ValueError: it isn't of the prompts that were named, or not of those before.
         """
-        self._prompts.saw(forward)
+        self._prompts.begin_forward(forward)
 
     def add(self, forward: Forward, site: str, layout: Layout, mass: Tensor) -> None:
         """Add one call's [rows, heads, queries, tokens]; of several guidance branches, the one that sees the prompt."""
@@ -226,8 +211,6 @@ class TokenMaps:
         Args:
             image: what the pipeline drew for that sample (PIL, or an array [height, width, 3]), shown first.
         """
-        from headscope.models.recording.plots import heatmaps
-
         if not words:
             words = tuple(dict.fromkeys(token.text for token in self.tokens(sample) if token.kind == "word"))
         maps = {word: self.map(word, sample, sites).numpy() for word in words}
@@ -243,83 +226,22 @@ class TokenMaps:
         return samples, tokens
 
 
-class TokenRequest(Window):
-    """The token maps of one context."""
+class TokenMapContext(Context):
+    """An open context that adds to token maps."""
 
-    def __init__(self, maps: TokenMaps, sites: frozenset[str], steps: range | None) -> None:
-        super().__init__(steps)
+    def __init__(self, maps: TokenMaps, sites: Iterable[str], steps: range | None) -> None:
+        super().__init__(sites, steps)
         self.maps = maps
-        self.sites = sites
 
-    def saw(self, forward: Forward) -> None:
-        super().saw(forward)
-        self.maps.saw(forward)
+    def begin_forward(self, forward: Forward) -> None:
+        super().begin_forward(forward)
+        self.maps.begin_forward(forward)
 
+    def end_forward(self, forward: Forward, completed: bool) -> None:
+        self.maps.end_forward(completed)
 
-def label_tokens(
-    pipeline: Any, prompts: Mapping[str, str], count: int, encoded: Mapping[str, Collection[tuple[int, ...]]]
-) -> list[Token]:
-    """What stands at each of `count` text positions of the denoiser.
-
-    "unknown" where no tokenizer explains a position, or its encoder was given other tokens than the prompt's.
-
-    Args:
-        prompts: a sample's, by the name of the call's argument; a tokenizer without one of its own has "prompt".
-        encoded: by tokenizer, the rows of ids that its encoder was seen to be given.
-    """
-    found: list[Token] = []
-    for name, length in _encoders(pipeline, count, encoded):
-        tokenizer = getattr(pipeline, name)
-        prompt = prompts.get(name.replace("tokenizer", PROMPT), prompts[PROMPT])
-        # a word that stands for several embeddings
-        convert = getattr(pipeline, "maybe_convert_prompt", None)
-        prompt = convert(prompt, tokenizer) if convert else prompt
-        ids = tuple(tokenizer(prompt, truncation=True, max_length=length).input_ids)
-        rows = encoded.get(name)
-        if rows and not any(row[: len(ids)] == ids for row in rows):
-            found += _unknown(len(found), length)
-        else:
-            found += _labelled(tokenizer, ids, length, len(found))
-    return found + _unknown(len(found), count - len(found))
-
-
-def _encoders(pipeline: Any, count: int, encoded: Mapping[str, Collection[tuple[int, ...]]]) -> list[tuple[str, int]]:
-    """Whose tokens make up the text positions, and how many they are: tokenizers by name, in order.
-
-    CLIP's come first where there are T5's as well (SD3); where CLIP gives a single vector, there are T5's alone (Flux).
-    """
-    tokenizers = {name: tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipeline, name, None)) is not None}
-    clip = next((name for name, one in tokenizers.items() if one.bos_token_id is not None), None)
-    other = next((name for name, one in tokenizers.items() if one.bos_token_id is None), None)
-    lengths = {len(row) for row in encoded.get(other or "", ())}
-    found = []
-    left = count
-    if clip is not None:
-        length = tokenizers[clip].model_max_length
-        # without T5's encoder, zeros stand in its tokens' place
-        alone = other is None or getattr(pipeline, other.replace("tokenizer", "text_encoder"), None) is None
-        if length == count or (length < count and (alone or count - length in lengths)):
-            found.append((clip, length))
-            left = count - length
-    if other is not None and left and (left in lengths or (clip is None and not lengths)):
-        found.append((other, left))
-    return found
-
-
-def _unknown(first: int, count: int) -> list[Token]:
-    return [Token(position, "", "unknown") for position in range(first, first + count)]
-
-
-def _labelled(tokenizer: Any, ids: Sequence[int], length: int, first: int) -> list[Token]:
-    labels = []
-    for place in range(length):
-        if place >= len(ids):
-            labels.append(Token(first + place, "", "padding"))
-        elif ids[place] == tokenizer.bos_token_id and place == 0:
-            labels.append(Token(first, "", "start"))
-        elif ids[place] == tokenizer.eos_token_id and place == len(ids) - 1:
-            labels.append(Token(first + place, "", "end"))
-        else:
-            text = tokenizer.convert_ids_to_tokens(ids[place])
-            labels.append(Token(first + place, text.replace("</w>", "").replace("\u2581", ""), "word"))
-    return labels
+    def note_missing(self, missing: Missing, forward: Forward) -> None:
+        site, branch, _ = missing
+        mapped = site in self.sites and site in self.maps.sites
+        if mapped and branch in ("cond", None) and self.acts_in(forward):
+            self.maps.reused.append(Reused(site, self.step_of(forward), branch))

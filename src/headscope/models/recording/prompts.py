@@ -40,7 +40,7 @@ class Prompts:
         self._pipeline = pipeline
         self.encoded: dict[str, set[tuple[int, ...]]] = {}
 
-    def saw(self, forward: Forward) -> None:
+    def begin_forward(self, forward: Forward) -> None:
         """Take the prompts of a forward, or compare them.
 
         Raises:

@@ -1,20 +1,32 @@
 """What a `scope.record(...)` context collects."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import torch
 from torch import Tensor
 
 from headscope._extras import require
 from headscope._files import local_path, write_atomic
-from headscope.models.hooks.caches import Reused
+from headscope.models.hooks.caches import Missing, Reused
+from headscope.models.hooks.contexts import Context
 from headscope.models.hooks.forwards import Forward
+from headscope.models.recording.parts import (
+    ENTROPY,
+    NORMALISED,
+    Part,
+    PartRows,
+    Reduced,
+    normalised,
+    reduced,
+    split_queries,
+)
+from headscope.models.recording.plots import heatmaps
+from headscope.models.recording.tables import build_dataset, build_table, query_maps
 from headscope.models.recording.tensors import HeadTensors, Key, Reduce
 from headscope.models.structure.layout import ALL, Layout, Segment
 from headscope.ops import STATISTICS, Statistic
@@ -23,68 +35,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 HEAD_OUTPUT = "head_output"
-REDUCTIONS = ("mean", "std", "min", "max")
 TABLE_FILE, TENSOR_FILE = "statistics.parquet", "tensors.safetensors"
-ENTROPY, NORMALISED = "entropy", "entropy_normalised"
-
-
-class Part(NamedTuple):
-    """The rows of one attention call that belong to one query group (and video frame).
-
-    Attributes:
-        number: of the part within its forward, in the order of execution.
-        forward_number: of the forward within the recording, over all its contexts.
-    """
-
-    number: int
-    forward: Forward
-    forward_number: int
-    step: int
-    site: str
-    call: int
-    segment: Segment
-    first_sample: int
-    samples: int
-    heads: int
-    queries: int
-    keys: int
-
-
-class _Rows(NamedTuple):
-    """A statistic of one part, not reduced yet: [samples, heads, queries, ...]."""
-
-    part: Part
-    name: str
-    values: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Reduced:
-    """A statistic of several parts of one shape.
-
-    Attributes:
-        values: for each of `reductions` [parts, samples, heads, ...].
-        reductions: names out of mean, std, min, max; ("sum",) for sums over queries.
-        rows: [parts, samples, heads, queries, ...] where every query is kept.
-    """
-
-    parts: tuple[Part, ...]
-    name: str
-    reductions: tuple[str, ...]
-    values: tuple[Tensor, ...]
-    rows: Tensor | None = None
-
-
-class RecordRequest(NamedTuple):
-    """An active recording, and the sites that it records.
-
-    Attributes:
-        all_sites: all that there are, because none were named: attention outside of them is an error then.
-    """
-
-    recording: "Recording"
-    sites: frozenset[str]
-    all_sites: bool
 
 
 class Recording:
@@ -117,7 +68,7 @@ class Recording:
         self._forwards = 0
         self._active = False
         self.reduced: list[Reduced] = []
-        self._pending: list[_Rows] = []
+        self._pending: list[PartRows] = []
         self._calls = 0
         self._calls_in_forward = 0
         self._loaded: Any = None
@@ -206,28 +157,23 @@ class Recording:
                 # one number per key, of all queries together
                 total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
                 part = part_of(Segment(ALL, None, 0, 0), heads, 0)
-                self._pending.append(_Rows(part, name, total[:, :, None]))
+                self._pending.append(PartRows(part, name, total[:, :, None]))
                 continue
             rows = {name: tensor}
             if name == ENTROPY and isinstance(valid_keys, Tensor):
-                rows[NORMALISED] = _normalised(tensor, valid_keys)
+                rows[NORMALISED] = normalised(tensor, valid_keys)
             for own, whole in rows.items():
                 for segment, piece in split_queries(whole, layout):
                     part = part_of(segment, heads, piece.shape[2])
-                    self._pending.append(_Rows(part, own, piece))
+                    self._pending.append(PartRows(part, own, piece))
 
     def end_forward(self, forward: Forward) -> None:
         """Reduce what the forward gave: calls of one shape in one go."""
         self._forwards = self._number_of(forward) + 1
         self._calls += self._calls_in_forward
         self._calls_in_forward = 0
-        alike: dict[tuple, list[_Rows]] = {}
-        for rows in self._pending:
-            alike.setdefault((rows.name, rows.values.shape, rows.values.device, rows.values.dtype), []).append(rows)
-        self._pending = []
-        for members in alike.values():
-            stacked = torch.stack([rows.values for rows in members])
-            self.reduced.append(self._reduce(tuple(rows.part for rows in members), members[0].name, stacked))
+        pending, self._pending = self._pending, []
+        self.reduced += reduced(pending, keep_rows=self.reduce is None)
         self.tensors.end_forward(forward)
 
     def drop(self, forward: Forward) -> None:
@@ -236,16 +182,6 @@ class Recording:
         self._pending = []
         self._calls_in_forward = 0
         self.tensors.drop(forward)
-
-    def _reduce(self, parts: tuple[Part, ...], name: str, stacked: Tensor) -> Reduced:
-        if parts[0].queries == 0:
-            return Reduced(parts, name, ("sum",), (stacked.squeeze(3),))
-        kept = stacked if self.reduce is None else None
-        if name == NORMALISED:
-            return Reduced(parts, name, ("mean",), (stacked.nanmean(3),), kept)
-        deviation, mean = torch.std_mean(stacked, 3, correction=0)
-        lowest, highest = torch.aminmax(stacked, dim=3)
-        return Reduced(parts, name, REDUCTIONS, (mean, deviation, lowest, highest), kept)
 
     # means over samples
 
@@ -316,11 +252,9 @@ class Recording:
         divided by its own; null where rows see a single key. Statistics of several numbers are lists. With reduce=None
         a column of the statistic's own name holds the list of every query's value.
         """
-        from headscope.models.recording.tables import build_table
-
         if self._loaded is not None:
             return self._loaded
-        return build_table(self)
+        return build_table(self.reduced)
 
     def to_polars(self):
         """`to_arrow()` as a polars DataFrame."""
@@ -337,8 +271,6 @@ class Recording:
         Raises:
             ImportError: xarray is not installed; the message names the extra.
         """
-        from headscope.models.recording.tables import build_dataset
-
         return build_dataset(self.to_arrow(), require("xarray", "xarray"))
 
     def plot(
@@ -369,9 +301,6 @@ class Recording:
             ValueError: the recording holds means only, nothing in it fits, or the model does not tell where a query
                 is.
         """
-        from headscope.models.recording.plots import heatmaps
-        from headscope.models.recording.tables import query_maps
-
         maps = query_maps(self.to_arrow(), statistic, site, heads, step, sample, branch, frame, call)
         units = [STATISTICS[statistic].unit] if statistic in STATISTICS else []
         return heatmaps(
@@ -457,22 +386,32 @@ class Resampled:
     chosen: tuple[int, ...]
 
 
-def split_queries(rows: Tensor, layout: Layout) -> Iterator[tuple[Segment, Tensor]]:
-    """The query groups of [rows, heads, queries, ...], each [samples, heads, queries of the group, ...]."""
-    if layout.fold == 1 and len(layout.queries) == 1:
-        yield layout.queries[0], rows
-        return
-    apart = rows.unflatten(0, (layout.samples, layout.fold)).movedim(1, 2)  # [samples, heads, fold, queries, ...]
-    for segment in layout.queries:
-        own = apart[:, :, :, segment.start : segment.stop]
-        if layout.folds_frames:
-            for frame in range(layout.fold):
-                yield segment._replace(frame=frame), own[:, :, frame]
+class RecordingContext(Context):
+    """An open context that records into a recording.
+
+    Args:
+        all_sites: the sites are all that there are: attention outside of them is an error then.
+    """
+
+    def __init__(self, recording: Recording, sites: Iterable[str], all_sites: bool) -> None:
+        super().__init__(sites)
+        self.recording = recording
+        self.forbids_other_attention = all_sites
+
+    def enter(self, first_forward: int) -> None:
+        super().enter(first_forward)
+        self.recording.enter(first_forward)
+
+    def leave(self) -> None:
+        self.recording.leave()
+
+    def end_forward(self, forward: Forward, completed: bool) -> None:
+        if completed:
+            self.recording.end_forward(forward)
         else:
-            yield segment, own.flatten(2, 3)
+            self.recording.drop(forward)
 
-
-def _normalised(entropy: Tensor, valid_keys: Tensor) -> Tensor:
-    """H / ln(valid keys), NaN where a row sees fewer than two keys."""
-    counts = valid_keys.to(entropy.dtype)
-    return torch.where(counts > 1, entropy / counts.log(), torch.nan)
+    def note_missing(self, missing: Missing, forward: Forward) -> None:
+        if missing.site in self.sites:
+            step = self.recording.step_of(forward)
+            self.recording.reused.append(Reused(missing.site, step, missing.branch))

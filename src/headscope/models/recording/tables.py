@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope.models.hooks.forwards import Forward
-from headscope.models.recording.recording import ENTROPY, NORMALISED, Part, Recording
+from headscope.models.recording.parts import ENTROPY, NORMALISED, Part, Reduced
 from headscope.models.structure.layout import IMAGE
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 _KEYS = ("forward", "site", "call", "branch", "sample", "head", "query_group", "frame")
 
 
-def build_table(recording: Recording) -> "pyarrow.Table":
+def build_table(reduced: Sequence[Reduced]) -> "pyarrow.Table":
     """See `Recording.to_arrow`."""
     pa = require("pyarrow", "diffusers")
-    blocks = _blocks(recording)
+    blocks = _blocks(reduced)
     if not blocks:
         return pa.table({})
     parts = list(blocks)
@@ -73,15 +73,15 @@ def build_table(recording: Recording) -> "pyarrow.Table":
     return pa.table(columns)
 
 
-def _blocks(recording: Recording) -> dict[Part, dict[str, np.ndarray]]:
+def _blocks(reduced: Sequence[Reduced]) -> dict[Part, dict[str, np.ndarray]]:
     """Each part's columns, [samples * heads] or [samples * heads, numbers], in the order of execution."""
-    tensors = [tensor for entry in recording.reduced for tensor in (*entry.values, entry.rows) if tensor is not None]
+    tensors = [tensor for entry in reduced for tensor in (*entry.values, entry.rows) if tensor is not None]
     arrays = iter(_to_host(tensors))
     order: dict[tuple, Part] = {}
     # reduced together were calls of one shape, wherever they are in the model
     numbers: dict[tuple, int] = {}
     found: dict[tuple, dict[str, np.ndarray]] = defaultdict(dict)
-    for entry in recording.reduced:
+    for entry in reduced:
         values = {
             (f"{entry.name}_{reduction}" if reduction != "sum" else entry.name): next(arrays)
             for reduction in entry.reductions

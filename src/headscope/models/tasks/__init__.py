@@ -1,17 +1,24 @@
-"""What a denoiser is asked to do with an image: inputs, target and scores, for every family alike.
+"""A denoiser's inputs, target and scores for an image, the same for every family of pipelines.
 
-Reading order: noising (what a model was taught, with the formulas of every score), task (what all families share),
-images, pixel, latent and a file for each family of it, families (which one a pipeline belongs to).
+Reading order: noising (the noise and the targets, with the formulas of every score), task (what all families share, and
+`Task.of`, which finds the family of a pipeline), images, then latent (what families in a VAE's latent space share) and
+a file for each family.
+
+A new family is a file with a subclass of `Task` that defines `fits`, and its name here: all else follows from these.
 """
 
-from headscope.models.tasks.flux import FluxTask
 from headscope.models.tasks.latent import LatentTask
 from headscope.models.tasks.noising import Diffusion, FlowMatching, Noising
+from headscope.models.tasks.task import NoisyInputs, Prepared, Task, TaskItem
+
+# the families, in the order in which errors list them
+# isort: off
 from headscope.models.tasks.pixel import PixelTask
 from headscope.models.tasks.stable_diffusion import StableDiffusionTask
-from headscope.models.tasks.stable_diffusion_3 import StableDiffusion3Task
 from headscope.models.tasks.stable_diffusion_xl import StableDiffusionXLTask
-from headscope.models.tasks.task import NoisyInputs, Prepared, Task, TaskItem
+from headscope.models.tasks.stable_diffusion_3 import StableDiffusion3Task
+from headscope.models.tasks.flux import FluxTask
+# isort: on
 
 __all__ = [
     "Diffusion",

@@ -14,6 +14,7 @@ class PixelTask(Task):
     """Unconditional models in pixel space, such as DDPMPipeline's."""
 
     expects = "a unet in pixel space and no text encoder (DDPM)"
+    takes_prompts = False
 
     @classmethod
     def fits(cls, pipeline: Any) -> bool:

@@ -72,6 +72,9 @@ class NoisyInputs:
         return NoisyInputs(_rows(self.sample, indices), self.timestep, conditioning, _rows(self.target, indices))
 
 
+_FAMILIES: list[type["Task"]] = []
+
+
 class Task(ABC):
     """Teacher-forced denoising and generation with one model.
 
@@ -84,18 +87,35 @@ class Task(ABC):
     - the error of the clean image that p implies, the loss times `x0_factor(t)`;
     - of two predictions p and q of the same inputs, their distance (p - q)^2.
 
-    A subclass is a family of pipelines: how images become what the denoiser works on, what conditions it, and how it is
-    called.
+    A subclass with a `fits` of its own is a family of pipelines: it says how images become what the denoiser works on,
+    what conditions it, and how it is called. Defining it is enough for `Task.of` and for sweeps in the same process to
+    find it.
 
     Attributes:
         pipeline: the diffusers pipeline.
         denoiser: its unet or transformer.
         scheduler: its scheduler.
         noising: the noise process that the model was taught, from the scheduler.
-        expects: what pipelines of the family have, in a line.
+        expects: the parts that pipelines of the family have, in a line.
+        takes_prompts: False if the model can't be given a prompt.
     """
 
     expects: ClassVar[str]
+    takes_prompts: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # a base of families says nothing of pipelines
+        if "fits" not in cls.__dict__:
+            return
+        # a notebook cell that is run again replaces its own class
+        _FAMILIES[:] = [known for known in _FAMILIES if _full_name(known) != _full_name(cls)]
+        _FAMILIES.append(cls)
+
+    @staticmethod
+    def families() -> tuple[type["Task"], ...]:
+        """Every family that is defined, in the order of their definition; `of` asks the last one first."""
+        return tuple(_FAMILIES)
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -116,9 +136,13 @@ class Task(ABC):
             TypeError: no family fits; names what each needs.
             ValueError: one fits but for a detail, which is named.
         """
-        from headscope.models.tasks.families import task_of
-
-        return task_of(pipeline)
+        for family in reversed(_FAMILIES):
+            if family.fits(pipeline):
+                return family(pipeline)
+        known = "; ".join(family.expects for family in _FAMILIES)
+        parts = sorted(getattr(pipeline, "components", {}))
+        described = f" (with {', '.join(parts)})" if parts else ""
+        raise TypeError(f"pipeline: got {type(pipeline).__name__}{described}, expected one of: {known}")
 
     @property
     def device(self) -> torch.device:
@@ -215,6 +239,10 @@ class Task(ABC):
         shape = (channels, self.sample_size, self.sample_size)
         drawn = [counter_normal("generate", item.key, seed, shape=shape) for item in items]
         return torch.from_numpy(np.stack(drawn).astype(np.float32)).to(self.device, self.dtype)
+
+
+def _full_name(family: type[Task]) -> tuple[str, str]:
+    return family.__module__, family.__qualname__
 
 
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:

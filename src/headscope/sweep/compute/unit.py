@@ -340,10 +340,9 @@ class UnitRunner:
     def _fills_at(self, unit: Unit, fill: str, sites: Iterable[str]) -> Mapping[str, Fill]:
         """By site, what takes the place of removed heads at the timestep of the forward that ran last."""
         taken = self._fill(unit, fill)
-        running = self._loss_scope.running
-        if not isinstance(taken, Recording) or running is None:
+        if not isinstance(taken, Recording) or (timestep := self._loss_scope.timestep) is None:
             return dict.fromkeys(sites, taken)
-        return {site: mean_fill(taken, site, running.single_timestep, self.task.device) for site in sites}
+        return {site: mean_fill(taken, site, timestep, self.task.device) for site in sites}
 
     def _learned(self, inputs: NoisyInputs) -> Prefix | None:
         """What edited forwards can take over from clean ones; None if nothing."""
@@ -446,7 +445,7 @@ def learned_prefix(task: Task, scope: Scope, inputs: NoisyInputs) -> Prefix:
 
 def _open(scope: Scope) -> AbstractContextManager[Any]:
     """Edits no site, and keeps the scope's hooks in place for the edits inside, which then are quick to enter."""
-    return scope.edit({})
+    return scope.keep_hooks()
 
 
 def _two_rows(inputs: NoisyInputs) -> NoisyInputs:
