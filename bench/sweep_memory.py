@@ -17,8 +17,9 @@ from rich.console import Console
 
 from headscope._machine import device_name, versions
 from headscope.sweep import Execution, SweepConfig
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.work.executors.member import Silent
-from headscope.sweep.work.worker import Opened, work
+from headscope.sweep.work.worker import work
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 

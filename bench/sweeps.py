@@ -45,10 +45,11 @@ from headscope.models.structure.sites import find_denoiser
 from headscope.ops import AttentionResult
 from headscope.sweep import Execution, SweepConfig
 from headscope.sweep.compute.fitting import is_out_of_memory, prefers_channels_last
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.plan import units as kinds
 from headscope.sweep.plan.config import IN_MEMORY
 from headscope.sweep.work.executors.member import Silent
-from headscope.sweep.work.worker import Opened, work
+from headscope.sweep.work.worker import work
 
 TIMESTEP = 500
 # of one group; a unit holds as many

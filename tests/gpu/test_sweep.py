@@ -21,11 +21,11 @@ import tiny
 from headscope.models import Scope
 from headscope.sweep import Execution, SweepConfig
 from headscope.sweep.compute.edits import head_edits, mean_fill
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.compute.sharing import Prefix
 from headscope.sweep.plan import units as kinds
 from headscope.sweep.plan.config import IN_MEMORY
 from headscope.sweep.plan.units import Edit
-from headscope.sweep.work.worker import Opened
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

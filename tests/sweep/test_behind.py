@@ -8,12 +8,13 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from headscope.sweep import Run, SweepConfig, SweepFailed, run_sweep
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.compute.unit import UnitRunner
 from headscope.sweep.plan import items as items_module
 from headscope.sweep.store.claims import Claims
 from headscope.sweep.store.store import CLAIMS, RunStore
 from headscope.sweep.work.executors.member import Silent
-from headscope.sweep.work.worker import Execution, Opened, work
+from headscope.sweep.work.worker import work
 from sweep.faults import ordered
 
 WAIT = 60.0

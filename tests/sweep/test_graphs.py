@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from headscope.sweep import Execution, Run, SweepConfig
 from headscope.sweep.compute.fitting import Rows
 from headscope.sweep.compute.graphs import Forwards, Graphs
-from headscope.sweep.work.worker import Opened
+from headscope.sweep.compute.opened import Opened
 from sweep.faults import ordered
 from sweep.tape import on_tape
 

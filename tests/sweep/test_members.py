@@ -11,11 +11,13 @@ import pytest
 from rich.console import Console
 
 from headscope.sweep import SweepConfig
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan.units import Unit
+from headscope.sweep.store.room import DiskFull
 from headscope.sweep.work.executors import processes, ray, slurm
 from headscope.sweep.work.executors.member import Telling, take_part, tell
 from headscope.sweep.work.progress import Progress
-from headscope.sweep.work.worker import DiskFull, Execution, Opened, WorkOrder, work
+from headscope.sweep.work.worker import WorkOrder, work
 from sweep.faults import Destroyed
 
 UNIT = Unit("ablations", "faces", (0, 1), 60, None, 10, "unit0")

@@ -6,8 +6,9 @@ from collections import Counter
 import torch
 
 from headscope.sweep import Execution, SweepConfig
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.work.executors.member import Silent
-from headscope.sweep.work.worker import Opened, work
+from headscope.sweep.work.worker import work
 
 # units after which every kind of unit has run and every cache is filled
 SETTLED = 4

@@ -15,11 +15,12 @@ from headscope import HeadEdit
 from headscope.models import Scope
 from headscope.sweep import Execution, HeadSet, Run, SweepConfig, run_sweep
 from headscope.sweep.compute.estimate import estimate_sweep
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.plan.items import load_task, open_items
 from headscope.sweep.plan.units import UNITS_PER_GROUP, _chunks
 from headscope.sweep.store.sheet import write_contact_sheets
 from headscope.sweep.work.executors.member import Silent
-from headscope.sweep.work.worker import Opened, work
+from headscope.sweep.work.worker import work
 
 PLAN = """
 model = {model!r}

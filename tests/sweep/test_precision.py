@@ -8,10 +8,10 @@ from torch import nn
 import tiny
 from headscope.models import Scope
 from headscope.sweep import Execution, SweepConfig
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.compute.sharing import ROW_TOLERANCE, Prefix
 from headscope.sweep.plan import units as kinds
 from headscope.sweep.plan.config import IN_MEMORY
-from headscope.sweep.work.worker import Opened
 from headscope.zoo import load_pipeline
 
 PIPELINES = {

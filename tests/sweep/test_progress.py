@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from headscope.sweep import Run, SweepConfig, run_sweep
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan.units import Unit
 from headscope.sweep.work.progress import Progress
-from headscope.sweep.work.worker import Execution, Opened, work
+from headscope.sweep.work.worker import work
 
 UNITS = tuple(Unit("ablations", "faces", (0, 1), 60, None, 10, f"unit{index}") for index in range(4))
 

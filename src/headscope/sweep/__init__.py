@@ -9,10 +9,11 @@ directory), worker (one process's share), executors (where the processes run), r
 import sys
 
 from headscope.sweep.api import SweepModule
+from headscope.sweep.compute.opened import Execution
 from headscope.sweep.plan.config import HeadSet, SweepConfig
+from headscope.sweep.store.room import DiskFull
 from headscope.sweep.store.run import Run
 from headscope.sweep.work.runner import SweepFailed, Workers, run_sweep
-from headscope.sweep.work.worker import DiskFull, Execution
 
 __all__ = ["DiskFull", "Execution", "HeadSet", "Run", "SweepConfig", "SweepFailed", "Workers", "run_sweep"]
 

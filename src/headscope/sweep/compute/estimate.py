@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from headscope.sweep.compute.fitting import measured_bytes
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan import units as kinds
 from headscope.sweep.plan.config import SweepConfig
-from headscope.sweep.work.worker import Execution, Opened
 
 # seconds that the timing of one kind of forward may take
 PATIENCE = 3.0

@@ -11,12 +11,11 @@ from typing import Any
 
 from headscope._version import __version__
 from headscope.models import Site, Task
-from headscope.sweep.compute.scores import code_of
 from headscope.sweep.plan.choosing import ITEMS, REFERENCE_ITEMS
 from headscope.sweep.plan.config import IN_MEMORY, SweepConfig
+from headscope.sweep.plan.functions import CODE, code_of
 from headscope.sweep.plan.in_memory import structure
 from headscope.sweep.plan.items import GroupItems, PromptItem, choose_timesteps, model_fingerprint
-from headscope.sweep.store.store import CODE
 
 # items of a unit: some seconds of work on a laptop, so that little is lost when a run is killed
 ITEMS_PER_UNIT = 4

@@ -26,6 +26,7 @@ import os
 import re
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from headscope._files import read_plain, write_atomic, write_first
-from headscope.sweep.compute.fitting import Fit
+from headscope.sweep.plan.functions import CODE
 from headscope.sweep.store import seals
 
 MANIFEST, EXECUTION = "manifest.json", "execution.json"
@@ -48,11 +49,22 @@ TENSORS = ("reference", "images")
 # the tables with images beside them
 GENERATED = ("generations", "set_generations")
 FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
-# in an identity, before the name of a function of the user's own
-CODE = "code of "
 _SEAL = "headscope.seal"
 # ids are digests: a name made of one leads nowhere else
 _ID = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How much passes through a denoiser at once.
+
+    Attributes:
+        rows: of a forward.
+        clean: of a clean forward whose outputs are kept for edited ones; 0 where not even one's fit in memory.
+    """
+
+    rows: int
+    clean: int
 
 
 class DamagedManifest(ValueError):

@@ -16,6 +16,7 @@ from rich.console import Console
 from headscope._files import local_path
 from headscope._signals import terminable
 from headscope.counter import whole
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan.config import SweepConfig
 from headscope.sweep.plan.in_memory import borrowed
 from headscope.sweep.plan.units import Unit
@@ -26,7 +27,7 @@ from headscope.sweep.work.executors.processes import run_processes
 from headscope.sweep.work.executors.ray import run_ray
 from headscope.sweep.work.executors.slurm import run_slurm
 from headscope.sweep.work.progress import Progress
-from headscope.sweep.work.worker import Execution, Opened, WorkOrder, work
+from headscope.sweep.work.worker import WorkOrder, work
 
 
 class SweepFailed(RuntimeError):

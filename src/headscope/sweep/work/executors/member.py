@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.plan.units import Unit
 from headscope.sweep.work.progress import Progress
-from headscope.sweep.work.worker import Opened, Report, WorkOrder, work
+from headscope.sweep.work.worker import Report, WorkOrder, work
 
 
 class Silent:
