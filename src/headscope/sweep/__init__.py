@@ -13,7 +13,7 @@ from headscope.sweep.compute.opened import Execution
 from headscope.sweep.plan.config import HeadSet, SweepConfig
 from headscope.sweep.store.room import DiskFull
 from headscope.sweep.store.run import Run
-from headscope.sweep.work.runner import SweepFailed, Workers, run_sweep
+from headscope.sweep.work.launch import SweepFailed, Workers, run_sweep
 
 __all__ = ["DiskFull", "Execution", "HeadSet", "Run", "SweepConfig", "SweepFailed", "Workers", "run_sweep"]
 
