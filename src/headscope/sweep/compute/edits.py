@@ -1,16 +1,19 @@
 """From the edits of a plan to those of a scope: one row of the batch for each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from headscope.models import Recording, Scope
+from headscope.models.editing.edits import Fill
 from headscope.models.recording.tensors import moved
 from headscope.ops import HeadEdit
-from headscope.sweep.plan.units import Edit
+from headscope.sweep.plan.heads import Edit
 
 
 def head_edits(edits: Sequence[Edit], scope: Scope, keys: Mapping[str, int]) -> dict[str, HeadEdit]:
@@ -60,6 +63,19 @@ def tensors(edit: HeadEdit) -> dict[str, Tensor]:
     """The tensors of an edit without a fill, by field."""
     given = {field.name: getattr(edit, field.name) for field in fields(edit)}
     return {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
+
+
+def hooks_in_place(scope: Scope) -> AbstractContextManager[Any]:
+    """Keeps the scope's hooks in place for the edits inside, which then are quick to enter."""
+    return scope.edit({})
+
+
+def fills_at(scope: Scope, fill: Fill, sites: Iterable[str], device: torch.device) -> Mapping[str, Fill]:
+    """By site, what takes the place of removed heads at the timestep of the forward that the scope saw last."""
+    running = scope.running
+    if not isinstance(fill, Recording) or running is None:
+        return dict.fromkeys(sites, fill)
+    return {site: mean_fill(fill, site, running.single_timestep, device) for site in sites}
 
 
 def mean_fill(recording: Recording, site: str, timestep: float, device: torch.device) -> Recording | Tensor:

@@ -137,15 +137,13 @@ class Rows:
     Args:
         most: of a forward.
         clean: of a clean forward whose outputs are kept; as many as of any other by default.
-
-    Attributes:
         release: gives memory back that is held to be used again.
     """
 
-    def __init__(self, most: int, clean: int | None = None) -> None:
+    def __init__(self, most: int, clean: int | None = None, release: Callable[[], None] = lambda: None) -> None:
         self.most = most
         self.clean = most if clean is None else clean
-        self.release: Callable[[], None] = lambda: None
+        self._release = release
 
     def run(self, count: int, compute: Callable[[range], None]) -> None:
         """Call `compute` for all of range(count), piece by piece; a piece for which memory runs out is done again in
@@ -184,7 +182,7 @@ class Rows:
         else:
             return True
         # outside of the handler: the traceback holds the tensors of the failed piece
-        self.release()
+        self._release()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

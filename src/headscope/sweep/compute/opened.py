@@ -15,14 +15,16 @@ from headscope._machine import device_name, git_revision, versions
 from headscope.counter import whole
 from headscope.models import Scope, Task
 from headscope.models.tasks import NoisyInputs
+from headscope.sweep.compute.context import Context, learned_prefix
 from headscope.sweep.compute.edits import check_keys
-from headscope.sweep.compute.fitting import Rows, Sharing, fit, prefers_channels_last
+from headscope.sweep.compute.fitting import Sharing, fit, prefers_channels_last
+from headscope.sweep.compute.kinds import KINDS
 from headscope.sweep.compute.scores import image_scores, own_scores
 from headscope.sweep.compute.sharing import Prefix
-from headscope.sweep.compute.unit import UnitRunner, learned_prefix
 from headscope.sweep.plan.config import SweepConfig
 from headscope.sweep.plan.items import GroupItems, PromptItem, load_task, open_items
-from headscope.sweep.plan.units import ABLATE, ABLATE_SETS, Plan, make_plan
+from headscope.sweep.plan.planning import make_plan
+from headscope.sweep.plan.units import Plan, Unit
 from headscope.sweep.store.room import room
 from headscope.sweep.store.store import Fit, RunStore
 
@@ -174,32 +176,32 @@ class Opened:
     def _measured_fit(self) -> Fit:
         with torch.inference_mode():
             self._example  # noqa: B018 (encoding it takes memory of its own, which forwards don't)
-            return fit(self.task.device, self.forward, self.sharing, max(self._ablated_items, default=1))
+            items = max((len(unit.items) for unit in self._sharing_units), default=1)
+            return fit(self.task.device, self.forward, self.sharing, items)
 
     @property
-    def _ablated_items(self) -> list[int]:
-        """How many items each unit has whose edited forwards may take over work of clean ones."""
-        return [len(unit.items) for unit in self.plan.units if unit.kind in (ABLATE, ABLATE_SETS)]
+    def _sharing_units(self) -> list[Unit]:
+        """The units whose edited forwards may take over work of clean ones."""
+        return [unit for unit in self.plan.units if KINDS[unit.kind].shares]
 
     @cached_property
     def sharing(self) -> Sharing:
         """The memory of what edited forwards take over: of the kind of unit that needs most."""
-        if not self.share or not self._ablated_items or not self.prefix.shares:
+        if not self.share or not self._sharing_units or not self.prefix.shares:
             return Sharing()
         found = []
-        for kind in {unit.kind for unit in self.plan.units} & {ABLATE, ABLATE_SETS}:
-            edited = frozenset(edit.sites for edit in self.plan.edits(kind))
+        for kind in {unit.kind for unit in self._sharing_units}:
+            edited = frozenset(edit.sites for edit in KINDS[kind].edits(self.plan))
             with torch.inference_mode(), self.prefix.clean(edited) as kept:
                 self.forward(1)
             copied = max(self.prefix.copied_bytes(kept, sites) for sites in edited)
             found.append(Sharing(kept.nbytes, copied))
         return Sharing(max(each.kept for each in found), max(each.copied for each in found))
 
-    def runner(self, store: RunStore) -> UnitRunner:
-        fit = self.fit(store)
-        rows, share = Rows(fit.rows, fit.clean or fit.rows), self.share and fit.clean > 0
-        # learnt already where it was measured here
+    def context(self, store: RunStore) -> Context:
+        """What the units of the run are computed with."""
+        # learned already where it was measured here
         prefix = self.__dict__.get("prefix")
-        return UnitRunner(
-            self.config, self.task, self.groups, self.plan, store, rows, share, self.config.graphs, prefix
+        return Context(
+            self.config, self.task, self.groups, self.plan, store, self.fit(store), share=self.share, prefix=prefix
         )

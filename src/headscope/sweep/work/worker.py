@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 import traceback
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Protocol
 
+from headscope.sweep.compute.context import Context
 from headscope.sweep.compute.opened import Execution
-from headscope.sweep.compute.unit import UnitRunner
+from headscope.sweep.compute.unit import compute_unit
 from headscope.sweep.plan.config import SweepConfig
 from headscope.sweep.plan.units import Unit
 from headscope.sweep.store.claims import Claims
 from headscope.sweep.store.room import is_full, room
+from headscope.sweep.store.store import Results
 from headscope.sweep.work.behind import ReadAhead, WriteBehind
 
 # a unit that went wrong so often is left
@@ -40,7 +43,7 @@ class Report(Protocol):
     def waiting(self, unit: Unit, what: str) -> None: ...
 
 
-def work(runner: UnitRunner, session: str, report: Report) -> None:
+def work(context: Context, session: str, report: Report) -> None:
     """Work until every unit of the run is finished or has failed too often, here or elsewhere.
 
     Whatever ends it, results that were computed are written first.
@@ -48,7 +51,7 @@ def work(runner: UnitRunner, session: str, report: Report) -> None:
     Raises:
         DiskFull: no results can be written.
     """
-    share = _Share(runner, session, report)
+    share = _Share(context, session, report)
     with room():
         try:
             share.work()
@@ -57,39 +60,44 @@ def work(runner: UnitRunner, session: str, report: Report) -> None:
 
 
 class _Share:
-    """What one process does of a run.
+    """One process's share of a run.
+
+    A unit passes through `_is_ready` (what it reads is on disk, and it is neither done nor given up), `_take` (this
+    process claims it) and `_computed`, then through the writer's thread, which calls `_written`, and last `_collect`,
+    which tells the report. A unit that another process has claimed is looked at again until it is done.
 
     Attributes:
-        finished, lost: units that are done, and those that are given up or wait for one that is.
-        cautious: a process of this session died. A unit that was computed and not yet written when that happened is
-            innocent, so from then on each is written before the next begins: none is counted twice for another's crash.
+        finished: units that are done.
+        lost: units that are given up, or wait for one that is.
+        one_by_one: write each unit before the next begins, which is so once a process of this session has died. A unit
+            that was computed and not yet written at that moment had nothing to do with it, and none is to be counted
+            twice for another's crash.
     """
 
-    def __init__(self, runner: UnitRunner, session: str, report: Report) -> None:
-        self.runner = runner
+    def __init__(self, context: Context, session: str, report: Report) -> None:
+        self.context = context
         self.session = session
         self.report = report
         self.finished: set[str] = set()
         self.lost: set[str] = set()
-        self.cautious = False
-        self._store = runner.store
-        self._claims = Claims(runner.store.path, session)
+        self.one_by_one = False
+        self._store = context.store
+        self._claims = Claims(context.store.path, session)
         self._waited: set[str] = set()
-        self._behind = WriteBehind(runner.store, self._written)
-        self._ahead = ReadAhead(runner.members)
-        runner.store = self._behind
+        self._behind = WriteBehind(context.store, self._written)
+        self._ahead = ReadAhead(context.members)
 
     def work(self) -> None:
-        left = list(self.runner.plan.units)
+        left = list(self.context.plan.units)
         while left:
             listed = self._store.listed()
             failures = self._store.failures()
             before = len(left)
-            for position, unit in enumerate(left):
-                self._hear()
+            for unit, following in zip_longest(left, left[1:]):
+                self._collect()
                 if self._is_ready(unit, listed, failures):
-                    self._take(unit, left[position + 1] if position + 1 < len(left) else None)
-            self._hear()
+                    self._take(unit, following)
+            self._collect()
             left = [unit for unit in left if unit.id not in self.finished and unit.id not in self.lost]
             if len(left) == before:
                 if self._behind.pending:
@@ -103,11 +111,10 @@ class _Share:
             self._ahead.close()
             self._behind.close()
         finally:
-            self.runner.store = self._store
             self._claims.close()
 
     def _wait(self, left: dict[str, Unit]) -> None:
-        """Nothing can be done for a while; say once of everybody who works on it why."""
+        """Wait for other processes, and say once of each of them what it works on."""
         for unit, what in self._claims.waits().items():
             if unit in left and what not in self._waited:
                 self._waited.add(what)
@@ -115,20 +122,22 @@ class _Share:
         time.sleep(PATIENCE)
 
     def _is_ready(self, unit: Unit, listed: set[tuple[str, str]], failures: dict[str, list[dict[str, Any]]]) -> bool:
-        """Whether the unit is to be done, and can be."""
+        """True if the unit is to be done, and can be."""
         if unit.id in self.finished or unit.id in self._behind.pending:
             return False
-        if (unit.kind, unit.id) in listed and self.runner.done(unit):
+        if (unit.kind, unit.id) in listed and self._is_done(unit):
             self._finish(unit)
             return False
-        needed = self.runner.plan.needs(unit)
+        needed = self.context.plan.needs(unit)
         if given_up(failures.get(unit.id, []), self.session) or any(other.id in self.lost for other in needed):
             self.lost.add(unit.id)
             return False
         if any(other.id in self._behind.pending for other in needed):
-            self._behind.settle()
-            self._hear()
+            self._settle()
         return all(other.id in self.finished for other in needed)
+
+    def _is_done(self, unit: Unit) -> bool:
+        return self._store.has(unit.kind, unit.id)
 
     def _take(self, unit: Unit, following: Unit | None) -> None:
         """Do a unit unless somebody else does."""
@@ -138,24 +147,23 @@ class _Share:
         handed_over = False
         try:
             died = isinstance(owner, dict) and owner["session"] == self.session
-            self.cautious |= died
-            if self.runner.done(unit):
+            self.one_by_one |= died
+            if self._is_done(unit):
                 self._finish(unit)
             elif died and self._is_given_up(unit):
                 self.lost.add(unit.id)
-            elif self._computed(unit, following):
+            elif (results := self._computed(unit, following)) is not None:
                 handed_over = True
-                self._behind.commit(unit)
+                self._behind.write(unit, results)
         finally:
             # else its writer does, once the results are on disk
             if not handed_over:
                 self._claims.release(unit.id)
-        if self.cautious:
-            self._behind.settle()
-            self._hear()
+        if self.one_by_one:
+            self._settle()
 
     def _is_given_up(self, unit: Unit) -> bool:
-        """A process of ours died of this unit, or beside it: whether that was the last of its tries."""
+        """Record that a process of ours died of this unit, or beside it; True if that was the last of its tries."""
         error = "the process working on it died"
         self._store.add_failure(unit.id, error, self.session, death=True)
         last = self._was_last(unit)
@@ -163,19 +171,17 @@ class _Share:
             self.report.failed(unit, error, True)
         return last
 
-    def _computed(self, unit: Unit, following: Unit | None) -> bool:
-        """Work on a unit; False, and a record of it, where that went wrong."""
+    def _computed(self, unit: Unit, following: Unit | None) -> Results | None:
+        """A unit's results; None, and a record of it, where computing them went wrong."""
         try:
             self._ahead.begin(unit, following)
-            self.runner.run(unit, self.report.advance)
+            return compute_unit(unit, self.context, self.report.advance)
         except Exception as error:
             if is_full(error):
                 raise
-            self._behind.take_back(unit)
             self._store.add_failure(unit.id, traceback.format_exc(), self.session)
             self._fail(unit, error)
-            return False
-        return True
+            return None
 
     def _written(self, unit: Unit, error: Exception | None) -> None:
         """In the writer's thread: a unit is on disk, or couldn't be written."""
@@ -188,8 +194,13 @@ class _Share:
             self._store.add_failure(unit.id, "".join(traceback.format_exception(error)), self.session)
         self._claims.release(unit.id)
 
-    def _hear(self) -> None:
-        """What the writer has done since; raises what stopped it."""
+    def _settle(self) -> None:
+        """Wait until all results are on disk."""
+        self._behind.settle()
+        self._collect()
+
+    def _collect(self) -> None:
+        """Take note of the units that were written since; raises what stopped the writer."""
         for unit, error in self._behind.ended():
             if error is None:
                 self._finish(unit)
@@ -209,6 +220,6 @@ class _Share:
 
 
 def given_up(tries: list[dict[str, Any]], session: str) -> bool:
-    """Whether a unit has failed too often: errors count for ever, a process's death for its own session only, so that
+    """True if a unit has failed too often. Errors count for ever, a process's death for its own session only, so that
     killing a run again and again loses nothing."""
     return sum(not entry["death"] or entry["session"] == session for entry in tries) >= TRIES

@@ -68,9 +68,9 @@ def take_part(order: WorkOrder, report: Report | None = None) -> None:
         report: who hears of it; None has this process's log say what failed and whom it waits for.
     """
     opened = Opened(order.config, order.execution)
-    runner = opened.runner(opened.store(Path(order.out)))
+    context = opened.context(opened.store(Path(order.out)))
     # the run directory tells how far the work is
-    work(runner, order.session, report or Progress("sweep", opened.plan.units, interval=math.inf))
+    work(context, order.session, report or Progress("sweep", opened.plan.units, interval=math.inf))
 
 
 def on_device(order: WorkOrder, number: int) -> WorkOrder:
