@@ -61,7 +61,7 @@ def main() -> None:
     sampling = Sampling(60 * arguments.minutes)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Over):
-        work(opened.runner(opened.store(Path(folder) / "run")), "", sampling)
+        work(opened.context(opened.store(Path(folder) / "run")), "", sampling)
     seconds = time.monotonic() - began
     samples = np.array(sampling.samples)
     # after the first tenth, in which kinds of unit run for the first time
