@@ -16,7 +16,6 @@ from headscope.sweep.compute.fitting import Rows
 from headscope.sweep.compute.graphs import Forwards, Graphs
 from headscope.sweep.compute.scores import image_scores, own_scores
 from headscope.sweep.compute.sharing import Prefix
-from headscope.sweep.plan.config import SweepConfig
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
 from headscope.sweep.plan.units import KINDS, Plan, Unit
 from headscope.sweep.store.store import Fit, RunStore
@@ -41,19 +40,17 @@ class Context:
 
     def __init__(
         self,
-        config: SweepConfig,
-        task: Task,
-        groups: Sequence[GroupItems],
         plan: Plan,
+        groups: Sequence[GroupItems],
         store: RunStore,
         fit: Fit,
         share: bool = True,
         prefix: Prefix | None = None,
     ) -> None:
-        self.config = config
-        self.task = task
-        self.groups = {group.name: group for group in groups}
         self.plan = plan
+        self.config = config = plan.config
+        self.task = task = plan.task
+        self.groups = {group.name: group for group in groups}
         self.store = store
         self.share = share and fit.clean > 0
         self.prefix = prefix
@@ -79,11 +76,6 @@ class Context:
     def not_replayed(self) -> str | None:
         """Why forwards aren't replayed from CUDA graphs though they should be; None where all is well."""
         return self.forwards.reason
-
-    @property
-    def sampling_rows(self) -> int:
-        """The rows that pass through the denoiser while one image is sampled."""
-        return self.task.sampling_rows * self.config.generate_steps
 
     def members(self, unit: Unit) -> list[SweptItem | PromptItem]:
         """The unit's items as they were opened."""

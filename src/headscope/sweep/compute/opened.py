@@ -76,6 +76,7 @@ class Opened:
         if by_key:
             self.plan = replace(self.plan, keys=self._keys(frozenset().union(*(edit.sites for edit in by_key))))
             check_keys(by_key, self.plan.keys)
+        self._prefix: Prefix | None = None
         self._prepare_denoiser()
 
     def _prepare_denoiser(self) -> None:
@@ -157,12 +158,14 @@ class Opened:
         index = torch.zeros(rows, dtype=torch.long, device=self.task.device)
         return self.task.predict(self._example.rows(index))
 
-    @cached_property
+    @property
     def prefix(self) -> Prefix:
-        """What edited forwards can take over from clean ones."""
-        with torch.inference_mode():
-            example = self._example
-        return learned_prefix(self.task, self.scope, example)
+        """The part of clean forwards that edited ones can take over, learned when it is first asked for."""
+        if self._prefix is None:
+            with torch.inference_mode():
+                example = self._example
+            self._prefix = learned_prefix(self.task, self.scope, example)
+        return self._prefix
 
     def fit(self, store: RunStore | None = None) -> Fit:
         """How many rows go through at once, as it was chosen, or measured by whoever measured first in this run."""
@@ -200,8 +203,6 @@ class Opened:
 
     def context(self, store: RunStore) -> Context:
         """What the units of the run are computed with."""
-        # learned already where it was measured here
-        prefix = self.__dict__.get("prefix")
-        return Context(
-            self.config, self.task, self.groups, self.plan, store, self.fit(store), share=self.share, prefix=prefix
-        )
+        # measuring what fits may learn the prefix
+        fit = self.fit(store)
+        return Context(self.plan, self.groups, store, fit, self.share, self._prefix)

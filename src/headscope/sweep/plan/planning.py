@@ -31,13 +31,11 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
     for name, kind in KINDS.items():
         for group in groups:
             keys = _item_keys(kind.members(group))
-            for work in kind.plan(asked, group):
-                content = [name, group.name, [keys[item] for item in work.items], work.timestep, work.score]
+            for one in kind.plan(asked, group):
+                content = [name, group.name, [keys[item] for item in one.items], one.timestep, one.score]
                 digest = _sha({**identity, "unit": content})
-                units.append(
-                    Unit(name, group.name, tuple(work.items), work.timestep, work.score, work.forwards, digest)
-                )
-    return Plan(identity, asked.timesteps, asked.heads, asked.sets, tuple(units))
+                units.append(Unit(name, group.name, tuple(one.items), one.timestep, one.score, one.forwards, digest))
+    return Plan(**vars(asked), identity=identity, units=tuple(units))
 
 
 def _check_steps(config: SweepConfig, task: Task, groups: list[GroupItems]) -> None:

@@ -50,7 +50,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a sweep is asked to do, for the kinds of unit to plan from.
+    """A sweep as it is asked for: what the kinds of unit plan from.
 
     Attributes:
         timesteps: those of the sweep.
@@ -75,18 +75,14 @@ class Asked:
         return "generate" in self.config.scores
 
     @property
-    def sampling_rows(self) -> int:
-        """The rows that pass through the denoiser while one image is sampled."""
+    def rows_per_image(self) -> int:
+        """How many rows pass through the denoiser while an image is sampled."""
         return self.task.sampling_rows * self.config.generate_steps
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one unit is to do, as its kind plans it.
-
-    Attributes:
-        items, forwards, timestep, score: as in `Unit`.
-    """
+class Planned:
+    """A unit as its kind plans it; the attributes are those of `Unit`."""
 
     items: Sequence[int]
     forwards: int
@@ -144,7 +140,7 @@ class UnitKind:
         """The items of a group that the positions in a unit are of: the swept ones unless overridden."""
         return group.swept
 
-    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Work]:
+    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
         """The units that a sweep has of this kind and one group; none where the configuration doesn't ask for any."""
         raise NotImplementedError(f"{type(self).__name__} has no plan")
 
@@ -160,8 +156,8 @@ class UnitKind:
         """
         raise NotImplementedError(f"{type(self).__name__} computes nothing")
 
-    def edits(self, chosen: "Asked | Plan") -> tuple[Edit, ...]:
-        """What its units edit: nothing unless overridden."""
+    def edits(self, asked: Asked) -> tuple[Edit, ...]:
+        """The edits that its units make: none unless overridden."""
         return ()
 
 
@@ -170,22 +166,16 @@ KINDS: dict[str, UnitKind] = {}
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Asked):
     """A sweep worked out.
 
     Attributes:
-        identity: what decides the numbers, as JSON types; a run directory belongs to one identity.
-        timesteps: those of the sweep.
-        heads: the (site, head) pairs to ablate, each in turn.
-        sets: the sets of heads to edit.
-        keys: how many keys the sites have that sets with a key_bias or key_scale edit; filled in when a run is opened.
+        identity: all that decides the numbers, as JSON types; a run directory belongs to one identity.
         units: in the order they run.
+        keys: how many keys the sites have that sets with a key_bias or key_scale edit; filled in when a run is opened.
     """
 
     identity: dict[str, Any]
-    timesteps: tuple[int, ...]
-    heads: tuple[tuple[str, int], ...]
-    sets: tuple[Edit, ...]
     units: tuple[Unit, ...]
     keys: Mapping[str, int] = field(default_factory=dict)
 

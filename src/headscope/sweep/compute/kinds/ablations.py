@@ -16,13 +16,13 @@ from headscope.models.recording.tensors import moved
 from headscope.models.tasks import NoisyInputs, Prepared
 from headscope.ops import HeadEdit
 from headscope.sweep.compute.context import Context
-from headscope.sweep.compute.edited import ITEMS, Batch, EditingKind, EveryEdit
+from headscope.sweep.compute.editing import ITEMS, Batch, EditingKind, EveryEdit
 from headscope.sweep.compute.edits import fills_at, head_edits, hooks_in_place, tensors
 from headscope.sweep.compute.graphs import Forwards
 from headscope.sweep.compute.scores import squared_error
 from headscope.sweep.compute.sharing import Kept, Prefix
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
-from headscope.sweep.plan.units import Advance, Asked, Unit, Work, chunks
+from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, chunks
 from headscope.sweep.store.store import Results
 
 
@@ -37,12 +37,12 @@ class Ablations(EditingKind):
     reported = True
     shares = True
 
-    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Work]:
+    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
         rows = self.edited_rows(asked)
         if rows and asked.teacher_forced:
             for items in chunks(len(group.swept), ITEMS, len(asked.timesteps)):
                 for timestep in asked.timesteps:
-                    yield Work(items, len(items) * (1 + rows), timestep)
+                    yield Planned(items, len(items) * (1 + rows), timestep)
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
         assert unit.timestep is not None
@@ -64,9 +64,10 @@ class Ablations(EditingKind):
                 lambda: task.predict(some),
             )
             clean_loss = squared_error(clean, some.target)
-            every.put_clean("clean", piece, clean_loss)
+            everywhere = slice(None), slice(None), list(piece)
+            every.grid.put("clean", *everywhere, clean_loss)
             if x0 is not None:
-                every.put_clean("x0_clean", piece, clean_loss * x0)
+                every.grid.put("x0_clean", *everywhere, clean_loss * x0)
             advance(len(piece))
 
             def fills(fill: str, sites: frozenset[str]) -> Mapping[str, Fill]:
@@ -78,13 +79,13 @@ class Ablations(EditingKind):
                 made = head_edits(batch.edits, scope, context.plan.keys)
                 edited = _edited_prediction(context, own, made, fills, prefix, kept, rows)
                 loss = squared_error(edited, own.target)
-                every.put("edited", batch.places, loss)
+                every.grid.put("edited", *batch.places, loss)
                 if "distance" in scores:
-                    every.put("distance", batch.places, squared_error(edited, before))
+                    every.grid.put("distance", *batch.places, squared_error(edited, before))
                 if x0 is not None:
-                    every.put("x0_edited", batch.places, loss * x0)
+                    every.grid.put("x0_edited", *batch.places, loss * x0)
                 for name, score in context.own_scores.items():
-                    every.put(name, batch.places, score(edited, before, own))
+                    every.grid.put(name, *batch.places, score(edited, before, own))
                 advance(len(batch.items))
 
             every.run(piece, fills, edit)

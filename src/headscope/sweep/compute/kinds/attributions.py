@@ -10,7 +10,7 @@ import pyarrow as pa
 from headscope.sweep.compute.context import Context
 from headscope.sweep.plan.heads import attributed_sites
 from headscope.sweep.plan.items import GroupItems
-from headscope.sweep.plan.units import Advance, Asked, Unit, UnitKind, Work, chunks
+from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, UnitKind, chunks
 from headscope.sweep.store.rows import coded, labels, prepend
 from headscope.sweep.store.store import Results
 
@@ -25,13 +25,13 @@ class Attributions(UnitKind):
     reads = ("images", "reference")
     differentiates = True
 
-    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Work]:
+    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
         config = asked.config
         if config.attribute:
             # a forward, and of each backward twice its work
             each = len(asked.timesteps) * len(config.fills) * (3 + 2 * config.cotangents)
             for items in chunks(len(group.swept), ITEMS):
-                yield Work(items, len(items) * each)
+                yield Planned(items, len(items) * each)
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
         items, config, scope = context.items(unit), context.config, context.loss_scope

@@ -10,13 +10,14 @@ import pyarrow as pa
 import torch
 
 from headscope.sweep.compute.context import Context
-from headscope.sweep.compute.edited import ITEMS, Batch, EditingKind, EveryEdit
+from headscope.sweep.compute.editing import ITEMS, Batch, EditingKind, EveryEdit
 from headscope.sweep.compute.edits import head_edits, hooks_in_place
 from headscope.sweep.compute.scores import checked_score, image_distance
 from headscope.sweep.compute.steps import EarlierSteps
 from headscope.sweep.plan.heads import Edit
 from headscope.sweep.plan.items import GroupItems
-from headscope.sweep.plan.units import TABLE, TENSORS, Advance, Asked, Unit, Work, chunks
+from headscope.sweep.plan.units import TABLE, TENSORS, Advance, Asked, Planned, Unit, chunks
+from headscope.sweep.store.rows import Grid
 from headscope.sweep.store.store import Results
 
 # enters the edits of some rows
@@ -36,48 +37,43 @@ class Generations(EditingKind):
     reported = True
     reference_score = "generate"
 
-    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Work]:
+    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
         rows = self.edited_rows(asked)
         if not rows or not asked.generates:
             return
-        config = asked.config
-        # steps before the window are taken over from the clean run
-        first, _ = config.generate_window or (0, config.generate_steps)
-        in_window = asked.task.sampling_rows * (config.generate_steps - first)
+        *_, edited_rows = _window(asked)
         for items in chunks(len(group.swept), ITEMS):
-            yield Work(items, len(items) * (asked.sampling_rows + rows * in_window), score="generate")
+            yield Planned(items, len(items) * (asked.rows_per_image + rows * edited_rows), score="generate")
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
         every = EveryEdit(self, unit, context)
-        config, task = context.config, context.task
-        first, end = config.generate_window or (0, config.generate_steps)
-        in_window = task.sampling_rows * (config.generate_steps - first)
-        images = _Images(every)
+        first, end, edited_rows = _window(context.plan)
+        images = _Images(every.grid)
 
         def generate(piece: range) -> None:
             some = [every.items[index] for index in piece]
-            earlier = EarlierSteps(task.denoiser, first, len(some))
+            earlier = EarlierSteps(context.task.denoiser, first, len(some))
             with earlier.kept():
                 clean = context.generate(some)
             images.put_clean(piece, clean)
-            advance(context.sampling_rows * len(some))
+            advance(context.plan.rows_per_image * len(some))
 
             def edit(batch: Batch, enter: Enter) -> None:
                 with enter(batch.edits), earlier.repeated(batch.items):
                     edited = context.generate([some[item] for item in batch.items])
                 images.put(batch.places, edited)
                 before = clean[batch.items]
-                every.put("distance", batch.places, image_distance(edited, before))
+                every.grid.put("distance", *batch.places, image_distance(edited, before))
                 for name, score in context.image_scores.items():
-                    every.put(name, batch.places, checked_score(name, score(before, edited), len(edited)))
-                advance(in_window * len(batch.items))
+                    every.grid.put(name, *batch.places, checked_score(name, score(before, edited), len(edited)))
+                advance(edited_rows * len(batch.items))
 
             every.run(piece, lambda fill, _: _entering(context, unit, fill), edit)
 
         with hooks_in_place(context.pipeline_scope):
             context.rows.run(len(every.items), generate)
         table = every.table(
-            steps=pa.scalar(config.generate_steps, pa.int64()),
+            steps=pa.scalar(context.config.generate_steps, pa.int64()),
             first_step=pa.scalar(first, pa.int32()),
             end_step=pa.scalar(end, pa.int32()),
         )
@@ -92,16 +88,24 @@ class SetGenerations(Generations):
     of_sets = True
 
 
+def _window(asked: Asked) -> tuple[int, int, int]:
+    """The first step in which edits act, the one after the last, and how many rows an edited image takes."""
+    steps = asked.config.generate_steps
+    first, end = asked.config.generate_window or (0, steps)
+    # steps before the window are taken over from the clean run
+    return first, end, asked.task.sampling_rows * (steps - first)
+
+
 class _Images:
     """The images of a unit, uint8: clean ones by item, edited ones by edit, fill and item."""
 
-    def __init__(self, every: EveryEdit) -> None:
-        self._every = every
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
         self._clean = self._edited = np.zeros(0, np.uint8)
 
     def put_clean(self, piece: range, images: np.ndarray) -> None:
         if not self._clean.size:
-            shape, image = self._every.shape, images.shape[1:]
+            shape, image = self._grid.shape, images.shape[1:]
             self._clean = np.zeros((shape[-1], *image), np.uint8)
             self._edited = np.zeros((*shape, *image), np.uint8)
         self._clean[piece.start : piece.stop] = images
@@ -110,12 +114,10 @@ class _Images:
         self._edited[places] = images
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """ "clean" [items, height, width, 3], and "edited" with one image for each row of the table."""
-        edited = self._every.repeated(self._edited)
-        return {
-            "clean": torch.from_numpy(self._clean),
-            "edited": torch.from_numpy(edited.reshape(-1, *edited.shape[3:])),
-        }
+        """The clean images [items, height, width, 3], and the edited ones, one for each row of the table."""
+        edited = self._grid.repeated(self._edited)
+        rows = edited.reshape(-1, *edited.shape[3:])
+        return {"clean": torch.from_numpy(self._clean), "edited": torch.from_numpy(rows)}
 
 
 def _entering(context: Context, unit: Unit, fill: str) -> Enter:

@@ -8,7 +8,7 @@ import torch
 
 from headscope.sweep.compute.context import Context
 from headscope.sweep.plan.items import GroupItems
-from headscope.sweep.plan.units import TENSORS, Advance, Asked, Unit, UnitKind, Work, needs_images
+from headscope.sweep.plan.units import TENSORS, Advance, Asked, Planned, Unit, UnitKind, needs_images
 from headscope.sweep.store.store import Results
 
 
@@ -18,10 +18,10 @@ class Images(UnitKind):
     name = "images"
     files = (TENSORS,)
 
-    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Work]:
+    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
         if needs_images(group):
             count = len(group.swept) + len(group.reference)
-            yield Work(range(len(group.swept)), count * asked.sampling_rows)
+            yield Planned(range(len(group.swept)), count * asked.rows_per_image)
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
         group = context.groups[unit.group]
@@ -32,7 +32,7 @@ class Images(UnitKind):
             some = [members[index] for index in piece]
             images = context.generate(some)
             drawn.update({item.key: torch.from_numpy(image) for item, image in zip(some, images, strict=True)})
-            advance(context.sampling_rows * len(some))
+            advance(context.plan.rows_per_image * len(some))
 
         context.rows.run(len(members), draw)
         return Results(tensors=drawn)

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from headscope.sweep.compute.context import Context
 from headscope.sweep.plan.items import GroupItems
-from headscope.sweep.plan.units import Advance, Asked, Unit, UnitKind, Work, chunks
+from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, UnitKind, chunks
 from headscope.sweep.store.rows import labels, prepend
 from headscope.sweep.store.store import Results
 
@@ -25,10 +25,10 @@ class Observations(UnitKind):
     reported = True
     reads = ("images",)
 
-    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Work]:
+    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
         if asked.config.observe:
             for items in chunks(len(group.swept), ITEMS):
-                yield Work(items, len(items) * len(asked.timesteps))
+                yield Planned(items, len(items) * len(asked.timesteps))
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
         items = context.items(unit)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from headscope.models import Recording
 from headscope.sweep.compute.context import Context
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
-from headscope.sweep.plan.units import TENSORS, Advance, Asked, Unit, UnitKind, Work
+from headscope.sweep.plan.units import TENSORS, Advance, Asked, Planned, Unit, UnitKind
 from headscope.sweep.store.store import Results
 
 
@@ -21,15 +21,15 @@ class Reference(UnitKind):
     def members(self, group: GroupItems) -> Sequence[SweptItem | PromptItem]:
         return group.reference
 
-    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Work]:
+    def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
         config = asked.config
         if "mean" not in config.fills or not (asked.heads or asked.sets or config.attribute):
             return
         items = range(len(group.reference))
         if asked.teacher_forced or config.attribute:
-            yield Work(items, len(items) * len(asked.timesteps), score="loss")
+            yield Planned(items, len(items) * len(asked.timesteps), score="loss")
         if asked.generates:
-            yield Work(items, len(items) * asked.sampling_rows, score="generate")
+            yield Planned(items, len(items) * asked.rows_per_image, score="generate")
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
         items = context.items(unit)
@@ -48,6 +48,6 @@ class Reference(UnitKind):
             else:
                 with scope.record("head_output", into=total) as total:
                     context.generate(some)
-                advance(context.sampling_rows * len(some))
+                advance(context.plan.rows_per_image * len(some))
         assert total is not None
         return Results(tensors=total.to_tensors())

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
-import numpy as np
 import pyarrow as pa
-from torch import Tensor
 
 from headscope.sweep.compute.context import Context
 from headscope.sweep.plan.heads import Edit
-from headscope.sweep.plan.units import Asked, Plan, Unit, UnitKind
+from headscope.sweep.plan.units import Asked, Unit, UnitKind
 from headscope.sweep.store.rows import Grid
 
 # items of a unit: some seconds of work on a laptop, so that little is lost when a run is killed
@@ -32,10 +30,10 @@ class EditingKind(UnitKind):
     reads = ("images", "reference")
     of_sets: ClassVar[bool] = False
 
-    def edits(self, chosen: Asked | Plan) -> tuple[Edit, ...]:
+    def edits(self, asked: Asked) -> tuple[Edit, ...]:
         if self.of_sets:
-            return chosen.sets
-        return tuple(Edit(site, ((site, head),)) for site, head in chosen.heads)
+            return asked.sets
+        return tuple(Edit(site, ((site, head),)) for site, head in asked.heads)
 
     def edited_rows(self, asked: Asked) -> int:
         """How many edited rows each item takes: one for every edit and every fill that makes a difference."""
@@ -49,7 +47,7 @@ class Batch:
     Attributes:
         edits: each row's edit.
         items: each row's item, by its place in the piece of the unit's items that is worked on.
-        places: where the rows' numbers belong in the table.
+        places: the rows' places in the unit's grid.
     """
 
     edits: list[Edit]
@@ -58,11 +56,11 @@ class Batch:
 
 
 class EveryEdit:
-    """What a unit computes of every edit with every fill, for each of its items.
+    """Every edit with every fill, for each item of a unit.
 
     Attributes:
-        edits: the unit's.
-        items: the unit's.
+        edits, items: the unit's.
+        grid: the numbers found so far.
     """
 
     def __init__(self, kind: EditingKind, unit: Unit, context: Context) -> None:
@@ -72,7 +70,7 @@ class EveryEdit:
         self._rows = context.rows
         self._seed = context.config.seed
         self._single = not kind.of_sets
-        self._grid = Grid(self.edits, self._fills, len(self.items))
+        self.grid = Grid(self.edits, self._fills, len(self.items))
 
     def run(
         self,
@@ -108,23 +106,6 @@ class EveryEdit:
                 if different:
                     yield fill, [(number, item) for number in different for item in range(items)]
 
-    def put(self, column: str, places: Any, values: np.ndarray | Tensor) -> None:
-        """Numbers of a column, one for each place."""
-        self._grid.put(column, *places, values)
-
-    def put_clean(self, column: str, piece: range, values: np.ndarray | Tensor) -> None:
-        """Numbers of the unedited model, one for each of some items, the same in the rows of every edit and fill."""
-        self._grid.put(column, slice(None), slice(None), list(piece), values)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The numbers of edits, fills and items."""
-        return self._grid.shape
-
-    def repeated(self, values: np.ndarray) -> np.ndarray:
-        """[edits, fills, items, ...] with an edit's values of the first fill at all that give the same."""
-        return self._grid.repeated(values)
-
     def table(self, **constants: pa.Scalar) -> pa.Table:
         """The numbers as a table, a row for each edit, fill and item, with columns of constants."""
-        return self._grid.table(self.items, self._seed, self._single, **constants)
+        return self.grid.table(self.items, self._seed, self._single, **constants)
