@@ -17,8 +17,9 @@ from rich.console import Console
 
 from headscope._machine import device_name, versions
 from headscope.sweep import Execution, SweepConfig
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.work.executors.member import Silent
-from headscope.sweep.work.worker import Opened, work
+from headscope.sweep.work.worker import work
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -60,7 +61,7 @@ def main() -> None:
     sampling = Sampling(60 * arguments.minutes)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Over):
-        work(opened.runner(opened.store(Path(folder) / "run")), "", sampling)
+        work(opened.context(opened.store(Path(folder) / "run")), "", sampling)
     seconds = time.monotonic() - began
     samples = np.array(sampling.samples)
     # after the first tenth, in which kinds of unit run for the first time

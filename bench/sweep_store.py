@@ -21,7 +21,7 @@ from rich.console import Console
 
 from headscope._machine import device_name, versions
 from headscope.sweep import Run
-from headscope.sweep.plan.units import Edit
+from headscope.sweep.plan.heads import Edit
 from headscope.sweep.store.rows import Grid
 from headscope.sweep.store.store import RunStore
 

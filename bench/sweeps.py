@@ -45,10 +45,11 @@ from headscope.models.structure.sites import find_denoiser
 from headscope.ops import AttentionResult
 from headscope.sweep import Execution, SweepConfig
 from headscope.sweep.compute.fitting import is_out_of_memory, prefers_channels_last
-from headscope.sweep.plan import units as kinds
+from headscope.sweep.compute.opened import Opened
+from headscope.sweep.compute.unit import compute_unit
 from headscope.sweep.plan.config import IN_MEMORY
 from headscope.sweep.work.executors.member import Silent
-from headscope.sweep.work.worker import Opened, work
+from headscope.sweep.work.worker import work
 
 TIMESTEP = 500
 # of one group; a unit holds as many
@@ -218,10 +219,9 @@ class Engine:
         self.contender = contender
         self.folder = tempfile.TemporaryDirectory()
         store = self.opened.store(Path(self.folder.name) / "run")
-        self.runner = self.opened.runner(store)
-        self.unit = next(unit for unit in self.opened.plan.units if unit.kind == kinds.ABLATE)
+        self.context = self.opened.context(store)
+        self.unit = next(unit for unit in self.opened.plan.units if unit.kind == "ablations")
         self.tables: list[Any] = []
-        self.runner.store.write_table = lambda kind, unit, table: self.tables.append(table)
         self.heads = sum(site.heads for site in self.opened.scope.sites)
 
     def edits_per_second(self) -> float:
@@ -238,10 +238,10 @@ class Engine:
         synchronise(device)
         started = time.perf_counter()
         with self.contender.around():
-            self.runner.run(self.unit, advance)
+            self.tables.append(compute_unit(self.unit, self.context, advance).table)
         synchronise(device)
         taken = time.perf_counter() - started
-        pieces = math.ceil(len(self.unit.items) / self.runner.rows.most)
+        pieces = math.ceil(len(self.unit.items) / self.context.rows.most)
         edits = taken - pieces * clean[0]
         return len(self.unit.items) * self.heads / (taken + (self.heads / edited - 1) * edits)
 
@@ -255,10 +255,10 @@ def spread(models: Models, count: int) -> tuple[tuple[str, ...], dict[str, float
     """The names of `count` sites (all for 0), and the mean share of a forward's module calls that is left to an edited
     one, over all heads and over those sites' heads."""
     opened = models.open(Contender(), ())
-    runner = opened.runner(opened.store(Path(tempfile.mkdtemp()) / "run"))
+    context = opened.context(opened.store(Path(tempfile.mkdtemp()) / "run"))
     with torch.inference_mode():
         inputs = opened.task.noisy_inputs(opened.task.prepare(opened.groups[0].swept), TIMESTEP)
-        prefix = runner._learned(inputs)
+        prefix = context.shared(inputs)
     sites = list(opened.scope.sites)
     chosen = sites
     if count and prefix:
@@ -317,8 +317,8 @@ def check(loop: Loop, engines: dict[str, Engine]) -> dict[str, float]:
         if engine.contender.graphs:
             # the second use of a graph is compared with the forward itself
             engine.edits_per_second()
-            if engine.runner.not_replayed:
-                raise SystemExit(f"{name}: {engine.runner.not_replayed}")
+            if engine.context.not_replayed:
+                raise SystemExit(f"{name}: {engine.context.not_replayed}")
         losses: dict[tuple[str, int], list[float]] = {}
         for site, head, edited in zip(table["site"], table["head"], table["edited"], strict=True):
             losses.setdefault((site, head), []).append(edited)
@@ -346,15 +346,15 @@ def overhead(models: Models, sites: tuple[str, ...]) -> float:
         return answer
 
     with tempfile.TemporaryDirectory() as folder:
-        runner = opened.runner(opened.store(Path(folder) / "run"))
+        context = opened.context(opened.store(Path(folder) / "run"))
         unit = opened.plan.units[0]
         with torch.inference_mode():
-            inputs = opened.task.noisy_inputs(opened.task.prepare(runner.items(unit)), TIMESTEP)
+            inputs = opened.task.noisy_inputs(opened.task.prepare(context.items(unit)), TIMESTEP)
         # learnt once for a whole run
-        runner._learned(inputs)
+        context.shared(inputs)
         opened.task.predict = timed
         started = time.perf_counter()
-        work(runner, "", Silent())
+        work(context, "", Silent())
         return 1 - inside / (time.perf_counter() - started)
 
 
@@ -464,7 +464,7 @@ def main() -> None:
         "edited_sites": list(sites),
         "left_of_a_forward": left,
         "items": ITEMS,
-        "rows_at_once": engines[WHOLE].runner.rows.most,
+        "rows_at_once": engines[WHOLE].context.rows.most,
         "loop_batch": batch,
         "loop_edits_per_second_by_batch": batches,
         "largest_relative_differences": differences,

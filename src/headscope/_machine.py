@@ -1,7 +1,8 @@
-"""What numbers and speeds depend on: versions and devices."""
+"""What numbers and speeds depend on: versions, the source code's revision, and devices."""
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,25 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout that headscope is imported from, "+changes" where files differ from it; None where
+    it isn't in one."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # an installed package may lie inside somebody else's repository
+        if not git("ls-files", "--", "__init__.py"):
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def checked_device(name: str) -> "torch.device":

@@ -14,7 +14,7 @@ import headscope
 from headscope.cli import app
 from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.store import store
-from headscope.sweep.work import runner
+from headscope.sweep.work import launch
 from headscope.zoo import train
 
 
@@ -215,7 +215,7 @@ def test_training_and_study_end_on_ctrl_c_and_sigterm(tmp_path, monkeypatch, num
         signal.raise_signal(number)
 
     monkeypatch.setattr(train, "_TrainingImages", ended)
-    monkeypatch.setattr(runner, "_run", ended)
+    monkeypatch.setattr(launch, "_run", ended)
     for arguments in (("train", "--steps", 3), ("study", "--items", 1)):
         result = call(*arguments, "--out", tmp_path / arguments[0], "--quiet")
         assert result.exit_code == status

@@ -21,11 +21,11 @@ import tiny
 from headscope.models import Scope
 from headscope.sweep import Execution, SweepConfig
 from headscope.sweep.compute.edits import head_edits, mean_fill
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.compute.sharing import Prefix
-from headscope.sweep.plan import units as kinds
+from headscope.sweep.compute.unit import compute_unit
 from headscope.sweep.plan.config import IN_MEMORY
-from headscope.sweep.plan.units import Edit
-from headscope.sweep.work.worker import Opened
+from headscope.sweep.plan.heads import Edit
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -255,13 +255,13 @@ def test_a_unit_waits_as_often_whatever_it_edits(device, fill, tmp_path):
             device=device,
         )
         opened = Opened(config, Execution(rows=4), pipeline)
-        runner = opened.runner(opened.store(tmp_path / str(len(sites))))
+        context = opened.context(opened.store(tmp_path / str(len(sites))))
         *before, unit = opened.plan.units
         for reference in before:
-            runner.run(reference, lambda forwards: None)
+            context.store.write(reference, compute_unit(reference, context, lambda forwards: None))
         # learns, and starts everything for the first time
-        runner.run(unit, lambda forwards: None)
-        waits.append(synchronisations(device, runner.run, unit, lambda forwards: None))
+        compute_unit(unit, context, lambda forwards: None)
+        waits.append(synchronisations(device, compute_unit, unit, context, lambda forwards: None))
     assert waits[0] == waits[1]
 
 
@@ -283,13 +283,12 @@ def test_memory_that_runs_out_halves_the_rows(device, tmp_path, monkeypatch):
 
     def losses(name: str, rows: int, prepare) -> tuple[np.ndarray, int]:
         opened = Opened(copy.deepcopy(config), Execution(rows=rows), load_pipeline().to(device))
-        runner = opened.runner(opened.store(tmp_path / name))
-        tables = []
-        runner.store.write_table = lambda kind, unit, table: tables.append(table)
-        (unit,) = (unit for unit in opened.plan.units if unit.kind == kinds.ABLATE)
+        context = opened.context(opened.store(tmp_path / name))
+        (unit,) = (unit for unit in opened.plan.units if unit.kind == "ablations")
         prepare(opened)
-        runner.run(unit, lambda forwards: None)
-        return tables[0]["edited"].to_numpy(), runner.rows.most
+        table = compute_unit(unit, context, lambda forwards: None).table
+        assert table is not None
+        return table["edited"].to_numpy(), context.rows.most
 
     def limited(opened: Opened) -> None:
         if device == "cpu":

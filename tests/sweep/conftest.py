@@ -7,7 +7,7 @@ import pytest
 import tiny
 from headscope.sweep import SweepConfig, run_sweep
 from headscope.sweep.plan.config import HeadSet
-from headscope.sweep.store.store import TABLES, TENSORS
+from headscope.sweep.plan.units import KINDS
 
 SITE = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
@@ -55,5 +55,5 @@ def run_of_every_kind(diffusion_directory, tmp_path_factory) -> Path:
         cotangents=1,
     )
     run = run_sweep(config, folder / "run", progress=False)
-    assert {unit["kind"] for unit in run.units} == {*TABLES, *TENSORS}
+    assert {unit["kind"] for unit in run.units} == set(KINDS)
     return run.path

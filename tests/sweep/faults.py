@@ -18,9 +18,9 @@ from polars.testing import assert_frame_equal
 from rich.console import Console
 
 from headscope.sweep import Run, SweepConfig, Workers, run_sweep
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.store.claims import Claims
 from headscope.sweep.store.store import CLAIMS
-from headscope.sweep.work.worker import Execution, Opened
 
 # a script that runs the sweep of a model directory into a run directory, with so many processes (of a Ray cluster)
 SWEEP = """

@@ -8,12 +8,13 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from headscope.sweep import Run, SweepConfig, SweepFailed, run_sweep
-from headscope.sweep.compute.unit import UnitRunner
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan import items as items_module
 from headscope.sweep.store.claims import Claims
 from headscope.sweep.store.store import CLAIMS, RunStore
+from headscope.sweep.work import worker
 from headscope.sweep.work.executors.member import Silent
-from headscope.sweep.work.worker import Execution, Opened, work
+from headscope.sweep.work.worker import work
 from sweep.faults import ordered
 
 WAIT = 60.0
@@ -47,20 +48,21 @@ def slow_disk(monkeypatch):
 
 def test_a_claim_is_held_until_its_unit_is_on_disk(asked, tmp_path, slow_disk, monkeypatch):
     """The second unit is computed while the first is still being written, and the first's claim is still there."""
-    run_unit = UnitRunner.run
+    run_unit = worker.compute_unit
     seen = []
 
-    def look(self, unit, advance):
+    def look(unit, context, advance):
         if seen:
             assert {file.name for file in (tmp_path / "run" / CLAIMS).glob("[!.]*")} == {*seen, unit.id}
-            assert not self.store.has("ablations", seen[0])
+            assert not context.store.has("ablations", seen[0])
             slow_disk.set()
         seen.append(unit.id)
-        run_unit(self, unit, advance)
+        results = run_unit(unit, context, advance)
         if len(seen) == 2:
-            monkeypatch.setattr(UnitRunner, "run", run_unit)
+            monkeypatch.setattr(worker, "compute_unit", run_unit)
+        return results
 
-    monkeypatch.setattr(UnitRunner, "run", look)
+    monkeypatch.setattr(worker, "compute_unit", look)
     run = run_sweep(asked, tmp_path / "run", progress=False)
     assert len(seen) == 2
     assert run.complete
@@ -68,14 +70,15 @@ def test_a_claim_is_held_until_its_unit_is_on_disk(asked, tmp_path, slow_disk, m
 
 def test_no_more_than_two_units_wait_for_the_disk(asked, tmp_path, slow_disk, monkeypatch):
     """The third unit's results are held back until there is room for them."""
-    run_unit = UnitRunner.run
+    run_unit = worker.compute_unit
     computed = []
 
-    def count(self, unit, advance):
-        run_unit(self, unit, advance)
+    def count(unit, context, advance):
+        results = run_unit(unit, context, advance)
         computed.append(unit.id)
         if len(computed) == 3:
             threading.Timer(0.3, look).start()
+        return results
 
     found = []
 
@@ -83,7 +86,7 @@ def test_no_more_than_two_units_wait_for_the_disk(asked, tmp_path, slow_disk, mo
         found.append(len(list((tmp_path / "run" / CLAIMS).glob("[!.]*"))))
         slow_disk.set()
 
-    monkeypatch.setattr(UnitRunner, "run", count)
+    monkeypatch.setattr(worker, "compute_unit", count)
     asked = SweepConfig(**{**asked.as_dict(), "timesteps": (60, 100, 300, 500), "sets": ()})
     assert run_sweep(asked, tmp_path / "run", progress=False).complete
     assert found == [3]
@@ -95,17 +98,18 @@ class Stop(BaseException):
 
 
 def test_what_was_computed_is_written_before_the_run_stops(asked, tmp_path, slow_disk, monkeypatch):
-    run_unit = UnitRunner.run
+    run_unit = worker.compute_unit
     computed = []
 
-    def stop(self, unit, advance):
+    def stop(unit, context, advance):
         if computed:
             threading.Timer(0.2, slow_disk.set).start()
             raise Stop
-        run_unit(self, unit, advance)
+        results = run_unit(unit, context, advance)
         computed.append(unit.id)
+        return results
 
-    monkeypatch.setattr(UnitRunner, "run", stop)
+    monkeypatch.setattr(worker, "compute_unit", stop)
     with pytest.raises(Stop):
         run_sweep(asked, tmp_path / "run", progress=False)
     run = Run.open(tmp_path / "run")
@@ -152,31 +156,32 @@ def test_a_failing_disk_stops_the_run(asked, tmp_path, monkeypatch):
 def test_after_a_death_nothing_waits_while_the_next_unit_runs(asked, tmp_path, monkeypatch):
     """Else a unit that kills its process would take with it, again and again, one that was only waiting."""
     opened = Opened(asked, Execution(rows=8))
-    runner = opened.runner(opened.store(tmp_path / "run"))
+    context = opened.context(opened.store(tmp_path / "run"))
     first, *_ = opened.plan.units
-    dead = Claims(runner.store.path, "ours")
+    dead = Claims(context.store.path, "ours")
     dead._owner |= {"began": "1"}
     assert dead.take(first.id) is True
-    run_unit = UnitRunner.run
+    run_unit = worker.compute_unit
     done = []
 
-    def look(self, unit, advance):
-        assert all(self.store.has(other.kind, other.id) for other in done)
-        run_unit(self, unit, advance)
+    def look(unit, context, advance):
+        assert all(context.store.has(other.kind, other.id) for other in done)
+        results = run_unit(unit, context, advance)
         done.append(unit)
+        return results
 
-    monkeypatch.setattr(UnitRunner, "run", look)
-    work(runner, "ours", Silent())
+    monkeypatch.setattr(worker, "compute_unit", look)
+    work(context, "ours", Silent())
     assert done == list(opened.plan.units)
 
 
 def test_a_unit_whose_process_died_after_writing_it_has_not_failed(asked, tmp_path, monkeypatch):
     """It died between the renaming of the file and the release of the claim."""
     opened = Opened(asked, Execution(rows=8))
-    runner = opened.runner(opened.store(tmp_path / "run"))
-    work(runner, "before", Silent())
+    context = opened.context(opened.store(tmp_path / "run"))
+    work(context, "before", Silent())
     first, *_ = opened.plan.units
-    dead = Claims(runner.store.path, "ours")
+    dead = Claims(context.store.path, "ours")
     dead._owner |= {"began": "1"}
     assert dead.take(first.id) is True
     # it was written after this process had looked
@@ -187,8 +192,8 @@ def test_a_unit_whose_process_died_after_writing_it_has_not_failed(asked, tmp_pa
         return listed(self) if len(looked) > 1 else set()
 
     monkeypatch.setattr(RunStore, "listed", late)
-    work(runner, "ours", Silent())
-    assert runner.store.failures() == {}
+    work(context, "ours", Silent())
+    assert context.store.failures() == {}
 
 
 def test_a_record_that_another_process_has_cleared_meanwhile(asked, tmp_path, monkeypatch):
@@ -221,15 +226,15 @@ def test_images_that_are_not_kept_are_read_ahead_and_let_go(asked, tmp_path, mon
     items = opened.groups[0].swept
     assert len(opened.plan.units) == 3
     held = []
-    run_unit = UnitRunner.run
+    run_unit = worker.compute_unit
 
-    def look(self, unit, advance):
+    def look(unit, context, advance):
         held.append([index for index, item in enumerate(items) if item._image is not None])
         assert set(unit.items) <= set(held[-1])
-        run_unit(self, unit, advance)
+        return run_unit(unit, context, advance)
 
-    monkeypatch.setattr(UnitRunner, "run", look)
-    work(opened.runner(opened.store(tmp_path / "run")), "", Silent())
+    monkeypatch.setattr(worker, "compute_unit", look)
+    work(opened.context(opened.store(tmp_path / "run")), "", Silent())
     # no more than a unit and the one after it
     assert max(map(len, held)) <= 8
     assert all(item._image is None for item in items)

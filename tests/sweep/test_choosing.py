@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from headscope.cli import app
 from headscope.study.demonstration import StudyConfig
 from headscope.sweep import Execution, SweepConfig, run_sweep
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.plan import items
 from headscope.sweep.plan.choosing import choose_items
 from headscope.sweep.plan.items import load_task, open_items
-from headscope.sweep.work.worker import Opened
 
 
 def folder(path, count):

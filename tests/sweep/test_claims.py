@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 
 from headscope.sweep import SweepConfig, run_sweep
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.store import claims as module
 from headscope.sweep.store.claims import Claims
 from headscope.sweep.store.store import CLAIMS
-from headscope.sweep.work.worker import TRIES, Execution, Opened, given_up
+from headscope.sweep.work.worker import TRIES, given_up
 
 
 def test_a_unit_is_one_process_s_at_a_time(tmp_path):

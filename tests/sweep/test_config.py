@@ -7,7 +7,7 @@ import pytest
 
 from headscope.bench.results import Settings
 from headscope.sweep import HeadSet, SweepConfig, Workers, run_sweep
-from headscope.sweep.work.worker import Execution
+from headscope.sweep.compute.opened import Execution
 from headscope.zoo.train import TrainConfig
 
 

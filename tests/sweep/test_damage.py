@@ -16,14 +16,16 @@ from typer.testing import CliRunner
 
 from headscope.cli import app
 from headscope.sweep import Run, SweepConfig, run_sweep
+from headscope.sweep.plan.units import KINDS, TABLE
 from headscope.sweep.store.claims import Claims
 from headscope.sweep.store.sheet import write_contact_sheets
-from headscope.sweep.store.store import CLAIMS, EXECUTION, FAILURES, GENERATED, MANIFEST, TABLES, TENSORS, RunStore
+from headscope.sweep.store.store import CLAIMS, EXECUTION, FAILURES, MANIFEST, RunStore
 from headscope.sweep.work.worker import TRIES
 
-SHARDS = (*TABLES, *TENSORS)
+TABLES = tuple(name for name, kind in KINDS.items() if TABLE in kind.files)
+SHARDS = tuple(KINDS)
 # the images that the generations are made of
-DRAWN = tuple(f"{kind}, images" for kind in GENERATED)
+DRAWN = tuple(f"{kind}, images" for kind in KINDS if KINDS[kind].images)
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def file_of(run: Path, kind: str) -> Path:
     if kind in (MANIFEST, EXECUTION):
         return run / kind
     folder, _, images = kind.partition(", ")
-    suffix = "safetensors" if images or kind in TENSORS else "parquet"
+    suffix = "safetensors" if images or folder not in TABLES else "parquet"
     return min((run / folder).glob(f"*.{suffix}"))
 
 
@@ -66,7 +68,7 @@ def assert_named_not_used(path: Path, kind: str, file: Path) -> None:
             write_contact_sheets(run)
         return
     with pytest.raises(ValueError, match=rf"{file.name}' is damaged"):
-        store.read_tensors(kind, file.stem) if kind in TENSORS else run.table(kind)
+        store.read_tensors(kind, file.stem) if kind not in TABLES else run.table(kind)
 
 
 def flip_bits(run: Path, kind: str, times: int) -> None:

@@ -9,7 +9,7 @@ import headscope
 import tiny
 from headscope.sweep import Execution, SweepConfig
 from headscope.sweep.compute.estimate import estimate_sweep
-from headscope.sweep.work.worker import Opened
+from headscope.sweep.compute.opened import Opened
 from sweep.faults import ordered
 
 ASKED = {

@@ -65,7 +65,8 @@ JOB = """
 import sys
 from headscope.sweep import SweepConfig
 from headscope.sweep.work.executors.slurm import _Job
-from headscope.sweep.work.worker import Execution, WorkOrder
+from headscope.sweep.compute.opened import Execution
+from headscope.sweep.work.worker import WorkOrder
 
 config = SweepConfig(model=sys.argv[1], groups=("faces",), items=6, timesteps=(60, 500), fills=("mean", "zero"))
 print(_Job()(WorkOrder(config, sys.argv[2], Execution(threads=1), "session")))

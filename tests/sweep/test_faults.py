@@ -16,8 +16,8 @@ import pytest
 
 from headscope._signals import AGAIN, terminable
 from headscope.sweep import DiskFull, Run, SweepConfig, SweepFailed, run_sweep
-from headscope.sweep.compute.unit import UnitRunner
 from headscope.sweep.store.store import CLAIMS, FAILURES
+from headscope.sweep.work import worker
 from sweep.faults import Destroyed, assert_same, script, undisturbed
 
 
@@ -167,17 +167,17 @@ def test_a_small_disk(ddpm_directory, whole, tmp_path):
 
 def failing(monkeypatch, times: int) -> list[str]:
     """The second ablation goes wrong so often; returns the units that were tried, as they are."""
-    run_unit = UnitRunner.run
+    run_unit = worker.compute_unit
     tried: list[str] = []
 
-    def run(self, unit, advance):
+    def run(unit, context, advance):
         tried.append(unit.id)
-        victim = [other.id for other in self.plan.units if other.kind == "ablations"][1]
+        victim = [other.id for other in context.plan.units if other.kind == "ablations"][1]
         if unit.id == victim and tried.count(victim) <= times:
             raise RuntimeError("a cosmic ray")
-        run_unit(self, unit, advance)
+        return run_unit(unit, context, advance)
 
-    monkeypatch.setattr(UnitRunner, "run", run)
+    monkeypatch.setattr(worker, "compute_unit", run)
     return tried
 
 
@@ -257,15 +257,16 @@ def alive(group: int) -> bool:
 def test_sigterm_puts_away_what_was_computed(ddpm_directory, tmp_path, monkeypatch):
     """From Python: the units before the one that it came in are written, nothing stays claimed, the status is 143."""
     asked = config(ddpm_directory)
-    run_unit, done = UnitRunner.run, []
+    run_unit, done = worker.compute_unit, []
 
-    def run(self, unit, advance):
+    def run(unit, context, advance):
         if len(done) == 2:
             signal.raise_signal(signal.SIGTERM)
-        run_unit(self, unit, advance)
+        results = run_unit(unit, context, advance)
         done.append(unit.id)
+        return results
 
-    monkeypatch.setattr(UnitRunner, "run", run)
+    monkeypatch.setattr(worker, "compute_unit", run)
     with pytest.raises(SystemExit) as ended:
         run_sweep(asked, tmp_path / "run", progress=False)
     assert ended.value.code == 143

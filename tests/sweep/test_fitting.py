@@ -9,17 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 from headscope.models import PixelTask
 from headscope.sweep import Execution, Run, SweepConfig, run_sweep
-from headscope.sweep.compute.fitting import (
-    CPU_ROWS,
-    Fit,
-    Rows,
-    Sharing,
-    fit,
-    fitted,
-    measured_bytes,
-    prefers_channels_last,
-)
-from headscope.sweep.work.worker import Opened
+from headscope.sweep.compute.fitting import CPU_ROWS, Rows, Sharing, fit, fitted, measured_bytes, prefers_channels_last
+from headscope.sweep.compute.opened import Opened
+from headscope.sweep.store.store import Fit
 from sweep.faults import ordered
 
 MEBI = 2**20

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from headscope.sweep import Execution, Run, SweepConfig
 from headscope.sweep.compute.fitting import Rows
 from headscope.sweep.compute.graphs import Forwards, Graphs
-from headscope.sweep.work.worker import Opened
+from headscope.sweep.compute.opened import Opened
+from headscope.sweep.compute.unit import compute_unit
 from sweep.faults import ordered
 from sweep.tape import on_tape
 
@@ -53,12 +54,12 @@ def swept(path, forwards: type[Forwards], directory: str, batch: int, share: boo
     """The tables of a sweep, its rows at once given, and what computed its forwards."""
     config = SweepConfig.from_dict({"model": directory, **ASKED})
     opened = Opened(config, Execution(rows=batch, share=share))
-    runner = opened.runner(opened.store(path))
-    runner._forwards = forwards(opened.task.denoiser) if forwards is not Forwards else Forwards()
+    context = opened.context(opened.store(path))
+    context.forwards = forwards(opened.task.denoiser) if forwards is not Forwards else Forwards()
     for unit in opened.plan.units:
-        runner.run(unit, lambda count: None)
+        context.store.write(unit, compute_unit(unit, context, lambda count: None))
     run = Run.open(path)
-    return {kind: ordered(run, kind) for kind in ("ablations", "set_ablations")}, runner._forwards
+    return {kind: ordered(run, kind) for kind in ("ablations", "set_ablations")}, context.forwards
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_3"])
@@ -171,8 +172,7 @@ def test_an_error_of_the_forward_leaves_the_model_as_it_was():
 def test_when_memory_runs_out_graphs_are_given_back_first():
     model = Shifted(lambda timestep: timestep.float())
     graphs = Counted(model)
-    rows = Rows(4)
-    rows.release = graphs.release
+    rows = Rows(4, release=graphs.release)
     done = []
 
     def compute(piece: range) -> None:

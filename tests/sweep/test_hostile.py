@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 from headscope.cli import app
 from headscope.study import demonstration, inference
 from headscope.sweep import Run
+from headscope.sweep.plan.units import KINDS
 from headscope.sweep.store import store as files
-from headscope.sweep.store.store import CLAIMS, FAILURES, JOBS, MANIFEST, TABLES, TENSORS, RunStore
+from headscope.sweep.store.store import CLAIMS, FAILURES, JOBS, MANIFEST, RunStore
 
 READERS = (("sweep", "status"), ("sweep", "verify"), ("sweep", "sheet"), ("report",))
 EVIL = '</script><script>alert("&")</script><img src=x onerror=alert(1)>'
@@ -123,7 +124,7 @@ def test_ids_that_lead_elsewhere_are_refused(run, outside, place):
         mended(run, outside)
 
 
-@pytest.mark.parametrize("folder", [*TABLES, *TENSORS, FAILURES, CLAIMS, JOBS])
+@pytest.mark.parametrize("folder", [*KINDS, FAILURES, CLAIMS, JOBS])
 def test_folders_that_lead_elsewhere_are_refused(run, outside, folder):
     shutil.rmtree(run / folder, ignore_errors=True)
     (run / folder).symlink_to(outside)

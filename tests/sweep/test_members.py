@@ -11,11 +11,13 @@ import pytest
 from rich.console import Console
 
 from headscope.sweep import SweepConfig
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan.units import Unit
+from headscope.sweep.store.room import DiskFull
 from headscope.sweep.work.executors import processes, ray, slurm
 from headscope.sweep.work.executors.member import Telling, take_part, tell
 from headscope.sweep.work.progress import Progress
-from headscope.sweep.work.worker import DiskFull, Execution, Opened, WorkOrder, work
+from headscope.sweep.work.worker import WorkOrder, work
 from sweep.faults import Destroyed
 
 UNIT = Unit("ablations", "faces", (0, 1), 60, None, 10, "unit0")
@@ -83,12 +85,12 @@ def asked(ddpm_directory):
 def test_that_nobody_is_left_to_be_told_is_no_failure_of_a_unit(asked, tmp_path):
     """As where the process that began the sweep was killed: the work ends."""
     opened = Opened(asked, Execution(rows=1))
-    runner = opened.runner(opened.store(tmp_path / "run"))
+    context = opened.context(opened.store(tmp_path / "run"))
     receiving, sending = multiprocessing.Pipe(duplex=False)
     receiving.close()
     with pytest.raises(KeyboardInterrupt):
-        work(runner, "ours", processes._telling(sending))
-    assert runner.store.failures() == {}
+        work(context, "ours", processes._telling(sending))
+    assert context.store.failures() == {}
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR2])
@@ -128,7 +130,7 @@ def test_a_slurm_job_ends_though_python_ignored_the_interrupt(asked, monkeypatch
 
 
 def test_a_member_s_log_says_what_failed(asked, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("headscope.sweep.compute.unit.UnitRunner.run", lambda *_: 1 / 0)
+    monkeypatch.setattr("headscope.sweep.work.worker.compute_unit", lambda *_: 1 / 0)
     take_part(WorkOrder(asked, str(tmp_path / "run"), Execution(rows=1), "ours"))
     assert capsys.readouterr().err.count("failed, will be tried again: ZeroDivisionError") == 2
 

@@ -6,8 +6,9 @@ from collections import Counter
 import torch
 
 from headscope.sweep import Execution, SweepConfig
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.work.executors.member import Silent
-from headscope.sweep.work.worker import Opened, work
+from headscope.sweep.work.worker import work
 
 # units after which every kind of unit has run and every cache is filled
 SETTLED = 4
@@ -44,7 +45,7 @@ def test_nothing_piles_up_over_units(ddpm_directory, tmp_path):
     kinds = Counter(unit.kind for unit in opened.plan.units)
     assert kinds["ablations"] == 12
     counting = Counting()
-    work(opened.runner(opened.store(tmp_path / "run")), "", counting)
+    work(opened.context(opened.store(tmp_path / "run")), "", counting)
     tensors, objects = counting.tensors[SETTLED:], counting.objects[SETTLED:]
     # a unit computed meanwhile holds some of its own; a leak of one thing a unit would be more than half of the count
     # of units apart, a leak of a unit's predictions (at least 3 tensors) far more

@@ -15,11 +15,12 @@ from headscope import HeadEdit
 from headscope.models import Scope
 from headscope.sweep import Execution, HeadSet, Run, SweepConfig, run_sweep
 from headscope.sweep.compute.estimate import estimate_sweep
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.plan.items import load_task, open_items
-from headscope.sweep.plan.units import UNITS_PER_GROUP, _chunks
+from headscope.sweep.plan.units import UNITS_PER_GROUP, chunks
 from headscope.sweep.store.sheet import write_contact_sheets
 from headscope.sweep.work.executors.member import Silent
-from headscope.sweep.work.worker import Opened, work
+from headscope.sweep.work.worker import work
 
 PLAN = """
 model = {model!r}
@@ -230,9 +231,9 @@ def test_a_set_needs_a_name_and_heads():
 
 
 def test_large_groups_have_larger_units():
-    assert [len(chunk) for chunk in _chunks(10, 4)] == [4, 4, 2]
-    chunks = _chunks(1000, 4, of_each=50)
-    assert len(chunks) * 50 <= UNITS_PER_GROUP
+    assert [len(chunk) for chunk in chunks(10, 4)] == [4, 4, 2]
+    found = chunks(1000, 4, of_each=50)
+    assert len(found) * 50 <= UNITS_PER_GROUP
     assert [index for chunk in chunks for index in chunk] == list(range(1000))
 
 
@@ -440,7 +441,7 @@ def test_the_plan_counts_the_rows_that_run(family, ddpm_directory, diffusion_dir
         generate_window=(2, 3),
     )
     opened = Opened(config, Execution(rows=4, share=False))
-    runner = opened.runner(opened.store(tmp_path / "run"))
+    context = opened.context(opened.store(tmp_path / "run"))
     denoiser = opened.task.denoiser
     forward = type(denoiser).forward
     rows = 0
@@ -453,7 +454,7 @@ def test_the_plan_counts_the_rows_that_run(family, ddpm_directory, diffusion_dir
 
     monkeypatch.setattr(type(denoiser), "forward", counted)
     advances = Advances()
-    work(runner, "", advances)
+    work(context, "", advances)
     planned = sum(unit.forwards for unit in opened.plan.units)
     assert rows == advances.forwards == planned
     run = Run.open(tmp_path / "run")

@@ -8,10 +8,10 @@ from torch import nn
 import tiny
 from headscope.models import Scope
 from headscope.sweep import Execution, SweepConfig
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.compute.sharing import ROW_TOLERANCE, Prefix
-from headscope.sweep.plan import units as kinds
+from headscope.sweep.compute.unit import compute_unit
 from headscope.sweep.plan.config import IN_MEMORY
-from headscope.sweep.work.worker import Opened
 from headscope.zoo import load_pipeline
 
 PIPELINES = {
@@ -55,12 +55,11 @@ def opened(family: str, precision: str, execution: Execution) -> Opened:
 
 def losses(sweep: Opened, folder) -> tuple[np.ndarray, Prefix | None]:
     """Of every head and item, float64 [heads * items]; and what was shared."""
-    runner = sweep.runner(sweep.store(folder))
-    tables = []
-    runner.store.write_table = lambda kind, unit, table: tables.append(table)
-    (unit,) = (unit for unit in sweep.plan.units if unit.kind == kinds.ABLATE)
-    runner.run(unit, lambda forwards: None)
-    return tables[0]["edited"].to_numpy(), runner._prefix
+    context = sweep.context(sweep.store(folder))
+    (unit,) = (unit for unit in sweep.plan.units if unit.kind == "ablations")
+    table = compute_unit(unit, context, lambda forwards: None).table
+    assert table is not None
+    return table["edited"].to_numpy(), context.prefix
 
 
 # float16 is slow on a CPU

@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from headscope.sweep import Run, SweepConfig, run_sweep
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan.units import Unit
 from headscope.sweep.work.progress import Progress
-from headscope.sweep.work.worker import Execution, Opened, work
+from headscope.sweep.work.worker import work
 
 UNITS = tuple(Unit("ablations", "faces", (0, 1), 60, None, 10, f"unit{index}") for index in range(4))
 
@@ -76,11 +77,11 @@ def test_a_log_that_cannot_be_written_disturbs_no_unit(ddpm_directory, tmp_path)
                 raise OSError(number, os.strerror(number))
 
         opened = Opened(config, Execution(rows=4))
-        runner = opened.runner(opened.store(tmp_path / str(number)))
+        context = opened.context(opened.store(tmp_path / str(number)))
         progress = Progress("sweep", opened.plan.units, console=Console(file=Gone()), interval=0.0)
-        work(runner, "ours", progress)
+        work(context, "ours", progress)
         assert Run.open(tmp_path / str(number)).complete
-        assert runner.store.failures() == {}
+        assert context.store.failures() == {}
 
 
 def test_silence(ddpm_directory, tmp_path):

@@ -10,7 +10,8 @@ import torch
 
 import headscope
 from headscope.models.tasks import NoisyInputs
-from headscope.sweep.compute.scores import checked_score, code_of, image_scores, own_scores
+from headscope.sweep.compute.scores import checked_score, image_scores, own_scores
+from headscope.sweep.plan.functions import code_of
 
 SCORE = """
 def largest(edited, clean, target, inputs):

@@ -13,9 +13,8 @@ import torch
 
 from headscope._files import write_atomic
 from headscope.sweep import Run
-from headscope.sweep.compute.fitting import Fit
 from headscope.sweep.store import seals
-from headscope.sweep.store.store import EXECUTION, MANIFEST, RunStore
+from headscope.sweep.store.store import EXECUTION, MANIFEST, Fit, RunStore
 from sweep.races import begin_many, share
 
 IDENTITY = {"seed": 0, "timesteps": [1, 2]}

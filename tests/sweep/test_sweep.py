@@ -8,8 +8,8 @@ from polars.testing import assert_frame_equal
 
 from headscope.models import Scope
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.compute.unit import UnitRunner
 from headscope.sweep.plan.items import load_task, open_items
+from headscope.sweep.work import worker
 
 
 def text_columns(frame: pl.DataFrame) -> pl.DataFrame:
@@ -149,25 +149,26 @@ class Stop(BaseException):
 def test_a_stopped_run_goes_on_where_it_was(ddpm_directory, tmp_path, units, monkeypatch):
     config = SweepConfig(model=ddpm_directory, groups=("faces",), items=3, timesteps=(60, 500), fills=("mean",))
     expected = run_sweep(config, tmp_path / "whole", progress=False)
-    run_unit = UnitRunner.run
+    run_unit = worker.compute_unit
     finished = []
 
-    def stop_after(self, unit, advance):
+    def stop_after(unit, context, advance):
         if len(finished) == units:
             raise Stop
-        run_unit(self, unit, advance)
+        results = run_unit(unit, context, advance)
         finished.append(unit.id)
+        return results
 
-    monkeypatch.setattr(UnitRunner, "run", stop_after)
+    monkeypatch.setattr(worker, "compute_unit", stop_after)
     with pytest.raises(Stop):
         run_sweep(config, tmp_path / "run", progress=False)
     done = list(finished)
 
-    def count(self, unit, advance):
+    def count(unit, context, advance):
         assert unit.id not in done
-        run_unit(self, unit, advance)
+        return run_unit(unit, context, advance)
 
-    monkeypatch.setattr(UnitRunner, "run", count)
+    monkeypatch.setattr(worker, "compute_unit", count)
     run = run_sweep(config, tmp_path / "run", progress=False)
     for kind in ("observations", "ablations"):
         assert_frame_equal(ordered(run, kind), ordered(expected, kind), check_exact=True)

@@ -27,7 +27,7 @@ from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, StudyResult, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.plan.config import SPLITS
-from headscope.sweep.store.run import REPORTED, as_written
+from headscope.sweep.store.run import as_written
 from headscope.zoo import GROUPS, open_group
 
 REPORT = "report.html"
@@ -260,9 +260,9 @@ def report_sweep(path: Path) -> Path:
             groups=group_infos(run.manifest),
             sites=_sites(run),
             seed=run.manifest["config"]["seed"],
-            others={kind: table for kind, table in tables.items() if kind not in REPORTED},
+            others={kind: table for kind, table in tables.items() if kind not in run.kinds},
             caveats=_unfinished(run),
-            **{kind: table for kind, table in tables.items() if kind in REPORTED},
+            **{kind: table for kind, table in tables.items() if kind in run.kinds},
         )
 
 

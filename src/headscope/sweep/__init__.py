@@ -1,18 +1,24 @@
 """Sweeps: items x timesteps observed, and heads edited in turn or in sets, resumable, in Parquet.
 
-Reading order: config (what is asked), items and sources (images, prompts and the model), plan (the units of work), unit
-(how one is computed) with sharing (what edited forwards take over from clean ones), store and claims (the run
-directory), worker (one process's share), executors (where the processes run), runner (the whole), run (reading it), api
-(headscope.sweep(...), which calls this package).
+A sweep is a plan of small units of work, each of which is computed by itself and written whole. Four rooms tell how,
+each of which imports only those named before it:
+
+    plan       a configuration, the model and the items become a list of units
+    store      the run directory: the files of every unit that is done, claims on units, and how runs are read
+    compute    how a unit of each kind is computed
+    work       processes that share the units of a run: here, on several GPUs, in a cluster
+
+`headscope.sweep(...)` (api) calls all of it.
 """
 
 import sys
 
 from headscope.sweep.api import SweepModule
+from headscope.sweep.compute.opened import Execution
 from headscope.sweep.plan.config import HeadSet, SweepConfig
+from headscope.sweep.store.room import DiskFull
 from headscope.sweep.store.run import Run
-from headscope.sweep.work.runner import SweepFailed, Workers, run_sweep
-from headscope.sweep.work.worker import DiskFull, Execution
+from headscope.sweep.work.launch import SweepFailed, Workers, run_sweep
 
 __all__ = ["DiskFull", "Execution", "HeadSet", "Run", "SweepConfig", "SweepFailed", "Workers", "run_sweep"]
 

@@ -18,7 +18,7 @@ from headscope.models.structure.sites import find_denoiser
 from headscope.sweep.plan.config import IN_MEMORY, HeadSet, SweepConfig
 from headscope.sweep.plan.in_memory import check_pipeline
 from headscope.sweep.store.run import Run
-from headscope.sweep.work.runner import Workers, run_sweep
+from headscope.sweep.work.launch import Workers, run_sweep
 
 
 class Fields(TypedDict, total=False):

@@ -1,6 +1,6 @@
 """From the edits of a plan to those of a scope: one row of the batch for each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from headscope.models import Recording, Scope
+from headscope.models.editing.edits import Fill
 from headscope.models.recording.tensors import moved
 from headscope.ops import HeadEdit
-from headscope.sweep.plan.units import Edit
+from headscope.sweep.plan.heads import Edit
 
 
 def head_edits(edits: Sequence[Edit], scope: Scope, keys: Mapping[str, int]) -> dict[str, HeadEdit]:
@@ -60,6 +61,13 @@ def tensors(edit: HeadEdit) -> dict[str, Tensor]:
     """The tensors of an edit without a fill, by field."""
     given = {field.name: getattr(edit, field.name) for field in fields(edit)}
     return {name: tensor for name, tensor in given.items() if isinstance(tensor, Tensor)}
+
+
+def fills_at(scope: Scope, fill: Fill, sites: Iterable[str], device: torch.device) -> Mapping[str, Fill]:
+    """By site, what takes the place of removed heads at the timestep of the forward that the scope saw last."""
+    if not isinstance(fill, Recording) or (timestep := scope.timestep) is None:
+        return dict.fromkeys(sites, fill)
+    return {site: mean_fill(fill, site, timestep, device) for site in sites}
 
 
 def mean_fill(recording: Recording, site: str, timestep: float, device: torch.device) -> Recording | Tensor:

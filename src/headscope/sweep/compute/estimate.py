@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from headscope.sweep.compute.fitting import measured_bytes
-from headscope.sweep.plan import units as kinds
+from headscope.sweep.compute.kinds import KINDS
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan.config import SweepConfig
-from headscope.sweep.work.worker import Execution, Opened
 
 # seconds that the timing of one kind of forward may take
 PATIENCE = 3.0
@@ -85,14 +85,14 @@ def estimate_sweep(config: SweepConfig, execution: Execution | None = None) -> E
         units[unit.kind] = (count + 1, forwards + unit.forwards)
     whole = _seconds(opened, lambda: opened.forward(rows)) / rows
     edited, reason = whole, "the model is compiled" if config.compile else None
-    ablated = [edit for kind in (kinds.ABLATE, kinds.ABLATE_SETS) for edit in opened.plan.edits(kind)]
+    shared = [edit for name in units if KINDS[name].shares for edit in KINDS[name].edits(opened.plan)]
     if not fit.clean:
         reason = "what a clean forward would keep doesn't fit in memory"
-    elif ablated and opened.share and any(kind in units for kind in (kinds.ABLATE, kinds.ABLATE_SETS)):
-        edited, reason = _edited_seconds(opened, rows, [edit.sites for edit in ablated], whole)
+    elif shared and opened.share:
+        edited, reason = _edited_seconds(opened, rows, [edit.sites for edit in shared], whole)
     seconds = 0.0
-    for kind, (_, forwards) in units.items():
-        seconds += forwards * (edited if kind in (kinds.ABLATE, kinds.ABLATE_SETS) else whole)
+    for name, (_, forwards) in units.items():
+        seconds += forwards * (edited if KINDS[name].shares else whole)
     denoiser = opened.task.denoiser
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*denoiser.parameters(), *denoiser.buffers()))
     with torch.inference_mode():

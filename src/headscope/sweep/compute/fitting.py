@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from headscope.sweep.store.store import Fit
+
 # on a CPU more rows bring no speed and fall out of its caches: 122 images/s at 16 rows, 90 at 32 and 69 at 64 through
 # the bundled UNet on two cores
 CPU_ROWS = 16
@@ -21,19 +23,6 @@ def prefers_channels_last(denoiser: nn.Module) -> bool:
     """Whether most of its weights are convolutions', which are faster with channels innermost."""
     convolutions = sum(module.weight.numel() for module in denoiser.modules() if isinstance(module, nn.Conv2d))
     return 2 * convolutions > sum(parameter.numel() for parameter in denoiser.parameters())
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How much passes through a denoiser at once.
-
-    Attributes:
-        rows: of a forward.
-        clean: of a clean forward whose outputs are kept for edited ones; 0 where not even one's fit in memory.
-    """
-
-    rows: int
-    clean: int
 
 
 @dataclass(frozen=True)
@@ -148,15 +137,13 @@ class Rows:
     Args:
         most: of a forward.
         clean: of a clean forward whose outputs are kept; as many as of any other by default.
-
-    Attributes:
         release: gives memory back that is held to be used again.
     """
 
-    def __init__(self, most: int, clean: int | None = None) -> None:
+    def __init__(self, most: int, clean: int | None = None, release: Callable[[], None] = lambda: None) -> None:
         self.most = most
         self.clean = most if clean is None else clean
-        self.release: Callable[[], None] = lambda: None
+        self._release = release
 
     def run(self, count: int, compute: Callable[[range], None]) -> None:
         """Call `compute` for all of range(count), piece by piece; a piece for which memory runs out is done again in
@@ -195,7 +182,7 @@ class Rows:
         else:
             return True
         # outside of the handler: the traceback holds the tensors of the failed piece
-        self.release()
+        self._release()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

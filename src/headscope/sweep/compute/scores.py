@@ -1,8 +1,5 @@
 """What is measured of an edited prediction or image."""
 
-import hashlib
-import importlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope.sweep.compute.fitting import is_out_of_memory
+from headscope.sweep.plan.functions import imported
 
 ImageScore = Callable[[np.ndarray, np.ndarray], Any]
 
@@ -63,54 +61,6 @@ def _naming(field: str, name: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise ValueError(f"{field}: {name} raised {type(error).__name__}: {error}") from error
-
-
-def imported(field: str, name: str) -> Callable[..., Any]:
-    """The function that "module:function" names.
-
-    Raises:
-        ValueError: there is none.
-    """
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    # whatever a module of the user's does wrong while it is imported
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{field}: got {name!r}, expected an importable module:function ({reason})") from error
-    if not callable(found):
-        raise ValueError(f"{field}: got {name!r}, which is {type(found).__name__}, expected a function")
-    return found
-
-
-def code_of(names: Sequence[str]) -> dict[str, str]:
-    """Of every "module:function" among the names, a digest of its code: that of its module and, where that one has it
-    from elsewhere, of the module that defines it. Code that those modules import isn't in it.
-
-    Functions without Python source (compiled ones, builtins) have none, and are left out.
-
-    Raises:
-        ValueError: there is no such function.
-    """
-    found = {}
-    for name in names:
-        if ":" not in name:
-            continue
-        function = imported("scores", name)
-        sources = [_source(importlib.import_module(name.partition(":")[0])), _source(inspect.getmodule(function))]
-        # written into a notebook, where there is no module's source
-        sources = [source for source in sources if source is not None] or [_source(function)]
-        if sources != [None]:
-            found[name] = hashlib.sha256("\0".join(map(str, dict.fromkeys(sources))).encode()).hexdigest()
-    return found
-
-
-def _source(code: Any) -> str | None:
-    """The source of a module or function, None where there isn't any."""
-    try:
-        return inspect.getsource(code)
-    except (OSError, TypeError):
-        return None
 
 
 def _torchmetrics(name: str, clean: np.ndarray, edited: np.ndarray) -> np.ndarray:

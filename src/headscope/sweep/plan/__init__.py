@@ -1,4 +1,6 @@
-"""What a sweep is to do, before any work starts.
+"""A sweep on paper: everything that is decided before any work starts.
 
-Reading order: config (what is asked), choosing, items, sources and texts (images, prompts and timesteps), in_memory
-(a model that isn't on disk), units (the pieces of work)."""
+Reading order: config (the configuration); choosing, texts, sources, in_memory and items (images, prompts and the
+model); heads (the heads to edit); functions (scores of the user's); units (units of work and their kinds); planning
+(the plan).
+"""

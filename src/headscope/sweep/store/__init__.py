@@ -1,4 +1,5 @@
-"""What lasts: a run directory, written whole or not at all.
+"""A run directory, in which every file is whole or absent.
 
-Reading order: seals (checksums), store (the directory), claims (who works on which unit), rows (numbers as tables), run
-(reading it), sheet (its images on a page)."""
+Reading order: store (the files of a run); rows (a unit's numbers as a table); seals (checksums); claims (which process
+works on which unit); room (full disks); run (reading a run); sheet (its images).
+"""

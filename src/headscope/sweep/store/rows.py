@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from headscope.sweep.plan.units import Edit
+from headscope.sweep.plan.heads import Edit
 
 
 class Grid:

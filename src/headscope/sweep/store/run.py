@@ -16,26 +16,22 @@ from safetensors.numpy import load_file
 
 from headscope._extras import require
 from headscope._files import local_path
+from headscope.sweep.plan.units import KINDS, TABLE
 from headscope.sweep.store.claims import Claims
 from headscope.sweep.store.store import (
     CLAIMS,
     FAILURES,
-    GENERATED,
     MANIFEST,
-    TABLES,
-    TENSORS,
     check_folders,
     check_whole,
     damaged_failures,
     file_problem,
     read_manifest,
     read_tries,
-    unit_file,
+    unit_files,
     unit_problem,
 )
 
-# those that a report knows
-REPORTED = ("observations", "ablations", "generations")
 # threads that check files
 READERS = min(4, os.cpu_count() or 1)
 
@@ -116,12 +112,13 @@ class Run:
     @property
     def kinds(self) -> tuple[str, ...]:
         """Those tables that a report is made of and that have rows: some of observations, ablations, generations."""
-        return tuple(kind for kind in self.tables if kind in REPORTED)
+        return tuple(name for name in self.tables if KINDS[name].reported)
 
     @property
     def tables(self) -> tuple[str, ...]:
         """All tables that have rows: `kinds`, and attributions, set_ablations, set_generations."""
-        return tuple(kind for kind in TABLES if any((self.path / kind).glob("*.parquet")))
+        kinds = sorted((kind for kind in KINDS.values() if TABLE in kind.files), key=lambda kind: not kind.reported)
+        return tuple(kind.name for kind in kinds if any((self.path / kind.name).glob(f"*{TABLE}")))
 
     @property
     def complete(self) -> bool:
@@ -182,10 +179,9 @@ class Run:
         Raises:
             ValueError: no unit of the run, or a file of it is missing or damaged.
         """
-        if kind not in GENERATED or (kind, unit) not in self._known:
+        if (kind, unit) not in self._known or not KINDS[kind].images:
             raise ValueError(f"unit: got {kind}/{unit}, expected one of the run's with images")
-        table = unit_file(self.path, kind, unit)
-        path = table.with_suffix(".safetensors")
+        table, path = unit_files(self.path, kind, unit)
         for file in (table, path):
             check_whole(file)
         images = load_file(path)
@@ -210,9 +206,8 @@ class Run:
         found = Verification()
         known = set()
         for unit in self.units:
-            kind, path = unit["kind"], unit_file(self.path, unit["kind"], unit["id"])
-            # beside a table of images lie the images
-            files = [path, path.with_suffix(".safetensors")] if kind in GENERATED else [path]
+            kind = unit["kind"]
+            files = unit_files(self.path, kind, unit["id"])
             known.update(files)
             problems = [(file, file_problem(file)) for file in files]
             for file, problem in problems:
@@ -222,9 +217,9 @@ class Run:
                     found.foreign.append(_relative(file, self.path))
             if any(problem == "missing" for _, problem in problems):
                 found.missing.append(f"{kind}/{unit['id']}")
-            elif kind in TABLES and problems[0][1] is None:
-                found.rows[kind] = found.rows.get(kind, 0) + pq.read_metadata(path).num_rows
-        for path in sorted(file for kind in (*TABLES, *TENSORS) for file in (self.path / kind).glob("*")):
+            elif KINDS[kind].files[0] == TABLE and problems[0][1] is None:
+                found.rows[kind] = found.rows.get(kind, 0) + pq.read_metadata(files[0]).num_rows
+        for path in sorted(file for kind in KINDS for file in (self.path / kind).glob("*")):
             if path.name.startswith(".") and path.name.endswith(".tmp"):
                 found.leftovers.append(_relative(path, self.path))
             elif path not in known:
@@ -244,7 +239,7 @@ class Run:
                 f"kind: got {kind!r}, expected one of {', '.join(self.tables) or 'none: nothing is finished'}"
             )
         units = {unit["id"] for unit in self.units if unit["kind"] == kind}
-        files = sorted((self.path / kind).glob("*.parquet"))
+        files = sorted((self.path / kind).glob(f"*{TABLE}"))
         for file in files:
             if file.stem not in units:
                 raise ValueError(f"run: {str(file)!r} isn't this run's; remove it")

@@ -9,8 +9,9 @@ import polars as pl
 
 from headscope._extras import require
 from headscope._files import write_atomic
+from headscope.sweep.plan.units import KINDS
 from headscope.sweep.store.run import Run, as_written
-from headscope.sweep.store.store import unit_file
+from headscope.sweep.store.store import unit_files
 
 MARGIN = 4
 LABEL_HEIGHT = 14
@@ -29,7 +30,7 @@ def write_contact_sheets(run: Run, *, edits: int = 12, items: int = 8) -> list[P
     Raises:
         ValueError: the run has no generations, or a file of theirs is damaged.
     """
-    kinds = [kind for kind in ("generations", "set_generations") if kind in run.tables]
+    kinds = [name for name in run.tables if KINDS[name].images]
     if not kinds:
         raise ValueError(f"run: {str(run.path)!r} has no generations, expected a sweep with the score generate")
     written = []
@@ -50,7 +51,7 @@ def _read(run: Run, kind: str) -> tuple[pl.DataFrame, dict[str, np.ndarray], dic
     """The table with each row's unit, its place among the unit's images, and the items' places; the units' images."""
     frames, images, clean = [], {}, {}
     for unit in run.units:
-        file = unit_file(run.path, kind, unit["id"])
+        file, _ = unit_files(run.path, kind, unit["id"])
         if unit["kind"] != kind or not file.is_file():
             continue
         tensors = run.images(kind, unit["id"])

@@ -26,6 +26,7 @@ import os
 import re
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,43 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from headscope._files import read_plain, write_atomic, write_first
-from headscope.sweep.compute.fitting import Fit
+from headscope.sweep.plan.functions import CODE
+from headscope.sweep.plan.units import KINDS, TABLE, TENSORS, Unit
 from headscope.sweep.store import seals
 
 MANIFEST, EXECUTION = "manifest.json", "execution.json"
 # 1 had no checksums, and the units in a file of their own
 FORMAT = 2
-# the kinds whose unit is a table; of the others it is tensors
-TABLES = ("observations", "ablations", "generations", "attributions", "set_ablations", "set_generations")
-TENSORS = ("reference", "images")
-# the tables with images beside them
-GENERATED = ("generations", "set_generations")
 FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
-# in an identity, before the name of a function of the user's own
-CODE = "code of "
 _SEAL = "headscope.seal"
 # ids are digests: a name made of one leads nowhere else
 _ID = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How much passes through a denoiser at once.
+
+    Attributes:
+        rows: of a forward.
+        clean: of a clean forward whose outputs are kept for edited ones; 0 where not even one's fit in memory.
+    """
+
+    rows: int
+    clean: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a unit has computed, one for each file that its kind writes.
+
+    Attributes:
+        table: the rows.
+        tensors: by name.
+    """
+
+    table: pa.Table | None = None
+    tensors: dict[str, torch.Tensor] | None = None
 
 
 class DamagedManifest(ValueError):
@@ -113,12 +134,6 @@ class RunStore:
         results = {unit for _, unit in self.listed()}
         return bool(results) and results <= {unit["id"] for unit in units}
 
-    def table_path(self, kind: str, unit: str) -> Path:
-        return self.path / kind / f"{unit}.parquet"
-
-    def tensor_path(self, kind: str, unit: str) -> Path:
-        return self.path / kind / f"{unit}.safetensors"
-
     def has(self, kind: str, unit: str) -> bool:
         """Whether the unit is done: its file is there, whole and its own. A damaged one counts as absent and is
         written again."""
@@ -127,14 +142,22 @@ class RunStore:
     def listed(self) -> set[tuple[str, str]]:
         """(kind, unit) of every unit whose file seems to be there, without opening any."""
         found = set()
-        for kind in (*TABLES, *TENSORS):
-            suffix = ".safetensors" if kind in TENSORS else ".parquet"
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path / kind) as entries:
-                found |= {(kind, entry.name.removesuffix(suffix)) for entry in entries if entry.name.endswith(suffix)}
+        for name, kind in KINDS.items():
+            suffix = kind.files[0]
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.path / name) as entries:
+                found |= {(name, entry.name.removesuffix(suffix)) for entry in entries if entry.name.endswith(suffix)}
         return found
 
+    def write(self, unit: Unit, results: Results) -> None:
+        """Write what a unit has computed; from then on it is done."""
+        writers = {TABLE: (self.write_table, results.table), TENSORS: (self.write_tensors, results.tensors)}
+        # the first file comes last: it is what makes the unit done
+        for suffix in reversed(KINDS[unit.kind].files):
+            write, content = writers[suffix]
+            write(unit.kind, unit.id, content)
+
     def write_table(self, kind: str, unit: str, table: pa.Table) -> None:
-        path = self.table_path(kind, unit)
+        path = self.path / kind / f"{unit}{TABLE}"
         footer = {**(table.schema.metadata or {}), _SEAL: seals.blank(_name(path))}
         floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
         content = io.BytesIO()
@@ -149,7 +172,7 @@ class RunStore:
         _write_sealed(path, content.getvalue())
 
     def write_tensors(self, kind: str, unit: str, tensors: dict[str, torch.Tensor]) -> None:
-        path = self.tensor_path(kind, unit)
+        path = self.path / kind / f"{unit}{TENSORS}"
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         _write_sealed(path, save(whole, {_SEAL: seals.blank(_name(path))}))
 
@@ -159,7 +182,7 @@ class RunStore:
         Raises:
             ValueError: the file is missing, damaged, or another's.
         """
-        path = self.tensor_path(kind, unit)
+        path = self.path / kind / f"{unit}{TENSORS}"
         check_whole(path)
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -207,7 +230,7 @@ class RunStore:
 
 def check_folders(run: Path) -> None:
     """Raises ValueError where a folder of a run is a link: what is written or dropped there would be elsewhere."""
-    for name in (*TABLES, *TENSORS, FAILURES, CLAIMS, JOBS):
+    for name in (*KINDS, FAILURES, CLAIMS, JOBS):
         if (run / name).is_symlink():
             raise ValueError(f"run: {str(run / name)!r} is a link, expected a folder of the run's own")
 
@@ -247,18 +270,14 @@ def _is_try(entry: Any) -> bool:
     return all(isinstance(text, str) for text in texts) and bool(entry["error"].strip())
 
 
-def unit_file(run: Path, kind: str, unit: str) -> Path:
-    """The file that makes a unit done."""
-    return run / kind / (unit + (".safetensors" if kind in TENSORS else ".parquet"))
+def unit_files(run: Path, kind: str, unit: str) -> list[Path]:
+    """The files of a unit; the first makes it done."""
+    return [run / kind / f"{unit}{suffix}" for suffix in KINDS[kind].files]
 
 
 def unit_problem(run: Path, kind: str, unit: str) -> str | None:
-    """Why a unit isn't done: its file, or the images beside it, are "missing", "torn" or "foreign"; None if it is."""
-    path = unit_file(run, kind, unit)
-    found = file_problem(path)
-    if found is None and kind in GENERATED:
-        return file_problem(path.with_suffix(".safetensors"))
-    return found
+    """Why a unit isn't done: a file of it is "missing", "torn" or "foreign"; None if it is done."""
+    return next(filter(None, map(file_problem, unit_files(run, kind, unit))), None)
 
 
 def file_problem(path: Path) -> str | None:
@@ -287,7 +306,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     problem = seals.problem(file, MANIFEST)
-    begun = any((path / kind).is_dir() for kind in (*TABLES, *TENSORS))
+    begun = any((path / kind).is_dir() for kind in KINDS)
     if problem == "missing" and not begun:
         raise ValueError(f"run: got {str(path)!r}, expected a directory with a headscope run ({MANIFEST})")
     manifest: Any = None
@@ -322,7 +341,7 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
 
 def _is_unit(unit: dict[str, Any]) -> bool:
     return (
-        unit.get("kind") in (*TABLES, *TENSORS)
+        unit.get("kind") in tuple(KINDS)
         and isinstance(unit.get("id"), str)
         and _ID.fullmatch(unit["id"]) is not None
         and isinstance(unit.get("group"), str)

@@ -1,4 +1,5 @@
-"""Who does it: processes that share the units of a run.
+"""Processes that share the units of a run.
 
-Reading order: runner (the whole), worker (one process's share), behind (reading ahead, writing behind), progress,
-executors (where the processes run)."""
+Reading order: launch (a whole sweep); worker (one process's share); behind (reading ahead, writing behind); progress
+(what a person sees); executors (where the processes run).
+"""

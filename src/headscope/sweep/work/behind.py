@@ -14,71 +14,46 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import pyarrow as pa
-import torch
-
 from headscope.sweep.plan.items import SweptItem
 from headscope.sweep.plan.units import Unit
-from headscope.sweep.store.store import RunStore
+from headscope.sweep.store.store import Results, RunStore
 
-# units that are computed and not yet on disk: results take memory
+# units that may be computed and not yet on disk while the next is computed: results take memory
 PENDING = 2
 
 # hears of a unit whose results were written, or what went wrong, in the writer's thread
 Ended = Callable[[Unit, Exception | None], None]
 
 
-class WriteBehind(RunStore):
-    """A run's store whose results are written by a thread of its own, in the order they came.
+class WriteBehind:
+    """Writes units' results in a thread of its own, in the order they came.
 
     Args:
         store: the run directory's.
-        ended: called in the thread after a unit's last file is on disk, or a file of it could not be written. An error
-            that it raises stops the writing: `check` raises it.
+        ended: called in the thread after a unit's files are on disk, or one could not be written. An error that it
+            raises stops the writing: `ended` raises it.
+
+    Attributes:
+        pending: the units whose results were handed over and aren't written yet.
     """
 
     def __init__(self, store: RunStore, ended: Ended) -> None:
-        self.path = store.path
-        self.store = store
         self.pending: set[str] = set()
+        self._store = store
         self._ended = ended
         self._heard: deque[tuple[Unit, Exception | None]] = deque()
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._errors: dict[str, Exception] = {}
+        self._jobs: queue.SimpleQueue[tuple[Unit, Results] | None] = queue.SimpleQueue()
         self._fatal: BaseException | None = None
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._write, name="headscope-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="headscope-writer", daemon=True)
         self._thread.start()
 
-    def write_table(self, kind: str, unit: str, table: pa.Table) -> None:
-        self._later(unit, lambda: self.store.write_table(kind, unit, table))
-
-    def write_tensors(self, kind: str, unit: str, tensors: dict[str, torch.Tensor]) -> None:
-        self._later(unit, lambda: self.store.write_tensors(kind, unit, tensors))
-
-    def commit(self, unit: Unit) -> None:
-        """A unit's results have all been handed over; waits where too many units are being written."""
+    def write(self, unit: Unit, results: Results) -> None:
+        """Have a unit's results written; waits while more units than `PENDING` are."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self.pending) < PENDING or self._fatal)
             self.pending.add(unit.id)
-
-        def end() -> None:
-            error = self._errors.pop(unit.id, None)
-            self._ended(unit, error)
-            with self._changed:
-                self._heard.append((unit, error))
-                self.pending.discard(unit.id)
-                self._changed.notify_all()
-
-        self._jobs.put(end)
-
-    def take_back(self, unit: Unit) -> None:
-        """A unit went wrong after some of its results were handed over: wait until they are out of the way."""
-        written = threading.Event()
-        self._jobs.put(written.set)
-        while not written.wait(0.05) and self._fatal is None:
-            pass
-        self._errors.pop(unit.id, None)
+            self._jobs.put((unit, results))
+            self._changed.wait_for(lambda: len(self.pending) <= PENDING or self._fatal)
 
     def settle(self) -> None:
         """Wait until every unit is written."""
@@ -99,28 +74,30 @@ class WriteBehind(RunStore):
         self._jobs.put(None)
         self._thread.join()
 
-    def _later(self, unit: str, write: Callable[[], None]) -> None:
-        def run() -> None:
-            if unit in self._errors:
-                return
-            try:
-                write()
-            except Exception as error:
-                self._errors[unit] = error
-
-        self._jobs.put(run)
-
-    def _write(self) -> None:
+    def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            # after what can't be mended nothing more is written
-            if self._fatal is not None:
-                continue
             try:
-                job()
+                # after an error that stopped the writing nothing more is written
+                if self._fatal is None:
+                    self._write(*job)
             except BaseException as error:
                 with self._changed:
                     self._fatal = error
                     self._changed.notify_all()
+            # results that are written are let go before the next come
+            del job
+
+    def _write(self, unit: Unit, results: Results) -> None:
+        failed = None
+        try:
+            self._store.write(unit, results)
+        except Exception as error:
+            failed = error
+        self._ended(unit, failed)
+        with self._changed:
+            self._heard.append((unit, failed))
+            self.pending.discard(unit.id)
+            self._changed.notify_all()
 
 
 class ReadAhead:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.plan.units import Unit
 from headscope.sweep.work.progress import Progress
-from headscope.sweep.work.worker import Opened, Report, WorkOrder, work
+from headscope.sweep.work.worker import Report, WorkOrder, work
 
 
 class Silent:
@@ -67,9 +68,9 @@ def take_part(order: WorkOrder, report: Report | None = None) -> None:
         report: who hears of it; None has this process's log say what failed and whom it waits for.
     """
     opened = Opened(order.config, order.execution)
-    runner = opened.runner(opened.store(Path(order.out)))
+    context = opened.context(opened.store(Path(order.out)))
     # the run directory tells how far the work is
-    work(runner, order.session, report or Progress("sweep", opened.plan.units, interval=math.inf))
+    work(context, order.session, report or Progress("sweep", opened.plan.units, interval=math.inf))
 
 
 def on_device(order: WorkOrder, number: int) -> WorkOrder:

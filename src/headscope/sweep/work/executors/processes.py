@@ -17,9 +17,10 @@ import torch
 
 from headscope._signals import INTERRUPTED, TERMINATED, Terminated, end_once
 from headscope.sweep.plan.units import Unit
+from headscope.sweep.store.room import DiskFull
 from headscope.sweep.work.executors.member import Telling, on_device, take_part, tell
 from headscope.sweep.work.progress import Progress
-from headscope.sweep.work.worker import TRIES, DiskFull, WorkOrder
+from headscope.sweep.work.worker import TRIES, WorkOrder
 
 # how long a process may take to put its work away when the sweep is stopped
 GRACE = 8.0

@@ -12,9 +12,10 @@ from typing import Any
 from headscope._extras import require
 from headscope._signals import handler_kept
 from headscope.sweep.plan.units import Unit
+from headscope.sweep.store.room import DiskFull
 from headscope.sweep.work.executors.member import Telling, take_part, tell
 from headscope.sweep.work.progress import Progress
-from headscope.sweep.work.worker import TRIES, DiskFull, WorkOrder
+from headscope.sweep.work.worker import TRIES, WorkOrder
 
 LOOK_EVERY = 1.0
 # how long actors may take to put their work away when the sweep is stopped, which is some seconds of a unit's forward

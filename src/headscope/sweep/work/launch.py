@@ -16,17 +16,18 @@ from rich.console import Console
 from headscope._files import local_path
 from headscope._signals import terminable
 from headscope.counter import whole
+from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan.config import SweepConfig
 from headscope.sweep.plan.in_memory import borrowed
 from headscope.sweep.plan.units import Unit
 from headscope.sweep.store.run import Run
-from headscope.sweep.store.store import CLAIMS, RunStore, damaged_failures, unit_file
+from headscope.sweep.store.store import CLAIMS, RunStore, damaged_failures, unit_files
 from headscope.sweep.work.executors import EXECUTORS
 from headscope.sweep.work.executors.processes import run_processes
 from headscope.sweep.work.executors.ray import run_ray
 from headscope.sweep.work.executors.slurm import run_slurm
 from headscope.sweep.work.progress import Progress
-from headscope.sweep.work.worker import Execution, Opened, WorkOrder, work
+from headscope.sweep.work.worker import WorkOrder, work
 
 
 class SweepFailed(RuntimeError):
@@ -141,10 +142,10 @@ def _run(
                 if store.has(unit.kind, unit.id):
                     shown.already(unit)
                 else:
-                    file = str(unit_file(store.path, unit.kind, unit.id))
+                    file = str(unit_files(store.path, unit.kind, unit.id)[0])
                     shown.say(f"{file!r} is damaged or lacks its images; computed anew")
         if workers.executor == "local":
-            work(opened.runner(store), session, shown)
+            work(opened.context(store), session, shown)
         else:
             order = WorkOrder(config.absolute(), str(path.resolve()), execution, session)
             if execution.rows is None:

@@ -1,0 +1,150 @@
+"""What units are computed with: the model, the items, and what earlier units of the run have written."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headscope.models import Recording, Scope, Task
+from headscope.models.editing.edits import Fill
+from headscope.models.tasks import NoisyInputs, Prepared
+from headscope.sweep.compute.fitting import Rows
+from headscope.sweep.compute.graphs import Forwards, Graphs
+from headscope.sweep.compute.scores import image_scores, own_scores
+from headscope.sweep.compute.sharing import Prefix
+from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
+from headscope.sweep.plan.units import KINDS, Plan, Unit
+from headscope.sweep.store.store import Fit, RunStore
+
+
+class Context:
+    """What units are computed with.
+
+    Args:
+        store: the run's, from which the results of earlier units are read.
+        fit: how many rows pass through the denoiser at once; it changes speed and memory, not the numbers (beyond
+            rounding).
+        share: let edited forwards take over what the clean one computed before the edited site.
+        prefix: what edited forwards take over, where it was learned before.
+
+    Attributes:
+        groups: the sweep's, by name.
+        rows: how many rows pass through the denoiser at once from now on.
+        forwards: computes teacher-forced forwards, or replays them from CUDA graphs.
+        prefix: what edited forwards take over; None until it is learned.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        groups: Sequence[GroupItems],
+        store: RunStore,
+        fit: Fit,
+        share: bool = True,
+        prefix: Prefix | None = None,
+    ) -> None:
+        self.plan = plan
+        self.config = config = plan.config
+        self.task = task = plan.task
+        self.groups = {group.name: group for group in groups}
+        self.store = store
+        self.share = share and fit.clean > 0
+        self.prefix = prefix
+        self.forwards = Graphs(task.denoiser) if config.graphs else Forwards()
+        self.rows = Rows(fit.rows, fit.clean or fit.rows, self.forwards.release)
+        self.image_scores: dict[str, Callable[..., Any]] = image_scores(config.image_scores)
+        self.own_scores = own_scores(config.scores)
+        # by the unit that wrote them
+        self._means: dict[str, Recording] = {}
+        self._drawn: dict[str, dict[str, Tensor]] = {}
+
+    @cached_property
+    def loss_scope(self) -> Scope:
+        """A scope of the denoiser alone: teacher-forced forwards have no guidance branches."""
+        return Scope(self.task.denoiser)
+
+    @cached_property
+    def pipeline_scope(self) -> Scope:
+        """A scope of whole generations, in which a batch may hold several guidance branches."""
+        return Scope(self.task.pipeline if hasattr(self.task.pipeline, "text_encoder") else self.task.denoiser)
+
+    @property
+    def not_replayed(self) -> str | None:
+        """Why forwards aren't replayed from CUDA graphs though they should be; None where all is well."""
+        return self.forwards.reason
+
+    def members(self, unit: Unit) -> list[SweptItem | PromptItem]:
+        """The unit's items as they were opened."""
+        members = KINDS[unit.kind].members(self.groups[unit.group])
+        return [members[index] for index in unit.items]
+
+    def items(self, unit: Unit) -> list[SweptItem | PromptItem]:
+        """The unit's items, prompts with the images that the model drew for them."""
+        members = self.members(unit)
+        if not any(isinstance(item, PromptItem) for item in members):
+            return members
+        wrote = self._needed(unit, "images")
+        if wrote.id not in self._drawn:
+            self._drawn[wrote.id] = self.store.read_tensors(wrote.kind, wrote.id)
+        drawn = self._drawn[wrote.id]
+        return [replace(item, image=drawn[item.key].numpy()) for item in members]
+
+    def fill(self, unit: Unit, fill: str) -> Fill:
+        """What a scope takes for one of the configuration's fills."""
+        if fill != "mean":
+            return fill if fill in ("uniform", "identity") else None
+        wrote = self._needed(unit, "reference")
+        if wrote.id not in self._means:
+            # ordinary tensors, which attribution may save for its backwards
+            with torch.inference_mode(False):
+                self._means[wrote.id] = Recording.from_tensors(self.store.read_tensors(wrote.kind, wrote.id))
+        return self._means[wrote.id]
+
+    def _needed(self, unit: Unit, kind: str) -> Unit:
+        """The unit of a kind whose results this one reads."""
+        return next(other for other in self.plan.needs(unit) if other.kind == kind)
+
+    def noisy_inputs(self, prepared: Prepared, timestep: int) -> NoisyInputs:
+        """Prepared items with the sweep's noise."""
+        return self.task.noisy_inputs(prepared, timestep, self.config.seed)
+
+    def generate(self, items: Sequence[SweptItem | PromptItem]) -> np.ndarray:
+        """The images that the model samples for some items, uint8 [items, height, width, 3]."""
+        return self.task.generate(items, steps=self.config.generate_steps, seed=self.config.seed)
+
+    def shared(self, inputs: NoisyInputs) -> Prefix | None:
+        """What edited forwards can take over from clean ones, learned from these inputs; None if nothing."""
+        if not self.share:
+            return None
+        if self.prefix is None:
+            self.prefix = learned_prefix(self.task, self.loss_scope, inputs)
+        return self.prefix if self.prefix.shares else None
+
+
+def learned_prefix(task: Task, scope: Scope, inputs: NoisyInputs) -> Prefix:
+    """What edited forwards can take over from clean ones, from some forwards of these inputs."""
+    example = _two_rows(inputs)
+
+    def forward(rows: list[int]) -> Tensor:
+        return task.predict(example.rows(torch.tensor(rows, device=task.device)))
+
+    return Prefix.learn(task.denoiser, [site.name for site in scope.sites], forward)
+
+
+def _two_rows(inputs: NoisyInputs) -> NoisyInputs:
+    """The first and the last item; of a single one, itself and itself mirrored, so that rows can be told apart."""
+    last = len(inputs.sample) - 1
+    pair = inputs.rows(torch.tensor([0, last], device=inputs.sample.device))
+    if last:
+        return pair
+
+    def mirrored(tensor: Tensor) -> Tensor:
+        floating = tensor.is_floating_point() and tensor.ndim > 1
+        return torch.cat([tensor[:1], tensor[1:].flip(-1)]) if floating else tensor
+
+    conditioning = {name: mirrored(tensor) for name, tensor in pair.conditioning.items()}
+    return replace(pair, sample=mirrored(pair.sample), conditioning=conditioning)

@@ -1,0 +1,83 @@
+"""A sweep worked out: the units of work that its configuration comes to, and what decides their numbers."""
+
+import hashlib
+import json
+from typing import Any
+
+from headscope._version import __version__
+from headscope.models import Site, Task
+from headscope.sweep.plan.choosing import ITEMS, REFERENCE_ITEMS
+from headscope.sweep.plan.config import IN_MEMORY, SweepConfig
+from headscope.sweep.plan.functions import CODE, code_of
+from headscope.sweep.plan.heads import attributed_sites, check_identity_fill, chosen_heads, chosen_sets
+from headscope.sweep.plan.in_memory import structure
+from headscope.sweep.plan.items import GroupItems, choose_timesteps, model_fingerprint
+from headscope.sweep.plan.units import KINDS, Asked, Plan, Unit, needs_images
+
+
+def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: tuple[Site, ...]) -> Plan:
+    """Work a sweep out, by asking every kind of unit, in running order, for its units of each group.
+
+    Raises:
+        ValueError: a head that the model doesn't have, a fill that a site can't have, or more sampling steps than the
+            scheduler has timesteps.
+    """
+    asked = Asked(config, task, choose_timesteps(config, task), chosen_heads(config, sites), chosen_sets(config, sites))
+    attributed = attributed_sites(config, sites) if config.attribute else ()
+    check_identity_fill(config, {name for name, _ in asked.heads} | set(attributed), asked.sets, sites)
+    _check_steps(config, task, groups)
+    identity = _identity(config, task, asked.timesteps, groups)
+    units: list[Unit] = []
+    for name, kind in KINDS.items():
+        for group in groups:
+            keys = _item_keys(kind.members(group))
+            for one in kind.plan(asked, group):
+                content = [name, group.name, [keys[item] for item in one.items], one.timestep, one.score]
+                digest = _sha({**identity, "unit": content})
+                units.append(Unit(name, group.name, tuple(one.items), one.timestep, one.score, one.forwards, digest))
+    return Plan(**vars(asked), identity=identity, units=tuple(units))
+
+
+def _check_steps(config: SweepConfig, task: Task, groups: list[GroupItems]) -> None:
+    """Raises ValueError where images are drawn in more steps than the model has."""
+    drawn = "generate" in config.scores or any(needs_images(group) for group in groups)
+    if drawn and config.generate_steps > len(task.timesteps):
+        raise ValueError(f"generate_steps: got {config.generate_steps}, expected at most {len(task.timesteps)}")
+
+
+def _identity(
+    config: SweepConfig,
+    task: Task,
+    timesteps: tuple[int, ...],
+    groups: list[GroupItems],
+) -> dict[str, Any]:
+    """Paths stay out of it: a model or folder may move, its content may not change."""
+    asked = config.as_dict()
+    for name in ("model", "groups", "prompts", "device", "timesteps", "bands"):
+        del asked[name]
+    scheduler = {name: value for name, value in task.scheduler.config.items() if not name.startswith("_")}
+    identity = {
+        **asked,
+        # what was taken for granted and what was asked for are the same
+        "items": config.items or ITEMS,
+        "reference_items": config.reference_items or REFERENCE_ITEMS,
+        "version": __version__,
+        "model": model_fingerprint(task),
+        "scheduler": [type(task.scheduler).__name__, json.loads(json.dumps(scheduler, sort_keys=True, default=str))],
+        "device_type": task.device.type,
+        "timesteps": list(timesteps),
+        "groups": [[group.name, _sha(_item_keys(group.swept)), _sha(_item_keys(group.reference))] for group in groups],
+        **{CODE + name: digest for name, digest in code_of((*config.scores, *config.image_scores)).items()},
+    }
+    if config.model == IN_MEMORY:
+        identity["structure"] = structure(task.pipeline)
+    return json.loads(json.dumps(identity))
+
+
+def _item_keys(items: tuple[Any, ...]) -> list[list[str]]:
+    """Each item's key and a hash of its caption and image, which identify it."""
+    return [[item.key, item.content] for item in items]
+
+
+def _sha(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,71 @@
+"""A unit kind is one class: defining it is all that plans, run directories, status and estimates need to know of it."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from typer.testing import CliRunner
+
+from headscope.cli import app
+from headscope.sweep import Execution, Run, SweepConfig, run_sweep
+from headscope.sweep.compute.estimate import estimate_sweep
+from headscope.sweep.plan.units import KINDS, Planned, UnitKind
+from headscope.sweep.store.rows import labels
+from headscope.sweep.store.store import Results
+
+
+@pytest.fixture
+def predictions():
+    """A kind whose table has the size of every clean prediction, defined as long as the test runs."""
+
+    class Predictions(UnitKind):
+        name = "predictions"
+        reads = ("images",)
+
+        def plan(self, asked, group):
+            for timestep in asked.timesteps:
+                yield Planned(range(len(group.swept)), len(group.swept), timestep)
+
+        def compute(self, unit, context, advance):
+            items = context.items(unit)
+            inputs = context.noisy_inputs(context.task.prepare(items), unit.timestep)
+            sizes = context.task.predict(inputs).square().flatten(1).mean(1)
+            advance(len(items))
+            columns = labels(items, np.arange(len(items)), context.config.seed)
+            return Results(pa.table({**columns, "size": sizes.double().numpy()}))
+
+    yield Predictions
+    del KINDS["predictions"]
+
+
+def test_a_kind_that_is_defined_is_swept(predictions, ddpm_directory, tmp_path):
+    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=2, timesteps=(60, 500), fills=())
+    estimate = estimate_sweep(config, Execution(rows=4))
+    run = run_sweep(config, tmp_path / "run", progress=False, batch=4)
+    assert estimate.units == {"observations": (1, 8), "predictions": (2, 8)}
+    assert run.status().units == {"observations": (1, 1), "predictions": (2, 2)}
+    assert run.tables == ("observations", "predictions")
+    assert run.kinds == ("observations",)
+    table = run.table("predictions").collect()
+    assert len(table) == 8
+    assert (table["size"] > 0).all()
+    found = run.verify()
+    assert found.sound
+    assert found.rows["predictions"] == 8
+    assert "predictions" in CliRunner().invoke(app, ["sweep", "status", str(run.path)]).output
+    victim = next((run.path / "predictions").glob("*.parquet"))
+    victim.unlink()
+    assert not Run.open(run.path).complete
+    assert run_sweep(config, tmp_path / "run", progress=False, batch=4).complete
+
+
+def test_a_kind_that_can_t_be_is_refused(predictions):
+    with pytest.raises(ValueError, match=r"Latest\.reads: got 'missing', expected kinds that run earlier: images"):
+        type("Latest", (UnitKind,), {"name": "latest", "reads": ("missing",)})
+    with pytest.raises(ValueError, match=r"Up\.name: got '\.\./up', expected lower-case letters"):
+        type("Up", (UnitKind,), {"name": "../up"})
+    with pytest.raises(ValueError, match=r"Mine\.name: 'ablations' is another kind's"):
+        type("Mine", (UnitKind,), {"name": "ablations"})
+    assert list(KINDS)[-1] == "predictions"
+    # a notebook's cell that runs again
+    again = type("Predictions", (predictions,), {"name": "predictions", "__module__": predictions.__module__})
+    assert type(KINDS["predictions"]) is again
