@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import charts
+import attention_page
 import headscope
 from headscope._machine import device_name, versions
+from headscope.bench.timing import interleaved, peak_bytes
 from peers import MODELS, SMALL_MODELS, STOCK, Shape, backwards, forwards, lengths
-from timing import interleaved, peak_bytes
 
 
 def check(shape: Shape, device: str, dtype: torch.dtype) -> None:
@@ -137,7 +137,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"attention-{options.device}-{options.dtype}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    charts.write(path.with_suffix(".html"), record)
+    attention_page.write(path.with_suffix(".html"), record)
     print(path)
 
 
