@@ -19,8 +19,6 @@ over those edited, which should be alike. A whole forward takes the loop the sam
 
 import argparse
 import copy
-import datetime
-import json
 import math
 import tempfile
 import time
@@ -36,9 +34,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from headscope._machine import device_name, versions
+from headscope.bench import records
 from headscope.bench.denoisers import DENOISERS
 from headscope.bench.encoders import give_encoders
+from headscope.bench.timing import interleaved, ratio, wait, wall_seconds
 from headscope.models import attending
 from headscope.models.hooks import routing
 from headscope.models.structure.sites import find_denoiser
@@ -189,13 +188,13 @@ class Loop:
     def edits_per_second(self, batch: int) -> float:
         """One head of every site: a whole forward takes the same time whichever head it edits."""
         inputs = self.inputs(batch)
-        synchronise(self.opened.config.device)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            for site in self.sites:
-                self.losses(inputs, site, 0)
-        synchronise(self.opened.config.device)
-        return batch * len(self.sites) / (time.perf_counter() - started)
+
+        def every_site() -> None:
+            with torch.inference_mode():
+                for site in self.sites:
+                    self.losses(inputs, site, 0)
+
+        return batch * len(self.sites) / wall_seconds(every_site, self.opened.config.device)
 
 
 def joining(denoiser: Any, site: str) -> list[nn.Module]:
@@ -232,23 +231,18 @@ class Engine:
         def advance(forwards: int) -> None:
             # the first to be heard of are the clean ones
             if not clean:
-                synchronise(device)
+                wait(device)
                 clean.append(time.perf_counter() - started)
 
-        synchronise(device)
+        wait(device)
         started = time.perf_counter()
         with self.contender.around():
             self.runner.run(self.unit, advance)
-        synchronise(device)
+        wait(device)
         taken = time.perf_counter() - started
         pieces = math.ceil(len(self.unit.items) / self.runner.rows.most)
         edits = taken - pieces * clean[0]
         return len(self.unit.items) * self.heads / (taken + (self.heads / edited - 1) * edits)
-
-
-def synchronise(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
 
 
 def spread(models: Models, count: int) -> tuple[tuple[str, ...], dict[str, float]]:
@@ -341,7 +335,7 @@ def overhead(models: Models, sites: tuple[str, ...]) -> float:
         nonlocal inside
         started = time.perf_counter()
         answer = predict(inputs)
-        synchronise(models.device)
+        wait(models.device)
         inside += time.perf_counter() - started
         return answer
 
@@ -376,29 +370,29 @@ def best_batch(loop: Loop) -> tuple[int, dict[int, float]]:
     return max(speeds, key=speeds.__getitem__), speeds
 
 
-def summary(rates: dict[str, list[float]], kinds_of: dict[str, Contender], heads: int) -> list[dict[str, Any]]:
+def summary(rates: dict[str, np.ndarray], kinds_of: dict[str, Contender], heads: int) -> list[dict[str, Any]]:
     """A row for each contender: its speed, over the loop's, and what the part that it lacks is worth."""
     forward_rate = np.median(rates[LOOP])
     rows = []
-    for name, values in rates.items():
-        rate = np.array(values)
+    for name, rate in rates.items():
         row = {
             "contender": name,
             "edits_per_second": float(np.median(rate)),
             # an image is done when all of its heads are
             "images_per_second": float(np.median(rate) / heads),
             "forward_equivalents_per_item": float(heads * forward_rate / np.median(rate)),
-            "times_the_loop": quartiles(rate / np.array(rates[LOOP])),
+            "times_the_loop": spread_of(rate, rates[LOOP]),
         }
         part = kinds_of[name].part if name in kinds_of else ""
         if part:
-            row["worth"] = {"part": part, **quartiles(np.array(rates[WHOLE]) / rate)}
+            row["worth"] = {"part": part, **spread_of(rates[WHOLE], rate)}
         rows.append(row)
     return rows
 
 
-def quartiles(values: np.ndarray) -> dict[str, float]:
-    return {f"p{round(100 * at)}": float(np.quantile(values, at)) for at in (0.25, 0.5, 0.75)}
+def spread_of(rate: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Quartiles of the ratio, round by round."""
+    return dict(zip(("p25", "p50", "p75"), ratio(rate, other), strict=True))
 
 
 def shown(rows: list[dict[str, Any]]) -> Table:
@@ -441,21 +435,18 @@ def main() -> None:
     print(f"the loop's edits a second by batch: {batches}", flush=True)
     calls: dict[str, Callable[[], float]] = {LOOP: lambda: loop.edits_per_second(batch)}
     calls |= {name: engine.edits_per_second for name, engine in engines.items()}
-    rates: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(arguments.rounds):
-        for name, call in calls.items():
-            rates[name].append(call())
-            print(
-                f"{name}: {rates[name][-1]:.1f} edits/s, {rates[name][-1] / rates[LOOP][-1]:.2f} of the loop",
-                flush=True,
-            )
+    latest: dict[str, float] = {}
+
+    def told(name: str) -> float:
+        rate = latest[name] = calls[name]()
+        print(f"{name}: {rate:.1f} edits/s, {rate / latest[LOOP]:.2f} of the loop", flush=True)
+        return rate
+
+    rates = interleaved({name: lambda name=name: told(name) for name in calls}, arguments.rounds, warm_up=0)
     heads = engines[WHOLE].heads
     rows = summary(rates, chosen, heads)
     result = {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(arguments.device),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
+        **records.machine(arguments.device),
         "model": arguments.model,
         "description": models.description,
         "dtype": arguments.dtype,
@@ -483,10 +474,8 @@ def main() -> None:
         f" what heads do to it {differences[f'{WHOLE}, over the effect']:.1%});"
         f" {result['overhead_share']:.1%} of a unit's time is outside of the denoiser"
     )
-    arguments.out.mkdir(parents=True, exist_ok=True)
     model = "" if arguments.model == "bundled" else f"{arguments.model}-"
-    file = arguments.out / f"sweeps-{model}{device}-{arguments.dtype}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file = records.write(arguments.out / f"sweeps-{model}{device}-{arguments.dtype}.json", result)
     console.print(f"written: {file}")
 
 
