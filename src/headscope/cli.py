@@ -98,7 +98,7 @@ def study(
 
         for module in ("scipy", "skimage", "plotly", "jinja2", "PIL", "polars", "diffusers"):
             require(module, "study")
-        from headscope.study.demonstration import StudyConfig, run_study
+        from headscope.demonstration import StudyConfig, run_study
 
         config = StudyConfig(
             items=items,
@@ -381,7 +381,7 @@ def report(
 
         for module in ("scipy", "plotly", "jinja2", "PIL", "polars"):
             require(module, "study")
-        from headscope.study.demonstration import is_study, report_study, report_sweep
+        from headscope.demonstration import is_study, report_study, report_sweep
 
         page = report_study(directory) if is_study(directory) else report_sweep(directory)
         console.print(f"report  {_escaped(str(page))}", highlight=False)
