@@ -9,8 +9,6 @@ and gradients are checked against float64 first: a wrong one stops the run befor
 """
 
 import argparse
-import datetime
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import charts
+import attention_page
 import headscope
-from headscope._machine import device_name, versions
-from peers import MODELS, SMALL_MODELS, STOCK, Shape, backwards, forwards, lengths
-from timing import interleaved, peak_bytes
+from headscope.bench import records, timing
+from headscope.bench.memory import peak_bytes
+from peers import MODELS, SMALL_MODELS, Shape, backwards, fastest_stock, forwards, lengths
 
 
 def check(shape: Shape, device: str, dtype: torch.dtype) -> None:
@@ -54,13 +52,20 @@ def measure(shape: Shape, options: argparse.Namespace, backward: bool) -> list[d
     tensors = shape.tensors(options.device, dtype)
     with torch.set_grad_enabled(backward):
         calls = (backwards if backward else forwards)(*tensors, flex=options.flex)
-        samples = interleaved(calls, options.rounds, options.device)
+        clocks = {
+            name: lambda call=call: timing.seconds_and_processor(call, options.device) for name, call in calls.items()
+        }
+        samples = timing.interleaved(clocks, options.rounds)
         peaks = {name: peak_bytes(call, options.device) for name, call in calls.items()}
-    stock = min((name for name in samples if name.startswith(STOCK)), key=lambda name: np.median(samples[name].seconds))
+    times = {name: taken[:, 0] for name, taken in samples.items()}
+    stock = fastest_stock(times)
+    # CPU times may be too short to be counted
+    processor = {name: np.maximum(taken[:, 1], 1e-9) for name, taken in samples.items()}
+    cpu = {name: float(np.median(taken / processor[stock])) for name, taken in processor.items()}
     flops, moved = shape.flops(backward), shape.bytes(dtype.itemsize, backward)
     rows = []
-    for name, sample in samples.items():
-        seconds = sample.milliseconds()[1] / 1e3
+    for name, seconds in times.items():
+        median = float(np.median(seconds))
         rows.append(
             {
                 "pass": "backward" if backward else "forward",
@@ -68,13 +73,13 @@ def measure(shape: Shape, options: argparse.Namespace, backward: bool) -> list[d
                 "shape": [shape.batch, shape.heads, shape.queries, shape.keys, shape.dim],
                 "call": name,
                 "over": stock,
-                "milliseconds": sample.milliseconds(),
-                "ratio": sample.ratio_to(samples[stock]),
-                "cpu_ratio": sample.cpu_ratio_to(samples[stock]) if options.device == "cpu" else None,
+                "milliseconds": timing.percentiles(1e3 * seconds),
+                "ratio": timing.ratio(seconds, times[stock]),
+                "cpu_ratio": cpu[name] if options.device == "cpu" else None,
                 "flops": flops,
                 "bytes": moved,
-                "tflops_per_second": flops / seconds / 1e12,
-                "gigabytes_per_second": moved / seconds / 1e9,
+                "tflops_per_second": flops / median / 1e12,
+                "gigabytes_per_second": moved / median / 1e9,
                 "peak_bytes": peaks[name],
             }
         )
@@ -120,24 +125,17 @@ def main() -> None:
         for backward in directions:
             rows += measure(shape, options, backward)
             print(f"{shape} {'backward' if backward else 'forward'}: done", flush=True)
-    name = device_name(options.device)
-    title = f"{name}, {options.dtype}"
-    Console(width=160).print(table(rows, title))
     record = {
         "what": "attention",
-        "device": name,
-        "threads": torch.get_num_threads(),
+        **records.machine(options.device),
         "dtype": options.dtype,
         "rounds": options.rounds,
-        "date": datetime.date.today().isoformat(),
-        "versions": versions(),
         "backends": [backend for backend, reason in headscope.backend_status().items() if reason is None],
         "rows": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"attention-{options.device}-{options.dtype}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    charts.write(path.with_suffix(".html"), record)
+    Console(width=160).print(table(rows, f"{record['device']}, {options.dtype}"))
+    path = records.write(options.out / f"attention-{options.device}-{options.dtype}.json", record)
+    attention_page.write(path.with_suffix(".html"), record)
     print(path)
 
 

@@ -11,7 +11,6 @@ steps says how fast the machine was.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -20,14 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import headscope
 import headscope.ops.triton as backend
 import headscope_kernels.attention.backward.launch as backward_kernels
 import headscope_kernels.attention.forward.launch as forward_kernel
-from headscope._machine import device_name, versions
+from headscope.bench import records, timing
 from headscope.ops import backends
 
 CALLS = 20
@@ -111,21 +109,19 @@ def layers(dim: int, dtype: torch.dtype, device: str) -> Layers:
 def measure(calls: Layers, rounds: int, device: str) -> dict[str, list[float]]:
     """Microseconds of one call by name: the 20th, 50th and 80th percentile."""
     # on a GPU a thread of torch's runs the backward
-    clock = time.thread_time if device == "cpu" else time.perf_counter
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + 10):
-        for name, (context, call) in calls.items():
-            if device != "cpu":
-                # an empty queue: a full one would make the host wait
-                torch.cuda.synchronize()
-            with context():
-                started = clock()
-                for _ in range(CALLS):
-                    call()
-                seconds = clock() - started
-            if round_ >= 10:
-                samples[name].append(seconds / CALLS * 1e6)
-    return {name: np.quantile(taken, [0.2, 0.5, 0.8]).tolist() for name, taken in samples.items()}
+    now = time.thread_time if device == "cpu" else time.perf_counter
+
+    def clock(context: Callable[[], AbstractContextManager], call: Callable[[], object]) -> float:
+        # an empty queue: a full one would make the host wait
+        timing.wait(device)
+        with context():
+            started = now()
+            for _ in range(CALLS):
+                call()
+            return (now() - started) / CALLS * 1e6
+
+    clocks = {name: lambda layer=layer: clock(*layer) for name, layer in calls.items()}
+    return {name: timing.percentiles(taken) for name, taken in timing.interleaved(clocks, rounds, warm_up=10).items()}
 
 
 def main() -> None:
@@ -139,13 +135,14 @@ def main() -> None:
     if device == "cpu":
         pretend()
     found = measure(layers(options.dim, getattr(torch, options.dtype), device), options.rounds, device)
-    software = ", ".join(f"{name} {number}" for name, number in versions().items())
-    print(f"{device_name(device)}, {software}; {options.dtype}, {options.dim} channels")
+    record = {**records.machine(device), "microseconds": found}
+    software = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    print(f"{record['device']}, {software}; {options.dtype}, {options.dim} channels")
     print(f"{'microseconds of a call':56s}{'p20':>8s}{'p50':>8s}{'p80':>8s}")
     for name, times in found.items():
         print(f"{name:56s}" + "".join(f"{time:8.1f}" for time in times))
     if options.out:
-        options.out.write_text(json.dumps({"device": device_name(device), "microseconds": found}, indent=1))
+        records.write(options.out, record)
 
 
 if __name__ == "__main__":

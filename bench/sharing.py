@@ -10,7 +10,6 @@ out is learned on a stand-in of the same depth and a fraction of the width, whos
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from headscope._machine import versions
+from headscope.bench import records
 from headscope.bench.configurations import CONFIGURATIONS, DEEP, FULL, Configuration
 from headscope.models import Scope
 from headscope.sweep.compute.sharing import Prefix
@@ -117,9 +116,7 @@ def main() -> None:
             f"{row['kept_gib_16_bit']:.1f}",
         )
     Console(width=120).print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "sharing-counted.json"
-    path.write_text(json.dumps({"versions": versions(), "denoisers": found}, indent=1) + "\n")
+    records.write(out / "sharing-counted.json", {**records.software(), "denoisers": found})
 
 
 if __name__ == "__main__":

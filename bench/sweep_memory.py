@@ -1,13 +1,12 @@
-"""Whether a long sweep's memory stays flat: resident memory after every unit of the bundled model.
+"""How a long sweep's memory grows: resident memory after every unit of work of the bundled model.
 
-python bench/sweep_memory.py [--minutes 5] [--out bench/results]
+    python bench/sweep_memory.py [--minutes 5] [--out bench/results]
+
+There is no peer: the memory is expected to stay flat once each kind of unit has run.
 """
 
 import argparse
 import contextlib
-import datetime
-import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -15,17 +14,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from headscope._machine import device_name, versions
+from headscope.bench import records
+from headscope.bench.memory import resident_bytes
 from headscope.sweep import Execution, SweepConfig
 from headscope.sweep.compute.opened import Opened
 from headscope.sweep.work.executors.member import Silent
 from headscope.sweep.work.worker import work
-
-PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-def resident_megabytes() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 1e6
 
 
 class Over(BaseException):
@@ -39,7 +33,7 @@ class Sampling(Silent):
         self.samples: list[float] = []
 
     def finished(self, unit) -> None:
-        self.samples.append(resident_megabytes())
+        self.samples.append(resident_bytes() / 1e6)
         if time.monotonic() > self.until:
             raise Over
 
@@ -68,18 +62,14 @@ def main() -> None:
     settled = samples[len(samples) // 10 :]
     slope = float(np.polyfit(np.arange(len(settled)), settled, 1)[0]) if len(settled) > 1 else 0.0
     result = {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name("cpu"),
-        "versions": versions(),
+        **records.machine("cpu"),
         "minutes": round(seconds / 60, 2),
         "units": len(samples),
         "megabytes": {name: float(np.quantile(settled, q)) for name, q in (("p0", 0), ("p50", 0.5), ("p100", 1))},
         "megabytes_per_100_units": 100 * slope,
         "samples": [round(value, 1) for value in samples],
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / "sweep-memory.json"
-    file.write_text(json.dumps(result) + "\n")
+    file = records.write(arguments.out / "sweep-memory.json", result)
     Console().print({name: value for name, value in result.items() if name not in ("samples", "versions")}, str(file))
 
 

@@ -1,4 +1,4 @@
-"""Whether a large run is written, verified and summarised in little memory.
+"""Time and memory to write, verify and summarise a large run; polars and DuckDB beside each other.
 
     python bench/sweep_store.py [--rows 50000000] [--out bench/results] [--folder DIR]
 
@@ -7,9 +7,6 @@ largest memory is the process's own peak (ru_maxrss), torch included.
 """
 
 import argparse
-import datetime
-import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -19,7 +16,8 @@ import polars as pl
 import pyarrow as pa
 from rich.console import Console
 
-from headscope._machine import device_name, versions
+from headscope.bench import records
+from headscope.bench.memory import peak_resident_bytes
 from headscope.sweep import Run
 from headscope.sweep.plan.heads import Edit
 from headscope.sweep.store.rows import Grid
@@ -34,10 +32,6 @@ class Item:
     def __init__(self, index: int) -> None:
         self.index, self.group, self.split = index, "images", ("discover", "confirm")[index % 2]
         self.source_id = f"photograph-{index:05d}"
-
-
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
@@ -67,7 +61,8 @@ def main() -> None:
     console = Console()
 
     def stage(name: str, started: float) -> None:
-        stages.append({"stage": name, "seconds": time.perf_counter() - started, "peak_megabytes": peak_megabytes()})
+        peak = peak_resident_bytes() / 2**20
+        stages.append({"stage": name, "seconds": time.perf_counter() - started, "peak_megabytes": peak})
         console.print(f"{name:<22} {stages[-1]['seconds']:7.1f} s   peak {stages[-1]['peak_megabytes']:,.0f} MB")
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -108,17 +103,13 @@ def main() -> None:
             raise SystemExit("DuckDB's summary is wrong")
         stage("summarised, DuckDB", started)
     result = {
-        "date": datetime.date.today().isoformat(),
-        "device": device_name("cpu"),
-        "versions": versions(),
+        **records.machine("cpu"),
         "rows": verification.rows["ablations"],
         "units": len(units),
         "megabytes_on_disk": size / 1e6,
         "stages": stages,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / "sweep-store.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file = records.write(arguments.out / "sweep-store.json", result)
     console.print(f"{result['rows']:,} rows, {size / 1e6:,.0f} MB on disk; written: {file}")
 
 

@@ -12,12 +12,10 @@ The kernel and SDPA follow each other, A B A B. Written to bench/results: cpu-at
 cpu-attention.html, a table and a plot of all such files.
 """
 
-import datetime
 import html
 import json
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +27,8 @@ import torch.nn.functional as functional
 from bench.peers import materialised
 
 import headscope
-from headscope._machine import device_name, versions
+from headscope.bench import records
+from headscope.bench.timing import percentiles, seconds_and_processor
 from headscope.ops import cpu_library
 
 HERE = Path(__file__).parent
@@ -144,13 +143,6 @@ def check(result, query, key, value) -> None:
     assert float((result.output[:, :, rows] - expected).abs().max()) <= bound
 
 
-def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Wall and process CPU seconds."""
-    wall, processor = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
 def measure(benchmark, shape, dtype, names: list[str] | None = None) -> list[dict]:
     """A row per call; pytest-benchmark times the kernel, each round's setup the others."""
     calls = contenders(shape, dtype)
@@ -158,18 +150,18 @@ def measure(benchmark, shape, dtype, names: list[str] | None = None) -> list[dic
         calls = {name: calls[name] for name in names}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     with torch.inference_mode():
-        round_seconds = sum(timed(call)[0] for call in calls.values())
+        round_seconds = sum(seconds_and_processor(call)[0] for call in calls.values())
 
         def others():
             for name, call in calls.items():
                 if name not in (KERNEL, SDPA):
-                    seconds[name].append(timed(call))
+                    seconds[name].append(seconds_and_processor(call))
             # the two that are compared follow each other, so that neither pays for what a larger call left behind
             calls[KERNEL]()
-            seconds[SDPA].append(timed(calls[SDPA]))
+            seconds[SDPA].append(seconds_and_processor(calls[SDPA]))
 
         def kernel():
-            seconds[KERNEL].append(timed(calls[KERNEL]))
+            seconds[KERNEL].append(seconds_and_processor(calls[KERNEL]))
 
         rounds = int(min(200, max(5, BUDGET / round_seconds)))
         benchmark.pedantic(kernel, setup=others, rounds=rounds, warmup_rounds=1)
@@ -187,7 +179,7 @@ def measure(benchmark, shape, dtype, names: list[str] | None = None) -> list[dic
                 "dtype": str(dtype).removeprefix("torch."),
                 "call": name,
                 "rounds": len(array),
-                "milliseconds": (1e3 * np.quantile(array[:, 0], [0.2, 0.5, 0.8])).round(4).tolist(),
+                "milliseconds": [round(time, 4) for time in percentiles(1e3 * array[:, 0])],
                 "over_sdpa": round(float(wall), 4),
                 "over_sdpa_processor_time": round(float(processor), 4),
                 "flops": flops,
@@ -222,19 +214,15 @@ def report(request):
     if request.session.testsfailed or not rows:
         print("\na check failed: no speeds are reported")
         return
-    RESULTS.mkdir(exist_ok=True)
     for dtype in sorted({row["dtype"] for row in rows}):
         record = {
             "what": "cpu attention",
-            "device": device_name("cpu"),
-            "threads": torch.get_num_threads(),
+            **records.machine("cpu"),
             "kernel": {name: value for name, value in cpu_library.build_info().items() if name != "path"},
-            "date": datetime.date.today().isoformat(),
-            "versions": versions(),
             "peaks": measured,
             "rows": [row for row in rows if row["dtype"] == dtype],
         }
-        (RESULTS / f"cpu-attention-{dtype}.json").write_text(json.dumps(record, indent=1) + "\n")
+        records.write(RESULTS / f"cpu-attention-{dtype}.json", record)
     write_page()
 
 

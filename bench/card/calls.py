@@ -1,6 +1,6 @@
 """The forward with entropy and gate as it is timed: its calls, what they may err by, and the row that tells of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import headscope
-from card.device import Tensors, percentiles, quartiles
+from card.device import Tensors
+from headscope.bench.timing import percentiles, ratio
 from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward
 from headscope_kernels.attention.configuration import ForwardConfiguration
-from peers import Shape
+from peers import STOCK, Shape, fastest_stock
 
 DTYPE = torch.float16
 CHECKED_ROWS = 64
@@ -19,16 +20,19 @@ CHECKED_ROWS = 64
 ENTROPY_BOUND = 5e-5
 
 
-def row_of(shape: Shape, seconds: np.ndarray, default: np.ndarray, best: np.ndarray) -> dict[str, Any]:
-    p50 = float(np.median(seconds))
+def row_of(shape: Shape, name: str, times: Mapping[str, np.ndarray], *, backward: bool = False) -> dict[str, Any]:
+    """A call's times beside those of torch's own calls; `times` holds the seconds of every round by name."""
+    seconds, best = times[name], fastest_stock(times)
+    median = float(np.median(seconds))
     return {
         "shape": str(shape),
         "where": shape.where,
-        "milliseconds": percentiles(seconds),
-        "speed_over_default_stock": quartiles(default / seconds),
-        "speed_over_best_stock": quartiles(best / seconds),
-        "tflops_per_second": shape.flops(False) / p50 / 1e12,
-        "gigabytes_per_second": shape.bytes(2, False) / p50 / 1e9,
+        "milliseconds": percentiles(1e3 * seconds),
+        "speed_over_default_stock": ratio(times[STOCK], seconds),
+        "speed_over_best_stock": ratio(times[best], seconds),
+        "best_stock": best,
+        "tflops_per_second": shape.flops(backward) / median / 1e12,
+        "gigabytes_per_second": shape.bytes(2, backward) / median / 1e9,
     }
 
 

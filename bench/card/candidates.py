@@ -164,6 +164,4 @@ def timed(task: tuple[str, Shape, ForwardConfiguration, str]) -> dict[str, Any]:
     for key, chosen in ((name, configuration), (CHOSEN, rule)):
         calls[key] = [launcher(shape, chosen, tensors) for tensors in sets]
     times = interleaved({key: device.replay(made) for key, made in calls.items()}, device.rounds)
-    best = min(stock[0], key=lambda key: np.median(times[key]))
-    row = row_of(shape, times[name], times[STOCK], times[best])
-    return row | {"best_stock": best, "default_milliseconds": float(np.median(times[CHOSEN])) * 1e3}
+    return row_of(shape, name, times) | {"default_milliseconds": float(np.median(times[CHOSEN])) * 1e3}

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,12 @@ from torch import Tensor, nn
 
 from card.stage import ROOT, die_with_parent
 from headscope._machine import device_name
+from headscope.bench import timing
+from headscope.bench.memory import peak_bytes
+from headscope.bench.timing import Call
 from headscope_kernels.attention.configuration import ForwardConfiguration
 from peers import Shape
 
-Call = Callable[[], object]
 Tensors = tuple[Tensor, Tensor, Tensor]
 # inputs of one replay together, beyond the L2 of an H200 (60 MB)
 ROTATED_BYTES = 192 * 2**20
@@ -81,7 +82,7 @@ class Card:
         return device_name(self.torch_device)
 
     def synchronise(self) -> None:
-        torch.cuda.synchronize()
+        timing.wait(self.torch_device)
 
     def environment(self) -> dict[str, str]:
         """For programs that are started, many at once: kernels compiled, though a sandbox hides /dev/nvidiactl."""
@@ -109,28 +110,15 @@ class Card:
 
     def seconds(self, call: Call) -> float:
         """The device's time of a call, host time included where the host is late."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return timing.seconds(call, self.torch_device)
 
     def wall(self, call: Call) -> float:
         """Seconds until the device is done."""
-        started = time.perf_counter()
-        call()
-        self.synchronise()
-        return time.perf_counter() - started
+        return timing.wall_seconds(call, self.torch_device)
 
     def host(self, call: Call) -> float:
         """The host's seconds for a call, not waiting for the device."""
-        self.synchronise()
-        started = time.perf_counter()
-        call()
-        taken = time.perf_counter() - started
-        self.synchronise()
-        return taken
+        return timing.host_seconds(call, self.torch_device)
 
     def graph(self, call: Call) -> Call:
         """Captured, to be replayed."""
@@ -192,12 +180,7 @@ class Card:
 
     def peak_bytes(self, call: Call) -> int:
         """The most memory that is alive at once during a call beyond what was before."""
-        self.synchronise()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        self.synchronise()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_bytes(call, self.torch_device) or 0
 
     def profile(self, call: Call) -> dict[str, float]:
         """Kernels of one call, and the share of the time from the first to the last in which none ran."""
@@ -286,22 +269,7 @@ def open_device(mode: str) -> Card:
 
 def interleaved(replays: dict[str, Replay], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of one call of each in every round, after two rounds that don't count."""
-    times: dict[str, list[float]] = {name: [] for name in replays}
-    for round_ in range(rounds + 2):
-        for name, replay in replays.items():
-            seconds = replay.run()
-            if round_ >= 2:
-                times[name].append(seconds)
-    return {name: np.array(values) for name, values in times.items()}
-
-
-def percentiles(seconds: np.ndarray) -> list[float]:
-    """Milliseconds: the 20th, 50th and 80th."""
-    return (np.quantile(seconds, [0.2, 0.5, 0.8]) * 1e3).tolist()
-
-
-def quartiles(values: np.ndarray) -> list[float]:
-    return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return timing.interleaved({name: replay.run for name, replay in replays.items()}, rounds)
 
 
 @contextlib.contextmanager

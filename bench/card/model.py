@@ -12,14 +12,16 @@ import torch
 
 from card.ahead import binaries, compile_ahead
 from card.calls import DTYPE, empty
-from card.device import Card, Replay, interleaved, open_device, percentiles, quartiles
+from card.device import Card, Replay, interleaved, open_device
 from card.stage import Report
 from card.workers import Worker
+from headscope.bench import configurations, ways
+from headscope.bench.denoisers import Denoiser
+from headscope.bench.timing import percentiles, ratio
+from headscope.bench.ways import MATERIALISING, RECORDING, REMOVING, STOCK, Way
 from headscope.ops import HeadEdit, attention
 from peers import Shape
 
-# as headscope.bench.ways names them, which needs diffusers
-STOCK, RECORDING, REMOVING = "stock SDPA", "headscope, entropy at every site", "headscope, a head removed per site"
 IMAGES = 8
 # of the UNet's attention: 8 heads, queries and keys of every site
 SITES = [
@@ -77,11 +79,8 @@ def site(shape: Shape, what: str) -> None:
         attention(*tensors, edit=HeadEdit(torch.ones(shape.batch, shape.heads)), backend="triton")
 
 
-def build(device: Card) -> Any:
+def build(device: Card) -> Denoiser:
     """The UNet in the place of its pipeline: nothing else runs."""
-    from headscope.bench import configurations
-    from headscope.bench.denoisers import Denoiser
-
     torch.manual_seed(0)
     # where it will be: a CPU takes a quarter of a minute for its random weights
     with torch.device(device.torch_device):
@@ -102,12 +101,9 @@ def build(device: Card) -> Any:
     return Denoiser(unet, arguments, step, unet, step, images, 1, description)
 
 
-def ways_of(denoiser: Any) -> dict[str, Any]:
-    # they need diffusers and more
-    from headscope.bench import ways
-
+def ways_of(denoiser: Denoiser) -> dict[str, Way]:
     found = ways.ways_of(denoiser)
-    return {name: found[name] for name in (ways.STOCK, ways.RECORDING, ways.REMOVING, ways.MATERIALISING)}
+    return {name: found[name] for name in (STOCK, RECORDING, REMOVING, MATERIALISING)}
 
 
 def _step(step: Callable[[], object], around: Callable[[], Any]) -> Callable[[], object]:
@@ -158,8 +154,8 @@ def measured(device: Card, how: str, steps: dict[str, Callable[[], object]], *, 
     stock = next(iter(times.values()))
     rows = []
     for name, seconds in times.items():
-        row: dict[str, Any] = {"how": how, "way": name, "milliseconds": percentiles(seconds)}
-        row["time_over_stock"] = quartiles(seconds / stock)
+        row: dict[str, Any] = {"how": how, "way": name, "milliseconds": percentiles(1e3 * seconds)}
+        row["time_over_stock"] = ratio(seconds, stock)
         row["host_milliseconds"] = replays[name].host_seconds * 1e3
         if profile:
             row["peak_mebibytes"] = device.peak_bytes(steps[name]) / 2**20

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from card.device import CLOCKS, Call, Card, Replay, Tensors, Tests, idle_share
+from card.device import CLOCKS, Card, Replay, Tensors, Tests, idle_share
 from headscope._machine import device_name
+from headscope.bench.timing import Call
 from headscope_kernels.attention.configuration import INTERPRETER, ForwardConfiguration
 from peers import Shape
 
@@ -30,9 +31,6 @@ class Rehearsal(Card):
     def name(self) -> str:
         return f"no GPU, a rehearsal on {device_name('cpu')}"
 
-    def synchronise(self) -> None:
-        pass
-
     def environment(self) -> dict[str, str]:
         return {**super().environment(), "TRITON_INTERPRET": "1"}
 
@@ -47,11 +45,6 @@ class Rehearsal(Card):
 
     def clocks(self) -> dict[str, str]:
         return dict.fromkeys(CLOCKS.split(","), "0")
-
-    def seconds(self, call: Call) -> float:
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
 
     def graph(self, call: Call) -> Call:
         return call

@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from card import contract
 from card.ahead import compile_ahead
-from card.calls import DTYPE, empty, launch
-from card.device import Card, Replay, interleaved, percentiles, program, python, quartiles
+from card.calls import DTYPE, empty, launch, row_of
+from card.device import Card, Replay, interleaved, program, python
 from card.speed import SHAPES
 from card.stage import ROOT, Report
 from headscope.ops import HeadEdit, attention
@@ -105,23 +104,16 @@ def timed_forward(report: Report, device: Card, shape: Shape) -> None:
 
 def _rows(report: Report, device: Card, shape: Shape, replays: dict[str, Replay], part: str) -> None:
     times = interleaved(replays, max(1, device.rounds - 4))
-    best = min((name for name in times if name.startswith(STOCK)), key=lambda name: np.median(times[name]))
-    for name, seconds in times.items():
-        flops = shape.flops(part == "backward") / float(np.median(seconds)) / 1e12
-        ratios = {"default": quartiles(times[STOCK] / seconds), "best": quartiles(times[best] / seconds)}
+    for name in times:
+        row = row_of(shape, name, times, backward=part == "backward")
         report.tell(
-            f"{part:8} {shape!s:24} {name:26} {np.median(seconds) * 1e3:8.3f} ms {flops:5.0f} TF"
-            f"  {ratios['default'][1]:.2f} of SDPA, {ratios['best'][1]:.2f} of {best}",
+            f"{part:8} {shape!s:24} {name:26} {row['milliseconds'][1]:8.3f} ms {row['tflops_per_second']:5.0f} TF"
+            f"  {row['speed_over_default_stock'][1]:.2f} of SDPA,"
+            f" {row['speed_over_best_stock'][1]:.2f} of {row['best_stock']}",
             part=part,
-            shape=str(shape),
-            where=shape.where,
             call=name,
-            milliseconds=percentiles(seconds),
-            tflops_per_second=flops,
-            speed_over_default_stock=ratios["default"],
-            speed_over_best_stock=ratios["best"],
-            best_stock=best,
             host_microseconds=replays[name].host_seconds * 1e6,
+            **row,
         )
 
 

@@ -7,7 +7,6 @@ on the same tensors. Then every candidate configuration (candidates.py), then Fl
 
 from typing import cast
 
-import numpy as np
 from torch import Tensor
 
 from card import candidates
@@ -102,22 +101,17 @@ def measure(report: Report, device: Card, shape: Shape, *, flex: bool) -> None:
             device.synchronise()
     times = interleaved(replays, device.rounds)
     report.facts["clocks"] = device.clocks()
-    best = min((name for name in times if name.startswith(STOCK)), key=lambda name: np.median(times[name]))
-    for name, seconds in times.items():
-        row = row_of(shape, seconds, times[STOCK], times[best])
-        row |= {
+    for name in times:
+        row = row_of(shape, name, times) | {
             "part": "flex" if flex else "forward",
             "call": name,
-            "best_stock": best,
             "host_microseconds": replays[name].host_seconds * 1e6,
-        }
-        row |= {
             "clocks": {"before": clocks, "after": report.facts["clocks"]},
             "error_over_bound": errors if name == OURS else None,
         }
         report.tell(
             f"{shape!s:24} {name:26} {row['milliseconds'][1] * 1e3:9.1f} us {row['tflops_per_second']:5.0f} TF"
-            f"  {row['speed_over_default_stock'][1]:.2f} of SDPA, {row['speed_over_best_stock'][1]:.2f} of {best};"
-            f" host {row['host_microseconds']:.0f} us",
+            f"  {row['speed_over_default_stock'][1]:.2f} of SDPA,"
+            f" {row['speed_over_best_stock'][1]:.2f} of {row['best_stock']}; host {row['host_microseconds']:.0f} us",
             **row,
         )

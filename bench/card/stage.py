@@ -8,9 +8,7 @@ supervisor has written until when it may, in the system's monotonic seconds. Whe
 
 import argparse
 import ctypes
-import datetime
 import importlib
-import json
 import signal
 import sys
 import time
@@ -41,10 +39,9 @@ class Report:
         self.rows: list[dict[str, Any]] = []
         self._started, self._end = time.monotonic(), float("inf")
         # only a stage has the package on its path
-        from headscope._files import write_atomic
-        from headscope._machine import versions
+        from headscope.bench import records
 
-        self._versions, self._write = versions(), write_atomic
+        self._software, self._write = records.software(), records.write
 
     def wait_for_turn(self) -> None:
         """Until the supervisor says that the stage may use the card, and for how long."""
@@ -75,12 +72,11 @@ class Report:
             "mode": self.mode,
             "state": state,
             "seconds": round(time.monotonic() - self._started, 1),
-            "date": datetime.date.today().isoformat(),
-            "versions": self._versions,
+            **self._software,
             **self.facts,
             "rows": self.rows,
         }
-        self._write(self.path, (json.dumps(record, indent=1) + "\n").encode())
+        self._write(self.path, record)
 
 
 def _own_package() -> None:

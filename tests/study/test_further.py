@@ -7,10 +7,10 @@ import numpy as np
 import polars as pl
 import pytest
 
+from headscope.demonstration import report_sweep
 from headscope.report import GroupInfo, write_sweep_report
 from headscope.report.naming import percent, significant
 from headscope.study import inference
-from headscope.study.demonstration import report_sweep
 from headscope.study.further import further_scores
 from headscope.sweep import HeadSet, SweepConfig, run_sweep
 

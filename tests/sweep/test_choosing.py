@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from headscope.cli import app
-from headscope.study.demonstration import StudyConfig
+from headscope.demonstration import StudyConfig
 from headscope.sweep import Execution, SweepConfig, run_sweep
 from headscope.sweep.compute.opened import Opened
 from headscope.sweep.plan import items

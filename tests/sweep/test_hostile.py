@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from headscope.cli import app
-from headscope.study import demonstration, inference
+from headscope.demonstration import runs
+from headscope.study import inference
 from headscope.sweep import Run
 from headscope.sweep.plan.units import KINDS
 from headscope.sweep.store import store as files
@@ -310,7 +311,7 @@ def test_tables_of_another_shape_are_an_error_in_words(run, outside, kind, chang
 
 def test_reports_of_more_rows_than_memory_holds_are_refused(run, outside, monkeypatch):
     """A few bytes may stand for any number of equal rows."""
-    monkeypatch.setattr(demonstration, "memory_bytes", lambda: 999)
+    monkeypatch.setattr(runs, "memory_bytes", lambda: 999)
     assert "rows, about 0.0 GiB; reports are made of" in looked_at(run, outside)["report"].replace("\n", "")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headscope.bench.denoisers import Denoiser
+from headscope.bench.timing import interleaved, is_gpu, wall_seconds
 from headscope.bench.ways import Way
 from headscope.models.hooks.routing import HANDLE
 
@@ -43,56 +43,34 @@ class Counts:
 def step_seconds(denoiser: Denoiser, ways: dict[str, Way], rounds: int, device: str) -> dict[str, np.ndarray]:
     """Seconds of one denoising step in every round, inside of each way's context."""
 
-    def timed(way: Way) -> float:
+    def clock(way: Way) -> float:
         with way.around():
-            return _seconds(way.step or denoiser.step, device)
+            return wall_seconds(way.step or denoiser.step, device)
 
-    return _interleaved({name: lambda way=way: timed(way) for name, way in ways.items()}, rounds)
+    return _in_turn({name: lambda way=way: clock(way) for name, way in ways.items()}, rounds)
 
 
 def call_seconds(denoiser: Denoiser, ways: dict[str, Way], rounds: int, device: str) -> dict[str, np.ndarray]:
-    """Seconds of a whole pipeline call in every round, the way's context and what it hands over included."""
+    """Seconds of a whole pipeline call in every round, entering and leaving the way's context included."""
 
     def whole(way: Way) -> None:
         with way.around():
             denoiser.sample()
 
     chosen = {name: way for name, way in ways.items() if way.calls_pipelines}
-    return _interleaved(
-        {name: lambda way=way: _seconds(lambda: whole(way), device) for name, way in chosen.items()}, rounds
+    return _in_turn(
+        {name: lambda way=way: wall_seconds(lambda: whole(way), device) for name, way in chosen.items()}, rounds
     )
 
 
-def _interleaved(timed: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
-    """Each once per round, a different one first every time: a busy machine slows all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    names = list(timed)
-    for number in range(rounds + WARM_UP_ROUNDS):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            taken = timed[name]()
-            if number >= WARM_UP_ROUNDS:
-                seconds[name].append(taken)
-    return {name: np.array(values) for name, values in seconds.items()}
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    _wait(device)
-    started = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+def _in_turn(clocks: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
+    return interleaved(clocks, rounds, warm_up=WARM_UP_ROUNDS, rotated=True)
 
 
 def step_counts(denoiser: Denoiser, way: Way, device: str) -> Counts:
-    """What one denoising step does; not timed, profiling slows it."""
+    """Count what one denoising step does; it isn't timed, because profiling slows it."""
     step = way.step or denoiser.step
-    cuda = torch.device(device).type == "cuda"
+    cuda = is_gpu(device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with way.around():
         step()

@@ -1,8 +1,7 @@
-"""A run of the benchmark: its settings, its file of numbers, its table and its plot."""
+"""A run of `headscope bench`: its settings, and its file of numbers."""
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,27 +11,26 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from headscope._extras import require
 from headscope._files import local_path, write_atomic
-from headscope._machine import checked_device, device_name, versions
+from headscope._machine import checked_device, device_name
 from headscope.bench.denoisers import DENOISERS, Denoiser
 from headscope.bench.measure import call_seconds, step_counts, step_seconds
+from headscope.bench.records import software, write
+from headscope.bench.throughput import page, table
+from headscope.bench.timing import quartiles, ratio
 from headscope.bench.ways import STOCK, ways_of
 from headscope.counter import whole
 from headscope.ops import backend_status
 
-_QUARTILES = (0.25, 0.5, 0.75)
-
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how.
+    """The models to measure, and how.
 
     Attributes:
         models: names out of DENOISERS.
-        full: real configurations; None: where the device is a GPU.
+        full: True for the published sizes, False for small stand-ins; None: published sizes on a GPU.
         rounds: in which every way runs one step once; whole calls get a third of them.
     """
 
@@ -61,7 +59,7 @@ class Settings:
 
 
 def run_bench(settings: Settings, out: Path, console: Console) -> Path:
-    """Measure the settings' models; rows of other models that `out` holds already are kept. Returns the numbers' file.
+    """Measure the settings' models; rows of other models in `out` stay. Return the path of the file of numbers.
 
     Writes out/models-<device>-<dtype>.json and .html; prints the table of everything in it.
     """
@@ -80,9 +78,9 @@ def run_bench(settings: Settings, out: Path, console: Console) -> Path:
         "backends": [name for name, reason in backend_status().items() if reason is None],
     }
     record["models"] = {name: record["models"][name] for name in DENOISERS if name in record["models"]}
-    write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
-    write_atomic(path.with_suffix(".html"), _page(record).encode())
-    Console(width=150).print(_table(record))
+    write(path, record)
+    write_atomic(path.with_suffix(".html"), page(record).encode())
+    Console(width=150).print(table(record))
     return path
 
 
@@ -104,8 +102,7 @@ def _measured(denoiser: Denoiser, settings: Settings) -> dict[str, Any]:
         "rounds": settings.rounds,
         "call_rounds": settings.call_rounds,
         "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
-        "versions": versions(),
+        **software(),
         "ways": rows,
     }
 
@@ -114,80 +111,7 @@ def _summary(seconds: dict[str, np.ndarray], name: str, images: int) -> dict[str
     """Quartiles over rounds: of seconds, of images per second, and of the time over stock's in the same round."""
     taken = seconds[name]
     return {
-        "seconds": np.quantile(taken, _QUARTILES).tolist(),
-        "images_per_second": np.quantile(images / taken, _QUARTILES).tolist(),
-        "over_stock": np.quantile(taken / seconds[STOCK], _QUARTILES).tolist(),
+        "seconds": quartiles(taken),
+        "images_per_second": quartiles(images / taken),
+        "over_stock": ratio(taken, seconds[STOCK]),
     }
-
-
-def _table(record: dict[str, Any]) -> Table:
-    table = Table(title=f"{record['device']}, {record['dtype']}", title_justify="left", caption_justify="left")
-    table.caption = "medians with quartiles over interleaved rounds; time over stock's in the same round"
-    for column in (
-        "model",
-        "way",
-        "images/s, a step",
-        "time",
-        "images/s, a call",
-        "time",
-        "peak MB",
-        "operators",
-        "syncs",
-    ):
-        table.add_column(column, justify="left" if column in ("model", "way") else "right")
-    for model, entry in record["models"].items():
-        for way, row in entry["ways"].items():
-            step, call = row["step"], row.get("call")
-            table.add_row(
-                model if way == STOCK else "",
-                way,
-                _spread(step["images_per_second"], 4),
-                _spread(step["over_stock"], 3),
-                _spread(call["images_per_second"], 4) if call else "-",
-                _spread(call["over_stock"], 3) if call else "-",
-                f"{row['peak_bytes'] / 1e6:.1f}",
-                f"{row['operations']:,}",
-                str(row["synchronisations"]),
-            )
-        table.add_section()
-    return table
-
-
-def _spread(quartiles: Sequence[float], digits: int) -> str:
-    low, middle, high = (f"{value:.{digits}g}" for value in quartiles)
-    return f"{middle} ({low} to {high})"
-
-
-def _page(record: dict[str, Any]) -> str:
-    """One plot: images per second of a step and of a whole call, by way, a panel per model."""
-    subplots = require("plotly.subplots", "study")
-    models = record["models"]
-    what = {"step": "one denoising step", "call": "a whole pipeline call"}
-    titles = [f"{name}: {what[part]}" for name in models for part in what]
-    figure = subplots.make_subplots(rows=len(models), cols=2, subplot_titles=titles, horizontal_spacing=0.03)
-    for row, entry in enumerate(models.values(), start=1):
-        for column, part in enumerate(what, start=1):
-            shown = {way: values[part] for way, values in entry["ways"].items() if part in values}
-            spreads = [values["images_per_second"] for values in shown.values()]
-            figure.add_bar(
-                x=[middle for _, middle, _ in spreads],
-                y=list(shown),
-                orientation="h",
-                error_x={
-                    "type": "data",
-                    "array": [high - middle for _, middle, high in spreads],
-                    "arrayminus": [middle - low for low, middle, _ in spreads],
-                },
-                marker_color=["#8a8f98" if way == STOCK else "#3b6fb6" for way in shown],
-                hovertext=[f"{values['over_stock'][1]:.3f} of stock's time" for values in shown.values()],
-                row=row,
-                col=column,
-            )
-            figure.update_yaxes(autorange="reversed", showticklabels=column == 1, row=row, col=column)
-    figure.update_layout(
-        title=f"Images per second (median and quartiles), {record['device']}, {record['dtype']}",
-        height=260 * len(models) + 80,
-        showlegend=False,
-        template="plotly_white",
-    )
-    return figure.to_html(include_plotlyjs="cdn", full_html=True)

@@ -6,8 +6,8 @@ from itertools import product
 
 import polars as pl
 
-from headscope.report.charts import Dots, Figure, View, dot_panels, heat_maps, over_timesteps
 from headscope.report.naming import Names, fitted, interval, number, percent, plot_text, probability, significant
+from headscope.report.panels import Dots, Figure, View, dot_panels, heat_maps, over_timesteps
 from headscope.study.entropy import Contrast, query_groups
 
 # ordered by lightness, for colour-blind readers

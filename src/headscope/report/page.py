@@ -15,9 +15,9 @@ from plotly.offline import get_plotlyjs
 
 from headscope._files import local_path, write_atomic
 from headscope.report import figures, findings, tables
-from headscope.report.charts import Figure, View
 from headscope.report.images import sheet
 from headscope.report.naming import Names, listed
+from headscope.report.panels import Figure, View
 from headscope.study import ablation, entropy, finite, inference
 from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult, analyse_sweep

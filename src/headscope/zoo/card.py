@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save as serialise
 
 from headscope._files import local_path, write_atomic
-from headscope.zoo.charts import PALETTE, Series, image_sheet, line_charts
+from headscope.zoo.card_pictures import PALETTE, Series, image_sheet, line_charts
 from headscope.zoo.groups import open_group
 from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, load_pipeline
 from headscope.zoo.train import TrainConfig, evaluate

@@ -1,10 +1,6 @@
-"""The command line: study, sweep, report, train, bench, doctor."""
+"""`headscope sweep` and its commands: status, verify, sheet, retry."""
 
-import os
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,25 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from headscope._files import local_path
-from headscope._signals import INTERRUPTED, TERMINATED, Terminated, sigterm_interrupts
-from headscope._version import __version__
+from headscope.cli.common import Batch, Device, DType, Quiet, Seed, clear_errors, console, escaped, need
 
-app = typer.Typer(
-    help="See and edit what every attention head of a diffusion model does.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-sweeps = typer.Typer(help="Observe every head and ablate each in turn, over images and timesteps, into Parquet.")
-app.add_typer(sweeps, name="sweep", invoke_without_command=True)
-console = Console(stderr=True)
+commands = typer.Typer(help="Observe every head and ablate each in turn, over images and timesteps, into Parquet.")
 
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
-DType = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Batch = Annotated[
-    int | None, typer.Option(help="Rows that pass through the denoiser at once, at most; default: what fits.")
-]
-Seed = Annotated[int, typer.Option(help="The noise replicate: the same seed gives the same noise everywhere.")]
 Workers = Annotated[int, typer.Option(help="Processes that work on it; with GPUs, one each.")]
 Executor = Annotated[
     str | None, typer.Option(help="local, processes, ray or slurm. Default: local, or processes for several workers.")
@@ -41,78 +22,25 @@ Job = Annotated[
     list[str] | None,
     typer.Option(help="Of Slurm jobs, as submitit names it: timeout_min=600, slurm_partition=gpu; may be repeated."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+# a plan's file replaces these options
+PLANNED = (
+    "model",
+    "prompts",
+    "group",
+    "timesteps",
+    "fill",
+    "score",
+    "no_ablation",
+    "attribute",
+    "items",
+    "generate_steps",
+    "device",
+    "dtype",
+    "seed",
+)
 
 
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """One line instead of a traceback for what a user can mend; HEADSCOPE_TRACEBACK=1 shows all of it. SIGTERM is as
-    Ctrl-C."""
-    try:
-        with sigterm_interrupts():
-            yield
-    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:
-        if os.environ.get("HEADSCOPE_TRACEBACK") == "1":
-            raise
-        console.print(f"[bold red]error[/] {_escaped(_sentence(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt as error:
-        console.print("stopped; what is finished is kept, and the same command goes on from there")
-        raise typer.Exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED) from None
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, KeyError) and error.args:
-        return str(error.args[0])
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
-
-
-def _escaped(text: str) -> str:
-    """Text that a terminal shows as it is: neither markup nor characters that would steer it."""
-    from rich.markup import escape
-
-    # names of files may be anything
-    readable = text.encode("utf-8", "backslashreplace").decode()
-    return escape("".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in readable))
-
-
-@app.command()
-def study(
-    out: Annotated[Path, typer.Option(help="The study's directory; an unfinished study there is gone on with.")] = Path(
-        "headscope-study"
-    ),
-    items: Annotated[int, typer.Option(help="Items of each group and split whose entropies are observed.")] = 20,
-    discover_items: Annotated[int, typer.Option(help="Items on which every head is ablated, to select some.")] = 16,
-    confirm_items: Annotated[int, typer.Option(help="Items on which the selected heads are tested.")] = 20,
-    device: Device = "cpu",
-    dtype: DType = "float32",
-    batch: Batch = None,
-    seed: Seed = 0,
-    quiet: Quiet = False,
-) -> None:
-    """The whole study on the bundled model: entropies, ablations, statistics, and a page to read."""
-    with _clear_errors():
-        from headscope._extras import require
-
-        for module in ("scipy", "skimage", "plotly", "jinja2", "PIL", "polars", "diffusers"):
-            require(module, "study")
-        from headscope.study.demonstration import StudyConfig, run_study
-
-        config = StudyConfig(
-            items=items,
-            discover_items=discover_items,
-            confirm_items=confirm_items,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-        )
-        page = run_study(config, out, batch=batch, progress=not quiet, console=console)
-        console.print(f"report  {_escaped(str(page))}\ntables  {_escaped(str(out / 'tables'))}", highlight=False)
-
-
-@sweeps.callback(invoke_without_command=True)
+@commands.callback(invoke_without_command=True)
 def sweep(
     context: typer.Context,
     plan: Annotated[Path | None, typer.Option(help="A TOML file that says it all, in place of the options.")] = None,
@@ -160,7 +88,7 @@ def sweep(
 
     Without a command, runs a sweep, or what is left of it.
     """
-    with _clear_errors():
+    with clear_errors():
         command = context.invoked_subcommand
         if command is not None:
             asked = [name for name in context.params if _given(context, name)]
@@ -213,10 +141,7 @@ def _workforce(workers: int, executor: str | None, address: str | None, job: lis
 
 def _run(config, out: Path, batch: int | None, workforce, quiet: bool, dry_run: bool = False) -> None:
     """Run a sweep, or say what it would take, and print the result."""
-    from headscope._extras import require
-
-    for module in ("diffusers", "polars", "pyarrow"):
-        require(module, "diffusers")
+    need("diffusers", "diffusers", "polars", "pyarrow")
     from headscope.sweep import Execution, run_sweep
 
     local_path("out", out)
@@ -235,8 +160,8 @@ def _run(config, out: Path, batch: int | None, workforce, quiet: bool, dry_run: 
     )
     for kind in run.tables:
         rows = run.table(kind).select("item").collect().height
-        console.print(f"{kind:<15} {rows:>9,} rows  {_escaped(str(out / kind))}", highlight=False)
-    console.print(f"to read it: headscope report {_escaped(str(out))}", highlight=False)
+        console.print(f"{kind:<15} {rows:>9,} rows  {escaped(str(out / kind))}", highlight=False)
+    console.print(f"to read it: headscope report {escaped(str(out))}", highlight=False)
 
 
 def _job_parameters(texts: list[str]) -> dict[str, int | str]:
@@ -265,10 +190,10 @@ def _print_estimate(estimate, workers: int) -> None:
 RunDirectory = Annotated[Path, typer.Argument(help="A sweep's directory.")]
 
 
-@sweeps.command()
+@commands.command()
 def status(directory: RunDirectory) -> None:
     """How far a sweep is, what works on it, and what failed."""
-    with _clear_errors():
+    with clear_errors():
         from headscope.sweep import Run
 
         found = Run.open(directory).status()
@@ -279,20 +204,20 @@ def status(directory: RunDirectory) -> None:
         output.print(table)
         output.print(f"forwards: {found.forwards[0]:,} of {found.forwards[1]:,}", highlight=False)
         for unit, owner in found.running.items():
-            output.print(f"running: {unit[:12]} by {_escaped(owner)}", highlight=False, soft_wrap=True)
+            output.print(f"running: {unit[:12]} by {escaped(owner)}", highlight=False, soft_wrap=True)
         for unit, error in found.failed.items():
             line = error.strip().splitlines()[-1]
-            output.print(f"failed: {unit[:12]}: {_escaped(line)}", highlight=False, soft_wrap=True)
+            output.print(f"failed: {unit[:12]}: {escaped(line)}", highlight=False, soft_wrap=True)
         if found.failed:
-            output.print(f"to try them again: headscope sweep retry {_escaped(str(directory))}", highlight=False)
+            output.print(f"to try them again: headscope sweep retry {escaped(str(directory))}", highlight=False)
         elif not found.complete and not found.running:
             output.print("nobody works on it: the command that began it goes on where it stopped", highlight=False)
 
 
-@sweeps.command()
+@commands.command()
 def verify(directory: RunDirectory) -> None:
     """Read every file of a sweep to its end; exit 1 where something is missing, torn or not its own."""
-    with _clear_errors():
+    with clear_errors():
         from headscope.sweep import Run
 
         found = Run.open(directory).verify()
@@ -305,23 +230,23 @@ def verify(directory: RunDirectory) -> None:
             output.print(f"missing: {kind}, {count:,} unit(s) that aren't finished", highlight=False)
         for problem in ("torn", "foreign", "leftovers"):
             for name in getattr(found, problem):
-                output.print(f"{problem}: {_escaped(name)}", highlight=False, soft_wrap=True)
+                output.print(f"{problem}: {escaped(name)}", highlight=False, soft_wrap=True)
     if not found.sound:
         raise typer.Exit(1)
 
 
-@sweeps.command()
+@commands.command()
 def sheet(directory: RunDirectory) -> None:
     """Contact sheets of a sweep's generated images: clean, and with the heads removed that change them most."""
-    with _clear_errors():
+    with clear_errors():
         from headscope.sweep import Run
         from headscope.sweep.store.sheet import write_contact_sheets
 
         for path in write_contact_sheets(Run.open(directory)):
-            console.print(f"sheet  {_escaped(str(path))}", highlight=False)
+            console.print(f"sheet  {escaped(str(path))}", highlight=False)
 
 
-@sweeps.command()
+@commands.command()
 def retry(
     directory: RunDirectory,
     batch: Batch = None,
@@ -332,7 +257,7 @@ def retry(
     quiet: Quiet = False,
 ) -> None:
     """Forget a sweep's failures and torn files, and run what is left of it."""
-    with _clear_errors():
+    with clear_errors():
         from headscope.sweep import Execution, Run, SweepConfig
 
         run = Run.open(directory)
@@ -344,24 +269,6 @@ def retry(
         _run(config, directory, batch, workforce, quiet)
 
 
-# what a plan's file says in place of these options
-PLANNED = (
-    "model",
-    "prompts",
-    "group",
-    "timesteps",
-    "fill",
-    "score",
-    "no_ablation",
-    "attribute",
-    "items",
-    "generate_steps",
-    "device",
-    "dtype",
-    "seed",
-)
-
-
 def _integers(name: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -369,118 +276,3 @@ def _integers(name: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{name}: got {text!r}, expected integers separated by commas") from None
-
-
-@app.command()
-def report(
-    directory: Annotated[Path, typer.Argument(help="A study's or a sweep's directory.")],
-) -> None:
-    """Write report.html for a study or a sweep, from what is finished."""
-    with _clear_errors():
-        from headscope._extras import require
-
-        for module in ("scipy", "plotly", "jinja2", "PIL", "polars"):
-            require(module, "study")
-        from headscope.study.demonstration import is_study, report_study, report_sweep
-
-        page = report_study(directory) if is_study(directory) else report_sweep(directory)
-        console.print(f"report  {_escaped(str(page))}", highlight=False)
-
-
-@app.command()
-def train(
-    out: Annotated[
-        Path, typer.Option(help="The training run's directory; an unfinished run there is gone on with.")
-    ] = (Path("headscope-train")),
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 8000,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes, at the end of a step.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the initial weights, the batches and the noise.")] = 0,
-    device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the forward pass: bfloat16 (autocast) or float32.")] = "bfloat16",
-    export: Annotated[
-        Path | None, typer.Option(help="Write the weights and the model card there when training is done.")
-    ] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Train the bundled model on the zoo's image groups; resumable."""
-    with _clear_errors():
-        from headscope._extras import require
-
-        for module in ("diffusers", "skimage", "PIL"):
-            require(module, "study")
-        if export is not None:
-            local_path("export", export)
-        from headscope.zoo.train import TrainConfig
-        from headscope.zoo.train import train as run_training
-
-        result = run_training(
-            TrainConfig(
-                out=out, steps=steps, minutes=minutes, seed=seed, device=device, dtype=dtype, progress=not quiet
-            )
-        )
-        console.print(f"trained {result.step} of {steps} steps  {_escaped(str(out))}", highlight=False)
-        if export is not None:
-            from headscope.zoo.card import export as export_model
-
-            export_model(out, export)
-            console.print(f"model   {_escaped(str(export))}", highlight=False)
-
-
-@app.command()
-def bench(
-    model: Annotated[
-        list[str] | None, typer.Option(help="bundled, sd15, sdxl or flux; may be repeated. Default: all.")
-    ] = None,
-    full: Annotated[
-        bool | None, typer.Option("--full/--small", help="Real configurations, or stand-ins. Default: full on a GPU.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="Every way of running runs once in each.")] = 11,
-    out: Annotated[Path, typer.Option(help="Where the numbers and the plot go.")] = Path("headscope-bench"),
-    device: Device = "cpu",
-    dtype: DType = "float32",
-) -> None:
-    """Speed, memory and operations of denoisers: stock, recorded, edited, and with a hook that stores attention."""
-    with _clear_errors():
-        from headscope._extras import require
-
-        for module in ("diffusers", "pyarrow", "plotly"):
-            require(module, "study")
-        from headscope.bench import DENOISERS, Settings, run_bench
-
-        settings = Settings(tuple(model or DENOISERS), device, dtype, full, rounds)
-        path = run_bench(settings, out, console)
-        console.print(
-            f"numbers {_escaped(str(path))}\nplot    {_escaped(str(path.with_suffix('.html')))}", highlight=False
-        )
-
-
-@app.command()
-def doctor() -> None:
-    """Versions, devices, and which backends are available here or why they are not."""
-    with _clear_errors():
-        from headscope._doctor import examination
-
-        output = Console()
-        for part in examination():
-            output.print(part, highlight=False)
-
-
-def _version(show: bool) -> None:
-    if show:
-        print(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
-    """See and edit what every attention head of a diffusion model does."""
-
-
-def main() -> None:
-    app()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,9 @@
-"""A recorded benchmark as a page: times over stock SDPA for each shape, and throughput over the number of tokens."""
+"""The page of a run of attention.py: times over stock SDPA for each shape, and TFLOP/s over the number of tokens.
+
+    python bench/attention_page.py bench/results/attention-cpu-float32.json
+
+draws the page of an earlier run again.
+"""
 
 import json
 import sys
@@ -7,6 +12,8 @@ from typing import Any
 
 import plotly.graph_objects as graph
 from plotly.subplots import make_subplots
+
+from headscope._plots import error_bars
 
 CAVEAT = (
     "Medians of interleaved rounds with quartiles; 1 is the fastest stock SDPA of the same run, which computes no"
@@ -24,19 +31,14 @@ def write(path: Path, record: dict[str, Any]) -> None:
     colours = dict(zip(names, _palette(len(names)), strict=True))
     for index, direction in enumerate(passes, start=1):
         for name in names:
-            own = [row for row in rows if row["pass"] == direction and row["call"] == name]
-            models = [row for row in own if row["where"] != "length"]
-            sweep = [row for row in own if row["where"] == "length"]
-            middle = [row["ratio"][1] for row in models]
+            rows_of_call = [row for row in rows if row["pass"] == direction and row["call"] == name]
+            models = [row for row in rows_of_call if row["where"] != "length"]
+            sweep = [row for row in rows_of_call if row["where"] == "length"]
             page.add_trace(
                 graph.Bar(
                     x=[f"{row['where']}<br>{tuple(row['shape'])}" for row in models],
-                    y=middle,
-                    error_y={
-                        "type": "data",
-                        "array": [row["ratio"][2] - row["ratio"][1] for row in models],
-                        "arrayminus": [row["ratio"][1] - row["ratio"][0] for row in models],
-                    },
+                    y=[row["ratio"][1] for row in models],
+                    error_y=error_bars([row["ratio"] for row in models]),
                     name=name,
                     legendgroup=name,
                     showlegend=index == 1,

@@ -10,8 +10,8 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from headscope import Scope
+from headscope.demonstration import STAGES, StudyConfig, is_study, report_study, run_study
 from headscope.report.naming import Names
-from headscope.study.demonstration import STAGES, StudyConfig, is_study, report_study, run_study
 from headscope.sweep import Run
 from headscope.zoo import load_pipeline
 from kills import finish, kill_then_finish
@@ -101,7 +101,7 @@ import sys
 from pathlib import Path
 from headscope import Scope
 from headscope.report.naming import Names
-from headscope.study.demonstration import StudyConfig, run_study
+from headscope.demonstration import StudyConfig, run_study
 print("ready", flush=True)
 run_study(StudyConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]), progress=False)
 """

@@ -10,6 +10,7 @@ from typing import Any
 
 import polars as pl
 
+from headscope._plots import error_bars
 from headscope.report.naming import Names, plot_text
 
 Figure = dict[str, Any]
@@ -227,11 +228,6 @@ def _dots_trace(dots: Dots, places: Sequence[float], horizontal: bool) -> Figure
     along, across = ("x", "y") if horizontal else ("y", "x")
     kept = [i for i, value in enumerate(dots.values) if value is not None and not math.isnan(value)]
     values: list[Any] = [dots.values[i] for i in kept]
-
-    def reach(bounds: Sequence[float | None], sign: int) -> list[float]:
-        ends = [bounds[i] for i in kept]
-        return [0.0 if end is None else sign * (end - value) for end, value in zip(ends, values, strict=True)]
-
     symbols = [dots.symbol if dots.filled[i] else f"{dots.symbol}-open" for i in kept]
     trace: Figure = {
         "type": "scatter",
@@ -245,15 +241,12 @@ def _dots_trace(dots: Dots, places: Sequence[float], horizontal: bool) -> Figure
     }
     trace["marker"]["line"]["color"] = dots.colour
     if any(dots.lows[i] is not None for i in kept):
-        trace[f"error_{along}"] = {
-            "type": "data",
-            "symmetric": False,
-            "array": reach(dots.highs, 1),
-            "arrayminus": reach(dots.lows, -1),
-            "thickness": 1.5,
-            "width": 0,
-            "color": dots.colour,
-        }
+        # no bar where there is no interval
+        spreads = [
+            [value if end is None else end for end in (dots.lows[i], value, dots.highs[i])]
+            for i, value in zip(kept, values, strict=True)
+        ]
+        trace[f"error_{along}"] = error_bars(spreads) | {"thickness": 1.5, "width": 0, "color": dots.colour}
     return trace
 
 

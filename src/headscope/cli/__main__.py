@@ -1,0 +1,5 @@
+"""`python -m headscope.cli`."""
+
+from headscope.cli import main
+
+main()

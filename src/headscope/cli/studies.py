@@ -1,0 +1,50 @@
+"""`headscope study` and `headscope report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headscope.cli.common import Batch, Device, DType, Quiet, Seed, clear_errors, console, escaped, need
+
+
+def study(
+    out: Annotated[Path, typer.Option(help="The study's directory; an unfinished study there is gone on with.")] = Path(
+        "headscope-study"
+    ),
+    items: Annotated[int, typer.Option(help="Items of each group and split whose entropies are observed.")] = 20,
+    discover_items: Annotated[int, typer.Option(help="Items on which every head is ablated, to select some.")] = 16,
+    confirm_items: Annotated[int, typer.Option(help="Items on which the selected heads are tested.")] = 20,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    batch: Batch = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """The whole study on the bundled model: entropies, ablations, statistics, and a page to read."""
+    with clear_errors():
+        need("study", "scipy", "skimage", "plotly", "jinja2", "PIL", "polars", "diffusers")
+        from headscope.demonstration import StudyConfig, run_study
+
+        config = StudyConfig(
+            items=items,
+            discover_items=discover_items,
+            confirm_items=confirm_items,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        page = run_study(config, out, batch=batch, progress=not quiet, console=console)
+        console.print(f"report  {escaped(str(page))}\ntables  {escaped(str(out / 'tables'))}", highlight=False)
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="A study's or a sweep's directory.")],
+) -> None:
+    """Write report.html for a study or a sweep, from what is finished."""
+    with clear_errors():
+        need("study", "scipy", "plotly", "jinja2", "PIL", "polars")
+        from headscope.demonstration import is_study, report_study, report_sweep
+
+        page = report_study(directory) if is_study(directory) else report_sweep(directory)
+        console.print(f"report  {escaped(str(page))}", highlight=False)
