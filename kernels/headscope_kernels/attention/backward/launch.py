@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope_kernels.attention.arguments import NO_STRIDES
-from headscope_kernels.attention.backward.arguments import is_laden, kernel_arguments, shared_arguments
+from headscope_kernels.attention.arguments import DESCRIBED, NO_STRIDES, kernel_arguments
+from headscope_kernels.attention.backward.arguments import is_laden, shared_arguments
 from headscope_kernels.attention.backward.configs import (
     BackwardConfiguration,
     BackwardConfigurations,
@@ -146,24 +146,10 @@ def attention_backward(
             )
         arguments = partial(
             shared_arguments,
-            grad_output,
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
+            pointers,
             is_causal=is_causal,
             scale=scale,
-            gate=gate,
-            fill=fill,
-            temperature=temperature,
-            key_bias=key_bias,
-            key_scale=key_scale,
-            attention=attention,
-            row_max=row_max,
-            log2_sum=log2_sum,
-            row_constants=row_constants,
             statistics=statistics,
-            statistic_grads=statistic_grads,
             configurations=kind.configurations if kind else configurations,
         )
         if kind is None:
@@ -278,10 +264,8 @@ class _Pass:
         pointers = {**self.pointers, **written}
         if launches.repeat(key, pointers):
             return
-        options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
-        if configuration is not None:
-            options |= {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
-        arguments = kernel_arguments(launches.kernel, self.arguments, configuration, {**written, **own})
+        options = {"num_warps": 4, "enable_fp_fusion": True} if configuration is None else configuration.options
+        arguments = kernel_arguments(launches.kernel, {**self.arguments, **written, **own}, configuration)
         launches.first(key, pointers, programs, arguments, options)
 
     def row_terms(self, scores: bool) -> dict[str, Tensor]:
@@ -437,12 +421,7 @@ def fill_gradient(grad_output: Tensor | None, gate: Tensor | None, fill: Tensor)
     return total.sum_to_size(fill.shape).to(fill.dtype)
 
 
-_DESCRIBED = {
-    f"{name}{tail}_descriptor": f"{name}_ptr"
-    for name in ("query", "key", "value", "grad_output")
-    for tail in ("", "_tail")
-}
 _ROW_TERMS, _KEY_VALUE, _QUERY, _MASK = (
-    Launches(kernel, _DESCRIBED)
+    Launches(kernel, DESCRIBED)
     for kernel in (row_terms_kernel, key_value_gradient_kernel, query_gradient_kernel, mask_gradient_kernel)
 )
