@@ -29,9 +29,8 @@ from headscope_kernels.attention import (
     choices,
 )
 from headscope_kernels.attention import key_mass as key_mass_module
-from headscope_kernels.attention.backward import launch as backward_module
 from headscope_kernels.attention.backward.configs import backward_configurations
-from headscope_kernels.attention.backward.launch import DIFFERENTIABLE
+from headscope_kernels.attention.backward.passes import DIFFERENTIABLE, KEY_VALUE, MASK, QUERY, ROW_TERMS
 from headscope_kernels.attention.configuration import ForwardConfiguration
 from headscope_kernels.attention.forward import launch as forward
 from headscope_kernels.attention.forward.configs import forward_configuration, key_mass_configuration
@@ -44,7 +43,7 @@ from headscope_kernels.attention.launches import Launches
 from stand_in import launched
 
 HALF = torch.float16
-BACKWARD = tuple(getattr(backward_module, name) for name in ("_ROW_TERMS", "_KEY_VALUE", "_QUERY", "_MASK"))
+BACKWARD = (ROW_TERMS, KEY_VALUE, QUERY, MASK)
 
 
 def readable(value: Any, names: dict[int, str]) -> Any:

@@ -14,9 +14,10 @@ import triton
 from torch import Tensor
 
 from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward
-from headscope_kernels.attention.backward import launch as backward
+from headscope_kernels.attention.backward import passes
 from headscope_kernels.attention.backward.configs import BackwardConfiguration, BackwardConfigurations, query_splits
-from headscope_kernels.attention.backward.launch import DIFFERENTIABLE, attention_backward
+from headscope_kernels.attention.backward.launch import attention_backward
+from headscope_kernels.attention.backward.passes import DIFFERENTIABLE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FINFO_MIN = torch.finfo(torch.float32).min
@@ -563,14 +564,14 @@ def test_only_what_is_needed():
     problem.attn_mask = normal(1, 1, 20, 20)
     expected = problem.check()
     launched = []
-    launch = backward._Pass.launch
+    launch = passes.Pass.launch
 
     def recorded(self: Any, kernel: Any, *arguments: Any, **keywords: Any) -> None:
         launched.append(kernel)
         launch(self, kernel, *arguments, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backward._Pass, "launch", recorded)
+        patch.setattr(passes.Pass, "launch", recorded)
         for name in DIFFERENTIABLE:
             launched.clear()
             gradients = problem.run([name])

@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
 
-from headscope_kernels.attention.configuration import ForwardConfiguration
+from headscope_kernels.attention.configuration import ForwardConfiguration, Schedule
 
 PATH = Path(__file__).with_name("choices.json")
 FORMAT = 1
 # faster by less than this is noise
 MARGIN = 0.02
 DTYPES = ("float16", "bfloat16")
-SCHEDULES = ("plain", "specialised", "overlapped", "pingpong")
+SCHEDULES = get_args(Schedule)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,36 @@
-"""How a forward program is cut into tiles, and the blocks that hold a size."""
+"""How a program is cut into tiles, and the blocks that hold a size."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Schedule = Literal["plain", "specialised", "overlapped", "pingpong"]
+
 
 @dataclass(frozen=True)
-class ForwardConfiguration:
-    """How one forward program is cut.
+class Tile:
+    """How one program of a kernel is cut.
 
     Attributes:
-        block_queries, block_keys: the tile of logits one step works on; powers of two, at least 16.
+        block_queries, block_keys: the tile of scores one step works on; powers of two, at least 16.
         num_warps, num_stages: as Triton names them.
+    """
+
+    block_queries: int
+    block_keys: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that Triton compiles with."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class ForwardConfiguration(Tile):
+    """How one forward program is cut, and who does what in it.
+
+    Attributes:
         dim_widths, value_widths: the chunks the head dimensions are cut into, powers of two, at least 16;
             None: `chunk_widths` decides.
         descriptors: keys and values come through tensor descriptors where their strides allow.
@@ -20,19 +40,10 @@ class ForwardConfiguration:
             by default.
     """
 
-    block_queries: int
-    block_keys: int
-    num_warps: int = 4
-    num_stages: int = 2
     dim_widths: tuple[int, ...] | None = None
     value_widths: tuple[int, ...] | None = None
     descriptors: bool = False
-    schedule: Literal["plain", "specialised", "overlapped", "pingpong"] = "plain"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What Triton compiles with."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+    schedule: Schedule = "plain"
 
 
 # A step of the interpreter costs the same for any tile, and small shapes shall still cross tile borders.

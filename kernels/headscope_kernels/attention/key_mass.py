@@ -11,16 +11,23 @@ same bits in every run. It adds up whole tiles and sums over their queries once,
 # a flag made of others is a bool to Python
 # pyright: reportAssignmentType=false
 
+from collections.abc import Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from headscope_kernels.attention.arguments import check_operands, logit_arguments
+from headscope_kernels.attention.arguments import (
+    call_arguments,
+    check_operands,
+    check_rows,
+    kernel_arguments,
+    scale_arguments,
+)
 from headscope_kernels.attention.configuration import ForwardConfiguration
 from headscope_kernels.attention.forward.configs import key_mass_configuration
-from headscope_kernels.attention.host import device_target, float32_precision, in_units, launch_context, stride_unit
+from headscope_kernels.attention.host import device_target, float32_precision, launch_context
 from headscope_kernels.attention.launches import Launches, call_key
 from headscope_kernels.attention.tiles import (
     LOG2_E,
@@ -164,50 +171,27 @@ def attention_key_mass_kernel(
 
 
 def key_mass_arguments(
-    query: Tensor,
-    key: Tensor,
-    *,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    temperature: Tensor | None,
-    key_bias: Tensor | None,
-    row_max: Tensor,
-    log2_sum: Tensor,
-    output: Tensor,
-    configuration: ForwardConfiguration,
+    pointers: Mapping[str, Any], *, is_causal: bool, scale: float, configuration: ForwardConfiguration
 ) -> dict[str, Any]:
-    """The kernel's arguments by name, for `attention_key_mass`'s arguments.
+    """The kernel's arguments by name.
+
+    Args:
+        pointers: the call's tensors by the kernel's parameters.
+        is_causal, scale, configuration: as `attention_key_mass`'s.
 
     Raises:
         ValueError: dtype, head dimension, shape or combination that the kernel has no code for.
     """
+    query, key, output = pointers["query_ptr"], pointers["key_ptr"], pointers["output_ptr"]
     check_operands(query, key, None, ())
-    for name, rows in (("row_max", row_max), ("log2_sum", log2_sum)):
-        if rows.shape != query.shape[:3] or not rows.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {tuple(query.shape[:3])}, got {tuple(rows.shape)}")
+    check_rows(pointers, query.shape[:3])
     shape = (*query.shape[:2], key.shape[2])
     if output.shape != shape or not output.is_contiguous():
         raise ValueError(f"output must be contiguous {shape}, got {tuple(output.shape)}")
-    unit = stride_unit((query, key))
-    return {
-        "row_max_ptr": row_max,
-        "log2_sum_ptr": log2_sum,
-        "output_ptr": output,
-        "query_strides": in_units(query, unit),
-        "key_strides": in_units(key, unit),
-        "STRIDE_UNIT": unit,
-        **logit_arguments(
-            query,
-            key,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-            temperature=temperature,
-            key_bias=key_bias,
-            configuration=configuration,
-        ),
-    }
+    read = {name: tensor for name, tensor in pointers.items() if name != "output_ptr"}
+    arguments = call_arguments(read, is_causal, configuration, configuration.dim_widths)
+    arguments |= {"output_ptr": output, **scale_arguments(scale)}
+    return kernel_arguments(attention_key_mass_kernel, arguments, configuration)
 
 
 def attention_key_mass(
@@ -257,19 +241,7 @@ def attention_key_mass(
             configuration = key_mass_configuration(
                 query.dtype, dim, queries, keys, device_target(query), exact=float32_precision() == "ieee"
             )
-        arguments = key_mass_arguments(
-            query,
-            key,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-            temperature=temperature,
-            key_bias=key_bias,
-            row_max=row_max,
-            log2_sum=log2_sum,
-            output=output,
-            configuration=configuration,
-        )
+        arguments = key_mass_arguments(pointers, is_causal=is_causal, scale=scale, configuration=configuration)
         programs = batch * heads * triton.cdiv(keys, configuration.block_keys)
         if programs == 0:
             return

@@ -5,23 +5,17 @@ from functools import lru_cache
 
 import torch
 
-from headscope_kernels.attention.configuration import chunk_widths, covering_block
+from headscope_kernels.attention.configuration import Tile, chunk_widths, covering_block
 
 
 @dataclass(frozen=True)
-class BackwardConfiguration:
+class BackwardConfiguration(Tile):
     """How one program of one backward kernel is cut.
 
     Attributes:
-        block_queries, block_keys: the tile of scores one step works on; powers of two, at least 16.
-        num_warps, num_stages: as Triton names them.
         descriptors: what the loop reads comes through tensor descriptors where its strides allow.
     """
 
-    block_queries: int
-    block_keys: int
-    num_warps: int = 4
-    num_stages: int = 2
     descriptors: bool = False
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import triton
 from torch import Tensor
 
+from headscope_kernels.attention.arguments import DESCRIBED
 from headscope_kernels.attention.configuration import ForwardConfiguration
 from headscope_kernels.attention.forward.arguments import forward_arguments, forward_features
 from headscope_kernels.attention.forward.configs import forward_configuration
@@ -133,24 +134,7 @@ def attention_forward(
                 _LAUNCHES.first(launch_key, pointers, programs, arguments, OPTIONS, attention_pingpong_kernel)
             return
         arguments = forward_arguments(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-            gate=gate,
-            fill=fill,
-            temperature=temperature,
-            key_bias=key_bias,
-            key_scale=key_scale,
-            statistics=statistics,
-            statistic_outputs=statistic_outputs,
-            output=output,
-            attention=attention,
-            row_max=row_max,
-            log2_sum=log2_sum,
-            configuration=configuration,
+            pointers, is_causal=is_causal, scale=scale, statistics=statistics, configuration=configuration
         )
         programs = batch * heads * triton.cdiv(queries, configuration.block_queries)
         if programs == 0:
@@ -159,16 +143,4 @@ def attention_forward(
         _LAUNCHES.first(launch_key, pointers, programs, arguments, configuration.options, kernel)
 
 
-_LAUNCHES = Launches(
-    attention_forward_kernel,
-    {
-        "query_descriptor": "query_ptr",
-        "query_tail_descriptor": "query_ptr",
-        "key_descriptor": "key_ptr",
-        "key_tail_descriptor": "key_ptr",
-        "value_descriptor": "value_ptr",
-        "value_tail_descriptor": "value_ptr",
-        "output_descriptor": "output_ptr",
-        "output_tail_descriptor": "output_ptr",
-    },
-)
+_LAUNCHES = Launches(attention_forward_kernel, DESCRIBED)

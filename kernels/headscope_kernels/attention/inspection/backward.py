@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
-from headscope_kernels.attention.backward.arguments import kernel_arguments, shared_arguments
+from headscope_kernels.attention.arguments import kernel_arguments
+from headscope_kernels.attention.backward.arguments import shared_arguments
 from headscope_kernels.attention.backward.configs import (
     BackwardConfiguration,
     BackwardConfigurations,
@@ -24,13 +24,17 @@ from headscope_kernels.attention.backward.mask_gradient import mask_gradient_ker
 from headscope_kernels.attention.backward.query_gradient import query_gradient_kernel
 from headscope_kernels.attention.backward.row_terms import row_terms_kernel
 from headscope_kernels.attention.host import float32_precision, in_units, stride_unit
-from headscope_kernels.attention.inspection.compiling import DTYPES, TARGETS, ast_source, target_key
+from headscope_kernels.attention.inspection.compiling import (
+    DTYPES,
+    TARGETS,
+    ast_source,
+    figures,
+    mask_without_data,
+    target_key,
+    without_data,
+)
 from headscope_kernels.attention.inspection.machine_code import (
     count_kinds,
-    densest_matrix_loop,
-    disassemble,
-    exponentials,
-    figure,
 )
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
 
@@ -114,58 +118,63 @@ class BackwardReport:
         return line
 
 
+def problem_pointers(problem: BackwardProblem) -> dict[str, Any]:
+    """A pass's tensors by the kernels' parameters, without data."""
+    heads, keys, dim_v = problem.heads, problem.keys, problem.dim_v or problem.dim
+    rows = without_data(1, heads, problem.queries)
+    output = without_data(*rows.shape, dim_v, dtype=problem.dtype)
+    edits = {
+        "fill": (1, heads, 1, dim_v),
+        "temperature": (1, heads),
+        "key_bias": (1, 1, keys),
+        "key_scale": (1, 1, keys),
+    }
+    statistics = bound_statistics(problem)
+    return {
+        "query_ptr": without_data(*rows.shape, problem.dim, dtype=problem.dtype),
+        "key_ptr": without_data(1, problem.kv_heads, keys, problem.dim, dtype=problem.dtype),
+        "value_ptr": without_data(1, problem.kv_heads, keys, dim_v, dtype=problem.dtype),
+        "mask_ptr": mask_without_data(problem.mask, problem.queries, keys),
+        "gate_ptr": without_data(1, heads),
+        **{f"{name}_ptr": without_data(*shape) if problem.edits else None for name, shape in edits.items()},
+        "grad_output_ptr": output,
+        "attention_ptr": output,
+        "row_max_ptr": rows,
+        "log2_sum_ptr": rows,
+        "row_constants_ptr": rows if statistics else None,
+        "grad_ptrs": tuple(
+            without_data(*rows.shape, *([bound.statistic.width] if bound.statistic.width else []))
+            for bound in statistics
+        ),
+        "statistic_data": tuple(tensor for bound in statistics for tensor in bound.tensors),
+    }
+
+
+def bound_statistics(problem: BackwardProblem) -> list[BoundStatistic]:
+    """The problem's statistics, their data without content."""
+    data = {"group_mass": (without_data(1, 1, problem.keys, dtype=torch.int32),)}
+    constants = {"group_mass": (GROUPS,)}
+    return [
+        BoundStatistic(STATISTICS[name](constants.get(name, ())), data.get(name, ())) for name in problem.statistics
+    ]
+
+
 def problem_arguments(
     problem: BackwardProblem, configurations: BackwardConfigurations
 ) -> tuple[Any, dict[str, Any], BackwardConfiguration]:
     """The kernel, its arguments for a problem, its tensors without data, and its configuration."""
-    heads, kv_heads, queries, keys = problem.heads, problem.kv_heads, problem.queries, problem.keys
-    dim, dim_v = problem.dim, problem.dim_v or problem.dim
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    mask = None
-    if problem.mask != "none":
-        mask = empty(1, 1, queries, keys, dtype=torch.bool if problem.mask == "bool" else torch.float32)
-    statistics, grads = [], []
-    for name in problem.statistics:
-        if name == "group_mass":
-            groups = empty(1, 1, keys, dtype=torch.int32)
-            statistics.append(BoundStatistic(STATISTICS[name]((GROUPS,)), (groups,)))
-            grads.append(empty(1, heads, queries, GROUPS))
-        else:
-            statistics.append(BoundStatistic(STATISTICS[name](())))
-            grads.append(empty(1, heads, queries))
-    query = empty(1, heads, queries, dim, dtype=problem.dtype)
-    key, value = (
-        empty(1, kv_heads, keys, dim, dtype=problem.dtype),
-        empty(1, kv_heads, keys, dim_v, dtype=problem.dtype),
-    )
-    output, rows = empty(1, heads, queries, dim_v, dtype=problem.dtype), empty(1, heads, queries)
-    edits = problem.edits
+    pointers, edits = problem_pointers(problem), problem.edits
     shared = shared_arguments(
-        output,
-        query,
-        key,
-        value,
-        attn_mask=mask,
+        pointers,
         is_causal=problem.causal,
-        scale=dim**-0.5,
-        gate=empty(1, heads),
-        fill=empty(1, heads, 1, dim_v) if edits else None,
-        temperature=empty(1, heads) if edits else None,
-        key_bias=empty(1, 1, keys) if edits else None,
-        key_scale=empty(1, 1, keys) if edits else None,
-        attention=output,
-        row_max=rows,
-        log2_sum=rows,
-        row_constants=rows if statistics else None,
-        statistics=statistics,
-        statistic_grads=grads,
+        scale=problem.dim**-0.5,
+        statistics=bound_statistics(problem),
         configurations=configurations,
     )
+    query, key, value, rows = (pointers[f"{name}_ptr"] for name in ("query", "key", "value", "row_max"))
     unit = stride_unit((query, key, value))
-    mask_grad = empty(1, 1, queries, keys)
+    mask_grad = without_data(1, 1, problem.queries, problem.keys)
+    sums = rows if edits else None
     own = {
         "delta_ptr": rows,
         "offset_ptr": rows,
@@ -173,21 +182,21 @@ def problem_arguments(
         "value_grad_ptr": value,
         "query_grad_ptr": query,
         "mask_grad_ptr": mask_grad,
-        "gate_grad_ptr": rows if edits else None,
-        "column_sums_ptr": rows if edits else None,
-        "key_scale_grad_ptr": rows if edits else None,
+        "gate_grad_ptr": sums,
+        "column_sums_ptr": sums,
+        "key_scale_grad_ptr": sums,
         "row_sums_ptr": None,
-        "temperature_grad_ptr": rows if edits else None,
+        "temperature_grad_ptr": sums,
         "key_grad_strides": in_units(key, unit),
         "value_grad_strides": in_units(value, unit),
         "query_grad_strides": in_units(query, unit),
         "mask_grad_strides": mask_grad.stride(),
         "mask_heads": 1,
         "batch_repeats": 1,
-        "head_repeats": heads,
+        "head_repeats": problem.heads,
         "batches": 1,
         "splits": 1,
-        "split_queries": queries,
+        "split_queries": problem.queries,
         "GRAD_UNIT": unit,
         "NEED_DELTA": True,
         "NEED_GATE": edits,
@@ -202,11 +211,11 @@ def problem_arguments(
     kernel = KERNELS[problem.kernel]
     rows_configuration = BackwardConfiguration(configurations.block_rows, configurations.block_rows)
     configuration = getattr(configurations, problem.kernel, rows_configuration)
-    return kernel, kernel_arguments(kernel, shared, configuration, own), configuration
+    return kernel, kernel_arguments(kernel, {**shared, **own}, configuration), configuration
 
 
 def backward_report(problem: BackwardProblem, target: str = "sm_90") -> BackwardReport:
-    """Compiles one backward kernel for one of TARGETS and reads the result."""
+    """Compile one backward kernel for one of TARGETS and read the result."""
     gpu = TARGETS[target]
     configurations = problem.configurations or backward_configurations(
         problem.dtype,
@@ -219,36 +228,24 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
         laden=problem.edits or problem.mask != "none" or "group_mass" in problem.statistics,
     )
     kernel, arguments, configuration = problem_arguments(problem, configurations)
-    options: dict[str, Any] = {"num_warps": configuration.num_warps, "enable_fp_fusion": True}
-    if problem.kernel != "rows":
-        options["num_stages"] = configuration.num_stages
+    options = configuration.options
+    if problem.kernel == "rows":
+        del options["num_stages"]
     compiled = triton.compile(ast_source(kernel, arguments), target=gpu, options=options)
-    shared = compiled.metadata.shared
     if getattr(compiled.metadata, "tmem_size", None) and compiled.metadata.tmem_size > TENSOR_MEMORY:
         # what was compiled is a trap
         raise ValueError(f"{configuration} takes {compiled.metadata.tmem_size} columns of {TENSOR_MEMORY}")
-    if gpu.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        registers = figure(r"\.vgpr_count:\s*(\d+)", text)
-        spilled = figure(r"\.vgpr_spill_count:\s*(\d+)", text)
-        return BackwardReport(target, problem, configuration, registers, 4 * spilled, shared)
-    usage, assembly = disassemble(compiled.asm["cubin"])
-    registers, stack = figure(r"REG:(\d+)", usage), figure(r"STACK:(\d+)", usage)
-    threads = 32 * configuration.num_warps
-    tile_scores = configuration.block_queries * configuration.block_keys // threads
-    loop = densest_matrix_loop(assembly)
-    # ptxas may unroll: every score takes one power of two
-    unrolled = max(1, exponentials(loop) // tile_scores) if tile_scores >= 16 else 1
+    found = figures(compiled, gpu, configuration, configuration.num_warps)
     return BackwardReport(
         target,
         problem,
         configuration,
-        registers,
-        stack,
-        shared,
-        dict(count_kinds(loop)),
-        dict(Counter(line.split()[0] for line in loop)),
-        tile_scores * unrolled,
+        found.registers,
+        found.spill_bytes,
+        found.shared_bytes,
+        dict(count_kinds(found.code)),
+        dict(Counter(line.split()[0] for line in found.code)),
+        found.scores,
     )
 
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from headscope_kernels.attention.configuration import INTERPRETER, ForwardConfiguration, chunk_widths
+from headscope_kernels.attention.configuration import ForwardConfiguration, chunk_widths
 from headscope_kernels.attention.forward.arguments import forward_arguments, forward_features
 from headscope_kernels.attention.forward.candidates import candidates
 from headscope_kernels.attention.forward.configs import forward_configuration, key_mass_configuration
@@ -24,18 +23,25 @@ from headscope_kernels.attention.forward.kernel import attention_forward_kernel
 from headscope_kernels.attention.hopper.schedules import GLUON_SCHEDULES, HOPPER, unserved
 from headscope_kernels.attention.hopper.specialised import refuse_unspecialised
 from headscope_kernels.attention.host import float32_precision
-from headscope_kernels.attention.inspection.compiling import DTYPES, TARGETS, ast_source, target_key
+from headscope_kernels.attention.inspection.compiling import (
+    DTYPES,
+    TARGETS,
+    ast_source,
+    figures,
+    mask_without_data,
+    target_key,
+    without_data,
+)
 from headscope_kernels.attention.inspection.machine_code import (
     count_kinds,
-    densest_matrix_loop,
-    disassemble,
     exponentials,
     exponentials_under_products,
-    figure,
 )
 from headscope_kernels.attention.key_mass import attention_key_mass_kernel, key_mass_arguments
 from headscope_kernels.attention.operands import misplaced_operands
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
+
+HEADS = 8
 
 
 @dataclass(frozen=True)
@@ -160,66 +166,43 @@ def bound_statistics(problem: Problem) -> list[BoundStatistic]:
     return [bound_statistic(name, problem.groups) for name in problem.statistics]
 
 
+def problem_pointers(problem: Problem) -> dict[str, Any]:
+    """A call's tensors by the kernel's parameters, without data."""
+    heads, queries, keys, dim = HEADS, problem.queries, problem.keys, problem.dim
+    dim_v, rows = problem.dim_v or dim, (1, heads, queries)
+    statistics, saved = bound_statistics(problem), problem.saved or problem.key_mass
+    result = without_data(*rows, dim_v, dtype=problem.dtype)
+    shapes = {"gate": (1, heads), "temperature": (1, heads), "key_bias": (1, 1, keys), "key_scale": (1, 1, keys)}
+    pointers = {
+        "query_ptr": without_data(*rows, dim, dtype=problem.dtype),
+        "key_ptr": without_data(1, heads, keys, dim, dtype=problem.dtype),
+        "mask_ptr": mask_without_data(problem.mask, queries, keys),
+        **{f"{name}_ptr": without_data(*shape) if getattr(problem, name) else None for name, shape in shapes.items()},
+        "row_max_ptr": without_data(*rows) if saved else None,
+        "log2_sum_ptr": without_data(*rows) if saved else None,
+    }
+    if problem.key_mass:
+        taken = ("query", "key", "mask", "temperature", "key_bias", "row_max", "log2_sum")
+        return {f"{name}_ptr": pointers[f"{name}_ptr"] for name in taken} | {"output_ptr": without_data(1, heads, keys)}
+    widths = [(bound.statistic.width,) if bound.statistic.width else () for bound in statistics]
+    return {
+        **pointers,
+        "value_ptr": without_data(1, heads, keys, dim_v, dtype=problem.dtype),
+        "fill_ptr": result if problem.fill else None,
+        "output_ptr": result if problem.output else None,
+        "attention_ptr": result if problem.saved else None,
+        "statistic_ptrs": tuple(without_data(*rows, *width) for width in widths),
+        "statistic_data": tuple(tensor for bound in statistics for tensor in bound.tensors),
+    }
+
+
 def problem_arguments(problem: Problem, configuration: ForwardConfiguration) -> dict[str, Any]:
     """The kernel's arguments for a problem, its tensors without data."""
+    pointers, scale = problem_pointers(problem), problem.dim**-0.5
+    call: dict[str, Any] = {"is_causal": problem.causal, "scale": scale, "configuration": configuration}
     if problem.key_mass:
-        return second_pass_arguments(problem, configuration)
-    heads, queries, keys, dim = 8, problem.queries, problem.keys, problem.dim
-    dim_v = problem.dim_v or dim
-    statistics = bound_statistics(problem)
-
-    def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def edit(wanted: bool, *shape: int) -> Tensor | None:
-        return empty(*shape, dtype=torch.float32) if wanted else None
-
-    mask = None
-    if problem.mask != "none":
-        mask = empty(1, 1, queries, keys, dtype=torch.bool if problem.mask == "bool" else torch.float32)
-    return forward_arguments(
-        empty(1, heads, queries, dim),
-        empty(1, heads, keys, dim),
-        empty(1, heads, keys, dim_v),
-        attn_mask=mask,
-        is_causal=problem.causal,
-        scale=dim**-0.5,
-        gate=edit(problem.gate, 1, heads),
-        fill=empty(1, heads, queries, dim_v) if problem.fill else None,
-        temperature=edit(problem.temperature, 1, heads),
-        key_bias=edit(problem.key_bias, 1, 1, keys),
-        key_scale=edit(problem.key_scale, 1, 1, keys),
-        statistics=statistics,
-        statistic_outputs=[
-            empty(1, heads, queries, *([bound.statistic.width] if bound.statistic.width else []), dtype=torch.float32)
-            for bound in statistics
-        ],
-        output=empty(1, heads, queries, dim_v) if problem.output else None,
-        attention=empty(1, heads, queries, dim_v) if problem.saved else None,
-        row_max=edit(problem.saved, 1, heads, queries),
-        log2_sum=edit(problem.saved, 1, heads, queries),
-        configuration=configuration,
-    )
-
-
-def second_pass_arguments(problem: Problem, configuration: ForwardConfiguration) -> dict[str, Any]:
-    """The arguments of the kernel for key_mass."""
-    # the forward's are the same, and more
-    shared = problem_arguments(replace(problem, key_mass=False, saved=True, statistics=()), configuration)
-    query, key = shared["query_ptr"], shared["key_ptr"]
-    return key_mass_arguments(
-        query,
-        key,
-        attn_mask=shared["mask_ptr"] if problem.mask != "bool" else shared["mask_ptr"].view(torch.bool),
-        is_causal=problem.causal,
-        scale=problem.dim**-0.5,
-        temperature=shared["temperature_ptr"],
-        key_bias=shared["key_bias_ptr"],
-        row_max=shared["row_max_ptr"],
-        log2_sum=shared["log2_sum_ptr"],
-        output=torch.empty(*query.shape[:2], key.shape[2], device="meta"),
-        configuration=configuration,
-    )
+        return key_mass_arguments(pointers, **call)
+    return forward_arguments(pointers, statistics=bound_statistics(problem), **call)
 
 
 def chosen_configuration(problem: Problem, gpu: GPUTarget) -> ForwardConfiguration:
@@ -235,9 +218,7 @@ def chosen_configuration(problem: Problem, gpu: GPUTarget) -> ForwardConfigurati
             problem.dtype, problem.dim, *lengths, target, exact=exact
         )
     dim_v, statistics = problem.dim_v or problem.dim, bound_statistics(problem)
-    # a call's tensors are the same with any configuration
-    tensors = problem_arguments(problem, INTERPRETER)
-    features = forward_features(tensors, problem.causal, problem.dim**-0.5, statistics)
+    features = forward_features(problem_pointers(problem), problem.causal, problem.dim**-0.5, statistics)
     if problem.configuration is None:
         return forward_configuration(
             problem.dtype,
@@ -262,34 +243,35 @@ def compile_problem(problem: Problem, configuration: ForwardConfiguration, gpu: 
     Raises:
         RuntimeError: Triton didn't specialise a kernel that should be.
     """
-    arguments = problem_arguments(problem, configuration)
     if configuration.schedule in GLUON_SCHEDULES:
-        from headscope_kernels.attention.hopper.pingpong import OPTIONS, attention_pingpong_kernel
-
-        source = ast_source(attention_pingpong_kernel, pingpong_of(arguments, configuration), GluonASTSource)
-        return triton.compile(source, target=gpu, options=OPTIONS)
+        return compile_pingpong(problem, configuration, gpu)
     kernel = attention_key_mass_kernel if problem.key_mass else attention_forward_kernel
-    compiled = triton.compile(ast_source(kernel, arguments), target=gpu, options=configuration.options)
+    source = ast_source(kernel, problem_arguments(problem, configuration))
+    compiled = triton.compile(source, target=gpu, options=configuration.options)
     if configuration.schedule == "specialised":
         refuse_unspecialised(compiled)
     return compiled
 
 
-def pingpong_of(arguments: dict[str, Any], configuration: ForwardConfiguration) -> dict[str, Any]:
-    """The arguments of pingpong.py's kernel for a call that has these of the forward."""
+def compile_pingpong(problem: Problem, configuration: ForwardConfiguration, gpu: GPUTarget) -> CompiledKernel:
+    """The same of the kernel in hopper/pingpong.py."""
+    from headscope_kernels.attention.hopper.pingpong import OPTIONS, attention_pingpong_kernel
     from headscope_kernels.attention.hopper.pingpong_arguments import pingpong_arguments
 
-    return pingpong_arguments(
-        *(arguments[f"{name}_ptr"] for name in ("query", "key", "value", "output")),
-        scale=arguments["scale"],
-        gate=arguments["gate_ptr"],
-        statistic_outputs=arguments["statistic_ptrs"],
+    pointers = problem_pointers(problem)
+    arguments = pingpong_arguments(
+        *(pointers[f"{name}_ptr"] for name in ("query", "key", "value", "output")),
+        scale=problem.dim**-0.5,
+        gate=pointers["gate_ptr"],
+        statistic_outputs=pointers["statistic_ptrs"],
         configuration=configuration,
     )
+    source = ast_source(attention_pingpong_kernel, arguments, GluonASTSource)
+    return triton.compile(source, target=gpu, options=OPTIONS)
 
 
 def report(problem: Problem, target: str = "sm_90") -> StaticReport:
-    """Compiles the kernel for one of TARGETS and reads the result.
+    """Compile the kernel for one of TARGETS and read the result.
 
     Raises:
         ValueError: the problem's configuration can't serve it.
@@ -298,32 +280,20 @@ def report(problem: Problem, target: str = "sm_90") -> StaticReport:
     gpu = TARGETS[target]
     configuration = chosen_configuration(problem, gpu)
     compiled = compile_problem(problem, configuration, gpu)
-    shared = compiled.metadata.shared
-    if gpu.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        registers = figure(r"\.vgpr_count:\s*(\d+)", text)
-        spilled = figure(r"\.vgpr_spill_count:\s*(\d+)", text)
-        return StaticReport(target, problem, configuration, registers, 4 * spilled, shared)
-    usage, assembly = disassemble(compiled.asm["cubin"])
-    registers, stack = figure(r"REG:(\d+)", usage), figure(r"STACK:(\d+)", usage)
     # every schedule but the plain one gives four warps 64 queries
     warps = configuration.num_warps if configuration.schedule == "plain" else configuration.block_queries // 16
-    threads = 32 * warps
-    tile_scores = configuration.block_queries * configuration.block_keys // threads
-    loop = densest_matrix_loop(assembly)
-    # ptxas may unroll: every score takes one power of two (and every row a few, which tiny tiles must not mistake)
-    unrolled = max(1, exponentials(loop) // tile_scores) if tile_scores >= 16 else 1
+    found = figures(compiled, gpu, configuration, warps)
     return StaticReport(
         target,
         problem,
         configuration,
-        registers,
-        stack,
-        shared,
-        dict(count_kinds(loop)),
-        tile_scores * unrolled,
-        misplaced_operands(compiled.asm["ptx"], assembly) if target == "sm_90" else [],
-        exponentials_under_products(loop) / max(exponentials(loop), 1),
+        found.registers,
+        found.spill_bytes,
+        found.shared_bytes,
+        dict(count_kinds(found.code)),
+        found.scores,
+        misplaced_operands(compiled.asm["ptx"], found.assembly) if target == "sm_90" else [],
+        exponentials_under_products(found.code) / max(exponentials(found.code), 1),
     )
 
 

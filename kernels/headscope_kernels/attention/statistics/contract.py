@@ -74,7 +74,6 @@ class StatisticSet(NamedTuple):
     finishes: tuple[Any, ...]
     empties: tuple[float, ...]
     widths: tuple[int, ...]
-    constants: tuple[tuple[int | float, ...], ...]
     cache_key: str
 
 
@@ -115,6 +114,5 @@ def statistic_set(statistics: tuple[RowStatistic, ...]) -> StatisticSet:
         finishes,
         tuple(statistic.empty for statistic in statistics),
         tuple(statistic.width for statistic in statistics),
-        tuple(statistic.constants for statistic in statistics),
         functions_key(updates + finishes),
     )
