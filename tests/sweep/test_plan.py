@@ -234,7 +234,7 @@ def test_large_groups_have_larger_units():
     assert [len(chunk) for chunk in chunks(10, 4)] == [4, 4, 2]
     found = chunks(1000, 4, of_each=50)
     assert len(found) * 50 <= UNITS_PER_GROUP
-    assert [index for chunk in chunks for index in chunk] == list(range(1000))
+    assert [index for chunk in found for index in chunk] == list(range(1000))
 
 
 def test_sets_and_scores_equal_scope_by_hand(ddpm_directory, tmp_path):
