@@ -1,4 +1,4 @@
-"""Who works on which unit, so that several processes, on several machines, can share a run directory.
+"""Claims, which say who works on which unit, so that several processes, on several machines, can share a run directory.
 
 A claim is a small file named after the unit, made only where none is. It is sealed JSON that says who made it, and a
 number below, on which its owner counts while it works. A claim whose owner is gone may be taken over: on this machine
@@ -184,7 +184,7 @@ class Claims:
         return time.monotonic() - self._watched[file.name][1] if file.name in self._watched else 0.0
 
     def _is_here(self, owner: dict[str, Any]) -> bool:
-        """Whether this process can look up whether that one runs."""
+        """True if this process can look up whether that one runs."""
         return all(owner[name] == self._owner[name] for name in ("host", "machine")) and owner["began"] is not None
 
     def _abandoned(self, file: Path) -> dict[str, Any] | None:
@@ -216,7 +216,7 @@ def _last_line(number: int) -> bytes:
 
 
 def _name(unit: str) -> str:
-    """What a unit's claim is sealed under."""
+    """The name that a unit's claim is sealed under."""
     return f"{CLAIMS}/{unit}"
 
 
@@ -231,7 +231,7 @@ def _content(file: Path) -> bytes | None:
 
 
 def _parsed(content: bytes, unit: str) -> dict[str, Any] | None:
-    """What a unit's claim says; None where that isn't one."""
+    """The content of a unit's claim; None where that isn't one."""
     claim = seals.from_json(content.rpartition(b"\n")[0], _name(unit))
     texts = ("host", "machine", "session", "token", "since")
     if claim is None or not all(isinstance(claim.get(name), str) for name in texts):
@@ -241,7 +241,7 @@ def _parsed(content: bytes, unit: str) -> dict[str, Any] | None:
 
 
 def _token(content: bytes | None, unit: str) -> str | None:
-    """What tells one claim of a unit from every other."""
+    """The token that tells one claim of a unit from every other."""
     claim = _parsed(content, unit) if content is not None else None
     return claim["token"] if claim is not None else None
 

@@ -59,7 +59,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Verification:
-    """What reading every file of a run found.
+    """The findings of a reader of every file of a run.
 
     Attributes:
         rows: kind: rows of its finished units.
@@ -122,7 +122,7 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether every unit of the run is finished."""
+        """True if every unit of the run is finished."""
         return all(self._problem(unit) is None for unit in self.units)
 
     def table(self, kind: str) -> pl.LazyFrame:

@@ -1,4 +1,4 @@
-"""A run directory: one manifest, and one file per finished unit, each written whole or not at all.
+"""A run directory: one manifest, and one or two files per finished unit, each written whole or not at all.
 
     manifest.json                       what the run is: identity, configuration, versions, device, git revision, and
                                         the units it is made of
@@ -42,7 +42,7 @@ from headscope.sweep.plan.units import KINDS, TABLE, TENSORS, Unit
 from headscope.sweep.store import seals
 
 MANIFEST, EXECUTION = "manifest.json", "execution.json"
-# 1 had no checksums, and the units in a file of their own
+# 1 had no checksums, and the units in a separate file
 FORMAT = 2
 FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
 _SEAL = "headscope.seal"
@@ -56,7 +56,7 @@ class Fit:
 
     Attributes:
         rows: of a forward.
-        clean: of a clean forward whose outputs are kept for edited ones; 0 where not even one's fit in memory.
+        clean: of a clean forward whose outputs are cached for edited ones; 0 where not even one's fit in memory.
     """
 
     rows: int
@@ -65,7 +65,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Results:
-    """What a unit has computed, one for each file that its kind writes.
+    """The results of a unit, one for each file that its kind writes.
 
     Attributes:
         table: the rows.
@@ -130,13 +130,13 @@ class RunStore:
         _same_identity(path, found["identity"], identity)
 
     def _has_results_of(self, units: Sequence[dict[str, Any]]) -> bool:
-        """Whether there are results in the directory, all of units of this plan: their ids are digests of it."""
+        """True if there are results in the directory, all of units of this plan: their ids are digests of it."""
         results = {unit for _, unit in self.listed()}
         return bool(results) and results <= {unit["id"] for unit in units}
 
     def has(self, kind: str, unit: str) -> bool:
-        """Whether the unit is done: its file is there, whole and its own. A damaged one counts as absent and is
-        written again."""
+        """True if the unit is done: its files are there, whole, and written for it. A damaged one counts as absent and
+        is written again."""
         return unit_problem(self.path, kind, unit) is None
 
     def listed(self) -> set[tuple[str, str]]:
@@ -254,7 +254,7 @@ def _records(run: Path) -> list[Path]:
 
 
 def _read_json(file: Path, name: str) -> dict[str, Any] | None:
-    """What a sealed JSON file says: None where there is none, empty where it is damaged or can't be read."""
+    """The content of a sealed JSON file: None where there is none, empty where it is damaged or can't be read."""
     try:
         return seals.from_json(read_plain(file), name) or {}
     except FileNotFoundError:
@@ -281,12 +281,12 @@ def unit_problem(run: Path, kind: str, unit: str) -> str | None:
 
 
 def file_problem(path: Path) -> str | None:
-    """What is wrong with a unit's file, read to its end: "missing", "torn" or "foreign"; None if nothing is."""
+    """The fault of a unit's file, which is read to its end: "missing", "torn" or "foreign"; None if there is none."""
     return seals.problem(path, _name(path))
 
 
 def check_whole(path: Path) -> None:
-    """Raises ValueError where a unit's file isn't there, whole and its own."""
+    """Raises ValueError where a unit's file isn't there, is damaged or was written for another."""
     problem = file_problem(path)
     if problem:
         what = {
@@ -330,7 +330,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _is_manifest(manifest: dict[str, Any]) -> bool:
-    """Whether a whole manifest says what one says, in the right types: it may have been made elsewhere."""
+    """True if a whole manifest has the parts that one has, in the right types: it may have been made elsewhere."""
     units = manifest.get("units")
     return (
         isinstance(manifest.get("identity"), dict)
@@ -351,7 +351,7 @@ def _is_unit(unit: dict[str, Any]) -> bool:
 
 
 def _name(path: Path) -> str:
-    """What a unit's file is sealed under: its place in the run."""
+    """The name that a unit's file is sealed under: its place in the run."""
     return f"{path.parent.name}/{path.name}"
 
 
@@ -361,7 +361,7 @@ def _write_sealed(path: Path, content: bytes) -> None:
 
 
 def _is_beginning(entry: Path) -> bool:
-    """Whether a file is one that a run writes before its manifest."""
+    """True if a file is one that a run writes before its manifest."""
     return entry.name.endswith(".tmp") and MANIFEST in entry.name
 
 
