@@ -72,11 +72,6 @@ class Context:
         """A scope of whole generations, in which a batch may hold several guidance branches."""
         return Scope(self.task.pipeline if hasattr(self.task.pipeline, "text_encoder") else self.task.denoiser)
 
-    @property
-    def not_replayed(self) -> str | None:
-        """Why forwards aren't replayed from CUDA graphs though they should be; None where all is well."""
-        return self.forwards.reason
-
     def members(self, unit: Unit) -> list[SweptItem | PromptItem]:
         """The unit's items as they were opened."""
         members = KINDS[unit.kind].members(self.groups[unit.group])

@@ -34,7 +34,7 @@ class Execution:
     """How a sweep is run, which changes its speed and not its numbers (beyond rounding).
 
     Attributes:
-        rows: how many pass through the denoiser at once; None measures what fits.
+        rows: how many pass through the denoiser at once, the "batch" of `run_sweep`; None measures what fits.
         share: let edited forwards take over what the clean one computed before the edited site; not of compiled models.
         threads: of torch in each process, on a CPU; None leaves it.
     """

@@ -3,19 +3,14 @@
     manifest.json                       what the run is: identity, configuration, versions, device, git revision, and
                                         the units it is made of
     execution.json                      how many rows go through the model at once, as the first process measured it
-    observations/<unit>.parquet         per head: entropy
-    ablations/<unit>.parquet            per head and fill: paired losses
-    generations/<unit>.parquet          per head and fill: distance of images, beside <unit>.safetensors, the images
-    set_ablations/, set_generations/    the same of sets of heads
-    attributions/<unit>.parquet         per head and fill: g, c and the loss
-    reference/<unit>.safetensors        mean head outputs
-    images/<unit>.safetensors           what the model drew for the prompts
-    failures/<unit>.json                what went wrong with a unit, try by try
+    <kind>/<unit>.parquet               a unit's table, <kind>/<unit>.safetensors its tensors; which of the two there
+                                        are, and what is in them, `sweep/compute/kinds` says
+    failures/<unit>.json                the errors of a unit, try by try
     claims/<unit>                       who is working on a unit now
-    jobs/                               what Slurm's jobs say
+    jobs/                               the output of Slurm's jobs
 
-A file is written under a temporary name, flushed to disk and renamed. A unit is done when its file is there and whole,
-as the checksum in it says (`seals`), which all of them carry but Slurm's.
+A file is written under a temporary name, flushed to disk and renamed. A unit is done when its files are there and
+whole, as the checksums in them say (`seals`), which all files have but Slurm's.
 """
 
 import contextlib
@@ -134,10 +129,10 @@ class RunStore:
         results = {unit for _, unit in self.listed()}
         return bool(results) and results <= {unit["id"] for unit in units}
 
-    def has(self, kind: str, unit: str) -> bool:
+    def has(self, kind: str, unit_id: str) -> bool:
         """True if the unit is done: its files are there, whole, and written for it. A damaged one counts as absent and
         is written again."""
-        return unit_problem(self.path, kind, unit) is None
+        return unit_problem(self.path, kind, unit_id) is None
 
     def listed(self) -> set[tuple[str, str]]:
         """(kind, unit) of every unit whose file seems to be there, without opening any."""
@@ -156,8 +151,8 @@ class RunStore:
             write, content = writers[suffix]
             write(unit.kind, unit.id, content)
 
-    def write_table(self, kind: str, unit: str, table: pa.Table) -> None:
-        path = self.path / kind / f"{unit}{TABLE}"
+    def write_table(self, kind: str, unit_id: str, table: pa.Table) -> None:
+        path = self.path / kind / f"{unit_id}{TABLE}"
         footer = {**(table.schema.metadata or {}), _SEAL: seals.blank(_name(path))}
         floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
         content = io.BytesIO()
@@ -171,18 +166,18 @@ class RunStore:
         )
         _write_sealed(path, content.getvalue())
 
-    def write_tensors(self, kind: str, unit: str, tensors: dict[str, torch.Tensor]) -> None:
-        path = self.path / kind / f"{unit}{TENSORS}"
+    def write_tensors(self, kind: str, unit_id: str, tensors: dict[str, torch.Tensor]) -> None:
+        path = self.path / kind / f"{unit_id}{TENSORS}"
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         _write_sealed(path, save(whole, {_SEAL: seals.blank(_name(path))}))
 
-    def read_tensors(self, kind: str, unit: str) -> dict[str, torch.Tensor]:
+    def read_tensors(self, kind: str, unit_id: str) -> dict[str, torch.Tensor]:
         """A unit's tensors.
 
         Raises:
             ValueError: the file is missing, damaged, or another's.
         """
-        path = self.path / kind / f"{unit}{TENSORS}"
+        path = self.path / kind / f"{unit_id}{TENSORS}"
         check_whole(path)
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -208,9 +203,9 @@ class RunStore:
         """Of every unit that went wrong, its tries, first to last. A damaged record counts as none."""
         return {file.stem: tries for file in _records(self.path) if (tries := read_tries(file))}
 
-    def add_failure(self, unit: str, error: str, session: str, death: bool = False) -> None:
+    def add_failure(self, unit_id: str, error: str, session: str, death: bool = False) -> None:
         """Record that a unit went wrong, or that the process working on it died."""
-        file = self.path / FAILURES / f"{unit}.json"
+        file = self.path / FAILURES / f"{unit_id}.json"
         tries = read_tries(file) or []
         tries.append(
             {
@@ -224,8 +219,8 @@ class RunStore:
         )
         write_atomic(file, seals.to_json({"tries": tries}, _name(file)))
 
-    def clear_failure(self, unit: str) -> None:
-        (self.path / FAILURES / f"{unit}.json").unlink(missing_ok=True)
+    def clear_failure(self, unit_id: str) -> None:
+        (self.path / FAILURES / f"{unit_id}.json").unlink(missing_ok=True)
 
 
 def check_folders(run: Path) -> None:
@@ -270,14 +265,14 @@ def _is_try(entry: Any) -> bool:
     return all(isinstance(text, str) for text in texts) and bool(entry["error"].strip())
 
 
-def unit_files(run: Path, kind: str, unit: str) -> list[Path]:
+def unit_files(run: Path, kind: str, unit_id: str) -> list[Path]:
     """The files of a unit; the first makes it done."""
-    return [run / kind / f"{unit}{suffix}" for suffix in KINDS[kind].files]
+    return [run / kind / f"{unit_id}{suffix}" for suffix in KINDS[kind].files]
 
 
-def unit_problem(run: Path, kind: str, unit: str) -> str | None:
+def unit_problem(run: Path, kind: str, unit_id: str) -> str | None:
     """Why a unit isn't done: a file of it is "missing", "torn" or "foreign"; None if it is done."""
-    return next(filter(None, map(file_problem, unit_files(run, kind, unit))), None)
+    return next(filter(None, map(file_problem, unit_files(run, kind, unit_id))), None)
 
 
 def file_problem(path: Path) -> str | None:
