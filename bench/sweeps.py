@@ -111,8 +111,8 @@ def check(loop: Loop, engines: dict[str, Engine]) -> dict[str, float]:
         if engine.contender.graphs:
             # the second use of a graph is compared with the forward itself
             engine.edits_per_second()
-            if engine.context.not_replayed:
-                raise SystemExit(f"{name}: {engine.context.not_replayed}")
+            if engine.context.forwards.reason:
+                raise SystemExit(f"{name}: {engine.context.forwards.reason}")
         losses: dict[tuple[str, int], list[float]] = {}
         for site, head, edited in zip(table["site"], table["head"], table["edited"], strict=True):
             losses.setdefault((site, head), []).append(edited)

@@ -94,12 +94,12 @@ def test_the_memory_of_sharing_is_that_of_what_is_kept(family, family_directory)
         }
         sizes[rows] = sum(storage.nbytes() for storage in held.values())
         assert kept.nbytes == sizes[rows]
-    assert sharing.kept == sizes[1]
+    assert sharing.cached == sizes[1]
     # what all rows have in common doesn't grow
     assert 2 * sizes[1] < sizes[3] <= 3 * sizes[1]
-    assert 0 < sharing.copied <= sharing.kept
+    assert 0 < sharing.copied <= sharing.cached
     # little memory: nothing is shared, and the numbers of rows say so
-    tight = fitted((10, 20), sharing, 4, sharing.kept, 16)
+    tight = fitted((10, 20), sharing, 4, sharing.cached, 16)
     assert tight.clean == 0
 
 

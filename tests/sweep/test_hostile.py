@@ -277,7 +277,7 @@ def test_no_pickle_in_a_table_is_read(run, outside, tmp_path):
     looked_at(run, outside)
     store = store_of(run)
     (unit,) = [unit["id"] for unit in Run.open(run).units if unit["kind"] == "generations"]
-    file = store.tensor_path("generations", unit)
+    _, file = files.unit_files(store.path, "generations", unit)
     notes = {"headscope.seal": files.seals.blank(f"generations/{file.name}"), "pickle": payload.hex()}
     files._write_sealed(file, files.save(load_file(file), notes))
     looked_at(run, outside)

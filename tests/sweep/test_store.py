@@ -14,7 +14,7 @@ import torch
 from headscope._files import write_atomic
 from headscope.sweep import Run
 from headscope.sweep.store import seals
-from headscope.sweep.store.store import EXECUTION, MANIFEST, Fit, RunStore
+from headscope.sweep.store.store import EXECUTION, MANIFEST, Fit, RunStore, unit_files
 from sweep.races import begin_many, share
 
 IDENTITY = {"seed": 0, "timesteps": [1, 2]}
@@ -40,12 +40,12 @@ def test_a_table_is_there_once_written(tmp_path):
 def test_torn_and_foreign_tables_count_as_absent(tmp_path):
     store = RunStore(tmp_path / "run", IDENTITY, {})
     store.write_table("ablations", ABC, table())
-    path = store.table_path("ablations", ABC)
+    path = unit_files(store.path, "ablations", ABC)[0]
     whole = path.read_bytes()
     for length in (0, 4, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         assert not store.has("ablations", ABC)
-    store.table_path("ablations", DEF).write_bytes(whole)
+    unit_files(store.path, "ablations", DEF)[0].write_bytes(whole)
     assert not store.has("ablations", DEF)
 
 
@@ -55,12 +55,12 @@ def test_torn_and_foreign_tensors_count_as_absent(tmp_path):
     store.write_tensors("reference", ABC, {"mean": torch.arange(6.0)})
     assert store.has("reference", ABC)
     assert torch.equal(store.read_tensors("reference", ABC)["mean"], torch.arange(6.0))
-    path = store.tensor_path("reference", ABC)
+    path = unit_files(store.path, "reference", ABC)[0]
     whole = path.read_bytes()
     for length in (0, 4, 40, len(whole) - 1):
         path.write_bytes(whole[:length])
         assert not store.has("reference", ABC)
-    store.tensor_path("reference", DEF).write_bytes(whole)
+    unit_files(store.path, "reference", DEF)[0].write_bytes(whole)
     assert not store.has("reference", DEF)
 
 

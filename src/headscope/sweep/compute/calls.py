@@ -35,13 +35,13 @@ class Call:
 
     Attributes:
         name: the module's path.
-        parent: the call it ran inside of; None for the denoiser's own.
+        parent: the call it ran inside of; None for the denoiser's call.
         children: the calls inside it, in order.
         start, finish: when it began and ended, on one clock of calls and attentions.
-        parts: for each tensor of its output how many leading entries a row has, or SHARED; None where rows can't be
-            told apart.
+        parts: for each tensor of its output how many leading entries a row has, or SHARED; None where they
+            can't be assigned to rows.
         pure: it changed nothing but its output, and its output stayed as it was.
-        uses: for each tensor of its output, the calls whose own code (not a called module's) it went into.
+        uses: for each tensor of its output, the calls whose code (not a called module's) it went into.
     """
 
     name: str
@@ -205,28 +205,28 @@ def called_through(denoiser: nn.Module, through: Through) -> Iterator[None]:
 
     try:
         for name, module in denoiser.named_modules():
-            own = module.__dict__.get("forward")
-            changed.append((module, own))
+            replaced = module.__dict__.get("forward")
+            changed.append((module, replaced))
             module.__dict__["forward"] = led(name, module.forward)
         yield
     finally:
-        for module, own in changed:
-            if own is None:
+        for module, replaced in changed:
+            if replaced is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.__dict__["forward"] = own
+                module.__dict__["forward"] = replaced
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, through: Callable[[Callable[..., Any], tuple, dict], Any]) -> Iterator[None]:
     """A module's forward goes through a function of (forward, args, kwargs); restored exactly."""
-    own = module.__dict__.get("forward")
+    replaced = module.__dict__.get("forward")
     forward = module.forward
     module.__dict__["forward"] = lambda *args, **kwargs: through(forward, args, kwargs)
     try:
         yield
     finally:
-        if own is None:
+        if replaced is None:
             del module.__dict__["forward"]
         else:
-            module.__dict__["forward"] = own
+            module.__dict__["forward"] = replaced

@@ -1,4 +1,4 @@
-"""What units are computed with: the model, the items, and what earlier units of the run have written."""
+"""The context in which units are computed: the model, the items, and the results of earlier units."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,20 +22,20 @@ from headscope.sweep.store.store import Fit, RunStore
 
 
 class Context:
-    """What units are computed with.
+    """The context in which units are computed.
 
     Args:
         store: the run's, from which the results of earlier units are read.
         fit: how many rows pass through the denoiser at once; it changes speed and memory, not the numbers (beyond
             rounding).
         share: let edited forwards take over what the clean one computed before the edited site.
-        prefix: what edited forwards take over, where it was learned before.
+        prefix: the part of clean forwards that edited ones take over, where it was learned before.
 
     Attributes:
         groups: the sweep's, by name.
         rows: how many rows pass through the denoiser at once from now on.
         forwards: computes teacher-forced forwards, or replays them from CUDA graphs.
-        prefix: what edited forwards take over; None until it is learned.
+        prefix: the part of clean forwards that edited ones take over; None until it is learned.
     """
 
     def __init__(
@@ -72,11 +72,6 @@ class Context:
         """A scope of whole generations, in which a batch may hold several guidance branches."""
         return Scope(self.task.pipeline if hasattr(self.task.pipeline, "text_encoder") else self.task.denoiser)
 
-    @property
-    def not_replayed(self) -> str | None:
-        """Why forwards aren't replayed from CUDA graphs though they should be; None where all is well."""
-        return self.forwards.reason
-
     def members(self, unit: Unit) -> list[SweptItem | PromptItem]:
         """The unit's items as they were opened."""
         members = KINDS[unit.kind].members(self.groups[unit.group])
@@ -94,7 +89,7 @@ class Context:
         return [replace(item, image=drawn[item.key].numpy()) for item in members]
 
     def fill(self, unit: Unit, fill: str) -> Fill:
-        """What a scope takes for one of the configuration's fills."""
+        """One of the configuration's fills, as a scope takes it."""
         if fill != "mean":
             return fill if fill in ("uniform", "identity") else None
         wrote = self._needed(unit, "reference")
@@ -117,7 +112,7 @@ class Context:
         return self.task.generate(items, steps=self.config.generate_steps, seed=self.config.seed)
 
     def shared(self, inputs: NoisyInputs) -> Prefix | None:
-        """What edited forwards can take over from clean ones, learned from these inputs; None if nothing."""
+        """The part of clean forwards that edited ones can take over, learned from these inputs; None if none is."""
         if not self.share:
             return None
         if self.prefix is None:
@@ -126,7 +121,7 @@ class Context:
 
 
 def learned_prefix(task: Task, scope: Scope, inputs: NoisyInputs) -> Prefix:
-    """What edited forwards can take over from clean ones, from some forwards of these inputs."""
+    """Learn the part of clean forwards that edited ones can take over, from some forwards of these inputs."""
     example = _two_rows(inputs)
 
     def forward(rows: list[int]) -> Tensor:
@@ -136,7 +131,7 @@ def learned_prefix(task: Task, scope: Scope, inputs: NoisyInputs) -> Prefix:
 
 
 def _two_rows(inputs: NoisyInputs) -> NoisyInputs:
-    """The first and the last item; of a single one, itself and itself mirrored, so that rows can be told apart."""
+    """The first and the last item; of a single one, itself and itself mirrored, so that the rows differ."""
     last = len(inputs.sample) - 1
     pair = inputs.rows(torch.tensor([0, last], device=inputs.sample.device))
     if last:

@@ -66,10 +66,8 @@ class EveryEdit:
     def __init__(self, kind: EditingKind, unit: Unit, context: Context) -> None:
         self.edits = kind.edits(context.plan)
         self.items = context.items(unit)
-        self._fills = context.config.fills
-        self._rows = context.rows
-        self._seed = context.config.seed
         self._single = not kind.of_sets
+        self._fills, self._seed, self._rows = context.config.fills, context.config.seed, context.rows
         self.grid = Grid(self.edits, self._fills, len(self.items))
 
     def run(

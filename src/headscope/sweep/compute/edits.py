@@ -15,7 +15,7 @@ from headscope.sweep.plan.heads import Edit
 
 
 def head_edits(edits: Sequence[Edit], scope: Scope, keys: Mapping[str, int]) -> dict[str, HeadEdit]:
-    """What to do at each site, with a row for each edit; all of them edit the same sites.
+    """The edit of each site, with a row for each edit of the plan; all of them edit the same sites.
 
     Args:
         keys: how many keys the sites of edits with a key_bias or key_scale have.
@@ -25,8 +25,8 @@ def head_edits(edits: Sequence[Edit], scope: Scope, keys: Mapping[str, int]) -> 
 
 def _at(name: str, edits: Sequence[Edit], heads: int, keys: Mapping[str, int]) -> HeadEdit:
     chosen = [[head for site, head in edit.heads if site == name] for edit in edits]
-    rows = [row for row, own in enumerate(chosen) for _ in own]
-    columns = [head for own in chosen for head in own]
+    rows = [row for row, edited in enumerate(chosen) for _ in edited]
+    columns = [head for edited in chosen for head in edited]
 
     def per_head(numbers: Sequence[float]) -> Tensor:
         """[rows, heads] with a row's number at its heads, 1 at all others; NumPy's indexing takes a tenth of torch's
@@ -45,8 +45,8 @@ def _at(name: str, edits: Sequence[Edit], heads: int, keys: Mapping[str, int]) -
         if not any(numbers):
             return None
         factors = torch.full((len(edits), heads, keys[name]), neutral)
-        for row, (values, own) in enumerate(zip(numbers, chosen, strict=True)):
-            factors[row, own, : len(values)] = torch.tensor(values, dtype=torch.float32)
+        for row, (values, edited) in enumerate(zip(numbers, chosen, strict=True)):
+            factors[row, edited, : len(values)] = torch.tensor(values, dtype=torch.float32)
         return factors
 
     return HeadEdit(
@@ -75,7 +75,7 @@ def mean_fill(recording: Recording, site: str, timestep: float, device: torch.de
     site attends several times in a forward, or several rows belong to a sample.
 
     Args:
-        timestep: as the denoiser is told it.
+        timestep: as the denoiser takes it.
     """
     if {key.call for key in recording.tensors.kept() if key.site == site} != {0}:
         return recording

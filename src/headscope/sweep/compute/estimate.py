@@ -1,4 +1,4 @@
-"""What a sweep would take, from its plan and a few forwards."""
+"""The time and memory that a sweep would take, from its plan and a few forwards."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PATIENCE = 3.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a sweep would take.
+    """The time and memory that a sweep would take.
 
     Attributes:
         units: kind: (units, forwards).
         rows: how many pass through the denoiser at once.
         weight_bytes: of the denoiser's parameters and buffers.
-        activation_bytes: what a forward of that many rows takes at most, and what clean ones keep for edited ones.
+        activation_bytes: what a forward of that many rows takes at most, and what clean ones cache for edited ones.
         seconds: in one process.
         shared: how many times faster edited forwards are for taking over what the clean one computed, on average over
             the edited sites; None where nothing is shared, with `reason`.
@@ -97,7 +97,7 @@ def estimate_sweep(config: SweepConfig, execution: Execution | None = None) -> E
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*denoiser.parameters(), *denoiser.buffers()))
     with torch.inference_mode():
         activations = measured_bytes(opened.task.device, lambda: opened.forward(rows))
-    activations += fit.clean * opened.sharing.kept
+    activations += fit.clean * opened.sharing.cached
     faster = whole / edited if edited != whole else None
     return Estimate(units, rows, weights, activations, seconds, faster, reason, opened.notes)
 
@@ -112,11 +112,11 @@ def _edited_seconds(opened: Opened, rows: int, edited: list[frozenset[str]], who
     chosen = {different[round(index * (len(different) - 1) / 4)] for index in range(5)}
     timed = {}
     with prefix.attached():
-        with torch.inference_mode(), prefix.clean(different) as kept:
+        with torch.inference_mode(), prefix.clean(different) as cache:
             opened.forward(1)  # a row, which all rows of the replays take over
         for sites in chosen:
             index = torch.zeros(rows, dtype=torch.long, device=opened.task.device)
-            inside = partial(prefix.replay, kept, sites, index)
+            inside = partial(prefix.replay, cache, sites, index)
             timed[sites] = _seconds(opened, lambda: opened.forward(rows), inside) / rows
 
     def nearest(sites: frozenset[str]) -> frozenset[str]:

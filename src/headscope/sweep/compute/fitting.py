@@ -20,26 +20,26 @@ USED_SHARE = 0.7
 
 
 def prefers_channels_last(denoiser: nn.Module) -> bool:
-    """Whether most of its weights are convolutions', which are faster with channels innermost."""
+    """True if most of its weights are convolutions', which are faster with channels innermost."""
     convolutions = sum(module.weight.numel() for module in denoiser.modules() if isinstance(module, nn.Conv2d))
     return 2 * convolutions > sum(parameter.numel() for parameter in denoiser.parameters())
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """What edited forwards take over from clean ones, in bytes.
+    """The memory of module outputs that edited forwards take over from clean ones, in bytes.
 
     Attributes:
-        kept: of each row of a clean forward, while its edits run.
+        cached: of each row of a clean forward, while its edits run.
         copied: of those, what each row of an edited forward gets a copy of, at most.
     """
 
-    kept: int = 0
+    cached: int = 0
     copied: int = 0
 
 
 def fit(device: torch.device, forward: Callable[[int], Any], sharing: Sharing, items: int) -> Fit:
-    """How many rows fit in memory beside what is there, from what forwards of one and two rows take.
+    """Measure how many rows fit in memory beside what is there, with forwards of one and of two rows.
 
     Args:
         forward: runs the denoiser on so many rows.
@@ -64,14 +64,14 @@ def fitted(used: Sequence[int], sharing: Sharing, items: int, free: int, most: i
     budget = int(USED_SHARE * free)
     each = max(used[1] - used[0], used[0] // 2, 1)
     edited = each + sharing.copied
-    if sharing.kept + edited > budget:
+    if sharing.cached + edited > budget:
         rows = _even(budget // each, most)
-        return Fit(rows, 0 if sharing.kept else min(items, rows))
-    # what is kept stays while edits run, and leaves at least half of the memory to them, or a row's
+        return Fit(rows, 0 if sharing.cached else min(items, rows))
+    # the cache stays while edits run, and leaves at least half of the memory to them, or a row's
     clean = min(items, most)
-    if sharing.kept:
-        clean = min(clean, max(1, budget // 2 // sharing.kept), (budget - edited) // sharing.kept)
-    rows = _even((budget - clean * sharing.kept) // edited, most)
+    if sharing.cached:
+        clean = min(clean, max(1, budget // 2 // sharing.cached), (budget - edited) // sharing.cached)
+    rows = _even((budget - clean * sharing.cached) // edited, most)
     return Fit(rows, min(clean, rows))
 
 
@@ -83,7 +83,7 @@ def _even(rows: int, most: int) -> int:
 
 
 def measured_bytes(device: torch.device, call: Callable[[], Any]) -> int:
-    """What a call takes: the peak on a GPU, on a CPU the sum of all it makes, which is more."""
+    """The memory that a call takes: the peak on a GPU, on a CPU the sum of all it makes, which is more."""
     if device.type != "cuda":
         with _Bytes() as counter:
             call()
@@ -124,7 +124,7 @@ def available_memory() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU."""
+    """True if memory ran out, on a GPU or on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
@@ -136,7 +136,7 @@ class Rows:
 
     Args:
         most: of a forward.
-        clean: of a clean forward whose outputs are kept; as many as of any other by default.
+        clean: of a clean forward whose outputs are cached; as many as of any other by default.
         release: gives memory back that is held to be used again.
     """
 
@@ -161,7 +161,7 @@ class Rows:
                 self.most = max(1, len(piece) // 2)
 
     def run_clean(self, count: int, compute: Callable[[range], None]) -> None:
-        """The same for clean forwards, whose outputs are kept while `compute` runs edited ones through `run`."""
+        """The same for clean forwards, whose outputs are cached while `compute` runs edited ones through `run`."""
         start = 0
         while start < count:
             most = self.most
@@ -169,7 +169,7 @@ class Rows:
             if self._fits(piece, compute):
                 start = piece.stop
             else:
-                # edited rows were halved until one didn't fit: what is kept takes too much, not they
+                # edited rows were halved until one didn't fit: the cache takes too much, not they
                 self.clean, self.most = max(1, len(piece) // 2), most
 
     def _fits(self, piece: range, compute: Callable[[range], None]) -> bool:

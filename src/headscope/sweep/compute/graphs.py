@@ -2,12 +2,12 @@
 
 A small model's forward is over before Python has launched its kernels. A graph launches them all at once and runs no
 Python, so there is one for each kind of forward: the clean one, and one for every edited site and number of rows. What
-differs from use to use (inputs, edits, which rows they belong to) are tensors, which are copied into the graph's own
-before it is replayed.
+differs from use to use (inputs, edits, which rows they belong to) are tensors, which are copied into the graph's before
+it is replayed.
 
-The first use of a kind captures it. The second, and the first at every other timestep, are computed in both ways and
-compared, so that a model which makes a constant of what should be an input is found out: `Graphs.reason` says so, and
-from then on nothing is replayed.
+The first use of a kind captures it. The second, and the first at every other timestep, are computed twice, replayed
+and as they come, and compared, so that a model which makes a constant of what should be an input is found out:
+`Graphs.reason` says so, and from then on nothing is replayed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Forwards:
     def run(
         self, key: Hashable, timestep: int, given: Any, inside: Inside, call: Callable[[], Tensor]
     ) -> tuple[Tensor, Any]:
-        """What `call` returns, inside of a context; and what that context gave.
+        """Run a forward inside of a context; returns its answer and what the context gave.
 
         Args:
             key: what decides, beside tensors, which kind of forward it is.
@@ -70,7 +70,7 @@ class _Graph:
     Attributes:
         replay: repeats it.
         inputs: the tensors it reads.
-        answer, structure: its output's leaves, tensors of the graph's own, and how they hang together.
+        answer, structure: its output's leaves, tensors of the graph, and how they hang together.
         product: what the context gave while it was captured.
         timesteps: those at which it was used.
         uses: how often.
@@ -85,7 +85,7 @@ class _Graph:
     uses: int = 0
 
     def to_be_checked(self, timestep: int) -> bool:
-        """Whether this use is one that is computed in both ways."""
+        """True if this use is computed twice, replayed and as it comes."""
         return self.uses == 1 or (self.uses > 1 and timestep not in self.timesteps)
 
 
@@ -157,18 +157,18 @@ class Graphs(Forwards):
         return isinstance(leaf, Tensor) and leaf.device == self._device
 
     def _looks(self, leaf: Any) -> Hashable:
-        """What graphs are told apart by: of the device's tensors all but their numbers, of others their numbers too."""
+        """What an input has in common in all uses of a graph: of the device's tensors all but their numbers."""
         if not isinstance(leaf, Tensor):
             return leaf if isinstance(leaf, Hashable) else id(leaf)
         shape = (leaf.dtype, leaf.shape, leaf.stride())
         return shape if self._varies(leaf) else (*shape, leaf.cpu().flatten().view(torch.uint8).numpy().tobytes())
 
     def _captured(self, forward: Callable[..., Any], leaves: list[Any], structure: Any, inside: Inside) -> _Graph:
-        own = [self._buffer(place, leaf) if self._varies(leaf) else leaf for place, leaf in enumerate(leaves)]
-        graph = _Graph(lambda: None, [leaf for leaf in own if self._varies(leaf)], [], None, None)
+        inputs = [self._buffer(place, leaf) if self._varies(leaf) else leaf for place, leaf in enumerate(leaves)]
+        graph = _Graph(lambda: None, [leaf for leaf in inputs if self._varies(leaf)], [], None, None)
         for buffer, leaf in zip(graph.inputs, filter(self._varies, leaves), strict=True):
             buffer.copy_(leaf)
-        values = tree_unflatten(own, structure)
+        values = tree_unflatten(inputs, structure)
 
         def compute() -> None:
             answer, graph.product = _plain(forward, values, inside)
@@ -191,10 +191,10 @@ class Graphs(Forwards):
         return self._buffers[key]
 
     def _replay(self, graph: _Graph, tensors: list[Tensor]) -> Any:
-        for own, tensor in zip(graph.inputs, tensors, strict=True):
-            own.copy_(tensor)
+        for buffer, tensor in zip(graph.inputs, tensors, strict=True):
+            buffer.copy_(tensor)
         graph.replay()
-        # the next replay writes into the graph's own
+        # the next replay writes into the graph's tensors
         return tree_map_only(Tensor, Tensor.clone, tree_unflatten(graph.answer, graph.structure))
 
     def _refuse(self, reason: str) -> None:
@@ -225,7 +225,7 @@ class CudaCapture:
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     compute()
             except BaseException:
-                # torch leaves its own stream the current one when a capture fails
+                # torch leaves the capturing stream the current one when a capture fails
                 torch.cuda.set_stream(current)
                 raise
         return graph.replay
@@ -238,7 +238,7 @@ def _plain(forward: Callable[..., Any], values: tuple, inside: Inside) -> tuple[
 
 
 def _agree(answer: Any, expected: Any) -> bool:
-    """Whether two outputs are the same but for rounding."""
+    """True if two outputs are the same but for rounding."""
     for one, other in zip(tree_leaves(answer), tree_leaves(expected), strict=True):
         if isinstance(other, Tensor) and other.numel():
             rounding = torch.finfo(other.dtype).eps if other.is_floating_point() else 0.0

@@ -34,7 +34,7 @@ class Execution:
     """How a sweep is run, which changes its speed and not its numbers (beyond rounding).
 
     Attributes:
-        rows: how many pass through the denoiser at once; None measures what fits.
+        rows: how many pass through the denoiser at once, the "batch" of `run_sweep`; None measures what fits.
         share: let edited forwards take over what the clean one computed before the edited site; not of compiled models.
         threads: of torch in each process, on a CPU; None leaves it.
     """
@@ -65,7 +65,7 @@ class Opened:
             torch.set_num_threads(execution.threads)
         self.config = config
         self.execution = execution
-        # functions of the user's own are there, before anything is written
+        # the user's functions are there, before anything is written
         own_scores(config.scores)
         image_scores(config.image_scores)
         self.task: Task = load_task(config, pipeline)
@@ -92,12 +92,12 @@ class Opened:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know before work starts."""
+        """Remarks that a person should read before work starts."""
         return [group.note for group in self.groups if group.note]
 
     @property
     def share(self) -> bool:
-        """Whether edited forwards may take over work of clean ones."""
+        """True if edited forwards may take over work of clean ones."""
         return self.execution.share and not self.config.compile
 
     def _keys(self, sites: frozenset[str]) -> dict[str, int]:
@@ -119,7 +119,7 @@ class Opened:
             return RunStore(out, self.plan.identity, self.describe(), units)
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says of a run beside its identity."""
+        """The manifest of a run but for its identity and units."""
         return {
             "config": self.config.absolute().as_dict(),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -178,7 +178,7 @@ class Opened:
 
     def _measured_fit(self) -> Fit:
         with torch.inference_mode():
-            self._example  # noqa: B018 (encoding it takes memory of its own, which forwards don't)
+            self._example  # noqa: B018 (encoding it takes memory that forwards don't)
             items = max((len(unit.items) for unit in self._sharing_units), default=1)
             return fit(self.task.device, self.forward, self.sharing, items)
 
@@ -195,14 +195,14 @@ class Opened:
         found = []
         for kind in {unit.kind for unit in self._sharing_units}:
             edited = frozenset(edit.sites for edit in KINDS[kind].edits(self.plan))
-            with torch.inference_mode(), self.prefix.clean(edited) as kept:
+            with torch.inference_mode(), self.prefix.clean(edited) as cache:
                 self.forward(1)
-            copied = max(self.prefix.copied_bytes(kept, sites) for sites in edited)
-            found.append(Sharing(kept.nbytes, copied))
-        return Sharing(max(each.kept for each in found), max(each.copied for each in found))
+            copied = max(self.prefix.copied_bytes(cache, sites) for sites in edited)
+            found.append(Sharing(cache.nbytes, copied))
+        return Sharing(max(each.cached for each in found), max(each.copied for each in found))
 
     def context(self, store: RunStore) -> Context:
-        """What the units of the run are computed with."""
+        """The context that the units of a run are computed with."""
         # measuring what fits may learn the prefix
         fit = self.fit(store)
         return Context(self.plan, self.groups, store, fit, self.share, self._prefix)

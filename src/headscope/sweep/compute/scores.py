@@ -1,4 +1,4 @@
-"""What is measured of an edited prediction or image."""
+"""Scores of edited predictions and images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +54,7 @@ def _named(name: str) -> ImageScore:
 
 @contextmanager
 def _naming(field: str, name: str) -> Iterator[None]:
-    """Errors of the user's own code say whose they are; memory that ran out stays what it is, fewer rows are tried."""
+    """Errors of the user's function name it; memory that ran out stays what it is, and fewer rows are tried."""
     try:
         yield
     except Exception as error:
@@ -90,7 +90,7 @@ def checked_score(name: str, values: Any, count: int, field: str = "image_scores
         if np.ma.is_masked(values):
             raise TypeError("some are masked")
         found = np.asarray(values)
-        # lists of a library's own numbers, such as 0-dimensional tensors
+        # lists of a library's numbers, such as 0-dimensional tensors
         found = _numbers(found) if found.dtype == object else found
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{field}: {name} gave {type(values).__name__}, expected real numbers ({error})") from None
@@ -121,12 +121,14 @@ def own_scores(names: Sequence[str]) -> dict[str, Callable[[Tensor, Tensor, Any]
         def run(edited: Tensor, clean: Tensor, inputs: Any) -> np.ndarray:
             # copies: what one score does in place, others would see
             conditioning = {part: tensor.clone() for part, tensor in inputs.conditioning.items()}
-            own = replace(inputs, sample=inputs.sample.clone(), target=inputs.target.clone(), conditioning=conditioning)
+            copies = replace(
+                inputs, sample=inputs.sample.clone(), target=inputs.target.clone(), conditioning=conditioning
+            )
             with _naming("scores", name):
-                values = score(edited.clone(), clean.clone(), own.target, own)
+                values = score(edited.clone(), clean.clone(), copies.target, copies)
             return checked_score(name, values, len(edited), "scores")
 
         return run
 
-    own = [name for name in names if ":" in name]
-    return {name.rpartition(":")[2]: checked(name, imported("scores", name)) for name in own}
+    named = [name for name in names if ":" in name]
+    return {name.rpartition(":")[2]: checked(name, imported("scores", name)) for name in named}

@@ -1,6 +1,6 @@
 """Work that edited forwards share with the clean one.
 
-An edit of one site leaves everything that ran before that site's attention as it was. So the clean forward keeps what
+An edit of one site leaves everything that ran before that site's attention as it was. So the clean forward caches what
 modules returned, and an edited forward, whose rows are edits of the same items, gets those values back from every
 module that had finished by then: down blocks whose outputs travel on as skip connections, transformer blocks, the
 projections of the edited site itself. What remains is run. Nothing here knows a class of model: all of it is read
@@ -52,11 +52,11 @@ CHECKED_SITES = 8
 
 
 @dataclass(eq=False)
-class Kept:
-    """What modules returned in one clean forward, for `Prefix.replay`.
+class Cache:
+    """The outputs of modules in one clean forward, for `Prefix.replay`.
 
     Attributes:
-        used: of the calls that are kept, by their start, which tensors of their output a replay may read.
+        used: of the calls whose outputs are stored, by their start, which tensors of their output a replay may read.
         values: their outputs.
     """
 
@@ -149,8 +149,8 @@ class Prefix:
                 self._through = before
 
     @contextmanager
-    def clean(self, edited: Iterable[frozenset[str]]) -> Iterator[Kept]:
-        """Keep what modules return in the one forward made inside, for `replay`.
+    def clean(self, edited: Iterable[frozenset[str]]) -> Iterator[Cache]:
+        """Cache what modules return in the one forward made inside, for `replay`.
 
         Args:
             edited: the sets of sites that later forwards will edit.
@@ -160,27 +160,27 @@ class Prefix:
             for start, own in self._skips(sites).items():
                 before = used.get(start, [False] * len(own))
                 used[start] = [one or other for one, other in zip(before, own, strict=True)]
-        kept = Kept(used)
-        with self._led(_Keep(self._root, kept)):
-            yield kept
+        cache = Cache(used)
+        with self._led(_Caching(self._root, cache)):
+            yield cache
 
     @contextmanager
-    def replay(self, kept: Kept, edited: frozenset[str], rows: Tensor) -> Iterator[None]:
+    def replay(self, cache: Cache, edited: frozenset[str], rows: Tensor) -> Iterator[None]:
         """In the forward made inside, modules that finished before the first of the edited sites' attention return
         what they returned in the clean forward.
 
         Args:
-            kept: the clean forward's.
+            cache: the clean forward's.
             rows: [rows of the forward], the clean forward's row that each belongs to.
         """
-        with self._led(_Replay(self._root, kept, self._skips(edited), rows)):
+        with self._led(_Replay(self._root, cache, self._skips(edited), rows)):
             yield
 
-    def copied_bytes(self, kept: Kept, edited: frozenset[str]) -> int:
-        """What a replay of as many rows as the clean forward's copies of its outputs."""
+    def copied_bytes(self, cache: Cache, edited: frozenset[str]) -> int:
+        """The bytes of its outputs that a replay of as many rows as the clean forward's copies."""
         copied: dict[int, int] = {}
         for start, used in self._skips(edited).items():
-            read = (tensor for tensor, one in zip(tensors_of(kept.values[start]), used, strict=True) if one)
+            read = (tensor for tensor, one in zip(tensors_of(cache.values[start]), used, strict=True) if one)
             copied |= {id(tensor): tensor.nbytes for tensor in read}
         return sum(copied.values())
 
@@ -216,11 +216,11 @@ class Prefix:
         ordered = sorted(self._sites, key=self._attention_at.__getitem__)
         count = min(CHECKED_SITES, len(ordered))
         chosen = [ordered[(index + 1) * len(ordered) // count - 1] for index in range(count)]
-        with self.clean(frozenset([site]) for site in chosen) as kept:
+        with self.clean(frozenset([site]) for site in chosen) as cache:
             clean = forward([0, 1])
         order = [1, 0, 0]
         beside_itself, whole = forward([0, 0])[:1], forward(order)
-        # last before the replays: what the model keeps aside of its own is then of other rows than theirs
+        # last before the replays: what the model itself keeps aside is then of other rows than theirs
         alone = forward([0])
         rounding = _rounding([clean, *self._denoiser.parameters()])
         calls = sum(not call.children for call in all_calls(self._root))
@@ -233,7 +233,7 @@ class Prefix:
         _compare(beside_itself, clean[:1], same, "a row beside itself differs from the same row beside another")
         tolerance = min(most, max(REPLAY_TOLERANCE, REPLAY_NOISE * max(*noise, rounding)))
         for site in chosen:
-            with self.replay(kept, frozenset([site]), torch.tensor(order, device=clean.device)):
+            with self.replay(cache, frozenset([site]), torch.tensor(order, device=clean.device)):
                 replayed = forward(order)
             _compare(replayed, whole, tolerance, f"a forward that begins at {site!r} differs from the whole one")
 
@@ -271,40 +271,40 @@ class _Follow:
             self._finished = not self._stack
 
 
-class _Keep(_Follow):
-    """Keeps what the calls return that a later replay skips."""
+class _Caching(_Follow):
+    """Caches what the calls return that a later replay skips."""
 
-    def __init__(self, root: Call | None, kept: Kept) -> None:
+    def __init__(self, root: Call | None, cache: Cache) -> None:
         super().__init__(root)
-        self._kept = kept
+        self._cache = cache
 
     def __call__(self, name: str, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         call = self._next(name)
         output = self._run(call, forward, args, kwargs)
-        if call.start in self._kept.used:
-            self._kept.values[call.start] = self._needed(call, output)
+        if call.start in self._cache.used:
+            self._cache.values[call.start] = self._needed(call, output)
         return output
 
     def _needed(self, call: Call, output: Any) -> Any:
         """The output, with tensors that no replay will read in name only: they are most of the memory."""
         leaves, structure = tree_flatten(output)
         assert call.parts is not None
-        tensors = iter(zip(call.parts, self._kept.used[call.start], strict=True))
-        kept = []
+        tensors = iter(zip(call.parts, self._cache.used[call.start], strict=True))
+        needed = []
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 parts, used = next(tensors)
                 leaf = leaf if used or parts == SHARED else _filler(leaf, leaf.shape[0])
-            kept.append(leaf)
-        return tree_unflatten(kept, structure)
+            needed.append(leaf)
+        return tree_unflatten(needed, structure)
 
 
 class _Replay(_Follow):
-    """Returns what was kept, each row's own part of it."""
+    """Returns cached outputs, to each row its part of them."""
 
-    def __init__(self, root: Call | None, kept: Kept, skipped: dict[int, list[bool]], rows: Tensor) -> None:
+    def __init__(self, root: Call | None, cache: Cache, skipped: dict[int, list[bool]], rows: Tensor) -> None:
         super().__init__(root)
-        self._kept = kept
+        self._cache = cache
         self._skipped = skipped
         self._rows = rows
         # a block's output is often its last skip connection too: one tensor, copied once
@@ -314,14 +314,14 @@ class _Replay(_Follow):
         call = self._next(name)
         if call.start not in self._skipped:
             return self._run(call, forward, args, kwargs)
-        leaves, structure = tree_flatten(self._kept.values[call.start])
+        leaves, structure = tree_flatten(self._cache.values[call.start])
         assert call.parts is not None
         tensors = iter(zip(call.parts, self._skipped[call.start], strict=True))
         spread = [self._spread(leaf, *next(tensors)) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return tree_unflatten(spread, structure)
 
     def _spread(self, tensor: Tensor, parts: int, used: bool) -> Tensor:
-        """A kept tensor, with the part of each row of the replay."""
+        """A cached tensor, with the part of each row of the replay."""
         if parts == SHARED:
             return tensor
         if not used:

@@ -12,7 +12,7 @@ from headscope.sweep.compute.calls import replaced_forward
 
 
 class EarlierSteps:
-    """Keeps a denoiser's answers in its first `count` forwards, and gives them back when the same items are sampled
+    """Caches a denoiser's answers in its first `count` forwards, and returns them when the same items are sampled
     again.
 
     Args:
@@ -27,17 +27,17 @@ class EarlierSteps:
         self._answers: list[Any] = []
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep the answers of the run made inside."""
+    def cached(self) -> Iterator[None]:
+        """Cache the answers of the run made inside."""
         self._answers = []
 
-        def keep(forward: Callable[..., Any], index: int, args: tuple, kwargs: dict) -> Any:
+        def cache(forward: Callable[..., Any], index: int, args: tuple, kwargs: dict) -> Any:
             answer = forward(*args, **kwargs)
             if index < self._count:
                 self._answers.append(answer)
             return answer
 
-        with self._replaced(keep):
+        with self._replaced(cache):
             yield
         sizes = {leaf.shape[0] % self._items for leaf in tree_leaves(self._answers) if isinstance(leaf, Tensor)}
         if sizes - {0}:
@@ -46,7 +46,7 @@ class EarlierSteps:
 
     @contextmanager
     def repeated(self, members: Sequence[int]) -> Iterator[None]:
-        """In the run made inside, of these items of the clean run, the first forwards give what was kept."""
+        """In the run made inside, of these items of the clean run, the first forwards give the cached answers."""
 
         def repeat(forward: Callable[..., Any], index: int, args: tuple, kwargs: dict) -> Any:
             if index >= len(self._answers):

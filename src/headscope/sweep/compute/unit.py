@@ -10,7 +10,7 @@ from headscope.sweep.store.store import Results
 
 
 def compute_unit(unit: Unit, context: Context, advance: Advance) -> Results:
-    """Compute a unit; `advance` is told of every batch of forwards."""
+    """Compute a unit; `advance` is called with the rows of every batch of forwards."""
     kind = KINDS[unit.kind]
     with torch.inference_mode(not kind.differentiates):
         try:

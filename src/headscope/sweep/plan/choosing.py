@@ -32,7 +32,7 @@ def choose_items(
     every: Sequence[int],
     pick: Callable[[Sequence[int], int], Sequence[int]],
 ) -> Choice:
-    """What a sweep takes of a group.
+    """Choose the items that a sweep takes of a group.
 
     Args:
         name: the group's.
@@ -60,14 +60,14 @@ def choose_items(
         taken = set(swept)
         others = train or [index for index in every if index not in taken]
         reference = _reference(config, name, swept, others, least, pick)
-    kept = [index for index in swept if index not in set(reference)]
-    left = {split: sum(index in set(kept) for index in members) for split, members in chosen.items()}
+    left = [index for index in swept if index not in set(reference)]
+    counted = {split: sum(index in set(left) for index in members) for split, members in chosen.items()}
     notes = []
-    if config.items is None and min(left.values()) < ITEMS:
-        notes.append(f"{_listed(left)} are all that it has (by default up to {ITEMS} of each are taken)")
+    if config.items is None and min(counted.values()) < ITEMS:
+        notes.append(f"{_listed(counted)} are all that it has (by default up to {ITEMS} of each are taken)")
     if "mean" in config.fills and len(reference) < (config.reference_items or REFERENCE_ITEMS):
         notes.append(f"the mean fill is taken over {len(reference)} items (by default up to {REFERENCE_ITEMS})")
-    return Choice(tuple(kept), tuple(reference), f"{name}: {'; '.join(notes)}" if notes else "")
+    return Choice(tuple(left), tuple(reference), f"{name}: {'; '.join(notes)}" if notes else "")
 
 
 def _reference(

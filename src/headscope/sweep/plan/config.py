@@ -1,4 +1,4 @@
-"""What a sweep is asked to do, from Python or a TOML file."""
+"""The configuration of a sweep, from Python or a TOML file."""
 
 import math
 import tomllib
@@ -16,7 +16,7 @@ FILLS = ("mean", "zero", "uniform", "identity")
 FORWARD_SCORES = ("loss", "distance", "x0")
 SCORES = (*FORWARD_SCORES, "generate")
 IMAGE_SCORES = ("mse", "psnr", "ssim")
-# columns that a score of the user's own can't be called
+# columns that a score of the user's can't be called
 COLUMNS = (
     *("item", "group", "source_id", "split", "replicate", "timestep", "site", "head", "edit", "fill"),
     *("clean", "edited", "distance", "x0_clean", "x0_edited", "steps", "first_step", "end_step", *IMAGE_SCORES),
@@ -37,7 +37,7 @@ class HeadSet:
         name: what its rows are called.
         sites: patterns of site names (as in a shell: * and ?), all of whose heads belong to the set.
         heads: (site, head) pairs that belong to it besides.
-        keep: how much of the heads is kept, the gate: 0 removes them, 0.5 halves them, 2 doubles them. None is 0, or 1
+        keep: the gate, how much of the heads is left: 0 removes them, 0.5 halves them, 2 doubles them. None is 0, or 1
             where the set says something of the following; the fills then change nothing.
         temperature: divides their logits: above 1 flattens their attention, below 1 sharpens it.
         key_bias: numbers added to the logits of keys 0, 1, ...; -inf mutes a key. Later keys have 0.
@@ -341,12 +341,12 @@ class SweepConfig:
 
 
 def _own(field: str, names: tuple[str, ...]) -> None:
-    """Scores of the user's own, each of which becomes a column."""
+    """Check the scores of the user's, each of which becomes a column."""
     columns = [name.rpartition(":")[2] for name in names if ":" in name]
     for name, column in zip((name for name in names if ":" in name), columns, strict=True):
         if name.count(":") != 1 or not all(part.isidentifier() for part in name.replace(":", ".").split(".")):
             raise ValueError(f"{field}: got {name!r}, expected module:function")
-        # those that begin so are the statistics' own
+        # those that begin so are the statistics'
         if column.startswith("_") or column in COLUMNS or columns.count(column) > 1:
             raise ValueError(f"{field}: got {name!r}, expected a function whose name isn't taken by another column")
 

@@ -31,7 +31,7 @@ class Edit:
         return frozenset(site for site, _ in self.heads)
 
     def differing(self, fills: Sequence[str]) -> Sequence[str]:
-        """Those of the fills that give different numbers: where all of the heads is kept, the first alone."""
+        """The fills that give different numbers: the first alone where no head is removed."""
         return fills[:1] if self.keep == 1.0 else fills
 
 

@@ -54,7 +54,7 @@ def check_pipeline(pipeline: Any) -> None:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether it has any but those with which text encoders, once they have run, hand out their layers' outputs."""
+    """True if it has any but those with which text encoders, once they have run, hand out their layers' outputs."""
     hooks = [hook for kind in _HOOKS for hook in (getattr(module, kind, None) or {}).values()]
     return any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks)
 
@@ -75,7 +75,7 @@ def structure(pipeline: Any) -> str:
 
 
 def _processor(processor: Any) -> list[Any]:
-    """An attention processor's class and what it holds; modules among them are the model's own, with weights."""
+    """An attention processor's class and what it holds; modules among them are the model's, with weights."""
     kind = f"{type(processor).__module__}.{type(processor).__qualname__}"
     held = {} if isinstance(processor, nn.Module) else getattr(processor, "__dict__", {})
     return [kind, {key: _content(value) for key, value in held.items()}]
@@ -85,7 +85,7 @@ def _content(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         data = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         return [str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]
-    # objects that say no more than where they lie in memory are told by their class
+    # of objects that say no more than where they lie in memory the class
     return value if _is_plain(value) else f"{type(value).__module__}.{type(value).__qualname__}"
 
 

@@ -23,7 +23,7 @@ from headscope.sweep.plan.texts import read_prompts
 from headscope.zoo import ImageGroup, load_pipeline, open_group
 
 PROMPTS = "prompts"
-# images of a group are kept in memory up to so many bytes; those of a larger group are read again when needed
+# images of a group stay in memory up to so many bytes; those of a larger group are read again when needed
 KEPT_BYTES = 256 * 2**20
 
 
@@ -34,7 +34,7 @@ class SweptItem:
         group, index, source_id, split, caption, key: as the group's item has them.
         content: a hash of its caption and image.
         pixels: one of its image alone.
-        kept: its image stays in memory.
+        in_memory: its image stays there.
     """
 
     def __init__(self, source: ImageGroup, index: int, size: int, keep: bool) -> None:
@@ -46,7 +46,7 @@ class SweptItem:
         image = _fitted(item.image, size)
         self.content = hashlib.sha256(item.caption.encode() + image.tobytes()).hexdigest()[:16]
         self.pixels = _digest(image)
-        self.kept = keep
+        self.in_memory = keep
         self._image = image if keep else None
 
     @property
@@ -68,7 +68,7 @@ class SweptItem:
         self._image = self.image
 
     def drop(self) -> None:
-        if not self.kept:
+        if not self.in_memory:
             self._image = None
 
 
@@ -244,7 +244,7 @@ def _open_group(text: str, config: SweepConfig, size: int) -> GroupItems:
 
 
 def _chosen(config: SweepConfig, group: ImageGroup, repeated: Sequence[int]) -> Choice:
-    """What the sweep takes of a group, some of whose items were found to repeat others."""
+    """Choose what the sweep takes of a group, some of whose items were found to repeat others."""
     without = set(repeated)
 
     def members(split: str | None = None) -> list[int]:
@@ -313,7 +313,7 @@ def _open_prompts(path: Path, config: SweepConfig) -> GroupItems:
     captions = list(dict.fromkeys(lines))
     if not captions:
         raise ValueError(f"prompts: {str(path)!r} has no prompts, expected one per line")
-    # prompts carry no split of their own: every other line is for selecting, the rest for testing
+    # prompts have no split: every other line is for selecting, the rest for testing
     items = [PromptItem(index, caption, SPLITS[index % 2]) for index, caption in enumerate(captions)]
     by_split = {split: [item.index for item in items if item.split == split] for split in config.splits}
     every = range(len(items))

@@ -21,7 +21,7 @@ UNITS_PER_GROUP = 2000
 # suffixes of the files that units write
 TABLE, TENSORS = ".parquet", ".safetensors"
 
-# is told how many more rows have passed through the denoiser
+# is called with how many more rows have passed through the denoiser
 Advance = Callable[[int], None]
 
 
@@ -50,7 +50,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Asked:
-    """A sweep as it is asked for: what the kinds of unit plan from.
+    """A sweep as it is asked for, from which the kinds of unit plan.
 
     Attributes:
         timesteps: those of the sweep.
@@ -58,8 +58,9 @@ class Asked:
         sets: the sets of heads to edit.
     """
 
-    config: SweepConfig
-    task: Task
+    # plans of the same units are equal, however they were asked for
+    config: SweepConfig = field(compare=False)
+    task: Task = field(compare=False)
     timesteps: tuple[int, ...]
     heads: tuple[tuple[str, int], ...]
     sets: tuple[Edit, ...]
@@ -149,7 +150,7 @@ class UnitKind:
 
         Args:
             context: the model, the items and the results of earlier units (`sweep.compute.context.Context`).
-            advance: is to be told of every batch of forwards.
+            advance: is to be called with the rows of every batch of forwards.
 
         Returns:
             The unit's table and tensors, for each suffix in `files` one (`sweep.store.store.Results`).

@@ -1,4 +1,4 @@
-"""Who works on which unit, so that several processes, on several machines, can share a run directory.
+"""Claims, which say who works on which unit, so that several processes, on several machines, can share a run directory.
 
 A claim is a small file named after the unit, made only where none is. It is sealed JSON that says who made it, and a
 number below, on which its owner counts while it works. A claim whose owner is gone may be taken over: on this machine
@@ -55,24 +55,24 @@ class Claims:
         self._stop = threading.Event()
         self._counter: threading.Thread | None = None
 
-    def take(self, unit: str) -> dict[str, Any] | bool:
+    def take(self, unit_id: str) -> dict[str, Any] | bool:
         """True if the unit is ours now, False if somebody works on it; the owner's description if it was taken over
         from one that is gone."""
         try:
-            return self._take(unit)
+            return self._take(unit_id)
         except FileNotFoundError:
             # whoever has found every unit finished removes the folder
             return False
 
-    def _take(self, unit: str) -> dict[str, Any] | bool:
+    def _take(self, unit_id: str) -> dict[str, Any] | bool:
         self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / unit
+        file = self._folder / unit_id
         if self._make(file):
             return True
         owner = self._abandoned(file)
         if owner is None:
             return False
-        aside = self._folder / f".{unit}.{uuid.uuid4().hex}"
+        aside = self._folder / f".{unit_id}.{uuid.uuid4().hex}"
         try:
             os.rename(file, aside)
         except FileNotFoundError:
@@ -80,7 +80,7 @@ class Claims:
             if not aside.exists():
                 return False
         try:
-            if _token(_content(aside), unit) == owner.get("token"):
+            if _token(_content(aside), unit_id) == owner.get("token"):
                 return owner if self._make(file) else False
             # somebody was quicker, and this is the claim that they have made since
             write_first(file, aside.read_bytes(), lasting=False)
@@ -92,11 +92,11 @@ class Claims:
             else:
                 aside.unlink(missing_ok=True)
 
-    def release(self, unit: str) -> None:
+    def release(self, unit_id: str) -> None:
         """Give up a claim, unless somebody has taken it over meanwhile."""
-        file = self._folder / unit
+        file = self._folder / unit_id
         claim = self._held.get(file)
-        if claim is not None and _token(_content(file), unit) == claim["token"]:
+        if claim is not None and _token(_content(file), unit_id) == claim["token"]:
             file.unlink(missing_ok=True)
         # after an interrupt before here it is released again
         self._held.pop(file, None)
@@ -184,7 +184,7 @@ class Claims:
         return time.monotonic() - self._watched[file.name][1] if file.name in self._watched else 0.0
 
     def _is_here(self, owner: dict[str, Any]) -> bool:
-        """Whether this process can look up whether that one runs."""
+        """True if this process can look up whether that one runs."""
         return all(owner[name] == self._owner[name] for name in ("host", "machine")) and owner["began"] is not None
 
     def _abandoned(self, file: Path) -> dict[str, Any] | None:
@@ -206,8 +206,8 @@ class Claims:
         return (owner or {"session": ""}) if now - since > ABANDONED_AFTER else None
 
 
-def _written(claim: dict[str, Any], unit: str) -> bytes:
-    return seals.to_json(claim, _name(unit)) + _last_line(0)
+def _written(claim: dict[str, Any], unit_id: str) -> bytes:
+    return seals.to_json(claim, _name(unit_id)) + _last_line(0)
 
 
 def _last_line(number: int) -> bytes:
@@ -215,9 +215,9 @@ def _last_line(number: int) -> bytes:
     return b"\n%012d" % number
 
 
-def _name(unit: str) -> str:
-    """What a unit's claim is sealed under."""
-    return f"{CLAIMS}/{unit}"
+def _name(unit_id: str) -> str:
+    """The name that a unit's claim is sealed under."""
+    return f"{CLAIMS}/{unit_id}"
 
 
 def _content(file: Path) -> bytes | None:
@@ -230,9 +230,9 @@ def _content(file: Path) -> bytes | None:
         return b""
 
 
-def _parsed(content: bytes, unit: str) -> dict[str, Any] | None:
-    """What a unit's claim says; None where that isn't one."""
-    claim = seals.from_json(content.rpartition(b"\n")[0], _name(unit))
+def _parsed(content: bytes, unit_id: str) -> dict[str, Any] | None:
+    """The content of a unit's claim; None where that isn't one."""
+    claim = seals.from_json(content.rpartition(b"\n")[0], _name(unit_id))
     texts = ("host", "machine", "session", "token", "since")
     if claim is None or not all(isinstance(claim.get(name), str) for name in texts):
         return None
@@ -240,9 +240,9 @@ def _parsed(content: bytes, unit: str) -> dict[str, Any] | None:
     return claim if fits else None
 
 
-def _token(content: bytes | None, unit: str) -> str | None:
-    """What tells one claim of a unit from every other."""
-    claim = _parsed(content, unit) if content is not None else None
+def _token(content: bytes | None, unit_id: str) -> str | None:
+    """The token that tells one claim of a unit from every other."""
+    claim = _parsed(content, unit_id) if content is not None else None
     return claim["token"] if claim is not None else None
 
 

@@ -59,7 +59,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Verification:
-    """What reading every file of a run found.
+    """The findings of a reader of every file of a run.
 
     Attributes:
         rows: kind: rows of its finished units.
@@ -111,18 +111,18 @@ class Run:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Those tables that a report is made of and that have rows: some of observations, ablations, generations."""
+        """The tables that a report is made of and that have rows: some of observations, ablations, generations."""
         return tuple(name for name in self.tables if KINDS[name].reported)
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """All tables that have rows: `kinds`, and attributions, set_ablations, set_generations."""
+        """All tables that have rows: `kinds`, then the others, as attributions, set_ablations, set_generations."""
         kinds = sorted((kind for kind in KINDS.values() if TABLE in kind.files), key=lambda kind: not kind.reported)
         return tuple(kind.name for kind in kinds if any((self.path / kind.name).glob(f"*{TABLE}")))
 
     @property
     def complete(self) -> bool:
-        """Whether every unit of the run is finished."""
+        """True if every unit of the run is finished."""
         return all(self._problem(unit) is None for unit in self.units)
 
     def table(self, kind: str) -> pl.LazyFrame:

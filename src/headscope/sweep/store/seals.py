@@ -72,7 +72,7 @@ def from_json(content: bytes, name: str) -> dict[str, Any] | None:
 
 
 def problem(path: Path, name: str) -> str | None:
-    """What is wrong with a file that was sealed under that name: "missing", "torn" (its bytes aren't those that were
+    """The fault of a file that was sealed under that name: "missing", "torn" (its bytes aren't those that were
     sealed, or it has no seal), "foreign" (it is whole and something else); None if nothing is.
 
     Raises:
@@ -120,7 +120,7 @@ def _notes(suffix: str, size: int, read: Callable[[int, int], bytes]) -> tuple[i
 
 
 def _found(notes: bytes, suffix: str) -> re.Match[bytes] | None:
-    # a footer's own notes come after what it says of the columns, a header's before what it says of the tensors
+    # a footer's notes come after what it says of the columns, a header's before what it says of the tensors
     place = notes.rfind(_MARK) if suffix == ".parquet" else notes.find(_MARK)
     return _SEAL.match(notes, place) if place >= 0 else None
 

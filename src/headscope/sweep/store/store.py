@@ -1,21 +1,16 @@
-"""A run directory: one manifest, and one file per finished unit, each written whole or not at all.
+"""A run directory: one manifest, and one or two files per finished unit, each written whole or not at all.
 
     manifest.json                       what the run is: identity, configuration, versions, device, git revision, and
                                         the units it is made of
     execution.json                      how many rows go through the model at once, as the first process measured it
-    observations/<unit>.parquet         per head: entropy
-    ablations/<unit>.parquet            per head and fill: paired losses
-    generations/<unit>.parquet          per head and fill: distance of images, beside <unit>.safetensors, the images
-    set_ablations/, set_generations/    the same of sets of heads
-    attributions/<unit>.parquet         per head and fill: g, c and the loss
-    reference/<unit>.safetensors        mean head outputs
-    images/<unit>.safetensors           what the model drew for the prompts
-    failures/<unit>.json                what went wrong with a unit, try by try
+    <kind>/<unit>.parquet               a unit's table, <kind>/<unit>.safetensors its tensors; which of the two there
+                                        are, and what is in them, `sweep/compute/kinds` says
+    failures/<unit>.json                the errors of a unit, try by try
     claims/<unit>                       who is working on a unit now
-    jobs/                               what Slurm's jobs say
+    jobs/                               the output of Slurm's jobs
 
-A file is written under a temporary name, flushed to disk and renamed. A unit is done when its file is there and whole,
-as the checksum in it says (`seals`), which all of them carry but Slurm's.
+A file is written under a temporary name, flushed to disk and renamed. A unit is done when its files are there and
+whole, as the checksums in them say (`seals`), which all files have but Slurm's.
 """
 
 import contextlib
@@ -42,7 +37,7 @@ from headscope.sweep.plan.units import KINDS, TABLE, TENSORS, Unit
 from headscope.sweep.store import seals
 
 MANIFEST, EXECUTION = "manifest.json", "execution.json"
-# 1 had no checksums, and the units in a file of their own
+# 1 had no checksums, and the units in a separate file
 FORMAT = 2
 FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
 _SEAL = "headscope.seal"
@@ -56,7 +51,7 @@ class Fit:
 
     Attributes:
         rows: of a forward.
-        clean: of a clean forward whose outputs are kept for edited ones; 0 where not even one's fit in memory.
+        clean: of a clean forward whose outputs are cached for edited ones; 0 where not even one's fit in memory.
     """
 
     rows: int
@@ -65,7 +60,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Results:
-    """What a unit has computed, one for each file that its kind writes.
+    """The results of a unit, one for each file that its kind writes.
 
     Attributes:
         table: the rows.
@@ -130,14 +125,14 @@ class RunStore:
         _same_identity(path, found["identity"], identity)
 
     def _has_results_of(self, units: Sequence[dict[str, Any]]) -> bool:
-        """Whether there are results in the directory, all of units of this plan: their ids are digests of it."""
+        """True if there are results in the directory, all of units of this plan: their ids are digests of it."""
         results = {unit for _, unit in self.listed()}
         return bool(results) and results <= {unit["id"] for unit in units}
 
-    def has(self, kind: str, unit: str) -> bool:
-        """Whether the unit is done: its file is there, whole and its own. A damaged one counts as absent and is
-        written again."""
-        return unit_problem(self.path, kind, unit) is None
+    def has(self, kind: str, unit_id: str) -> bool:
+        """True if the unit is done: its files are there, whole, and written for it. A damaged one counts as absent and
+        is written again."""
+        return unit_problem(self.path, kind, unit_id) is None
 
     def listed(self) -> set[tuple[str, str]]:
         """(kind, unit) of every unit whose file seems to be there, without opening any."""
@@ -156,8 +151,8 @@ class RunStore:
             write, content = writers[suffix]
             write(unit.kind, unit.id, content)
 
-    def write_table(self, kind: str, unit: str, table: pa.Table) -> None:
-        path = self.path / kind / f"{unit}{TABLE}"
+    def write_table(self, kind: str, unit_id: str, table: pa.Table) -> None:
+        path = self.path / kind / f"{unit_id}{TABLE}"
         footer = {**(table.schema.metadata or {}), _SEAL: seals.blank(_name(path))}
         floats = [field.name for field in table.schema if pa.types.is_floating(field.type)]
         content = io.BytesIO()
@@ -171,18 +166,18 @@ class RunStore:
         )
         _write_sealed(path, content.getvalue())
 
-    def write_tensors(self, kind: str, unit: str, tensors: dict[str, torch.Tensor]) -> None:
-        path = self.path / kind / f"{unit}{TENSORS}"
+    def write_tensors(self, kind: str, unit_id: str, tensors: dict[str, torch.Tensor]) -> None:
+        path = self.path / kind / f"{unit_id}{TENSORS}"
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         _write_sealed(path, save(whole, {_SEAL: seals.blank(_name(path))}))
 
-    def read_tensors(self, kind: str, unit: str) -> dict[str, torch.Tensor]:
+    def read_tensors(self, kind: str, unit_id: str) -> dict[str, torch.Tensor]:
         """A unit's tensors.
 
         Raises:
             ValueError: the file is missing, damaged, or another's.
         """
-        path = self.path / kind / f"{unit}{TENSORS}"
+        path = self.path / kind / f"{unit_id}{TENSORS}"
         check_whole(path)
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -208,9 +203,9 @@ class RunStore:
         """Of every unit that went wrong, its tries, first to last. A damaged record counts as none."""
         return {file.stem: tries for file in _records(self.path) if (tries := read_tries(file))}
 
-    def add_failure(self, unit: str, error: str, session: str, death: bool = False) -> None:
+    def add_failure(self, unit_id: str, error: str, session: str, death: bool = False) -> None:
         """Record that a unit went wrong, or that the process working on it died."""
-        file = self.path / FAILURES / f"{unit}.json"
+        file = self.path / FAILURES / f"{unit_id}.json"
         tries = read_tries(file) or []
         tries.append(
             {
@@ -224,8 +219,8 @@ class RunStore:
         )
         write_atomic(file, seals.to_json({"tries": tries}, _name(file)))
 
-    def clear_failure(self, unit: str) -> None:
-        (self.path / FAILURES / f"{unit}.json").unlink(missing_ok=True)
+    def clear_failure(self, unit_id: str) -> None:
+        (self.path / FAILURES / f"{unit_id}.json").unlink(missing_ok=True)
 
 
 def check_folders(run: Path) -> None:
@@ -254,7 +249,7 @@ def _records(run: Path) -> list[Path]:
 
 
 def _read_json(file: Path, name: str) -> dict[str, Any] | None:
-    """What a sealed JSON file says: None where there is none, empty where it is damaged or can't be read."""
+    """The content of a sealed JSON file: None where there is none, empty where it is damaged or can't be read."""
     try:
         return seals.from_json(read_plain(file), name) or {}
     except FileNotFoundError:
@@ -270,23 +265,23 @@ def _is_try(entry: Any) -> bool:
     return all(isinstance(text, str) for text in texts) and bool(entry["error"].strip())
 
 
-def unit_files(run: Path, kind: str, unit: str) -> list[Path]:
+def unit_files(run: Path, kind: str, unit_id: str) -> list[Path]:
     """The files of a unit; the first makes it done."""
-    return [run / kind / f"{unit}{suffix}" for suffix in KINDS[kind].files]
+    return [run / kind / f"{unit_id}{suffix}" for suffix in KINDS[kind].files]
 
 
-def unit_problem(run: Path, kind: str, unit: str) -> str | None:
+def unit_problem(run: Path, kind: str, unit_id: str) -> str | None:
     """Why a unit isn't done: a file of it is "missing", "torn" or "foreign"; None if it is done."""
-    return next(filter(None, map(file_problem, unit_files(run, kind, unit))), None)
+    return next(filter(None, map(file_problem, unit_files(run, kind, unit_id))), None)
 
 
 def file_problem(path: Path) -> str | None:
-    """What is wrong with a unit's file, read to its end: "missing", "torn" or "foreign"; None if nothing is."""
+    """The fault of a unit's file, which is read to its end: "missing", "torn" or "foreign"; None if there is none."""
     return seals.problem(path, _name(path))
 
 
 def check_whole(path: Path) -> None:
-    """Raises ValueError where a unit's file isn't there, whole and its own."""
+    """Raises ValueError where a unit's file isn't there, is damaged or was written for another."""
     problem = file_problem(path)
     if problem:
         what = {
@@ -330,7 +325,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _is_manifest(manifest: dict[str, Any]) -> bool:
-    """Whether a whole manifest says what one says, in the right types: it may have been made elsewhere."""
+    """True if a whole manifest has the parts that one has, in the right types: it may have been made elsewhere."""
     units = manifest.get("units")
     return (
         isinstance(manifest.get("identity"), dict)
@@ -351,7 +346,7 @@ def _is_unit(unit: dict[str, Any]) -> bool:
 
 
 def _name(path: Path) -> str:
-    """What a unit's file is sealed under: its place in the run."""
+    """The name that a unit's file is sealed under: its place in the run."""
     return f"{path.parent.name}/{path.name}"
 
 
@@ -361,7 +356,7 @@ def _write_sealed(path: Path, content: bytes) -> None:
 
 
 def _is_beginning(entry: Path) -> bool:
-    """Whether a file is one that a run writes before its manifest."""
+    """True if a file is one that a run writes before its manifest."""
     return entry.name.endswith(".tmp") and MANIFEST in entry.name
 
 

@@ -1,4 +1,4 @@
-"""What goes on beside the device's work: results written behind it, items read ahead of it.
+"""Work beside the device's: results are written behind it, items are read ahead of it.
 
 Neither changes what a unit is: its file is flushed to disk and renamed before anybody hears that it is done, and before
 its claim is released. A process killed at any moment leaves units undone, never half done.
@@ -26,7 +26,7 @@ Ended = Callable[[Unit, Exception | None], None]
 
 
 class WriteBehind:
-    """Writes units' results in a thread of its own, in the order they came.
+    """Writes units' results in a separate thread, in the order they came.
 
     Args:
         store: the run directory's.
@@ -101,7 +101,7 @@ class WriteBehind:
 
 
 class ReadAhead:
-    """Reads the images of the unit after the one that is computed, where a group is too large to be kept in memory."""
+    """Reads the images of the unit after the one that is computed, where a group is too large to stay in memory."""
 
     def __init__(self, items: Callable[[Unit], Sequence[Any]]) -> None:
         self._items = items
@@ -115,15 +115,15 @@ class ReadAhead:
         Raises:
             ValueError: an image of the unit can't be read.
         """
-        now = self._unkept(unit)
+        now = self._on_disk(unit)
         if self._future is not None:
-            # an image that can't be read is said when its own unit begins
+            # an image that can't be read is named when its unit begins
             with contextlib.suppress(Exception):
                 self._future.result()
             self._future = None
         for item in now:
             item.fetch()
-        after = self._unkept(following) if following is not None else set()
+        after = self._on_disk(following) if following is not None else set()
         for item in self._held - now - after:
             item.drop()
         self._held = now | after
@@ -137,8 +137,8 @@ class ReadAhead:
         for item in self._held:
             item.drop()
 
-    def _unkept(self, unit: Unit) -> set[SweptItem]:
-        return {item for item in self._items(unit) if isinstance(item, SweptItem) and not item.kept}
+    def _on_disk(self, unit: Unit) -> set[SweptItem]:
+        return {item for item in self._items(unit) if isinstance(item, SweptItem) and not item.in_memory}
 
 
 def _fetch(items: set[SweptItem]) -> None:

@@ -36,7 +36,7 @@ class SweepFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Workers:
-    """Who works on a sweep.
+    """The processes that work on a sweep.
 
     Attributes:
         executor: "local" (this process), "processes" (of this machine), "ray" or "slurm".

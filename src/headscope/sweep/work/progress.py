@@ -116,7 +116,7 @@ class Progress:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def state(self) -> dict[str, float | int | str | None]:
-        """What a line of JSON says."""
+        """The content of a line of JSON."""
         seconds = max(1e-9, time.perf_counter() - self._started)
         rate = self._forwards / seconds
         left = self._total - self._finished_forwards

@@ -26,7 +26,7 @@ PATIENCE = 0.2
 
 @dataclass(frozen=True)
 class WorkOrder:
-    """What another process needs to take part in a sweep; it can be pickled."""
+    """All that another process needs to take part in a sweep; it can be pickled."""
 
     config: SweepConfig
     out: str
@@ -35,7 +35,7 @@ class WorkOrder:
 
 
 class Report(Protocol):
-    """Who hears how the work goes."""
+    """Is told how the work goes."""
 
     def advance(self, forwards: int) -> None: ...
     def finished(self, unit: Unit) -> None: ...
@@ -220,6 +220,6 @@ class _Share:
 
 
 def given_up(tries: list[dict[str, Any]], session: str) -> bool:
-    """True if a unit has failed too often. Errors count for ever, a process's death for its own session only, so that
+    """True if a unit has failed too often. Errors count for ever, a process's death for its session only, so that
     killing a run again and again loses nothing."""
     return sum(not entry["death"] or entry["session"] == session for entry in tries) >= TRIES

@@ -20,7 +20,7 @@ from headscope.sweep.compute.editing import ITEMS, Batch, EditingKind, EveryEdit
 from headscope.sweep.compute.edits import fills_at, head_edits, tensors
 from headscope.sweep.compute.graphs import Forwards
 from headscope.sweep.compute.scores import squared_error
-from headscope.sweep.compute.sharing import Kept, Prefix
+from headscope.sweep.compute.sharing import Cache, Prefix
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
 from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, chunks
 from headscope.sweep.store.store import Results
@@ -56,7 +56,7 @@ class Ablations(EditingKind):
 
         def ablate(piece: range) -> None:
             some = inputs.rows(torch.arange(piece.start, piece.stop, device=task.device))
-            clean, kept = context.forwards.run(
+            clean, cache = context.forwards.run(
                 ("clean", sites),
                 timestep,
                 None,
@@ -75,17 +75,17 @@ class Ablations(EditingKind):
 
             def edit(batch: Batch, fills: Mapping[str, Fill]) -> None:
                 rows = moved(torch.tensor(batch.items), task.device)
-                own, before = some.rows(rows), clean.index_select(0, rows)
+                mine, before = some.rows(rows), clean.index_select(0, rows)
                 made = head_edits(batch.edits, scope, context.plan.keys)
-                edited = _edited_prediction(context, own, made, fills, prefix, kept, rows)
-                loss = squared_error(edited, own.target)
+                edited = _edited_prediction(context, mine, made, fills, prefix, cache, rows)
+                loss = squared_error(edited, mine.target)
                 every.grid.put("edited", *batch.places, loss)
                 if "distance" in scores:
                     every.grid.put("distance", *batch.places, squared_error(edited, before))
                 if x0 is not None:
                     every.grid.put("x0_edited", *batch.places, loss * x0)
                 for name, score in context.own_scores.items():
-                    every.grid.put(name, *batch.places, score(edited, before, own))
+                    every.grid.put(name, *batch.places, score(edited, before, mine))
                 advance(len(batch.items))
 
             every.run(piece, fills, edit)
@@ -123,14 +123,14 @@ def _edited_prediction(
     edits: Mapping[str, HeadEdit],
     fills: Mapping[str, Fill],
     prefix: Prefix | None,
-    kept: Kept | None,
+    cache: Cache | None,
     rows: Tensor,
 ) -> Tensor:
     """The denoiser's answer with an edit of each site.
 
     Args:
         fills: by site, of removed heads.
-        kept: of the clean forward, whose row for each of the inputs' is in `rows`.
+        cache: of the clean forward, whose row for each of the inputs' is in `rows`.
     """
     sites, device = frozenset(edits), context.task.device
     fields = {
@@ -141,12 +141,12 @@ def _edited_prediction(
     @contextmanager
     def inside(given: dict[str, Any]) -> Iterator[None]:
         made = {name: HeadEdit(**parts) for name, parts in given["edits"].items()}
-        shared = prefix.replay(kept, sites, given["rows"]) if prefix and kept else nullcontext()
+        shared = prefix.replay(cache, sites, given["rows"]) if prefix and cache else nullcontext()
         with context.loss_scope.edit(made), shared:
             yield
 
     given = {"edits": fields, "rows": rows}
-    key = ("edited", sites, kept)
+    key = ("edited", sites, cache)
     # a recording is looked up by the timestep, which a replay wouldn't do
     looked_up = any(isinstance(fill, Recording) for fill in fills.values())
     forwards = Forwards() if looked_up else context.forwards

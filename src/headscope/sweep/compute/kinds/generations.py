@@ -53,7 +53,7 @@ class Generations(EditingKind):
         def generate(piece: range) -> None:
             some = [every.items[index] for index in piece]
             earlier = EarlierSteps(context.task.denoiser, first, len(some))
-            with earlier.kept():
+            with earlier.cached():
                 clean = context.generate(some)
             images.put_clean(piece, clean)
             advance(context.plan.rows_per_image * len(some))

@@ -44,7 +44,7 @@ class Observations(UnitKind):
                     advance(len(some))
             table = recording.to_arrow()
             described = labels(some, table["sample"].to_numpy(), seed)
-            # the scheduler's own: some models are told sigma instead
+            # the scheduler's: some models take sigma instead
             timestep = pa.array(np.array(timesteps, np.int32)[table["step"].to_numpy()])
             table = table.set_column(table.schema.get_field_index("timestep"), "timestep", timestep)
             tables[piece.start] = prepend(described, table.drop_columns(["step", "sample"]))

@@ -146,7 +146,7 @@ class _Team:
             tell(message, self._known, self._progress)
 
     def _finished(self, reference: Any) -> bool:
-        """Whether an actor that has ended did so by itself."""
+        """True if an actor that has ended did so by itself."""
         errors = self._ray.exceptions
         try:
             self._pass_on(self._ray.get(reference))
@@ -178,7 +178,7 @@ class _Actor:
         self._stopped = threading.Event()
 
     def news(self) -> list[tuple[Any, ...]]:
-        """What was said since this was last called; the end of the work may ask at the same time."""
+        """The messages since this was last called; the end of the work may ask at the same time."""
         found = []
         with contextlib.suppress(IndexError):
             while True:

@@ -101,17 +101,17 @@ class _Watch:
 
 
 def _has_result(job: Any) -> bool:
-    """Whether a job has said how it ended; one that was killed or never began doesn't."""
+    """True if a job has said how it ended; one that was killed or never began doesn't."""
     return job.paths.result_pickle.exists()
 
 
 def _finished(job: Any) -> bool:
-    """Whether a job has found that nothing is left to do."""
+    """True if a job has found that nothing is left to do."""
     return _has_result(job) and job.exception() is None and job.result() == FINISHED
 
 
 class _Job:
-    """What a job of the array does. When Slurm asks it to end, it puts its work away first."""
+    """The work of a job of the array. When Slurm asks it to end, it puts its work away first."""
 
     def __call__(self, order: WorkOrder) -> str:
         import torch
@@ -134,7 +134,7 @@ class _Job:
         return FINISHED
 
     def checkpoint(self, order: WorkOrder) -> Any:
-        """What the job does when it comes back from the queue: submitit asks."""
+        """The job as it comes back from the queue: submitit asks for it."""
         return require("submitit", "slurm").helpers.DelayedSubmission(self, order)
 
 
@@ -149,7 +149,7 @@ def _then_stop(handler: Any, warning: int) -> Callable[[int, Any], None]:
             if callable(handler):
                 handler(number, frame)
         except Exception as error:
-            # it must not be taken for a unit's own
+            # it must not be taken for a unit's
             raise KeyboardInterrupt from error
         raise KeyboardInterrupt
 
