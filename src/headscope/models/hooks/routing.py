@@ -16,7 +16,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as functional
@@ -35,6 +35,19 @@ HOOKED = "_headscope_hooked"
 _HOOK_ID = -1
 
 
+class AttentionArguments(NamedTuple):
+    """The arguments of torch's scaled_dot_product_attention, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
 class Frame(Protocol):
     """An observed attention module, as the router sees it."""
 
@@ -42,18 +55,9 @@ class Frame(Protocol):
         """Whether anything of its attention is recorded or edited in the forward that runs."""
         ...
 
-    def attend(
-        self,
-        given: Sequence[int],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-    ) -> Tensor: ...
+    def attend(self, given: Sequence[int], arguments: AttentionArguments) -> Tensor:
+        """The output of its attention; `given` are the fields of a `layout.Given`."""
+        ...
 
     def refuse(self, who: str) -> NoReturn:
         """Raises, for what `who` does to its attention can't be recorded or edited."""
@@ -261,12 +265,12 @@ def _routed(*args: Any, **kwargs: Any) -> Tensor:
         return _stock(*args, **kwargs)
     handle, given = _next_call(args, kwargs)
     if torch.compiler.is_compiling():
-        return torch.ops.headscope.observed_attention(*_bound(*args, **kwargs), handle, given)
+        return torch.ops.headscope.observed_attention(*AttentionArguments(*args, **kwargs), handle, given)
     frame = _frames_by_handle[id(handle)]
     if not frame.wanted():
         return _stock(*args, **kwargs)
     _refuse_replacement(frame)
-    return frame.attend(given, *_bound(*args, **kwargs))
+    return frame.attend(given, AttentionArguments(*args, **kwargs))
 
 
 # modes tell functions by identity, which compiled code doesn't keep
@@ -286,7 +290,7 @@ def _overridden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     _refuse_replacement(frame)
     for one in overrides.acting_classes(args, kwargs):
         frame.refuse(overrides.named(one))
-    beneath = overrides.Beneath(lambda *own, **options: frame.attend(given, *_bound(*own, **options)))
+    beneath = overrides.Beneath(lambda *own, **options: frame.attend(given, AttentionArguments(*own, **options)))
     with _unrouted(), beneath.placed():
         output = _stock(*args, **kwargs)
     if len(beneath.outputs) != 1 or beneath.outputs[0] is not output:
@@ -316,20 +320,6 @@ def _unrouted() -> Iterator[None]:
             functional.scaled_dot_product_attention = before
 
 
-def _bound(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool]:
-    """The call's arguments in the order of torch's signature."""
-    return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-
-
 def _empty_output(query: Tensor, value: Tensor) -> Tensor:
     """An empty [batch, heads, queries, dim_v] in query's dtype and stride order."""
     order = sorted(range(query.ndim), key=query.stride().__getitem__, reverse=True)
@@ -346,7 +336,8 @@ def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     frame = _frames[int(handle)]
     if frame.wanted():
         _refuse_replacement(frame)
-        output = frame.attend(given, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        arguments = AttentionArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        output = frame.attend(given, arguments)
     else:
         output = _stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     # compiled code relies on the strides it was promised

@@ -9,12 +9,13 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from headscope.models.hooks.caches import Missing, Reused
+from headscope.models.hooks.calls import SiteCall
 from headscope.models.hooks.contexts import Context
 from headscope.models.hooks.forwards import PROMPT, Forward
 from headscope.models.recording.plots import heatmaps
 from headscope.models.recording.prompts import Prompts
 from headscope.models.recording.tokens import Token, TokenKind, label_tokens
-from headscope.models.structure.layout import IMAGE, TEXT, Layout
+from headscope.models.structure.layout import IMAGE, TEXT
 from headscope.ops import GroupMass
 
 
@@ -67,10 +68,10 @@ class TokenMaps:
 
     # what the scope does with it
 
-    def statistic(self, forward: Forward, layout: Layout, keys: int, device: torch.device) -> GroupMass | None:
+    def statistic(self, call: SiteCall, keys: int, device: torch.device) -> GroupMass | None:
         """The operator's statistic for a call; None where image queries don't meet text keys."""
-        text = next((segment for segment in layout.keys if segment.group == TEXT), None)
-        if text is None or self._grid(forward, layout) is None:
+        text = next((segment for segment in call.layout.keys if segment.group == TEXT), None)
+        if text is None or _grid(call) is None:
             return None
         place = (text.start, text.stop, keys, device)
         if place not in self._groups:
@@ -89,10 +90,11 @@ class TokenMaps:
         """
         self._prompts.begin_forward(forward)
 
-    def add(self, forward: Forward, site: str, layout: Layout, mass: Tensor) -> None:
+    def add(self, call: SiteCall, mass: Tensor) -> None:
         """Add one call's [rows, heads, queries, tokens]; of several guidance branches, the one that sees the prompt."""
+        site, _, forward, layout = call
         if layout.fold != 1:
-            raise ValueError(f"token maps: site {site!r} folds frames into its batch, expected a picture per row")
+            raise ValueError(f"token maps: site {site.name!r} folds frames into its batch, expected a picture per row")
         branches = forward.branches
         if "cond" not in branches and branches != (None,):
             return
@@ -102,13 +104,13 @@ class TokenMaps:
             return
         first = part * forward.samples + samples.start - layout.first_sample
         own = mass.detach()[first : first + len(samples)]
-        heads = self._heads.get(site)
+        heads = self._heads.get(site.name)
         own = own if heads is None else own[:, list(heads)]
         image = next(segment for segment in layout.queries if segment.group == IMAGE)
-        grid = self._grid(forward, layout)
+        grid = _grid(call)
         assert grid is not None
         summed = own[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
-        self._pending.append(_Piece(site, forward.samples, samples, summed, own.shape[1]))
+        self._pending.append(_Piece(site.name, forward.samples, samples, summed, own.shape[1]))
 
     def end_forward(self, completed: bool) -> None:
         """Keep what the forward gave; nothing of one that did not end."""
@@ -135,11 +137,6 @@ class TokenMaps:
         self._sums[site][samples.start : samples.stop] += summed
         heard = self._counts.setdefault(site, Counter())
         heard.update(dict.fromkeys(samples, heads))
-
-    def _grid(self, forward: Forward, layout: Layout) -> tuple[int, int] | None:
-        """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
-        image = next((segment for segment in layout.queries if segment.group == IMAGE), None)
-        return None if image is None else layout.grid or forward.geometry.grid(image.stop - image.start)
 
     # what a person reads
 
@@ -245,3 +242,9 @@ class TokenMapContext(Context):
         mapped = site in self.sites and site in self.maps.sites
         if mapped and branch in ("cond", None) and self.acts_in(forward):
             self.maps.reused.append(Reused(site, self.step_of(forward), branch))
+
+
+def _grid(call: SiteCall) -> tuple[int, int] | None:
+    """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
+    image = next((segment for segment in call.layout.queries if segment.group == IMAGE), None)
+    return None if image is None else call.layout.grid or call.forward.geometry.grid(image.stop - image.start)

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from headscope.models.hooks.calls import SiteCall
 from headscope.models.hooks.forwards import Forward, comparable, single
-from headscope.models.structure.layout import Layout
 
 QUANTITIES = ("head_output", "q", "k", "v")
 Reduce = Literal["mean"] | None
@@ -86,35 +86,29 @@ class HeadTensors:
         return len(self._kept)
 
     def add_inputs(
-        self,
-        quantities: Collection[str],
-        forward: Forward,
-        site: str,
-        call: int,
-        layout: Layout,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        self, quantities: Collection[str], call: SiteCall, query: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        """Keep those of one call's query, key and value that are among the quantities."""
+        """Add those of one call's query, key and value that are among the quantities."""
         for quantity, tensor in (("q", query), ("k", key), ("v", value)):
             if quantity in quantities:
-                self.add(forward, quantity, site, call, layout, tensor)
+                self.add(quantity, call, tensor)
 
-    def add(self, forward: Forward, quantity: str, site: str, call: int, layout: Layout, tensor: Tensor) -> None:
-        """Keep one call's tensor [rows, heads, tokens, dim]."""
+    def add(self, quantity: str, call: SiteCall, tensor: Tensor) -> None:
+        """Add one call's tensor [rows, heads, tokens, dim]."""
+        site, number, forward, layout = call
         rows = tensor.detach().unflatten(0, (layout.samples, layout.fold))
         for part, branch in enumerate(forward.branches):
             samples = forward.samples_of(part, layout)
             if not samples:
                 continue
             start = part * forward.samples + samples.start
-            own = rows[start - layout.first_sample :][: len(samples)]
+            chosen = rows[start - layout.first_sample :][: len(samples)]
             if self.reduce == "mean":
-                own = own.sum(0, keepdim=True, dtype=torch.float64 if own.device.type == "cpu" else torch.float32)
+                dtype = torch.float64 if chosen.device.type == "cpu" else torch.float32
+                chosen = chosen.sum(0, keepdim=True, dtype=dtype)
             else:
-                own = own.clone()
-            self._pending.append(_Pending(forward, start, quantity, site, call, branch, own, len(samples)))
+                chosen = chosen.clone()
+            self._pending.append(_Pending(forward, start, quantity, site.name, number, branch, chosen, len(samples)))
 
     def end_forward(self, forward: Forward) -> None:
         forwards = len({id(pending.forward) for pending in self._pending})
