@@ -170,7 +170,6 @@ def _attend(call: SiteCall, interest: _Interest, arguments: AttentionArguments) 
     if ENTROPY in values:
         valid_keys = count_valid_keys(attn_mask, is_causal, query, key, combined.edit)
     for recording in recordings:
-        recording.count_call()
         recording.add_statistics(call, values, valid_keys, key.shape[2])
         if recording.records_head_output:
             recording.tensors.add(HEAD_OUTPUT, call, output)
@@ -208,7 +207,7 @@ def _compute(
 def count_valid_keys(
     attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor, edit: HeadEdit | None = None
 ) -> Tensor | int:
-    """How many keys each row may see: an int, or broadcastable to [batch, heads, queries]."""
+    """The number of keys that each row may see: an int, or broadcastable to [batch, heads, queries]."""
     queries, keys = query.shape[2], key.shape[2]
     bias = None if edit is None else edit.key_bias
     if attn_mask is None and bias is None:

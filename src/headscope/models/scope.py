@@ -121,7 +121,7 @@ class Scope:
                 averaged over samples per (site, call, timestep, branch, position).
             sites: names or patterns of the sites to record; all by default, and then attention that the model calls
                 outside of them is an error.
-            reduce: "mean" as said above; None keeps every query's statistic and every sample's tensors.
+            reduce: "mean" as said above; None records every query's statistic and every sample's tensors.
             into: an earlier recording of the same statistics to go on with, made in this session.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Which part of the picture attends to which token of the prompt."""
+"""Token maps: how much each place of the picture attends to each token of the prompt."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from headscope.ops import GroupMass
 
 
 class _Piece(NamedTuple):
-    """What one attention call adds to a site's sums: [samples, tokens, height, width], summed over so many heads."""
+    """The share of one attention call in a site's sums: [samples, tokens, height, width], summed over so many heads."""
 
     site: str
     batch: int
@@ -32,7 +32,7 @@ class _Piece(NamedTuple):
 class TokenMaps:
     """The attention mass that image queries give to each token of the prompt, summed over heads and steps.
 
-    Kept per site, on the model's device. What is read is the mean over heads, attention calls and the chosen sites,
+    Sums are per site, on the model's device. What is read is the mean over heads, attention calls and the chosen sites,
     each site's map resized to the finest one's grid (bilinear). Masses of all tokens, marks and padding included, sum
     to 1 at every place of a cross-attention.
 
@@ -64,7 +64,7 @@ class TokenMaps:
     def prompts(self) -> tuple[str, ...]:
         """One per sample; before the pipeline runs, those that were named."""
         of_samples = self._prompts.of_samples
-        return self._prompts.named or () if of_samples is None else tuple(own[PROMPT] for own in of_samples)
+        return self._prompts.named or () if of_samples is None else tuple(texts[PROMPT] for texts in of_samples)
 
     # what the scope does with it
 
@@ -103,14 +103,14 @@ class TokenMaps:
         if not samples:
             return
         first = part * forward.samples + samples.start - layout.first_sample
-        own = mass.detach()[first : first + len(samples)]
+        rows = mass.detach()[first : first + len(samples)]
         heads = self._heads.get(site.name)
-        own = own if heads is None else own[:, list(heads)]
+        rows = rows if heads is None else rows[:, list(heads)]
         image = next(segment for segment in layout.queries if segment.group == IMAGE)
         grid = _grid(call)
         assert grid is not None
-        summed = own[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
-        self._pending.append(_Piece(site.name, forward.samples, samples, summed, own.shape[1]))
+        summed = rows[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
+        self._pending.append(_Piece(site.name, forward.samples, samples, summed, rows.shape[1]))
 
     def end_forward(self, completed: bool) -> None:
         """Keep what the forward gave; nothing of one that did not end."""
@@ -142,7 +142,7 @@ class TokenMaps:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Where there was something to see."""
+        """The sites at which something was recorded."""
         return tuple(self._sums)
 
     def tokens(self, sample: int = 0) -> list[Token]:
@@ -157,7 +157,7 @@ class TokenMaps:
         return label_tokens(self._pipeline, self._prompts.of_samples[sample], count, self._prompts.encoded)
 
     def positions(self, words: str, sample: int = 0) -> list[int]:
-        """Where the prompt's words stand among the tokens.
+        """The positions of the prompt's words among the tokens.
 
         Raises:
             ValueError: they don't stand there.
@@ -214,7 +214,7 @@ class TokenMaps:
         return heatmaps(maps, "attention mass on the word, 0 to 1", image)
 
     def _require(self, sample: int) -> tuple[int, int]:
-        """How many samples and text tokens were recorded, the sample among them."""
+        """The number of samples and of text tokens; raises where the sample isn't among them."""
         if not self._sums:
             raise ValueError("token maps: nothing was recorded, expected a run of the pipeline inside the context")
         samples, tokens = next(iter(self._sums.values())).shape[:2]

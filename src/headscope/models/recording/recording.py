@@ -1,4 +1,4 @@
-"""What a `scope.record(...)` context collects."""
+"""The recording that a `scope.record(...)` context makes."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -49,7 +49,7 @@ class Recording:
     Attributes:
         requested: the recorded statistics; empty in one that was loaded.
         statistics: their names.
-        quantities: which of head_output, q, k and v are kept.
+        quantities: which of head_output, q, k and v are recorded.
         reduce: "mean" (statistics over queries, tensors over samples), or None (each query and each sample).
         reused: the sites that forwards went without, because a cache of diffusers had their attention or their layer
             was skipped: (site, step, branch). Nothing of them is recorded in those forwards.
@@ -121,9 +121,6 @@ class Recording:
     def _number_of(self, forward: Forward) -> int:
         return self._forwards_before + forward.index - self.first_forward
 
-    def count_call(self) -> None:
-        self._calls_in_forward += 1
-
     def add_statistics(self, call: SiteCall, values: dict[str, Tensor], valid_keys: Tensor | int, keys: int) -> None:
         """Take one call's statistics, which are reduced when the forward ends.
 
@@ -132,6 +129,7 @@ class Recording:
                 [rows, heads, keys].
             valid_keys: how many keys each row may see, an int or broadcastable to [rows, heads, queries].
         """
+        self._calls_in_forward += 1
         site, number, forward, layout = call
         step, forward_number = self.step_of(forward), self._number_of(forward)
 
