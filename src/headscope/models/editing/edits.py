@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from headscope.models.recording.recording import Recording, Resampled
-from headscope.models.structure.index import SiteIndex
+from headscope.models.structure.index import SiteIndex, check_heads
 from headscope.models.structure.sites import Site
 from headscope.ops import HeadEdit
 
@@ -161,18 +161,6 @@ def _check_patch(patch: Patch, site: Site, name: str) -> None:
             raise ValueError(f"{name}: got a Recording without {quantity}, expected one of scope.record({quantity!r})")
     if patch.heads is not None:
         check_heads(patch.heads, site, name)
-
-
-def check_heads(heads: Iterable[int], site: Site, name: str) -> None:
-    """Raises TypeError or ValueError unless all are numbers of the site's heads; `name` is the argument's."""
-    if isinstance(heads, Tensor) or not isinstance(heads, Iterable):
-        raise TypeError(f"{name}: got {type(heads).__name__}, expected heads' numbers in a list")
-    for head in heads:
-        # a mask would be read as heads 0 and 1
-        if isinstance(head, bool) or not isinstance(head, Integral):
-            raise TypeError(f"{name}: got head {head!r} of type {type(head).__name__}, expected the heads' numbers")
-        if not 0 <= head < site.heads:
-            raise ValueError(f"{name}: got head {head}, expected 0 to {site.heads - 1}")
 
 
 def check_fill(fill: Any) -> None:

@@ -15,6 +15,7 @@ from headscope.models.hooks.forwards import PROMPT, Forward
 from headscope.models.recording.plots import heatmaps
 from headscope.models.recording.prompts import Prompts
 from headscope.models.recording.tokens import Token, TokenKind, label_tokens
+from headscope.models.structure.index import SiteIndex, check_heads
 from headscope.models.structure.layout import IMAGE, TEXT
 from headscope.ops import GroupMass
 
@@ -248,3 +249,26 @@ def _grid(call: SiteCall) -> tuple[int, int] | None:
     """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
     image = next((segment for segment in call.layout.queries if segment.group == IMAGE), None)
     return None if image is None else call.layout.grid or call.forward.geometry.grid(image.stop - image.start)
+
+
+def heads_by_site(
+    heads: Mapping[str, Sequence[int]], sites: Sequence[str], index: SiteIndex
+) -> dict[str, tuple[int, ...]]:
+    """The heads to sum over, given by site name or pattern, among the sites to record.
+
+    Raises:
+        KeyError: an unknown site.
+        ValueError: a site that isn't recorded, no head of it, none, or one twice.
+        TypeError: heads that are no numbers.
+    """
+    chosen: dict[str, tuple[int, ...]] = {}
+    for pattern, numbers in heads.items():
+        matching = index.matching(pattern)
+        if set(sites).isdisjoint(matching):
+            raise ValueError(f"heads: got {pattern!r}, which is not among the sites to record")
+        for name in matching:
+            check_heads(numbers, index.site(name), f"heads[{pattern!r}]")
+            chosen[name] = tuple(numbers)
+        if len(set(numbers)) != len(numbers) or not len(numbers):
+            raise ValueError(f"heads[{pattern!r}]: got {list(numbers)}, expected some heads, each once")
+    return chosen

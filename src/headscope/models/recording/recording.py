@@ -28,9 +28,10 @@ from headscope.models.recording.parts import (
 )
 from headscope.models.recording.plots import heatmaps
 from headscope.models.recording.tables import build_dataset, build_table, query_maps
-from headscope.models.recording.tensors import HeadTensors, Key, Reduce
+from headscope.models.recording.tensors import QUANTITIES, HeadTensors, Key, Reduce
 from headscope.models.structure.layout import ALL, Segment
 from headscope.ops import STATISTICS, Statistic
+from headscope.ops.statistics import requested_statistics
 
 if TYPE_CHECKING:
     import pyarrow
@@ -372,6 +373,25 @@ class Resampled:
 
     recording: Recording
     chosen: tuple[int, ...]
+
+
+def requested_recording(
+    statistics: Sequence[str | Statistic], reduce: Reduce, into: Recording | None = None
+) -> Recording:
+    """A new recording of some statistics and quantities, or the earlier one to go on with; see `Scope.record`."""
+    if not statistics:
+        raise ValueError("statistics: got none, expected at least one name to record")
+    if reduce not in ("mean", None):
+        raise ValueError(f'reduce: got {reduce!r}, expected "mean" or None')
+    quantities = tuple(name for name in QUANTITIES if name in statistics)
+    requested = requested_statistics([name for name in statistics if name not in QUANTITIES], QUANTITIES)
+    recording = Recording(requested, quantities, reduce)
+    if into is None:
+        return recording
+    if not isinstance(into, Recording):
+        raise TypeError(f"into: got {type(into).__name__}, expected an earlier Recording")
+    into.check_continues(recording)
+    return into
 
 
 class RecordingContext(Context):
