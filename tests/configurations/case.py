@@ -1,4 +1,4 @@
-"""What an entry of the table is, and the tensors that entries are made of."""
+"""An entry of the table, and the tensors that entries are made of."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

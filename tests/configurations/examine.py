@@ -1,4 +1,4 @@
-"""What is checked of an entry: a stock run beside recorded and edited ones, every attention call captured by hand."""
+"""The checks of an entry: a stock run beside recorded and edited ones, every attention call captured by hand."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +62,7 @@ class Call:
 
 @dataclass
 class Examination:
-    """What came of an entry.
+    """The outcome of an entry.
 
     Attributes:
         calls: how often the class called scaled_dot_product_attention in one forward.
@@ -267,7 +267,7 @@ def _same_calls(units: Mapping[tuple[str, int], Tensor], table) -> str:
 
 
 def _refused(model: nn.Module, case: Case, scope: Scope, found: Examination) -> str:
-    """What is to be said of calls outside of every site: a recording of all sites must raise."""
+    """The finding about calls outside of every site: a recording of all sites must raise."""
     if not found.outside:
         return ""
     try:

@@ -76,7 +76,7 @@ class HookCase:
 
     @torch.inference_mode()
     def run(self, model: Any) -> list[Tensor]:
-        """What each step gives; inputs and noise are the same at every call."""
+        """The output of each step; inputs and noise are the same at every call."""
         torch.manual_seed(1)
         inputs = CASES[self.model].inputs() | dict(self.inputs())
         if self.guider is not None:
@@ -348,7 +348,7 @@ def public_names() -> set[str]:
 
 @dataclass
 class Noted:
-    """What a run without a Scope attends to: how often, at (site, number of the forward)."""
+    """The attention of a run without a Scope: how often, at (site, number of the forward)."""
 
     calls: Counter[tuple[str, int]]
     forwards: int

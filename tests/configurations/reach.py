@@ -1,4 +1,4 @@
-"""Which diffusers classes reach scaled_dot_product_attention, told from their source."""
+"""The diffusers classes that reach scaled_dot_product_attention, told from their source."""
 
 import ast
 import inspect

@@ -112,7 +112,7 @@ def without_entry(name: str) -> str:
 
 
 def sections() -> str:
-    """What comes after the classes."""
+    """The part of the page after the classes."""
     return f"{hooks()}\n{perturbed()}"
 
 
@@ -135,7 +135,7 @@ def hooks() -> str:
 
 
 def remarks(found: Examination) -> list[str]:
-    """What else there is to say: failures, what can't be seen, what attends outside of every site."""
+    """The remarks on an entry: failures, what can't be seen, what attends outside of every site."""
     said = list(dict.fromkeys(found.problems().values()))
     said += [f"{count} unseen: {reason}" for reason, count in sorted(found.unseen.items())]
     said += [f"{count} outside of every site, in {kind}" for kind, count in sorted(found.outside.items())]

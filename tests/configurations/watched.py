@@ -21,7 +21,7 @@ class Call(NamedTuple):
 
 
 class Watched:
-    """What was seen: every attention call, the sites that were perturbed, the timestep of every step."""
+    """The record of a run: every attention call, the sites that were perturbed, the timestep of every step."""
 
     def __init__(self):
         self.calls, self.perturbed, self.timesteps = [], set(), []

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import tiny
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -11,3 +13,21 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """A model in pixel space; 4 heads at each of 3 sites."""
+    return tiny.ddpm().unet
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """Noisy images for it."""
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def diffusion():
+    """A text-to-image pipeline."""
+    return tiny.stable_diffusion()

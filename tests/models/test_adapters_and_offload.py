@@ -1,4 +1,4 @@
-"""What users put around or into a denoiser before they observe it: LoRA, offloading, casting of its layers."""
+"""Denoisers that users changed before they observe them: LoRA, offloading, casting of their layers."""
 
 import numpy as np
 import pytest
@@ -158,7 +158,7 @@ def cast_by_layer(pipeline):
 @pytest.mark.parametrize("when", ["before", "after", "inside"])
 @pytest.mark.parametrize("offload", [by_leaf, by_block, sequentially, as_a_whole, cast_by_layer])
 def test_an_offloaded_pipeline(offload, when):
-    """Whether the model is offloaded before its Scope is made, after that, or in the middle of a recording."""
+    """The model is offloaded before its Scope is made, after that, or in the middle of a recording."""
     pipeline = tiny.stable_diffusion()
     if when == "before":
         offload(pipeline)

@@ -6,23 +6,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 
-import tiny
 from headscope import HeadEdit, Patch, Recording, Scope, Where, attention
-
-
-@pytest.fixture(scope="module")
-def unet():
-    return tiny.ddpm().unet
-
-
-@pytest.fixture(scope="module")
-def sample():
-    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def diffusion():
-    return tiny.stable_diffusion()
 
 
 def run(unet, sample, timestep=7):
@@ -55,7 +39,7 @@ def test_patterns(unet, sample):
 
 @pytest.mark.parametrize("field", ["temperature", "key_bias", "key_scale"])
 def test_the_other_fields_of_an_edit(unet, sample, field):
-    """What the site's attention gives under the edit is what the operator gives on its queries, keys and values."""
+    """The site's attention under the edit equals the operator on its queries, keys and values."""
     scope = Scope(unet)
     site = scope.sites[0]
     generator = torch.Generator().manual_seed(0)

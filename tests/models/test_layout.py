@@ -1,4 +1,4 @@
-"""Which queries are the image's, which the text's, which a frame's: recorded apart, never pooled."""
+"""Queries of the image, the text and each frame are recorded apart, never pooled."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def entropy_of(query, key):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_tokens_of_the_first_layer_do_not_depend_on_the_image(family):
-    """Where the values stay as they were when only the image changes, there the text is."""
+    """The text's values are those that stay as they were when only the image changes."""
     build, make = FAMILIES[family]
     model, inputs = build(), make()
     other = {**inputs, "hidden_states": inputs["hidden_states"] + 1}

@@ -19,11 +19,6 @@ def unet():
     return tiny.ddpm().unet
 
 
-@pytest.fixture(scope="module")
-def sample():
-    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
 def run(unet, sample, timestep=7):
     with torch.inference_mode():
         return unet(sample, timestep, return_dict=False)[0]

@@ -14,11 +14,6 @@ from headscope import GroupMass, Scope
 from headscope.models.recording.tokens import label_tokens
 
 
-@pytest.fixture(scope="module")
-def diffusion():
-    return tiny.stable_diffusion()
-
-
 def draw(pipeline, prompts=("a red fox", "blue"), **options):
     latents = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(3))
     options = {"num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "np", **options}
@@ -96,7 +91,7 @@ class Letters:
         return chr(index - 10)
 
     def rows(self, length, *prompts):
-        """What its encoder is given."""
+        """The input of its encoder."""
         ids = [self(prompt, True, length).input_ids for prompt in prompts]
         return {(*own, *[0] * (length - len(own))) for own in ids}
 

@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-import tiny
 from headscope import Scope
 from headscope.models.hooks.branches import BRANCHES
-
-
-@pytest.fixture(scope="module")
-def diffusion():
-    return tiny.stable_diffusion()
 
 
 @pytest.fixture(scope="module")

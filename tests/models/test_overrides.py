@@ -95,11 +95,6 @@ def both():
 
 
 @pytest.fixture(scope="module")
-def unet():
-    return tiny.ddpm().unet
-
-
-@pytest.fixture(scope="module")
 def sample():
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 

@@ -1,4 +1,4 @@
-"""What a recording keeps, and what becomes of it: tables, tensors and files."""
+"""Recordings, and the tables, tensors and files made of them."""
 
 import sys
 
@@ -8,23 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-import tiny
 from headscope import GroupMass, Recording, Scope
-
-
-@pytest.fixture(scope="module")
-def diffusion():
-    return tiny.stable_diffusion()
-
-
-@pytest.fixture(scope="module")
-def unet():
-    return tiny.ddpm().unet
-
-
-@pytest.fixture(scope="module")
-def sample():
-    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def run(unet, sample, timestep=7):

@@ -118,7 +118,7 @@ def test_samples_that_do_not_run_have_no_rows():
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_that_takes_its_tokens_first_is_unseen(batch_first):
-    """What it is given may be samples first all the same, and then it attends from one sample to the next."""
+    """Its input may have the samples first all the same, and then it attends from one sample to the next."""
     sites, unseen = find_sites(torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2, batch_first=batch_first)))
     assert [site.name for site in sites] == (["0"] if batch_first else [])
     assert [(entry.name, "batch_first=False" in entry.reason) for entry in unseen] == (

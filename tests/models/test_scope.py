@@ -61,21 +61,6 @@ class Halfway(torch.nn.Module):
         return self.decoder(self.encoder(tokens))
 
 
-@pytest.fixture(scope="module")
-def unet():
-    return tiny.ddpm().unet
-
-
-@pytest.fixture(scope="module")
-def sample():
-    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def diffusion():
-    return tiny.stable_diffusion()
-
-
 def run(unet, sample, timestep=7):
     with torch.inference_mode():
         return unet(sample, timestep, return_dict=False)[0]

@@ -255,7 +255,7 @@ def conditional_unet(in_channels: int) -> UNet2DConditionModel:
 
 
 def with_parts(task: Task, **parts) -> SimpleNamespace:
-    """What a pipeline of these parts would be."""
+    """A stand-in for a pipeline of these parts."""
     components = {**task.pipeline.components, **parts}
     return SimpleNamespace(**components, components=components, encode_prompt=task.pipeline.encode_prompt)
 
@@ -361,7 +361,7 @@ def test_flux_tokens_are_patches_of_the_latents(flux):
 
 @pytest.mark.parametrize("name", ["latent", "xl", "sd3", "flux"])
 def test_latents_decode_to_the_image_as_the_pipeline_decodes(name, request):
-    """What the pipeline does before it decodes takes the task's latents back to the VAE's."""
+    """The pipeline's own scaling before it decodes takes the task's latents back to the VAE's."""
     task = request.getfixturevalue(name)
     seen = []
     handle = task.pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -1,4 +1,4 @@
-"""What a recording keeps of heads' tensors."""
+"""The tensors of heads in a recording."""
 
 import sys
 

@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from headscope.models.editing.combining import Combined, combine
 from headscope.models.editing.editing import EditContext
-from headscope.models.hooks.calls import CallLayouts
+from headscope.models.hooks.calls import SiteCall, SiteCalls
 from headscope.models.hooks.contexts import ActiveContexts
-from headscope.models.hooks.forwards import Forward
+from headscope.models.hooks.routing import AttentionArguments
 from headscope.models.recording.maps import TokenMapContext, TokenMaps
 from headscope.models.recording.parts import ENTROPY
 from headscope.models.recording.recording import HEAD_OUTPUT, Recording, RecordingContext
-from headscope.models.structure.layout import Given, Layout
+from headscope.models.structure.layout import Given
 from headscope.models.structure.sites import Site
 from headscope.ops import GroupMass, HeadEdit, Statistic, attention
 from headscope.ops.edits import blend
@@ -60,7 +60,7 @@ class SiteFrame:
     def __init__(self, contexts: ActiveContexts, site: Site) -> None:
         self._contexts = contexts
         self._site = site
-        self._layouts = CallLayouts(site)
+        self._calls = SiteCalls(site)
         self._last_interest = _Interest.of(contexts, site.name)
 
     def _interest(self) -> _Interest:
@@ -114,42 +114,30 @@ class SiteFrame:
             " (sites=...), or record the model without it"
         )
 
-    def attend(
-        self,
-        given: Sequence[int],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-    ) -> Tensor:
+    def attend(self, given: Sequence[int], arguments: AttentionArguments) -> Tensor:
         """The output of scaled_dot_product_attention, edited and recorded; called where the site is `wanted`.
 
         Args:
             given: the fields of a `Given`: what the module was given.
         """
-        if self._holds_frames(query, attn_mask):
+        query, key, value, mask, dropout, *_ = arguments
+        if self._holds_frames(query, mask):
             rows = (tensor.flatten(0, 1).unsqueeze(1) for tensor in (query, key, value))
-            output = self.attend(given, *rows, None, dropout_p, is_causal, scale, enable_gqa)
+            output = self.attend(given, AttentionArguments(*rows, *arguments[3:]))
             return output.unflatten(0, query.shape[:2]).squeeze(2)
         if query.ndim == 3 and self._site.heads == 1:
             # one head without a dimension of its own
-            mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
+            mask = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
             heads = (tensor.unsqueeze(1) for tensor in (query, key, value))
-            return self.attend(given, *heads, mask, dropout_p, is_causal, scale, enable_gqa).squeeze(1)
-        if dropout_p:
+            return self.attend(given, AttentionArguments(*heads, mask, *arguments[4:])).squeeze(1)
+        if dropout:
             raise ValueError(
                 f"site {self._site.name!r} uses attention dropout; put the model in eval mode to record or edit it"
             )
         forward = self._contexts.forward
         assert forward is not None
-        layout, number = self._layouts.of(query, key, forward, Given(*map(int, given)))
-        call = _Call(self._site.name, number, forward, layout)
-        options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        return _attend(call, self._interest(), query, key, value, options)
+        call = self._calls.next(query, key, forward, Given(*map(int, given)))
+        return _attend(call, self._interest(), arguments)
 
     def _holds_frames(self, query: Tensor, attn_mask: Tensor | None) -> bool:
         """True if a single head as wide as its module attends frame by frame: [batch, frames, tokens, dim]."""
@@ -157,90 +145,69 @@ class SiteFrame:
         return whole and query.shape[3] == self._site.head_dim and attn_mask is None
 
 
-class _Call(NamedTuple):
-    """An attention call of a site.
-
-    Attributes:
-        number: of the call within the site and forward.
-    """
-
-    site: str
-    number: int
-    forward: Forward
-    layout: Layout
-
-
-def _attend(
-    call: _Call, interest: _Interest, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
-) -> Tensor:
+def _attend(call: SiteCall, interest: _Interest, arguments: AttentionArguments) -> Tensor:
     """The edited output of a call, recorded; tensors are [rows, heads, tokens, dim]."""
-    site, number, forward, layout = call
+    query, key, value, attn_mask, _, is_causal, *_ = arguments
     # a repetition takes the operator that ran the first time, so that it saves the same tensors
-    repeated = forward.totals is not None
+    repeated = call.forward.totals is not None
     recordings = () if repeated else interest.recordings
     for recording in recordings:
-        recording.tensors.add_inputs(recording.quantities, forward, site, number, layout, query, key, value)
-    combined = _edited(call, interest.edits, query, key, value)
-    masses = [] if repeated else _token_masses(call, interest.token_maps, key)
-    requested = () if repeated else (*interest.requested, *(mass for _, mass in masses))
-    output, values = _compute(combined, requested, options)
+        recording.tensors.add_inputs(recording.quantities, call, query, key, value)
+    combined = Combined(query, key, value)
+    if interest.edits:
+        changes = [
+            change for edit in interest.edits if edit.acts_in(call.forward) for change in edit.changes(call, query)
+        ]
+        combined = combine(changes, query, key, value) if changes else combined
+    requested, masses = (() if repeated else interest.requested), []
+    if interest.token_maps and not repeated:
+        masses = _token_masses(call, interest.token_maps, key)
+        requested = (*requested, *(mass for _, mass in masses))
+    output, values = _compute(combined, requested, arguments)
     for maps, mass in masses:
-        maps.add(forward, site, layout, values[mass.name])
-    if not recordings:
-        return output
+        maps.add(call, values[mass.name])
     valid_keys = 0
     if ENTROPY in values:
-        valid_keys = count_valid_keys(options["attn_mask"], options["is_causal"], query, key, combined.edit)
+        valid_keys = count_valid_keys(attn_mask, is_causal, query, key, combined.edit)
     for recording in recordings:
-        recording.count_call()
-        recording.add_statistics(forward, site, number, layout, values, valid_keys, key.shape[2])
+        recording.add_statistics(call, values, valid_keys, key.shape[2])
         if recording.records_head_output:
-            recording.tensors.add(forward, HEAD_OUTPUT, site, number, layout, output)
+            recording.tensors.add(HEAD_OUTPUT, call, output)
     return output
 
 
-def _edited(call: _Call, edits: Sequence[EditContext], query: Tensor, key: Tensor, value: Tensor) -> Combined:
-    """What the operator is to compute."""
-    acting = [edit for edit in edits if edit.acts_in(call.forward)]
-    if not acting:
-        return Combined(query, key, value)
-    changes = [change for edit in acting for change in edit.changes(*call, query)]
-    return combine(changes, query, key, value)
-
-
-def _token_masses(call: _Call, contexts: Sequence[TokenMapContext], key: Tensor) -> list[tuple[TokenMaps, GroupMass]]:
+def _token_masses(
+    call: SiteCall, contexts: Sequence[TokenMapContext], key: Tensor
+) -> list[tuple[TokenMaps, GroupMass]]:
     """The statistic of each token map that takes something from this call."""
     acting = [context.maps for context in contexts if context.acts_in(call.forward)]
-    masses = [(maps, maps.statistic(call.forward, call.layout, key.shape[2], key.device)) for maps in acting]
+    masses = [(maps, maps.statistic(call, key.shape[2], key.device)) for maps in acting]
     return [(maps, mass) for maps, mass in masses if mass is not None]
 
 
 def _compute(
-    combined: Combined, statistics: tuple[Statistic, ...], options: dict[str, Any]
+    combined: Combined, statistics: tuple[Statistic, ...], arguments: AttentionArguments
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The edited output, and the statistics by name."""
-    result = attention(
-        combined.query, combined.key, combined.value, edit=combined.edit, statistics=statistics, **options
-    )
+    _, _, _, attn_mask, _, is_causal, scale, enable_gqa = arguments
+    options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    query, key, value, first, others = combined
+    result = attention(query, key, value, edit=first, statistics=statistics, **options)
     output = result.output
-    for edit in combined.later:
-        output = blend(output, edit.gate, _fill_of(edit, combined, options))
+    for later in others:
+        fill = later.fill
+        # as a tensor, for a gate that comes after the operator
+        if isinstance(fill, str):
+            edit = replace(first or HeadEdit(), gate=query.new_zeros(1, query.shape[1]), fill=fill)
+            fill = attention(query, key, value, edit=edit, **options).output
+        output = blend(output, later.gate, fill)
     return output, result.statistics
-
-
-def _fill_of(edit: HeadEdit, combined: Combined, options: dict[str, Any]) -> Tensor | None:
-    """The fill as a tensor, for a gate that comes after the operator."""
-    if not isinstance(edit.fill, str):
-        return edit.fill
-    query = combined.query
-    everything = replace(combined.edit or HeadEdit(), gate=query.new_zeros(1, query.shape[1]), fill=edit.fill)
-    return attention(query, combined.key, combined.value, edit=everything, **options).output
 
 
 def count_valid_keys(
     attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor, edit: HeadEdit | None = None
 ) -> Tensor | int:
-    """How many keys each row may see: an int, or broadcastable to [batch, heads, queries]."""
+    """The number of keys that each row may see: an int, or broadcastable to [batch, heads, queries]."""
     queries, keys = query.shape[2], key.shape[2]
     bias = None if edit is None else edit.key_bias
     if attn_mask is None and bias is None:

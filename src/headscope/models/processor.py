@@ -29,11 +29,11 @@ class AttnProcessor:
         ours = {name: headscope.AttnProcessor.over(stock) for name, stock in model.attn_processors.items()}
         model.set_attn_processor(ours)
 
-    Works with and without a Scope. With `statistics`, those of the last attention call are kept in `latest`; give each
+    Works with and without a Scope. With `statistics`, those of the last attention call are in `latest`; give each
     module a processor of its own then.
 
     Args:
-        statistics: names of the row statistics to keep from each call, or Statistic objects.
+        statistics: names of the row statistics to take from each call, or Statistic objects.
         edit: the edit of every call's heads.
         backend: as in `headscope.attention`.
     """
@@ -214,7 +214,7 @@ def _kind_over(stock: type) -> type:
         )
     call = _with_our_attention(stock_call)
 
-    # carries the stock signature: diffusers drops the keyword arguments that a processor's signature lacks
+    # has the stock signature: diffusers drops the keyword arguments that a processor's signature lacks
     @functools.wraps(stock_call)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outer, _calling.processor = _calling.processor, self

@@ -10,18 +10,17 @@ from torch import nn
 from headscope.models.attending import SiteFrame
 from headscope.models.attribution import Attribution, attribute
 from headscope.models.editing.editing import EditContext
-from headscope.models.editing.edits import Edits, Fill, check_heads
+from headscope.models.editing.edits import Edits, Fill
 from headscope.models.hooks.attachment import Attachment
 from headscope.models.hooks.contexts import ActiveContexts, Context
-from headscope.models.recording.maps import TokenMapContext, TokenMaps
+from headscope.models.recording.maps import TokenMapContext, TokenMaps, heads_by_site
 from headscope.models.recording.prompts import Prompts
-from headscope.models.recording.recording import Recording, RecordingContext
-from headscope.models.recording.tensors import QUANTITIES, Reduce
+from headscope.models.recording.recording import Recording, RecordingContext, requested_recording
+from headscope.models.recording.tensors import Reduce
 from headscope.models.structure.index import SiteIndex
 from headscope.models.structure.sites import Site, Unseen, find_denoiser, find_sites, other_denoisers
 from headscope.models.tasks import Task, TaskItem
 from headscope.ops import HeadEdit, Statistic
-from headscope.ops.statistics import requested_statistics
 
 
 class Scope:
@@ -121,7 +120,7 @@ class Scope:
                 averaged over samples per (site, call, timestep, branch, position).
             sites: names or patterns of the sites to record; all by default, and then attention that the model calls
                 outside of them is an error.
-            reduce: "mean" as said above; None keeps every query's statistic and every sample's tensors.
+            reduce: "mean" as said above; None records every query's statistic and every sample's tensors.
             into: an earlier recording of the same statistics to go on with, made in this session.
 
         Raises:
@@ -131,20 +130,8 @@ class Scope:
             RuntimeError: another Scope is active on the model; from a forward, attention outside of all sites.
         """
         self._look_again()
-        if not statistics:
-            raise ValueError("statistics: got none, expected at least one name to record")
-        if reduce not in ("mean", None):
-            raise ValueError(f'reduce: got {reduce!r}, expected "mean" or None')
-        quantities = tuple(name for name in QUANTITIES if name in statistics)
-        requested = requested_statistics([name for name in statistics if name not in QUANTITIES], QUANTITIES)
-        recording = Recording(requested, quantities, reduce)
-        if into is not None:
-            if not isinstance(into, Recording):
-                raise TypeError(f"into: got {type(into).__name__}, expected an earlier Recording")
-            into.check_continues(recording)
-            recording = into
-        context = RecordingContext(recording, self._index.chosen(sites), all_sites=sites is None)
-        with self._opened(context):
+        recording = requested_recording(statistics, reduce, into)
+        with self._opened(RecordingContext(recording, self._index.chosen(sites), all_sites=sites is None)):
             yield recording
 
     @contextmanager
@@ -173,26 +160,12 @@ class Scope:
             TypeError: steps that are no range, heads that are no numbers.
         """
         self._look_again()
-        names = frozenset(self._index.chosen(sites) if sites is not None else [site.name for site in self.sites])
-        chosen = self._chosen_heads(heads or {}, names)
+        names = self._index.chosen(sites) if sites is not None else [site.name for site in self.sites]
+        chosen = heads_by_site(heads or {}, names, self._index)
         words = Prompts(self._pipeline, prompts)
         maps = TokenMaps(self._pipeline, words, chosen)
         with words.watching_encoders(), self._opened(TokenMapContext(maps, names, steps)):
             yield maps
-
-    def _chosen_heads(self, heads: Mapping[str, Sequence[int]], names: frozenset[str]) -> dict[str, tuple[int, ...]]:
-        """By site, the heads to sum over; `names` are the recorded sites."""
-        chosen: dict[str, tuple[int, ...]] = {}
-        for pattern, numbers in heads.items():
-            matching = self.matching(pattern)
-            if names.isdisjoint(matching):
-                raise ValueError(f"heads: got {pattern!r}, which is not among the sites to record")
-            for name in matching:
-                check_heads(numbers, self.site(name), f"heads[{pattern!r}]")
-                chosen[name] = tuple(numbers)
-            if len(set(numbers)) != len(numbers) or not len(numbers):
-                raise ValueError(f"heads[{pattern!r}]: got {list(numbers)}, expected some heads, each once")
-        return chosen
 
     @contextmanager
     def edit(

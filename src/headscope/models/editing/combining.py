@@ -1,8 +1,8 @@
 """Several changes to one attention call, as one call of headscope's operator and gates after it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from headscope.models.editing.rows import Change
 from headscope.ops import HeadEdit
 
 
-@dataclass(frozen=True)
-class Combined:
+class Combined(NamedTuple):
     """Changes as one attention call.
 
     Attributes:

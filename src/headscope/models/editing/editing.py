@@ -20,12 +20,12 @@ from headscope.models.editing.edits import (
 )
 from headscope.models.editing.rows import Change, EditedCall
 from headscope.models.hooks.caches import Missing
+from headscope.models.hooks.calls import SiteCall
 from headscope.models.hooks.contexts import Context
 from headscope.models.hooks.forwards import Forward
 from headscope.models.recording.recording import HEAD_OUTPUT, Recording, Resampled
 from headscope.models.recording.tensors import moved
 from headscope.models.structure.index import SiteIndex
-from headscope.models.structure.layout import Layout
 from headscope.ops import HeadEdit
 
 
@@ -50,23 +50,22 @@ class EditContext(Context):
         self._values = values_by_site(edits, index)
         super().__init__(self._values, steps, branches)
         self._fill = fill
-        self._sites = {name: index.site(name) for name in self._values}
         # an edit is moved to a device once, not at every call
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._gates: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         # the branches that the edited sites' attention was of, in order
         self._branches_met: dict[str, None] = {}
 
-    def changes(self, name: str, number: int, forward: Forward, layout: Layout, query: Tensor) -> list[Change]:
+    def changes(self, site_call: SiteCall, query: Tensor) -> list[Change]:
         """The changes of one attention call on `query` [rows, heads, queries, dim], in the order they are made.
 
         Raises:
             ValueError: the batch isn't made of one row per sample of the edit.
         """
+        call, forward = EditedCall(site_call, query), site_call.forward
         if self.branches is not None:
-            self._note_branches(forward, layout)
-        call = EditedCall(self._sites[name], number, forward, layout, query)
-        values = self._values[name]
+            self._note_branches(call)
+        values = self._values[call.site.name]
         if len(values) == 1:
             found = [change for value in values[0] for change in self._for_batch(value, call)]
         elif len(values) == forward.samples:
@@ -75,9 +74,9 @@ class EditContext(Context):
             raise call.misfit(len(values))
         return [call.in_branches(change, self.branches) for change in found]
 
-    def _note_branches(self, forward: Forward, layout: Layout) -> None:
-        for part, branch in enumerate(forward.branches):
-            if forward.samples_of(part, layout):
+    def _note_branches(self, call: EditedCall) -> None:
+        for part, branch in enumerate(call.forward.branches):
+            if call.forward.samples_of(part, call.layout):
                 self._branches_met[branch or "cond"] = None
 
     def check_met(self) -> None:

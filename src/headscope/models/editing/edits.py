@@ -1,4 +1,4 @@
-"""What a user may write in `scope.edit(...)`, and that it can be done at the site, before the model runs."""
+"""The edits that a user may write in `scope.edit(...)`, checked against the sites before the model runs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from headscope.models.recording.recording import Recording, Resampled
-from headscope.models.structure.index import SiteIndex
+from headscope.models.structure.index import SiteIndex, check_heads
 from headscope.models.structure.sites import Site
 from headscope.ops import HeadEdit
 
@@ -21,12 +21,12 @@ FACTORS = ("temperature", "key_bias", "key_scale")
 
 @dataclass(frozen=True)
 class Patch:
-    """Another run's queries, keys or values in the place of a head's own.
+    """Another run's queries, keys or values in place of a head's.
 
     Attributes:
         heads: which heads; all if None.
         q, k, v: a Recording of that quantity (its mean at the same site, timestep and branch; or, made with
-            reduce=None, the same sample's own), `recording.take(...)`, or a tensor broadcastable to
+            reduce=None, the same sample's), `recording.take(...)`, or a tensor broadcastable to
             [batch, heads, tokens, dim]; None leaves it as it is.
     """
 
@@ -38,7 +38,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Where:
-    """What an edit given as a function is asked about.
+    """The place in a run that an edit given as a function is asked about.
 
     Attributes:
         site: the site.
@@ -97,7 +97,7 @@ def _mappings(edits: Any) -> list[Edits]:
 
 
 def check_one_row(values: list[Any], name: str) -> None:
-    """Raises TypeError for what is of the whole batch where it is asked for a sample's own."""
+    """Raises TypeError for a HeadEdit of several rows, where edits differ by sample."""
     if any(isinstance(value, HeadEdit) and _rows(value) > 1 for value in values):
         raise TypeError(f"{name}: got a HeadEdit of several rows, expected one row where edits differ by sample")
 
@@ -144,7 +144,7 @@ def _check_shapes(edit: HeadEdit, site: Site, name: str) -> None:
 
 
 def _check_patch(patch: Patch, site: Site, name: str) -> None:
-    """Raises TypeError or ValueError for heads or sources that it can't have."""
+    """Raises TypeError or ValueError for heads or sources that can't be patched."""
     sources = {quantity: getattr(patch, quantity) for quantity in ("q", "k", "v")}
     if all(source is None for source in sources.values()):
         raise ValueError(f"{name}: got a Patch of nothing, expected q, k or v")
@@ -161,18 +161,6 @@ def _check_patch(patch: Patch, site: Site, name: str) -> None:
             raise ValueError(f"{name}: got a Recording without {quantity}, expected one of scope.record({quantity!r})")
     if patch.heads is not None:
         check_heads(patch.heads, site, name)
-
-
-def check_heads(heads: Iterable[int], site: Site, name: str) -> None:
-    """Raises TypeError or ValueError for what is no head of the site; `name` is the argument's."""
-    if isinstance(heads, Tensor) or not isinstance(heads, Iterable):
-        raise TypeError(f"{name}: got {type(heads).__name__}, expected heads' numbers in a list")
-    for head in heads:
-        # a mask would be read as heads 0 and 1
-        if isinstance(head, bool) or not isinstance(head, Integral):
-            raise TypeError(f"{name}: got head {head!r} of type {type(head).__name__}, expected the heads' numbers")
-        if not 0 <= head < site.heads:
-            raise ValueError(f"{name}: got head {head}, expected 0 to {site.heads - 1}")
 
 
 def check_fill(fill: Any) -> None:

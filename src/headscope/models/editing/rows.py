@@ -1,22 +1,18 @@
 """One attention call that is edited: how its rows follow from the samples of the batch."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headscope.models.editing.edits import FACTORS
-from headscope.models.hooks.forwards import Forward
+from headscope.models.hooks.calls import SiteCall
 from headscope.models.recording.recording import Recording, Resampled
 from headscope.models.recording.tensors import Key, moved
-from headscope.models.structure.layout import Layout
-from headscope.models.structure.sites import Site
 from headscope.ops import HeadEdit
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A change to one attention call; tensors are [rows or 1, ...] and on its device.
 
     Attributes:
@@ -31,15 +27,11 @@ class EditedCall:
     """An attention call whose rows are samples of the batch, or several rows (frames, pixels) of each.
 
     Args:
-        number: of the call, within the site and forward.
         query: [rows, heads, queries, dim].
     """
 
-    def __init__(self, site: Site, number: int, forward: Forward, layout: Layout, query: Tensor) -> None:
-        self.site = site
-        self.number = number
-        self.forward = forward
-        self.layout = layout
+    def __init__(self, call: SiteCall, query: Tensor) -> None:
+        self.site, self.number, self.forward, self.layout = call
         self.device = query.device
         self._dtype = query.dtype
 

@@ -1,6 +1,6 @@
-"""Guidance branches: what each part of a denoiser's batch, or a pass of its own, is given.
+"""Guidance branches: with the prompt, without it, and others, of each part of a denoiser's batch or of a whole pass.
 
-Told from the pipeline's running call and its source. No pipeline of diffusers is known by name.
+They are told from the pipeline's running call and its source. No pipeline of diffusers is known by name.
 """
 
 import ast
@@ -68,7 +68,7 @@ def branches_of(
 ) -> tuple[str | None, ...]:
     """The branch of each equal part of a denoiser's batch; (None,) where there is no guidance.
 
-    Told from the pipeline's own running call: its guidance property outlives the call.
+    Told from the pipeline's running call: its guidance property outlives the call.
 
     Args:
         call: the call's local variables; empty where none is running.
@@ -113,7 +113,7 @@ def branches_of(
 
 
 def _told_guidance(pipeline: Any, call: Mapping[str, Any]) -> bool | None:
-    """Whether the pipeline says that there is guidance; None where it says nothing."""
+    """True if the pipeline says that there is guidance; None where it says nothing."""
     # the passes that a guider has asked for in this step
     passes = call.get("guider_state")
     if isinstance(passes, (list, tuple)):
@@ -129,13 +129,13 @@ def _is_above_one(scale: Any) -> bool:
 
 
 def _has_negative_text(call: Mapping[str, Any]) -> bool:
-    """Whether the call holds the text of a pass without the prompt; a guidance that is embedded has none."""
+    """True if the call holds the text of a pass without the prompt; a guidance that is embedded has none."""
     names = [name for name, value in call.items() if isinstance(value, Tensor)]
     return any("negative" in name and "embeds" in name for name in names)
 
 
 def _is_perturbed(pipeline: Any, call: Mapping[str, Any]) -> bool:
-    """Whether the batch ends with the prompt's part once more, under perturbed attention."""
+    """True if the batch ends with the prompt's part once more, under perturbed attention."""
     name = "do_perturbed_attention_guidance"
     return call.get(name, getattr(pipeline, name, False)) is True
 
@@ -179,10 +179,10 @@ def _branch_of(call: Mapping[str, Any], text: Any) -> str | None:
     """The branch that is given a text, by what the pipeline's call calls it, or the list that it is in."""
     if not isinstance(text, Tensor):
         return None
-    own = [name for name, value in call.items() if value is text or _holds(value, text)]
-    if any("negative" in name or "uncond" in name for name in own):
+    names = [name for name, value in call.items() if value is text or _holds(value, text)]
+    if any("negative" in name or "uncond" in name for name in names):
         return "uncond"
-    return "cond" if any("prompt_embeds" in name for name in own) else None
+    return "cond" if any("prompt_embeds" in name for name in names) else None
 
 
 def _holds(value: Any, text: Tensor) -> bool:
@@ -210,7 +210,7 @@ def _named_parts(function: Callable[..., Any]) -> dict[int, tuple[str, ...]]:
 
 
 def _taken_apart(value: ast.expr) -> str | None:
-    """What x.chunk(...), x.split(...) and torch.split(x, ...) take apart; None for anything else."""
+    """The name x in x.chunk(...), x.split(...) and torch.split(x, ...); None for anything else."""
     if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute):
         return None
     if value.func.attr not in ("chunk", "split"):

@@ -16,7 +16,7 @@ from headscope.models.hooks.forwards import Forward
 from headscope.models.hooks.routing import HOOKED
 from headscope.models.structure.layout import Geometry
 
-# where diffusers keeps a module's hooks
+# the attribute in which diffusers holds a module's hooks
 _REGISTRY = "_diffusers_hook"
 
 
@@ -35,7 +35,7 @@ class Reused(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """What a forward went without: a site's attention in a guidance branch.
+    """A site's attention in a guidance branch that a forward went without.
 
     Attributes:
         cache: the hook that had something of an earlier forward in its place; None where a layer was skipped.
@@ -63,23 +63,23 @@ class _Hooked:
         self.ran = 0
         self._references: tuple[Any, ...] = tuple(_references(module))
         outermost, innermost = self._references[-1], self._references[0]
-        self._own_name = "forward" if innermost.original_forward is None else "original_forward"
+        self._stock_name = "forward" if innermost.original_forward is None else "original_forward"
         self._arrive = outermost.pre_forward
-        self._own = getattr(innermost, self._own_name)
+        self._stock = getattr(innermost, self._stock_name)
 
         def arrived(*args, **kwargs):
             self.entered += 1
             return self._arrive(*args, **kwargs)
 
-        def own(*args, **kwargs):
+        def counted(*args, **kwargs):
             self.ran += 1
             if beneath is not None:
                 beneath(args, kwargs)
-            return self._own(*args, **kwargs)
+            return self._stock(*args, **kwargs)
 
-        self._arrived, self._counted = arrived, functools.update_wrapper(own, self._own)
+        self._arrived, self._counted = arrived, functools.update_wrapper(counted, self._stock)
         outermost.pre_forward = arrived
-        setattr(innermost, self._own_name, self._counted)
+        setattr(innermost, self._stock_name, self._counted)
         # past nn.Module's own __setattr__
         module.__dict__[HOOKED] = self
 
@@ -93,7 +93,7 @@ class _Hooked:
 
     @property
     def current(self) -> bool:
-        """Whether the hooks are those that were there when counting began."""
+        """True if the hooks are those that were there when counting began."""
         return self._references == tuple(_references(self.module))
 
     def restore(self) -> None:
@@ -101,12 +101,12 @@ class _Hooked:
         for reference in {id(one): one for one in (*self._references, *_references(self.module))}.values():
             for name in ("forward", "original_forward"):
                 if getattr(reference, name) is self._counted:
-                    setattr(reference, name, self._own)
+                    setattr(reference, name, self._stock)
             if reference.pre_forward is self._arrived:
                 reference.pre_forward = self._arrive
         self.module.__dict__.pop(HOOKED, None)
         if self.module.__dict__.get("forward") is self._counted:
-            self.module.__dict__["forward"] = self._own
+            self.module.__dict__["forward"] = self._stock
 
 
 class HookWatch:
@@ -162,7 +162,7 @@ class HookWatch:
         self._arguments = {}
 
     def missing(self, forward: Forward, sites: Iterable[str]) -> list[Missing]:
-        """What of the sites the forward that ends went without."""
+        """The sites, by branch, that the forward that ends went without."""
         found: list[Missing] = []
         cache = _cache_among(self._whole)
         for site in sites:
@@ -211,9 +211,9 @@ class HookWatch:
                 f" guidance branches out of {list(forward.branches)}"
             )
         parts = slice(first // samples, (first + count) // samples)
-        kept = forward.branches[parts]
+        ran = forward.branches[parts]
         self._left_branches = forward.branches[: parts.start] + forward.branches[parts.stop :]
-        forward.branches = kept
+        forward.branches = ran
         forward.geometry = Geometry.of(self._denoiser, arguments)
         if forward.timestep.numel() == given.shape[0]:
             forward.timestep = forward.timestep[first : first + count]
@@ -225,12 +225,12 @@ def _references(module: nn.Module) -> list[Any]:
 
 
 def _may_leave_out(module: nn.Module) -> bool:
-    """Whether one of its hooks runs in the forward's place, and calls it or doesn't."""
+    """True if one of its hooks runs in place of the forward, and may not call it."""
     return any(hasattr(hook, "new_forward") for hook in module.__dict__[_REGISTRY].hooks.values())
 
 
 def _cache_among(hooks: Iterable[Any]) -> str | None:
-    """The one of the hooks that keeps something of earlier forwards, by name; a skipped layer is kept by none."""
+    """The name of the hook that caches something of earlier forwards; None where a layer was skipped without one."""
     for hook in hooks:
         if getattr(hook, "_is_stateful", False) or hasattr(hook, "state_manager"):
             return f"{type(hook).__module__}.{type(hook).__qualname__}"

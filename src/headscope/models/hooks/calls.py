@@ -1,4 +1,6 @@
-"""How each attention call of a site reads: its number in the forward, its samples, and what its tokens are."""
+"""The attention calls of a site: each one's number in the forward, its samples, and what its tokens are."""
+
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -7,8 +9,21 @@ from headscope.models.structure.layout import Geometry, Given, Layout, Place, la
 from headscope.models.structure.sites import Site
 
 
-class CallLayouts:
-    """The layouts of a site's calls, each worked out once while forwards have the same geometry.
+class SiteCall(NamedTuple):
+    """One attention call of a site.
+
+    Attributes:
+        number: of the call within the site and forward.
+    """
+
+    site: Site
+    number: int
+    forward: Forward
+    layout: Layout
+
+
+class SiteCalls:
+    """Counts a site's calls; their layouts are worked out once while forwards have the same geometry.
 
     Small models make a hundred calls in the time that one matrix product of a large one takes.
     """
@@ -20,8 +35,8 @@ class CallLayouts:
         self._places: dict[tuple, Place] = {}
         self._layouts: dict[tuple, Layout] = {}
 
-    def of(self, query: Tensor, key: Tensor, forward: Forward, given: Given) -> tuple[Layout, int]:
-        """The layout of a call, and its number in the forward, which counts it.
+    def next(self, query: Tensor, key: Tensor, forward: Forward, given: Given) -> SiteCall:
+        """The call that begins.
 
         Raises:
             ValueError: a call that doesn't fit what is known of the site and the forward.
@@ -34,13 +49,13 @@ class CallLayouts:
         place = self._places.get(looks)
         if place is None:
             place = self._places[looks] = self._place(query, forward, given)
-        call, first_sample = forward.count(self._site.name, place, given.attended)
+        number, first_sample = forward.count(self._site.name, place, given.attended)
         layout = self._layouts.get((looks, first_sample))
         if layout is None:
             rows, queries, keys = query.shape[0], query.shape[2], key.shape[2]
             layout = layout_of(self._site, forward.geometry, rows, queries, keys, given, place, first_sample)
             self._layouts[looks, first_sample] = layout
-        return layout, call
+        return SiteCall(self._site, number, forward, layout)
 
     def _place(self, query: Tensor, forward: Forward, given: Given) -> Place:
         name, rows, batch = self._site.name, query.shape[0], forward.batch

@@ -1,4 +1,4 @@
-"""One forward of the denoiser: where in the pipeline it is, and which guidance branch each sample belongs to."""
+"""One forward of the denoiser: its step in the pipeline's call, and the guidance branch of each sample."""
 
 import math
 import sys
@@ -20,7 +20,7 @@ _PROMPTS = (PROMPT, "prompt_2", "prompt_3")
 
 
 class Progress(NamedTuple):
-    """How far a site's attention is in a forward.
+    """The progress of a site's attention in a forward.
 
     Attributes:
         calls: how many attention calls there were, each over the whole batch: one to each sample make up one.
@@ -36,7 +36,7 @@ class Progress(NamedTuple):
 
 
 class Schedule:
-    """What a pipeline's call iterates over.
+    """The timesteps that a pipeline's call iterates over.
 
     Args:
         timesteps: of every step: a tensor, an array, or a list of numbers.
@@ -47,7 +47,7 @@ class Schedule:
 
     @cached_property
     def visits(self) -> list[int]:
-        """Of each step, how many before it have its timestep. Read back from the device once."""
+        """For each step, the number of earlier ones with its timestep. Read back from the device once."""
         known = self.timesteps.tolist() if hasattr(self.timesteps, "tolist") else list(self.timesteps)
         return [known[:step].count(timestep) for step, timestep in enumerate(known)]
 
@@ -58,17 +58,17 @@ class Forward:
 
     Attributes:
         index: its number since the scope's outermost context was entered.
-        step: the pipeline's own step; None where no pipeline is running or it doesn't count.
+        step: the pipeline's step; None where no pipeline is running or it doesn't count.
         timestep: [1] or [batch], on the model's device.
         branches: the guidance branch of each equal part of the batch, in order; None where there is no guidance.
         geometry: what is known of its tokens.
-        calls: how far each site's attention is.
-        totals: how far it came, once the forward has ended. What still runs of it then runs a second time, for
+        calls: the progress of each site's attention.
+        totals: the same, once the forward has ended. What still runs of it then runs a second time, for
             the backward of a checkpoint, and is not recorded again.
         schedule: the pipeline's, one object for all forwards of a call; None where no pipeline counts.
         guided: the call had guidance branches, in this forward or an earlier one.
         prompts: those that the pipeline was called with, by the name of the argument; None where no call is running.
-        contexts: the scope's set of contexts in which it ran.
+        contexts: `ActiveContexts.version` when it began.
     """
 
     index: int
@@ -103,7 +103,7 @@ class Forward:
 
     @property
     def visit(self) -> int:
-        """How many earlier steps of the call have this step's timestep: PNDM's and Heun's schedules repeat some."""
+        """The number of earlier steps of the call with this timestep: PNDM's and Heun's schedules repeat some."""
         if self.schedule is None or self.step is None:
             return 0
         visits = self.schedule.visits
@@ -159,7 +159,7 @@ def begin_forward(
     cache_context: str | None,
     before: Forward | None = None,
 ) -> Forward:
-    """What is known when a forward starts; nothing is read back from the device.
+    """Describe a forward that starts; nothing is read back from the device.
 
     Args:
         arguments: the denoiser's, by name.
@@ -197,7 +197,7 @@ def begin_forward(
 
 
 def running_module(model: nn.Module) -> str:
-    """Where in a model this thread is, to be said in an error; "" where no method of one of its modules is running."""
+    """The module of a model that this thread runs, for an error; "" where no method of one is running."""
     names = {id(module): name for name, module in model.named_modules()}
     frame = sys._getframe(1)
     while frame is not None:
@@ -235,7 +235,7 @@ def _running_call(pipeline: Any, denoiser: nn.Module) -> tuple[Any, Mapping[str,
 
 
 def _is_denoiser_of(owner: Any, denoiser: nn.Module) -> bool:
-    """Whether a pipeline's denoiser is that one, whatever is wrapped around it."""
+    """True if a pipeline's denoiser is that one, whatever is wrapped around it."""
     if owner is None or isinstance(owner, nn.Module):
         return False
     try:

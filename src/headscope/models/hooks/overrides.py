@@ -1,4 +1,4 @@
-"""Who else acts on attention: a function in the place of torch's, torch function modes, classes of tensors.
+"""Others that act on attention: a function in place of torch's, torch function modes, classes of tensors.
 
 SageAttention is used by putting its function into torch.nn.functional, diffusers' guiders perturb attention with a
 mode. What they do belongs to the model: it is left to them, and where it can't be seen, they are named.
@@ -26,7 +26,7 @@ _PASSIVE = (DeviceContext,)
 
 
 def anyone_acts(args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a torch function mode, or the class of one of the call's tensors, may act on it."""
+    """True if a torch function mode, or the class of one of the call's tensors, may act on it."""
     # torch.compile keeps the modes of what it traces where has_torch_function doesn't look
     if torch.compiler.is_compiling():
         return bool(acting_modes())

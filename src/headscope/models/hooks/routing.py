@@ -5,10 +5,10 @@ attention module go to that module's frame, every other call goes, as it is, to 
 Which module is running is known from its forward hooks, per thread, so two models in two threads don't meet.
 
 Torch function modes and functions that users put into torch's place act as they would without the routing. A frame sees
-attention as it arrives beneath the modes, and refuses by name whoever keeps it from computing what the model uses.
+attention as it arrives beneath the modes, and raises an error that names whoever replaces what it computed.
 
 Compiled models take the same way. The hooks are plain functions that torch.compile traces; a module is told by a tensor
-it carries, which is an input of the compiled code and no constant in it, so that layers share code; and the routed
+that it holds, which is an input of the compiled code and no constant in it, so that layers share code; and the routed
 attention is an operator whose inside is not traced, so that recordings and edits are as free as in eager mode.
 """
 
@@ -16,7 +16,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as functional
@@ -25,53 +25,57 @@ from torch import Tensor, nn
 from headscope.models.hooks import overrides
 from headscope.ops.schema import LIBRARY
 
-# where a module under observation carries its number
+# the attribute in which an observed module holds its number
 HANDLE = "_headscope_handle"
-# what keeps copies from being made of it, which would send their attention to the same frame
+# the attribute that forbids copies of it, which would send their attention to the same frame
 _BOUND = "_headscope_bound"
-# and what counts how often hooks of diffusers left it out, where there are any
+# the attribute that counts how often hooks of diffusers left it out, where there are any
 HOOKED = "_headscope_hooked"
 # torch counts its hooks' ids up from 0
 _HOOK_ID = -1
+
+
+class AttentionArguments(NamedTuple):
+    """The arguments of torch's scaled_dot_product_attention, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
 
 
 class Frame(Protocol):
     """An observed attention module, as the router sees it."""
 
     def wanted(self) -> bool:
-        """Whether anything of its attention is recorded or edited in the forward that runs."""
+        """True if anything of its attention is recorded or edited in the forward that runs."""
         ...
 
-    def attend(
-        self,
-        given: Sequence[int],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-    ) -> Tensor: ...
+    def attend(self, given: Sequence[int], arguments: AttentionArguments) -> Tensor:
+        """The output of its attention; `given` are the fields of a `layout.Given`."""
+        ...
 
     def refuse(self, who: str) -> NoReturn:
-        """Raises, for what `who` does to its attention can't be recorded or edited."""
+        """Raises RuntimeError: `who` decides what its attention gives, which can't be recorded or edited."""
         ...
 
     def silent(self, replacement: str | None) -> None:
-        """Its module ran, and no attention came by; `replacement` stands in the place of torch's function since."""
+        """Its module ran without attention; `replacement` stands in place of torch's function since."""
         ...
 
 
 class Watcher(Protocol):
-    """Whoever has to know of attention outside of every observed module."""
+    """An object that is told of attention outside of every observed module."""
 
     def attention_outside(self) -> None: ...
 
 
 class Uncopyable:
-    """What belongs to one model, inside of it."""
+    """A part of a model that must not be copied with it."""
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise RuntimeError(
@@ -81,7 +85,7 @@ class Uncopyable:
 
 
 class _Running(threading.local):
-    """What runs in this thread.
+    """The modules and scopes that run in this thread.
 
     Attributes:
         modules: the observed attention modules, innermost last: [handle, what it was given, attention calls so far,
@@ -132,7 +136,7 @@ def observe(module: nn.Module, frame: Frame) -> None:
 
 
 def forget(module: nn.Module) -> None:
-    """Undo `observe`, all or what was done of it, and drop what an interrupt left of the module in this thread."""
+    """Undo `observe`, also where an interrupt cut it short, and drop what else an interrupt left in this thread."""
     for hooks in (
         module._forward_pre_hooks,
         module._forward_pre_hooks_with_kwargs,
@@ -175,7 +179,7 @@ def _watched(watchers: list[tuple[Watcher, int]]) -> None:
 
 
 def active() -> bool:
-    """Whether this thread is inside an observed attention module."""
+    """True if this thread is inside an observed attention module."""
     return bool(_running.modules)
 
 
@@ -211,10 +215,10 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> None:
     images = isinstance(text, tuple)
     text = text[0] if isinstance(text, tuple) else text
     own_text = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
-    own = args[0] if args else kwargs.get("hidden_states")
+    hidden = args[0] if args else kwargs.get("hidden_states")
     rows = tokens = 0
-    if isinstance(own, Tensor) and own.ndim in (3, 4):
-        rows, tokens = own.shape[0], own.shape[1] if own.ndim == 3 else own.shape[2] * own.shape[3]
+    if isinstance(hidden, Tensor) and hidden.ndim in (3, 4):
+        rows, tokens = hidden.shape[0], hidden.shape[1] if hidden.ndim == 3 else hidden.shape[2] * hidden.shape[3]
     # so LTX2 is told by guiders that perturb every sample
     left_out = kwargs.get("all_perturbed", False)
     _running.modules.append([module.__dict__[HANDLE], [own_text, rows, tokens, 0, int(images)], 0, left_out])
@@ -261,12 +265,12 @@ def _routed(*args: Any, **kwargs: Any) -> Tensor:
         return _stock(*args, **kwargs)
     handle, given = _next_call(args, kwargs)
     if torch.compiler.is_compiling():
-        return torch.ops.headscope.observed_attention(*_bound(*args, **kwargs), handle, given)
+        return torch.ops.headscope.observed_attention(*AttentionArguments(*args, **kwargs), handle, given)
     frame = _frames_by_handle[id(handle)]
     if not frame.wanted():
         return _stock(*args, **kwargs)
     _refuse_replacement(frame)
-    return frame.attend(given, *_bound(*args, **kwargs))
+    return frame.attend(given, AttentionArguments(*args, **kwargs))
 
 
 # modes tell functions by identity, which compiled code doesn't keep
@@ -286,7 +290,7 @@ def _overridden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     _refuse_replacement(frame)
     for one in overrides.acting_classes(args, kwargs):
         frame.refuse(overrides.named(one))
-    beneath = overrides.Beneath(lambda *own, **options: frame.attend(given, *_bound(*own, **options)))
+    beneath = overrides.Beneath(lambda *call, **options: frame.attend(given, AttentionArguments(*call, **options)))
     with _unrouted(), beneath.placed():
         output = _stock(*args, **kwargs)
     if len(beneath.outputs) != 1 or beneath.outputs[0] is not output:
@@ -301,7 +305,7 @@ def _refuse_replacement(frame: Frame) -> None:
 
 @contextmanager
 def _unrouted() -> Iterator[None]:
-    """What was there before the routing, under its own name: that is where modes look for the function they know."""
+    """Put the function from before the routing back under its name, where modes look for the one they know."""
     with _name_lock:
         if _forwards - {threading.get_ident()}:
             raise RuntimeError(
@@ -314,20 +318,6 @@ def _unrouted() -> Iterator[None]:
             yield
         finally:
             functional.scaled_dot_product_attention = before
-
-
-def _bound(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None, bool]:
-    """The call's arguments in the order of torch's signature."""
-    return query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
 
 
 def _empty_output(query: Tensor, value: Tensor) -> Tensor:
@@ -346,7 +336,8 @@ def _observed(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     frame = _frames[int(handle)]
     if frame.wanted():
         _refuse_replacement(frame)
-        output = frame.attend(given, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        arguments = AttentionArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        output = frame.attend(given, arguments)
     else:
         output = _stock(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     # compiled code relies on the strides it was promised

@@ -17,12 +17,12 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 
 
 def is_bracketed(module: nn.Module) -> bool:
-    """Whether a `ForwardWrap` is around the module's forwards now."""
+    """True if a `ForwardWrap` is around the module's forwards now."""
     return getattr(module.__dict__.get("_compiled_call_impl"), "__module__", None) == __name__
 
 
 class Watched(Watcher, Protocol):
-    """What is told of a denoiser's forwards."""
+    """An object that is told of a denoiser's forwards."""
 
     @property
     def forward(self) -> Forward | None:

@@ -1,4 +1,4 @@
-"""Which part of the picture attends to which token of the prompt."""
+"""Token maps: how much each place of the picture attends to each token of the prompt."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,17 +9,19 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from headscope.models.hooks.caches import Missing, Reused
+from headscope.models.hooks.calls import SiteCall
 from headscope.models.hooks.contexts import Context
 from headscope.models.hooks.forwards import PROMPT, Forward
 from headscope.models.recording.plots import heatmaps
 from headscope.models.recording.prompts import Prompts
 from headscope.models.recording.tokens import Token, TokenKind, label_tokens
-from headscope.models.structure.layout import IMAGE, TEXT, Layout
+from headscope.models.structure.index import SiteIndex, check_heads
+from headscope.models.structure.layout import IMAGE, TEXT
 from headscope.ops import GroupMass
 
 
 class _Piece(NamedTuple):
-    """What one attention call adds to a site's sums: [samples, tokens, height, width], summed over so many heads."""
+    """The share of one attention call in a site's sums: [samples, tokens, height, width], summed over so many heads."""
 
     site: str
     batch: int
@@ -31,7 +33,7 @@ class _Piece(NamedTuple):
 class TokenMaps:
     """The attention mass that image queries give to each token of the prompt, summed over heads and steps.
 
-    Kept per site, on the model's device. What is read is the mean over heads, attention calls and the chosen sites,
+    Sums are per site, on the model's device. What is read is the mean over heads, attention calls and the chosen sites,
     each site's map resized to the finest one's grid (bilinear). Masses of all tokens, marks and padding included, sum
     to 1 at every place of a cross-attention.
 
@@ -63,14 +65,14 @@ class TokenMaps:
     def prompts(self) -> tuple[str, ...]:
         """One per sample; before the pipeline runs, those that were named."""
         of_samples = self._prompts.of_samples
-        return self._prompts.named or () if of_samples is None else tuple(own[PROMPT] for own in of_samples)
+        return self._prompts.named or () if of_samples is None else tuple(texts[PROMPT] for texts in of_samples)
 
     # what the scope does with it
 
-    def statistic(self, forward: Forward, layout: Layout, keys: int, device: torch.device) -> GroupMass | None:
+    def statistic(self, call: SiteCall, keys: int, device: torch.device) -> GroupMass | None:
         """The operator's statistic for a call; None where image queries don't meet text keys."""
-        text = next((segment for segment in layout.keys if segment.group == TEXT), None)
-        if text is None or self._grid(forward, layout) is None:
+        text = next((segment for segment in call.layout.keys if segment.group == TEXT), None)
+        if text is None or _grid(call) is None:
             return None
         place = (text.start, text.stop, keys, device)
         if place not in self._groups:
@@ -89,10 +91,11 @@ class TokenMaps:
         """
         self._prompts.begin_forward(forward)
 
-    def add(self, forward: Forward, site: str, layout: Layout, mass: Tensor) -> None:
+    def add(self, call: SiteCall, mass: Tensor) -> None:
         """Add one call's [rows, heads, queries, tokens]; of several guidance branches, the one that sees the prompt."""
+        site, _, forward, layout = call
         if layout.fold != 1:
-            raise ValueError(f"token maps: site {site!r} folds frames into its batch, expected a picture per row")
+            raise ValueError(f"token maps: site {site.name!r} folds frames into its batch, expected a picture per row")
         branches = forward.branches
         if "cond" not in branches and branches != (None,):
             return
@@ -101,14 +104,14 @@ class TokenMaps:
         if not samples:
             return
         first = part * forward.samples + samples.start - layout.first_sample
-        own = mass.detach()[first : first + len(samples)]
-        heads = self._heads.get(site)
-        own = own if heads is None else own[:, list(heads)]
+        rows = mass.detach()[first : first + len(samples)]
+        heads = self._heads.get(site.name)
+        rows = rows if heads is None else rows[:, list(heads)]
         image = next(segment for segment in layout.queries if segment.group == IMAGE)
-        grid = self._grid(forward, layout)
+        grid = _grid(call)
         assert grid is not None
-        summed = own[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
-        self._pending.append(_Piece(site, forward.samples, samples, summed, own.shape[1]))
+        summed = rows[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
+        self._pending.append(_Piece(site.name, forward.samples, samples, summed, rows.shape[1]))
 
     def end_forward(self, completed: bool) -> None:
         """Keep what the forward gave; nothing of one that did not end."""
@@ -136,16 +139,11 @@ class TokenMaps:
         heard = self._counts.setdefault(site, Counter())
         heard.update(dict.fromkeys(samples, heads))
 
-    def _grid(self, forward: Forward, layout: Layout) -> tuple[int, int] | None:
-        """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
-        image = next((segment for segment in layout.queries if segment.group == IMAGE), None)
-        return None if image is None else layout.grid or forward.geometry.grid(image.stop - image.start)
-
     # what a person reads
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Where there was something to see."""
+        """The sites at which something was recorded."""
         return tuple(self._sums)
 
     def tokens(self, sample: int = 0) -> list[Token]:
@@ -160,7 +158,7 @@ class TokenMaps:
         return label_tokens(self._pipeline, self._prompts.of_samples[sample], count, self._prompts.encoded)
 
     def positions(self, words: str, sample: int = 0) -> list[int]:
-        """Where the prompt's words stand among the tokens.
+        """The positions of the prompt's words among the tokens.
 
         Raises:
             ValueError: they don't stand there.
@@ -217,7 +215,7 @@ class TokenMaps:
         return heatmaps(maps, "attention mass on the word, 0 to 1", image)
 
     def _require(self, sample: int) -> tuple[int, int]:
-        """How many samples and text tokens were recorded, the sample among them."""
+        """The number of samples and of text tokens; raises where the sample isn't among them."""
         if not self._sums:
             raise ValueError("token maps: nothing was recorded, expected a run of the pipeline inside the context")
         samples, tokens = next(iter(self._sums.values())).shape[:2]
@@ -245,3 +243,32 @@ class TokenMapContext(Context):
         mapped = site in self.sites and site in self.maps.sites
         if mapped and branch in ("cond", None) and self.acts_in(forward):
             self.maps.reused.append(Reused(site, self.step_of(forward), branch))
+
+
+def _grid(call: SiteCall) -> tuple[int, int] | None:
+    """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
+    image = next((segment for segment in call.layout.queries if segment.group == IMAGE), None)
+    return None if image is None else call.layout.grid or call.forward.geometry.grid(image.stop - image.start)
+
+
+def heads_by_site(
+    heads: Mapping[str, Sequence[int]], sites: Sequence[str], index: SiteIndex
+) -> dict[str, tuple[int, ...]]:
+    """The heads to sum over, given by site name or pattern, among the sites to record.
+
+    Raises:
+        KeyError: an unknown site.
+        ValueError: a site that isn't recorded, no head of it, none, or one twice.
+        TypeError: heads that are no numbers.
+    """
+    chosen: dict[str, tuple[int, ...]] = {}
+    for pattern, numbers in heads.items():
+        matching = index.matching(pattern)
+        if set(sites).isdisjoint(matching):
+            raise ValueError(f"heads: got {pattern!r}, which is not among the sites to record")
+        for name in matching:
+            check_heads(numbers, index.site(name), f"heads[{pattern!r}]")
+            chosen[name] = tuple(numbers)
+        if len(set(numbers)) != len(numbers) or not len(numbers):
+            raise ValueError(f"heads[{pattern!r}]: got {list(numbers)}, expected some heads, each once")
+    return chosen

@@ -51,7 +51,7 @@ class Reduced:
     Attributes:
         values: for each of `reductions` [parts, samples, heads, ...].
         reductions: names out of mean, std, min, max; ("sum",) for sums over queries.
-        rows: [parts, samples, heads, queries, ...] where every query is kept.
+        rows: [parts, samples, heads, queries, ...] where every query is recorded.
     """
 
     parts: tuple[Part, ...]
@@ -89,12 +89,12 @@ def split_queries(rows: Tensor, layout: Layout) -> Iterator[tuple[Segment, Tenso
         return
     apart = rows.unflatten(0, (layout.samples, layout.fold)).movedim(1, 2)  # [samples, heads, fold, queries, ...]
     for segment in layout.queries:
-        own = apart[:, :, :, segment.start : segment.stop]
+        group = apart[:, :, :, segment.start : segment.stop]
         if layout.folds_frames:
             for frame in range(layout.fold):
-                yield segment._replace(frame=frame), own[:, :, frame]
+                yield segment._replace(frame=frame), group[:, :, frame]
         else:
-            yield segment, own.flatten(2, 3)
+            yield segment, group.flatten(2, 3)
 
 
 def normalised(entropy: Tensor, valid_keys: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whose words token maps are of: the prompts of the pipeline's call, and those that are named beside it."""
+"""The prompts that token maps are of: those of the pipeline's call, and those that are named beside it."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,23 +57,24 @@ class Prompts:
             )
 
     def _called_with(self, texts: Mapping[str, Sequence[str]], samples: int) -> tuple[Mapping[str, str], ...]:
-        for name, own in texts.items():
-            if samples % len(own):
+        for name, prompts in texts.items():
+            if samples % len(prompts):
                 raise ValueError(
-                    f"{name}: the pipeline got {len(own)} for {samples} samples, expected as many for each"
+                    f"{name}: the pipeline got {len(prompts)} for {samples} samples, expected as many for each"
                 )
         # several images of a prompt follow each other
         found = tuple(
-            {name: own[sample * len(own) // samples] for name, own in texts.items()} for sample in range(samples)
+            {name: prompts[sample * len(prompts) // samples] for name, prompts in texts.items()}
+            for sample in range(samples)
         )
         if self.named is not None:
             self._check_number(samples)
-            for sample, own in enumerate(found):
+            for sample, prompts in enumerate(found):
                 named = self.named[sample * len(self.named) // samples]
-                if named != own[PROMPT]:
+                if named != prompts[PROMPT]:
                     raise ValueError(
                         f"prompts: got {named!r} for sample {sample}, which the pipeline was called with"
-                        f" {own[PROMPT]!r} for; leave them out to take them from the call"
+                        f" {prompts[PROMPT]!r} for; leave them out to take them from the call"
                     )
         return found
 
@@ -122,4 +123,4 @@ class Prompts:
 
 
 def _listed(of_samples: Sequence[Mapping[str, str]]) -> str:
-    return ", ".join(" / ".join(map(repr, own.values())) for own in of_samples)
+    return ", ".join(" / ".join(map(repr, prompts.values())) for prompts in of_samples)

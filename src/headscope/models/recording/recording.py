@@ -1,4 +1,4 @@
-"""What a `scope.record(...)` context collects."""
+"""The recording that a `scope.record(...)` context makes."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 from headscope._extras import require
 from headscope._files import local_path, write_atomic
 from headscope.models.hooks.caches import Missing, Reused
+from headscope.models.hooks.calls import SiteCall
 from headscope.models.hooks.contexts import Context
 from headscope.models.hooks.forwards import Forward
 from headscope.models.recording.parts import (
@@ -27,9 +28,10 @@ from headscope.models.recording.parts import (
 )
 from headscope.models.recording.plots import heatmaps
 from headscope.models.recording.tables import build_dataset, build_table, query_maps
-from headscope.models.recording.tensors import HeadTensors, Key, Reduce
-from headscope.models.structure.layout import ALL, Layout, Segment
+from headscope.models.recording.tensors import QUANTITIES, HeadTensors, Key, Reduce
+from headscope.models.structure.layout import ALL, Segment
 from headscope.ops import STATISTICS, Statistic
+from headscope.ops.statistics import requested_statistics
 
 if TYPE_CHECKING:
     import pyarrow
@@ -48,7 +50,7 @@ class Recording:
     Attributes:
         requested: the recorded statistics; empty in one that was loaded.
         statistics: their names.
-        quantities: which of head_output, q, k and v are kept.
+        quantities: which of head_output, q, k and v are recorded.
         reduce: "mean" (statistics over queries, tensors over samples), or None (each query and each sample).
         reused: the sites that forwards went without, because a cache of diffusers had their attention or their layer
             was skipped: (site, step, branch). Nothing of them is recorded in those forwards.
@@ -120,33 +122,22 @@ class Recording:
     def _number_of(self, forward: Forward) -> int:
         return self._forwards_before + forward.index - self.first_forward
 
-    def count_call(self) -> None:
-        self._calls_in_forward += 1
-
-    def add_statistics(
-        self,
-        forward: Forward,
-        site: str,
-        call: int,
-        layout: Layout,
-        values: dict[str, Tensor],
-        valid_keys: Tensor | int,
-        keys: int,
-    ) -> None:
-        """Keep one call's statistics until the forward ends.
+    def add_statistics(self, call: SiteCall, values: dict[str, Tensor], valid_keys: Tensor | int, keys: int) -> None:
+        """Take one call's statistics, which are reduced when the forward ends.
 
         Args:
             values: by name, [rows, heads, queries], or with a last dimension of groups; sums over queries are
                 [rows, heads, keys].
             valid_keys: how many keys each row may see, an int or broadcastable to [rows, heads, queries].
         """
+        self._calls_in_forward += 1
+        site, number, forward, layout = call
         step, forward_number = self.step_of(forward), self._number_of(forward)
 
-        def part_of(segment: Segment, heads: int, queries: int) -> Part:
-            number, first, samples = len(self._pending), layout.first_sample, layout.samples
-            return Part(
-                number, forward, forward_number, step, site, call, segment, first, samples, heads, queries, keys
-            )
+        def add(name: str, segment: Segment, piece: Tensor, heads: int, queries: int) -> None:
+            place = (len(self._pending), forward, forward_number, step, site.name, number, segment)
+            part = Part(*place, layout.first_sample, layout.samples, heads, queries, keys)
+            self._pending.append(PartRows(part, name, piece))
 
         for statistic in self.requested:
             name, tensor = statistic.name, values[statistic.name]
@@ -156,16 +147,14 @@ class Recording:
             if statistic.sums_over_queries:
                 # one number per key, of all queries together
                 total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
-                part = part_of(Segment(ALL, None, 0, 0), heads, 0)
-                self._pending.append(PartRows(part, name, total[:, :, None]))
+                add(name, Segment(ALL, None, 0, 0), total[:, :, None], heads, 0)
                 continue
             rows = {name: tensor}
             if name == ENTROPY and isinstance(valid_keys, Tensor):
                 rows[NORMALISED] = normalised(tensor, valid_keys)
-            for own, whole in rows.items():
+            for column, whole in rows.items():
                 for segment, piece in split_queries(whole, layout):
-                    part = part_of(segment, heads, piece.shape[2])
-                    self._pending.append(PartRows(part, own, piece))
+                    add(column, segment, piece, heads, piece.shape[2])
 
     def end_forward(self, forward: Forward) -> None:
         """Reduce what the forward gave: calls of one shape in one go."""
@@ -384,6 +373,25 @@ class Resampled:
 
     recording: Recording
     chosen: tuple[int, ...]
+
+
+def requested_recording(
+    statistics: Sequence[str | Statistic], reduce: Reduce, into: Recording | None = None
+) -> Recording:
+    """A new recording of some statistics and quantities, or the earlier one to go on with; see `Scope.record`."""
+    if not statistics:
+        raise ValueError("statistics: got none, expected at least one name to record")
+    if reduce not in ("mean", None):
+        raise ValueError(f'reduce: got {reduce!r}, expected "mean" or None')
+    quantities = tuple(name for name in QUANTITIES if name in statistics)
+    requested = requested_statistics([name for name in statistics if name not in QUANTITIES], QUANTITIES)
+    recording = Recording(requested, quantities, reduce)
+    if into is None:
+        return recording
+    if not isinstance(into, Recording):
+        raise TypeError(f"into: got {type(into).__name__}, expected an earlier Recording")
+    into.check_continues(recording)
+    return into
 
 
 class RecordingContext(Context):

@@ -39,15 +39,15 @@ def build_table(reduced: Sequence[Reduced]) -> "pyarrow.Table":
 
     samples = [np.arange(part.first_sample, part.first_sample + part.samples) for part in parts]
     branches: list[str | None] = []
-    for part, own in zip(parts, samples, strict=True):
-        branches += [part.forward.branch_of(int(sample)) for sample in own]
+    for part, numbers in zip(parts, samples, strict=True):
+        branches += [part.forward.branch_of(int(sample)) for sample in numbers]
     per_sample = np.concatenate([np.full(part.samples, part.heads) for part in parts])
     names = list(dict.fromkeys(branch for branch in branches if branch is not None))
     codes = np.array([-1 if branch is None else names.index(branch) for branch in branches], np.int8)
     codes = np.repeat(codes, per_sample)
-    within = np.concatenate([own % part.forward.samples for part, own in zip(parts, samples, strict=True)])
+    within = np.concatenate([numbers % part.forward.samples for part, numbers in zip(parts, samples, strict=True)])
     at = np.concatenate(
-        [timesteps[id(part.forward)][own] for part, own in zip(parts, samples, strict=True)]
+        [timesteps[id(part.forward)][numbers] for part, numbers in zip(parts, samples, strict=True)]
     )  # one per sample
     frames = spread([-1 if part.segment.frame is None else part.segment.frame for part in parts], np.int16)
     columns = {
@@ -182,9 +182,9 @@ def query_maps(
     if rows["grid_height"].null_count():
         raise ValueError(f"site: the model doesn't tell where the queries of {site!r} are in the picture")
     maps = {}
-    for (head,), own in rows.group_by("head", maintain_order=True):
-        shape = (own["grid_height"][0], own["grid_width"][0])
-        maps[int(head)] = np.mean([np.array(values) for values in own[statistic]], 0).reshape(shape)
+    for (head,), of_head in rows.group_by("head", maintain_order=True):
+        shape = (of_head["grid_height"][0], of_head["grid_width"][0])
+        maps[int(head)] = np.mean([np.array(values) for values in of_head[statistic]], 0).reshape(shape)
     return dict(sorted(maps.items()))
 
 
@@ -219,8 +219,8 @@ def build_dataset(table: "pyarrow.Table", xarray: Any) -> Any:
         # samples of one forward may have timesteps of their own
         if not np.array_equal(along[places[0]], values, equal_nan=True):
             dimensions = ("forward", "branch", "sample")
-            own = tuple(places[_KEYS.index(dimension)] for dimension in dimensions)
+            cells = tuple(places[_KEYS.index(dimension)] for dimension in dimensions)
             each = np.full([len(coordinates[dimension]) for dimension in dimensions], np.nan)
-            each[own] = values
+            each[cells] = values
             coordinates[name] = (dimensions, each)  # type: ignore[assignment]
     return xarray.Dataset(variables, coords=coordinates)

@@ -1,4 +1,4 @@
-"""Head outputs, queries, keys and values that a recording keeps, by site, call, timestep and guidance branch."""
+"""Recorded head outputs, queries, keys and values, by site, call, timestep and guidance branch."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -7,14 +7,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from headscope.models.hooks.calls import SiteCall
 from headscope.models.hooks.forwards import Forward, comparable, single
-from headscope.models.structure.layout import Layout
 
 QUANTITIES = ("head_output", "q", "k", "v")
 Reduce = Literal["mean"] | None
 # forwards whose timesteps are read back from a GPU together
 _FORWARDS_AT_ONCE = 16
-# means that stay where edits took them to, up to so many bytes
+# the most bytes of means that stay on the device that edits took them to
 _PLACED_BYTES = 256 * 2**20
 
 
@@ -28,10 +28,10 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None
 
 
 class Key(NamedTuple):
-    """What a kept tensor is of; see `of`.
+    """The place in a run of a recorded tensor; see `of`.
 
     Attributes:
-        visit: where samples are kept apart, `Forward.visit`; else 0.
+        visit: `Forward.visit` where every sample is recorded; 0 for means over samples.
     """
 
     quantity: str
@@ -75,46 +75,40 @@ class HeadTensors:
     def __init__(self, reduce: Reduce) -> None:
         self.reduce = reduce
         self._pending: list[_Pending] = []
-        self._kept: dict[Key, list[Tensor]] = defaultdict(list)
+        self._recorded: dict[Key, list[Tensor]] = defaultdict(list)
         self._counts: dict[Key, int] = defaultdict(int)
-        # of what is kept under each visit 0, the visits there are, in order
+        # for each key with visit 0, the visits that were recorded, in order
         self._visits: dict[Key, dict[int, None]] = defaultdict(dict)
         self._placed: dict[tuple[Key, torch.device, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
         self._settle()
-        return len(self._kept)
+        return len(self._recorded)
 
     def add_inputs(
-        self,
-        quantities: Collection[str],
-        forward: Forward,
-        site: str,
-        call: int,
-        layout: Layout,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        self, quantities: Collection[str], call: SiteCall, query: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        """Keep those of one call's query, key and value that are among the quantities."""
+        """Add those of one call's query, key and value that are among the quantities."""
         for quantity, tensor in (("q", query), ("k", key), ("v", value)):
             if quantity in quantities:
-                self.add(forward, quantity, site, call, layout, tensor)
+                self.add(quantity, call, tensor)
 
-    def add(self, forward: Forward, quantity: str, site: str, call: int, layout: Layout, tensor: Tensor) -> None:
-        """Keep one call's tensor [rows, heads, tokens, dim]."""
+    def add(self, quantity: str, call: SiteCall, tensor: Tensor) -> None:
+        """Add one call's tensor [rows, heads, tokens, dim]."""
+        site, number, forward, layout = call
         rows = tensor.detach().unflatten(0, (layout.samples, layout.fold))
         for part, branch in enumerate(forward.branches):
             samples = forward.samples_of(part, layout)
             if not samples:
                 continue
             start = part * forward.samples + samples.start
-            own = rows[start - layout.first_sample :][: len(samples)]
+            chosen = rows[start - layout.first_sample :][: len(samples)]
             if self.reduce == "mean":
-                own = own.sum(0, keepdim=True, dtype=torch.float64 if own.device.type == "cpu" else torch.float32)
+                dtype = torch.float64 if chosen.device.type == "cpu" else torch.float32
+                chosen = chosen.sum(0, keepdim=True, dtype=dtype)
             else:
-                own = own.clone()
-            self._pending.append(_Pending(forward, start, quantity, site, call, branch, own, len(samples)))
+                chosen = chosen.clone()
+            self._pending.append(_Pending(forward, start, quantity, site.name, number, branch, chosen, len(samples)))
 
     def end_forward(self, forward: Forward) -> None:
         forwards = len({id(pending.forward) for pending in self._pending})
@@ -140,19 +134,20 @@ class HeadTensors:
         self._placed.clear()
         for entry in pending:
             known = timesteps[id(entry.forward)]
-            own = known if len(known) == 1 else known[entry.first_sample : entry.first_sample + entry.count]
+            if len(known) > 1:
+                known = known[entry.first_sample : entry.first_sample + entry.count]
             visit = 0 if self.reduce == "mean" else entry.forward.visit
-            key = Key(entry.quantity, entry.site, entry.call, single(own), entry.branch, visit)
-            kept = self._kept[key]
-            if kept and kept[0].shape[1:] != entry.rows.shape[1:]:
+            key = Key(entry.quantity, entry.site, entry.call, single(known), entry.branch, visit)
+            recorded = self._recorded[key]
+            if recorded and recorded[0].shape[1:] != entry.rows.shape[1:]:
                 raise ValueError(
-                    f"recording: {key} has {entry.rows.shape[3]} tokens in one sample and {kept[0].shape[3]} in"
+                    f"recording: {key} has {entry.rows.shape[3]} tokens in one sample and {recorded[0].shape[3]} in"
                     " another, expected as many in all whose tensors are kept together (prompts of one length)"
                 )
-            if self.reduce == "mean" and kept:
-                kept[0] = kept[0] + entry.rows
+            if self.reduce == "mean" and recorded:
+                recorded[0] = recorded[0] + entry.rows
             else:
-                kept.append(entry.rows)
+                recorded.append(entry.rows)
             self._counts[key] += entry.count
             self._add_visit(key)
 
@@ -160,8 +155,9 @@ class HeadTensors:
         self._visits[_first_visit(key)][key.visit] = None
 
     def kept(self) -> list[Key]:
+        """The keys of the recorded tensors."""
         self._settle()
-        return list(self._kept)
+        return list(self._recorded)
 
     def mean(self, key: Key) -> Tensor:
         """The mean over samples (and visits), [rows per sample, heads, tokens, dim], float32."""
@@ -170,7 +166,7 @@ class HeadTensors:
         if first not in self._visits:
             self._require(key)
         visits = [first._replace(visit=visit) for visit in self._visits[first]]
-        rows = [tensor for visit in visits for tensor in self._kept[visit]]
+        rows = [tensor for visit in visits for tensor in self._recorded[visit]]
         total = torch.cat(rows).sum(0, dtype=None if self.reduce == "mean" else torch.float32)
         return (total / sum(self._counts[visit] for visit in visits)).float()
 
@@ -188,18 +184,18 @@ class HeadTensors:
         return found
 
     def samples(self, key: Key) -> Tensor:
-        """Every sample's own, in the order they were recorded, [samples, rows per sample, heads, tokens, dim]."""
+        """Every sample's tensor, in the order they were recorded, [samples, rows per sample, heads, tokens, dim]."""
         if self.reduce == "mean":
             raise ValueError("recording: it holds means over samples, expected one made with reduce=None")
         self._require(key)
-        return torch.cat(self._kept[key])
+        return torch.cat(self._recorded[key])
 
     def _require(self, key: Key) -> None:
         self._settle()
-        if key not in self._kept:
-            alike = [known for known in self._kept if (known.quantity, known.site) == (key.quantity, key.site)]
+        if key not in self._recorded:
+            alike = [known for known in self._recorded if (known.quantity, known.site) == (key.quantity, key.site)]
             if not alike:
-                there = sorted({f"{known.quantity} at {known.site!r}" for known in self._kept})
+                there = sorted({f"{known.quantity} at {known.site!r}" for known in self._recorded})
                 listed = ", ".join(there) or "a run of the model inside the context"
                 raise KeyError(f"no {key.quantity} at site {key.site!r} was recorded, expected {listed}")
             timesteps = sorted({known.timestep for known in alike})
@@ -211,13 +207,13 @@ class HeadTensors:
             )
 
     def stored(self) -> Iterator[tuple[Key, Tensor]]:
-        """What goes into a file: means, or all samples; float32 or the model's dtype, on the CPU."""
+        """The tensors for a file: means, or all samples; float32 or the model's dtype, on the CPU."""
         for key in self.kept():
             yield key, (self.mean(key)[None] if self.reduce == "mean" else self.samples(key)).cpu().contiguous()
 
     def put(self, key: Key, tensor: Tensor) -> None:
         """The inverse of `stored`."""
-        self._kept[key] = [tensor]
+        self._recorded[key] = [tensor]
         self._add_visit(key)
         self._placed.clear()
         self._counts[key] = 1 if self.reduce == "mean" else tensor.shape[0]

@@ -1,4 +1,4 @@
-"""Which piece of a prompt stands at each of the text positions that a denoiser is given."""
+"""The piece of a prompt at each of the text positions that a denoiser is given."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Token:
 def label_tokens(
     pipeline: Any, prompts: Mapping[str, str], count: int, encoded: Mapping[str, Collection[tuple[int, ...]]]
 ) -> list[Token]:
-    """What stands at each of `count` text positions of the denoiser.
+    """The tokens at `count` text positions of the denoiser.
 
     "unknown" where no tokenizer explains a position, or its encoder was given other tokens than the prompt's.
 
@@ -53,7 +53,7 @@ def label_tokens(
 
 
 def _encoders(pipeline: Any, count: int, encoded: Mapping[str, Collection[tuple[int, ...]]]) -> list[tuple[str, int]]:
-    """Whose tokens make up the text positions, and how many they are: tokenizers by name, in order.
+    """The tokenizers whose tokens make up the text positions, in order: name and number of tokens.
 
     CLIP's come first where there are T5's as well (SD3); where CLIP gives a single vector, there are T5's alone (Flux).
     """

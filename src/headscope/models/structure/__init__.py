@@ -1,4 +1,4 @@
-"""What there is: the attention modules of a denoiser, and what their tokens are.
+"""The attention modules of a denoiser (its sites), and what their tokens are.
 
-Reading order: source (what a module's source says), order (in which order modules run), sites (the attention modules),
-layout (which tokens are image, text or frames)."""
+Reading order: source (a function's source, parsed), order (in which order modules run), sites (the attention modules),
+index (sites by their names), layout (which tokens are image, text or frames)."""

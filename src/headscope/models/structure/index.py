@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral
+
+from torch import Tensor
 
 from headscope.models.structure.sites import Site, Unseen
 
@@ -20,11 +23,7 @@ class SiteIndex:
         self._by_name = {site.name: site for site in self.sites}
 
     def site(self, name: str) -> Site:
-        """The site of that name.
-
-        Raises:
-            KeyError: there is none, or it can't be seen.
-        """
+        """See `Scope.site`."""
         if name in self._by_name:
             return self._by_name[name]
         for entry in self.unseen:
@@ -33,11 +32,7 @@ class SiteIndex:
         raise KeyError(f"site: got {name!r}, expected one of {', '.join(self._by_name)}")
 
     def matching(self, pattern: str) -> list[str]:
-        """The names of the sites that a name or a pattern of shell style ("*.attn2") means, in the order of `sites`.
-
-        Raises:
-            KeyError: there is none, or one of them can't be seen.
-        """
+        """See `Scope.matching`."""
         if not any(character in pattern for character in "*?["):
             return [self.site(pattern).name]
         for entry in self.unseen:
@@ -70,3 +65,15 @@ class SiteIndex:
             raise ValueError("sites: got none, expected names or patterns, or None for all")
         wanted = {name for pattern in listed for name in self.matching(pattern)}
         return [name for name in self._by_name if name in wanted]
+
+
+def check_heads(heads: Iterable[int], site: Site, name: str) -> None:
+    """Raises TypeError or ValueError unless all are numbers of the site's heads; `name` is the argument's."""
+    if isinstance(heads, Tensor) or not isinstance(heads, Iterable):
+        raise TypeError(f"{name}: got {type(heads).__name__}, expected heads' numbers in a list")
+    for head in heads:
+        # a mask would be read as heads 0 and 1
+        if isinstance(head, bool) or not isinstance(head, Integral):
+            raise TypeError(f"{name}: got head {head!r} of type {type(head).__name__}, expected the heads' numbers")
+        if not 0 <= head < site.heads:
+            raise ValueError(f"{name}: got head {head}, expected 0 to {site.heads - 1}")

@@ -1,4 +1,4 @@
-"""What the rows, queries and keys of one attention call are: samples, image, text, frames."""
+"""The layout of one attention call: the samples of its rows, and the image, text and frames in its queries and keys."""
 
 import math
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ class Segment(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What an attention module was given in the run that goes on.
+    """The inputs of an attention module in its current run.
 
     Attributes:
         text: text tokens beside the image; 0 for none.
         rows, tokens: of its first tensor; 0 where it isn't one of [rows, tokens, channels] or of images.
-        attended: the rows of its attention calls so far, in this run.
+        attended: the rows of its earlier attention calls in this run.
         image_prompts: 1 where images come after the text, in calls of their own (IP-Adapter).
     """
 
@@ -46,7 +46,7 @@ class Given(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Which rows an attention call is of.
+    """The rows of a module's run that an attention call takes.
 
     Attributes:
         samples: how many samples of the batch this run of the module has.
@@ -62,21 +62,21 @@ class Place(NamedTuple):
 
 
 def place_of(batch: int, given: Given, rows: int, queries: int) -> Place | None:
-    """Where a call on so many rows and queries is in a batch; None where that can't be told."""
-    own = given.rows
+    """The place of a call on so many rows and queries in a batch; None where it can't be told."""
+    whole = given.rows
     # with as many rows as samples, or as many queries as tokens, the module has not folded them otherwise
-    if rows < own and own % batch == 0 and (own == batch or rows % batch or queries == given.tokens):
-        return Place(batch, own, given.attended % own)
+    if rows < whole and whole % batch == 0 and (whole == batch or rows % batch or queries == given.tokens):
+        return Place(batch, whole, given.attended % whole)
     if rows % batch == 0:
         return Place(batch, rows, 0)
-    if rows <= own < batch and batch % own == 0:
-        return Place(own, own, given.attended % own)
+    if rows <= whole < batch and batch % whole == 0:
+        return Place(whole, whole, given.attended % whole)
     return Place(rows, rows, 0, alone=True) if batch % rows == 0 else None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one attention call [rows, heads, queries, dim] reads.
+    """The layout of one attention call [rows, heads, queries, dim].
 
     Attributes:
         samples: how many samples of the batch its rows are.
@@ -104,7 +104,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a forward of the denoiser says about its tokens.
+    """The sizes that a forward of the denoiser says its tokens have.
 
     Attributes:
         batch: the samples in it, all guidance branches together.
@@ -165,7 +165,7 @@ class Geometry:
         return cls(sample.shape[0], size, frames, tokens, text_tokens, 1, 1, ids if isinstance(ids, Tensor) else None)
 
     def same_as(self, other: "Geometry") -> bool:
-        """Whether both say the same, places of tokens included, which are not compared but told by their tensor."""
+        """True if both are equal, and the places of their tokens are one tensor."""
         return self.ids is other.ids and self == other
 
     def grid(self, tokens: int) -> tuple[int, int] | None:
@@ -197,7 +197,7 @@ class Geometry:
             height, width = math.ceil(height / 2), math.ceil(width / 2)
 
     def video_frames(self, tokens: int) -> int | None:
-        """In how many frames that many image tokens fall; None where it isn't a video or they don't."""
+        """The number of frames that so many image tokens make; None where they make none."""
         if self.frames is None:
             return None
         frames = max(1, self.frames // self.patch_frames)

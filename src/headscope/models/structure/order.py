@@ -21,7 +21,7 @@ _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 class Part(NamedTuple):
-    """What a forward turns to: an attribute of self, or elements of one: an index or a slice of it."""
+    """An attribute of self that a forward uses, or elements of one: an index or a slice of it."""
 
     name: str
     elements: int | slice | None = None
@@ -68,8 +68,8 @@ def _reached(module: nn.Module, left: set[int]) -> Iterator[nn.Module]:
     turns = () if not children or isinstance(module, _LISTS) else _turns_of_class(type(module))
     run = {part.name for turn in turns if turn.runs for part in turn.parts}
     for turn in turns:
-        own = [part for part in turn.parts if part.name in children and (turn.runs or part.name not in run)]
-        rows = [_elements(children[part.name], part.elements, alone=len(own) == 1) for part in own]
+        parts = [part for part in turn.parts if part.name in children and (turn.runs or part.name not in run)]
+        rows = [_elements(children[part.name], part.elements, alone=len(parts) == 1) for part in parts]
         # a loop over several ends with the shortest
         for index in range(min(map(len, rows), default=0)):
             for row in rows:
@@ -79,7 +79,7 @@ def _reached(module: nn.Module, left: set[int]) -> Iterator[nn.Module]:
 
 
 def _elements(child: nn.Module, elements: int | slice | None, alone: bool) -> list[nn.Module]:
-    """What a loop meets one after the other, or a call runs."""
+    """The parts that a loop meets one after the other, or a call runs."""
     if not isinstance(child, (nn.ModuleList, nn.ModuleDict)) or (alone and elements is None):
         return [child]
     members = list(child.children())

@@ -1,7 +1,7 @@
-"""The attention sites of a denoiser: where they are, and which of them headscope can see.
+"""The attention sites of a denoiser, and which of them headscope can see.
 
-A site is found by what its code does: a module whose forward, or whose processor, reaches torch's
-scaled_dot_product_attention. No class of diffusers is known by name.
+A site is an attention module of the denoiser: one whose forward, or whose processor, reaches torch's
+scaled_dot_product_attention. That is read from its code; no class of diffusers is known by name.
 """
 
 import ast
@@ -81,7 +81,7 @@ def other_denoisers(pipeline: Any, denoiser: nn.Module) -> list[str]:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The denoiser inside of what PEFT or data parallelism put around it, which passes its arguments on unnamed."""
+    """The denoiser inside the wrapper of PEFT or data parallelism, which passes its arguments on unnamed."""
     while True:
         base_of_peft = getattr(module, "get_base_model", None)
         if callable(base_of_peft):
@@ -165,7 +165,7 @@ def _own_names(function: Callable[..., Any]) -> frozenset[str]:
 
 @cache
 def _sees(function: Callable[..., Any], owner: type | None, depth: int = 4) -> bool:
-    """Whether a function reaches attention by itself, its class's methods or its file's functions."""
+    """True if a function reaches attention by itself, its class's methods or its file's functions."""
     function = inspect.unwrap(function)
     code = getattr(function, "__code__", None)
     if code is None or depth == 0:
@@ -206,7 +206,7 @@ def _kind(module: nn.Module, parent: nn.Module, text_first: bool | None) -> Kind
 
 
 def _heads(module: nn.Module, parent: nn.Module) -> int:
-    """The module's own word, or that of the one that holds it; else 1: code without heads attends with a single one."""
+    """The heads that the module names, or its parent; else 1: code without heads attends with a single one."""
     for holder in (module, parent):
         for attribute in _HEAD_COUNTS:
             if isinstance(heads := getattr(holder, attribute, None), int) and heads > 0:
@@ -248,7 +248,7 @@ def _calls(function: Callable[..., Any]) -> tuple[ast.Call, ...]:
 
 
 def _always_flex(function: Callable[..., Any]) -> bool:
-    """Whether each of the function's attention calls asks diffusers' dispatcher for flex attention."""
+    """True if each of the function's attention calls asks diffusers' dispatcher for flex attention."""
     backends = [
         {getattr(keyword.value, "attr", None) for keyword in call.keywords if keyword.arg == "backend"}
         for call in _calls(function)
@@ -258,7 +258,7 @@ def _always_flex(function: Callable[..., Any]) -> bool:
 
 
 def _joined_text_first(function: Callable[..., Any]) -> bool | None:
-    """Which comes first where the function joins text and image tokens with torch.cat; None where it doesn't."""
+    """True if the function joins text and image tokens with torch.cat, text first; None where it joins none."""
     for node in _calls(function):
         if getattr(node.func, "attr", None) != "cat" or not node.args:
             continue

@@ -96,7 +96,7 @@ class LatentTask(Task):
 
     @abstractmethod
     def _conditioning(self, prompts: list[str]) -> Mapping[str, Tensor]:
-        """What the denoiser is given of each prompt, tensors [items, ...]."""
+        """The denoiser's inputs for each prompt, tensors [items, ...]."""
 
     def _encoded(self, images: Tensor) -> Tensor:
         """The VAE's latents [items, channels, height, width] of images [items, 3, height, width] in [-1, 1]."""

@@ -1,4 +1,4 @@
-"""How a model was taught: what noise does to a clean image at a timestep, and what the denoiser should answer.
+"""The noise process that a model was taught: x_t at a timestep, and the denoiser's target.
 
 With noise n and clean image (or latents) x_0, both kinds of model see x_t = a x_0 + s n.
 
@@ -41,7 +41,7 @@ class Noising(ABC):
 
     @abstractmethod
     def target(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """What the denoiser should answer to x_t, shaped as `clean`."""
+        """The denoiser's target at x_t, shaped as `clean`."""
 
     @abstractmethod
     def log_snr(self, timestep: int) -> float:
@@ -49,7 +49,7 @@ class Noising(ABC):
 
     @abstractmethod
     def x0_factor(self, timestep: int) -> float:
-        """What the squared error of a prediction is multiplied by to give that of the x_0 it implies."""
+        """The factor by which the squared error of a prediction gives that of the x_0 it implies."""
 
     @abstractmethod
     def given(self, timestep: int, rows: int, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from headscope.models.tasks.noising import Diffusion, Noising
 
 @runtime_checkable
 class TaskItem(Protocol):
-    """What a task needs of an item: the zoo's items have it.
+    """The parts of an item that a task needs; the zoo's items have them.
 
     Attributes:
         key: its name, the same on every machine; noise is drawn from it.
@@ -35,7 +35,7 @@ class TaskItem(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """Items turned into what the denoiser works on.
+    """Items as the denoiser takes them, before noise is added.
 
     Attributes:
         keys: the items' keys, for their noise.
@@ -126,7 +126,7 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def fits(cls, pipeline: Any) -> bool:
-        """Whether a pipeline has what this family needs."""
+        """True if a pipeline has what this family needs."""
 
     @staticmethod
     def of(pipeline: Any) -> "Task":
@@ -177,7 +177,7 @@ class Task(ABC):
         return self.noising.log_snr(timestep)
 
     def x0_factor(self, timestep: int) -> float:
-        """What the loss is multiplied by to give the squared error of the clean image that a prediction implies."""
+        """The factor by which the loss gives the squared error of the clean image that a prediction implies."""
         return self.noising.x0_factor(timestep)
 
     @abstractmethod
@@ -216,7 +216,7 @@ class Task(ABC):
 
     @abstractmethod
     def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> np.ndarray:
-        """Images from each item's prompt and its own initial noise, uint8 [items, height, width, 3].
+        """Images from each item's prompt and initial noise, uint8 [items, height, width, 3].
 
         The noise is keyed by (item, seed), so an edited run starts where the clean one did; the sampler is
         deterministic. Wrap the call in `scope.edit(..., steps=range(a, b))` to edit a window of its steps.
@@ -226,7 +226,7 @@ class Task(ABC):
         return Diffusion(scheduler)
 
     def _answer(self, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """What the denoiser returns, [items, channels, height, width].
+        """The denoiser's output, [items, channels, height, width].
 
         Args:
             sample: [items, channels, height, width].
