@@ -14,6 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# before headscope is imported: from then on the dimensions in its annotations are checked
+import shapes
+
+shapes.install()
+
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():

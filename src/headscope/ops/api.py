@@ -3,12 +3,14 @@
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from headscope._shapes import FillTensor, Mask, StatisticValue
 from headscope.ops.attend import for_every_head
 from headscope.ops.backends import Problem, select
 from headscope.ops.call import DIFFERENTIABLE, Call, autocasts
@@ -30,24 +32,24 @@ _NO_EDIT = HeadEdit()
 
 
 class AttentionResult(NamedTuple):
-    """What `attention` returns.
+    """The result of `attention`.
 
     Attributes:
-        output: [batch, heads, queries, dim_v], in query's dtype and stride order.
-        statistics: one float32 (float64 for float64 inputs) tensor per statistic asked for, by name: [batch, heads,
-            queries], or with a last dimension for the groups, or [batch, heads, keys] for key_mass.
+        output: in query's dtype and stride order.
+        statistics: one float32 (float64 for float64 inputs) tensor for each statistic asked for, by name: [batch,
+            heads, queries], or with a last dimension for the groups, or [batch, heads, keys] for key_mass.
     """
 
-    output: Tensor
-    statistics: dict[str, Tensor]
+    output: Float[Tensor, "batch heads queries dim_v"]
+    statistics: dict[str, StatisticValue]
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys dim_v"],
     *,
-    attn_mask: Tensor | None = None,
+    attn_mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -66,9 +68,7 @@ def attention(
     and group mass into query, key, value, an additive mask and every tensor of the edit.
 
     Args:
-        query: [batch, heads, queries, dim], float32, bfloat16, float16 or float64.
-        key: [batch, kv_heads, keys, dim].
-        value: [batch, kv_heads, keys, dim_v].
+        query, key, value: float32, bfloat16, float16 or float64, all of one.
         attn_mask: bool (True: attend) or additive, broadcastable to [batch, heads, queries, keys]. Keys that it hides
             must hold finite values: 0 times NaN is NaN to some backends, as to torch.
         is_causal: row i sees keys 0..i (top left), as in torch's SDPA.
@@ -132,7 +132,7 @@ def attention(
 
 
 class _Checked(NamedTuple):
-    """What checking a call came to."""
+    """The result of checking a call."""
 
     scale: float
     needs_gradient: bool
@@ -145,11 +145,11 @@ _CAPACITY = 1024
 
 
 def _seen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    edit: HeadEdit | None,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    edit: Any,
     requested: tuple[Statistic, ...],
     options: tuple[bool, float | None, bool, str | None],
 ) -> Hashable | None:
@@ -215,15 +215,15 @@ def _check(
     return _Checked(scale, needs_gradient, select(backend, problem))
 
 
-def _finite_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
+def _finite_mask(mask: Mask, query: Float[Tensor, "batch heads queries dim"]) -> Mask:
     """A float64 mask's finite values, for inputs of less precision, as finite ones of float32."""
-    if mask is None or mask.dtype != torch.float64 or query.dtype == torch.float64:
+    if mask.dtype != torch.float64 or query.dtype == torch.float64:
         return mask
     limits = torch.finfo(torch.float32)
     return torch.where(mask.isinf(), mask, mask.clamp(limits.min, limits.max)).float()
 
 
-def _in(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+def _in(dtype: torch.dtype, tensor: Float[Tensor, "*shape"] | None) -> Float[Tensor, "*shape"] | None:
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -257,14 +257,14 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return tensors
 
 
-def _uniform_fill(run: Callable[[Call], tuple[Tensor, Sequence[Tensor]]], call: Call) -> Tensor:
-    """Attention's output with q . k set to zero and all else kept, broadcastable to [batch, heads, queries, dim_v]."""
+def _uniform_fill(run: Callable[[Call], tuple[Tensor, Sequence[Tensor]]], call: Call) -> FillTensor:
+    """Attention's output with q . k set to zero and all else as it is."""
     if call.attn_mask is None and not call.is_causal and call.key_bias is None and call.key_scale is None:
         keys = max(1, call.value.shape[2])
         mean = call.value.sum(2, keepdim=True, dtype=call.statistic_dtype) / keys
         return for_every_head(mean, call)
     assert call.gate is not None
-    # heads that are kept whole need no fill, and a gate of 0 lets the backend skip them; but a gate's gradient is
+    # heads whose gate is 1 need no fill, and a gate of 0 lets the backend skip them; but a gate's gradient is
     # (attention - fill) wherever it stands
     removed = None if call.training and call.gate.requires_grad else (call.gate.detach() != 1).to(call.gate.dtype)
     # zeros, not a scale of 0: infinite queries and keys stay out of it
@@ -276,10 +276,10 @@ def _uniform_fill(run: Callable[[Call], tuple[Tensor, Sequence[Tensor]]], call: 
 
 
 def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
+    query: Float[Tensor, "... queries dim"],
+    key: Float[Tensor, "... keys dim"],
+    value: Float[Tensor, "... keys dim_v"],
+    attn_mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
@@ -287,7 +287,7 @@ def scaled_dot_product_attention(
     *,
     edit: HeadEdit | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Float[Tensor, "... queries dim_v"]:
     """torch.nn.functional.scaled_dot_product_attention with head edits; same arguments, same semantics.
 
     Args:

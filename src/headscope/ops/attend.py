@@ -1,18 +1,20 @@
 """The formula itself in plain torch, in whatever dtype the tensors have. It materialises [queries, keys]."""
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from headscope._shapes import RowIndices, Scores, StatisticValue
 from headscope.ops.call import Call
 from headscope.ops.edits import blend
 
 
-def attend(call: Call, first_query: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """The output [batch, heads, queries, dim_v] and the statistics of a call, or of a piece of one.
+def attend(call: Call, first_query: int = 0) -> tuple[Float[Tensor, "batch heads queries dim_v"], list[StatisticValue]]:
+    """The output and the statistics of a call, or of a piece of one.
 
     Args:
-        call: whose tensors share one dtype (int32 and bool aside).
-        first_query: where the piece's queries begin in the whole call, for causal masks and statistics.
+        call: its tensors share one dtype (int32 and bool aside).
+        first_query: the index in the whole call of the piece's first query, for causal masks and statistics.
     """
     logits, probabilities, rows = scores(call, first_query)
     output = blend(weights_of(call, probabilities) @ for_every_head(call.value, call), call.gate, call.fill)
@@ -23,8 +25,8 @@ def attend(call: Call, first_query: int = 0) -> tuple[Tensor, list[Tensor]]:
     return output, values
 
 
-def scores(call: Call, first_query: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and probabilities [batch, heads, queries, keys], and the queries' indices [queries] in the whole call."""
+def scores(call: Call, first_query: int) -> tuple[Scores, Scores, RowIndices]:
+    """Logits, probabilities, and the queries' indices in the whole call."""
     logits = (call.query * scale_of(call)) @ for_every_head(call.key, call).transpose(-1, -2)
     rows = torch.arange(first_query, first_query + logits.shape[-2], device=logits.device)
     if call.key_bias is not None:
@@ -44,18 +46,18 @@ def scores(call: Call, first_query: int) -> tuple[Tensor, Tensor, Tensor]:
     return logits, probabilities, rows
 
 
-def scale_of(call: Call) -> Tensor | float:
-    """What multiplies query . key."""
+def scale_of(call: Call) -> Float[Tensor, "#batch heads 1 1"] | float:
+    """The factor of query . key."""
     return call.scale if call.temperature is None else call.scale / call.temperature[..., None, None]
 
 
-def weights_of(call: Call, probabilities: Tensor) -> Tensor:
-    """What multiplies the values."""
+def weights_of(call: Call, probabilities: Scores) -> Scores:
+    """The factors of the values."""
     return probabilities if call.key_scale is None else probabilities * call.key_scale[..., None, :]
 
 
-def for_every_head(tensor: Tensor, call: Call) -> Tensor:
-    """key or value [batch, kv_heads, ...] as [batch, heads, ...]; a copy only where key heads are shared."""
+def for_every_head(tensor: Shaped[Tensor, "batch kv_heads *rest"], call: Call) -> Shaped[Tensor, "batch heads *rest"]:
+    """Key or value, repeated for the heads that share one; a copy only where they do."""
     heads, kv_heads = call.query.shape[1], tensor.shape[1]
     groups = heads // kv_heads if kv_heads else 1
     return tensor if groups == 1 else tensor.repeat_interleave(groups, 1)

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from headscope._shapes import FillTensor, Mask, PerHead, PerKey, RowValue, StatisticTensor, StatisticValue
 from headscope.ops.statistics import Statistic, restore_statistics
 
 # the tensors that gradients flow into, in the order in which a backward is asked for them
@@ -13,7 +15,7 @@ DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "gate", "fill", "tempera
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether torch.autocast is at work for the device; for meta tensors torch has none and would raise."""
+    """True if torch.autocast is at work for the device; for meta tensors torch has none and would raise."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return False
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
@@ -26,31 +28,26 @@ class Call(NamedTuple):
     output = gate * (p * key_scale) . value + (1 - gate) * fill.
 
     Attributes:
-        query: [batch, heads, queries, dim].
-        key, value: [batch, kv_heads, keys, dim] and [batch, kv_heads, keys, dim_v].
-        attn_mask: four dimensions, each 1 or that of [batch, heads, queries, keys]; bool or added to the logits.
         is_causal, scale: as in torch's SDPA.
-        gate, temperature: [batch or 1, heads], float32 (float64 for float64 inputs), as are the next two.
-        fill: four dimensions, each 1 or that of [batch, heads, queries, dim_v].
-        key_bias, key_scale: [batch or 1, heads or 1, keys].
+        gate, temperature, key_bias, key_scale: float32 (float64 for float64 inputs).
         statistics: specs of statistics.
-        statistic_tensors: the tensors of all of them in turn, each [batch or 1, heads or 1, length].
-        training: whether a backward will follow.
+        statistic_tensors: the tensors of all of them in turn.
+        training: True if a backward will follow.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None
+    query: Float[Tensor, "batch heads queries dim"]
+    key: Float[Tensor, "batch kv_heads keys dim"]
+    value: Float[Tensor, "batch kv_heads keys dim_v"]
+    attn_mask: Mask | None
     is_causal: bool
     scale: float
-    gate: Tensor | None
-    fill: Tensor | None
-    temperature: Tensor | None
-    key_bias: Tensor | None
-    key_scale: Tensor | None
+    gate: PerHead | None
+    fill: FillTensor | None
+    temperature: PerHead | None
+    key_bias: PerKey | None
+    key_scale: PerKey | None
     statistics: list[str]
-    statistic_tensors: list[Tensor]
+    statistic_tensors: list[StatisticTensor]
     training: bool
 
     @property
@@ -68,8 +65,8 @@ class Call(NamedTuple):
         """The statistics, on their tensors."""
         return restore_statistics(self.statistics, self.statistic_tensors)
 
-    def empty_output(self) -> Tensor:
-        """An empty [batch, heads, queries, dim_v] in query's dtype and stride order, as torch's SDPA gives it.
+    def empty_output(self) -> Float[Tensor, "batch heads queries dim_v"]:
+        """An empty output in query's dtype and stride order, as torch's SDPA gives it.
 
         The order keeps `transpose(1, 2).reshape(...)` a view where the query came from the inverse of it.
         """
@@ -80,31 +77,35 @@ class Call(NamedTuple):
             return query.new_empty(shape)
         return torch.empty_permuted(shape, order, dtype=self.query.dtype, device=self.query.device)
 
-    def empty_rows(self) -> Tensor:
-        """An empty [batch, heads, queries] in the statistics' dtype."""
+    def empty_rows(self) -> RowValue:
+        """An empty number for each row, in the statistics' dtype."""
         return self.query.new_empty(self.row_shape, dtype=self.statistic_dtype)
 
-    def empty_statistics(self, statistics: Sequence[Statistic] | None = None) -> list[Tensor]:
+    def empty_statistics(self, statistics: Sequence[Statistic] | None = None) -> list[StatisticValue]:
         """Uninitialised results of the statistics, which may be given if they are at hand."""
         sizes, dtype = (*self.row_shape, self.key.shape[2]), self.statistic_dtype
         statistics = self.restored_statistics() if statistics is None else statistics
         return [self.query.new_empty(statistic.shape(*sizes), dtype=dtype) for statistic in statistics]
 
 
+# a forward's: the output, the statistics, and tensors that the backend saves for its backward
+Results = tuple[Float[Tensor, "batch heads queries dim_v"], list[StatisticValue], list[Tensor]]
+
+
 class Cotangents(NamedTuple):
-    """What a backward starts from, in the order of its schema; the Call follows.
+    """The arguments of a backward operator that come before the Call's, in the order of its schema.
 
     Attributes:
-        output: the output's cotangent [batch, heads, queries, dim_v], or None.
-        statistics: for each statistic its cotangent in its shape, or None.
-        attention, values, saved: what the forward gave: the output before gate and fill, the statistics, and whatever
+        output: the output's cotangent, or None for 0.
+        statistics: for each statistic its cotangent in its shape, or None for 0.
+        attention, values, saved: the forward's results: the output before gate and fill, the statistics, and whatever
             else the backend returned for its backward. Empty where the backend starts from the inputs again.
-        needed: for each of DIFFERENTIABLE whether its gradient is wanted; no absent tensor is.
+        needed: for each of DIFFERENTIABLE True if its gradient is wanted; no absent tensor's is.
     """
 
-    output: Tensor | None
-    statistics: list[Tensor | None]
-    attention: Tensor | None
-    values: list[Tensor]
+    output: Float[Tensor, "batch heads queries dim_v"] | None
+    statistics: list[StatisticValue | None]
+    attention: Float[Tensor, "batch heads queries dim_v"] | None
+    values: list[StatisticValue]
     saved: list[Tensor]
     needed: list[bool]

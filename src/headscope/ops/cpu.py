@@ -1,12 +1,10 @@
 """The cpu backend: the fused C++ kernel of csrc/, float32 inside. Its gradients are portable's."""
 
-from torch import Tensor
-
 from headscope.ops import cpu_library
-from headscope.ops.call import Call
+from headscope.ops.call import Call, Results
 
 
-def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def forward(call: Call) -> Results:
     output, statistics = call.empty_output(), call.restored_statistics()
     values = call.empty_statistics(statistics)
     cpu_library.attention_forward(

@@ -1,13 +1,16 @@
-"""What can be changed about the heads of one attention call."""
+"""HeadEdit: the changes to the heads of one attention call."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-Fill = Tensor | Literal["uniform", "identity"] | None
+from headscope._shapes import FillTensor, PerHead, PerKey
+
+Fill = Float[Tensor, "..."] | Literal["uniform", "identity"] | None
 
 
 @dataclass(frozen=True)
@@ -21,24 +24,23 @@ class HeadEdit:
     Gradients flow into every tensor of it.
 
     Attributes:
-        gate: [batch or 1, heads], floating; 1 keeps a head, 0 removes it. A gate of exactly 0 or 1 selects
-            instead of multiplying, so NaN in what is not selected stays out. None keeps every head.
-        fill: what takes a removed head's place: None (zeros), "uniform" (attention with q . k set to zero and masks,
+        gate: 1 keeps a head, 0 removes it. A gate of exactly 0 or 1 selects instead of multiplying, so NaN in the
+            branch that isn't selected stays out. None keeps every head.
+        fill: takes a removed head's place: None (zeros), "uniform" (attention with q . k set to zero and masks,
             key_bias and key_scale kept: the mean of the values a row may see), "identity" (each query's own value, as
             if attention were the identity; self-attention only), or a tensor broadcastable to
             [batch, heads, queries, dim_v] (a mean, a patch, another sample's output).
-        temperature: [batch or 1, heads], floating and positive (not checked: that would wait for the device); above 1
-            flattens a head's attention, below 1 sharpens it.
-        key_bias: [batch or 1, heads or 1, keys], floating, added to the logits; -inf mutes a key.
-        key_scale: [batch or 1, heads or 1, keys], floating, multiplies the probabilities after the softmax, which are
-            not renormalised; statistics don't see it.
+        temperature: positive (not checked: that would wait for the device); above 1 flattens a head's attention, below
+            1 sharpens it.
+        key_bias: added to the logits; -inf mutes a key.
+        key_scale: multiplies the probabilities after the softmax, which are not renormalised; statistics don't see it.
     """
 
-    gate: Tensor | None = None
+    gate: PerHead | None = None
     fill: Fill = None
-    temperature: Tensor | None = None
-    key_bias: Tensor | None = None
-    key_scale: Tensor | None = None
+    temperature: PerHead | None = None
+    key_bias: PerKey | None = None
+    key_scale: PerKey | None = None
 
     @classmethod
     def remove(
@@ -79,8 +81,10 @@ class _Blend(torch.autograd.Function):
         )
 
 
-def blend(attention: Tensor, gate: Tensor | None, fill: Tensor | None) -> Tensor:
-    """attention [batch, heads, queries, dim_v] with removed heads filled; gate [batch or 1, heads]."""
+def blend(
+    attention: Float[Tensor, "batch heads queries dim_v"], gate: PerHead | None, fill: FillTensor | None
+) -> Float[Tensor, "batch heads queries dim_v"]:
+    """Attention's output with removed heads filled."""
     if gate is None:
         return attention
     if fill is None:

@@ -1,8 +1,8 @@
-"""The formula's gradients, written out: what portable's backward does with one piece of the queries.
+"""The formula's gradients, written out: portable's backward of one piece of the queries.
 
 With P = probabilities, dP the gradient with respect to them and dS the one with respect to the logits,
 
-    dP = key_scale * (gate * dO . V^T) + what the statistics add        dS = P * (dP - rowsum(P * dP))
+    dP = key_scale * (gate * dO . V^T) + the statistics' share        dS = P * (dP - rowsum(P * dP))
     dQ = scale dS . K        dK = scale dS^T . Q        dV = (P * key_scale)^T . (gate * dO)
 
 and everything else is a sum of these. Only the statistics' formulas are differentiated by torch, so that users' own
@@ -12,8 +12,10 @@ need nothing more.
 from collections.abc import Collection, Sequence
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope._shapes import RowIndices, Scores, StatisticValue
 from headscope.ops.attend import for_every_head, scale_of, scores, weights_of
 from headscope.ops.call import Call
 
@@ -21,22 +23,22 @@ from headscope.ops.call import Call
 def gradients(
     call: Call,
     first_query: int,
-    grad_output: Tensor | None,
-    grad_statistics: Sequence[Tensor | None],
+    grad_output: Float[Tensor, "batch heads queries dim_v"] | None,
+    grad_statistics: Sequence[StatisticValue | None],
     wanted: Collection[str],
 ) -> dict[str, Tensor]:
     """The gradients of those of DIFFERENTIABLE that are wanted, each in its tensor's shape.
 
     Args:
         call: a piece of a call, whose tensors share one dtype (int32 and bool aside).
-        first_query: where its queries begin in the whole call.
-        grad_output: [batch, heads, queries, dim_v], or None for 0.
+        first_query: the index of its first query in the whole call.
+        grad_output: the output's cotangent, or None for 0.
         grad_statistics: for each statistic its cotangent in its shape, or None for 0.
     """
     logits, probabilities, rows = scores(call, first_query)
     found: dict[str, Tensor] = {}
     grad_probabilities, grad_logits = _of_statistics(call, logits, probabilities, rows, grad_statistics)
-    # what a removed head holds may be NaN; its statistics still look at it
+    # a removed head may hold NaN; its statistics still look at it
     removed = None if call.gate is None else (call.gate == 0)[..., None, None]
     silent = removed if grad_probabilities is None and grad_logits is None else None
     if grad_output is not None:
@@ -61,15 +63,21 @@ def gradients(
     return found
 
 
-def _without(removed: Tensor | None, tensor: Tensor) -> Tensor:
-    """The tensor [batch, heads, ...] with 0 for removed heads [batch or 1, heads, 1, 1]."""
+def _without(
+    removed: Bool[Tensor, "#batch heads 1 1"] | None, tensor: Float[Tensor, "#batch heads *rest"]
+) -> Float[Tensor, "#batch heads *rest"]:
+    """The tensor with 0 for removed heads."""
     return tensor if removed is None else tensor.masked_fill(removed, 0)
 
 
 def _of_statistics(
-    call: Call, logits: Tensor, probabilities: Tensor, rows: Tensor, grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, Tensor | None]:
-    """What the statistics add to dP and to dS, [batch, heads, queries, keys], or None."""
+    call: Call,
+    logits: Scores,
+    probabilities: Scores,
+    rows: RowIndices,
+    grads: Sequence[StatisticValue | None],
+) -> tuple[Scores | None, Scores | None]:
+    """The statistics' share of dP and of dS, or None."""
     pairs = [
         (statistic, grad)
         for statistic, grad in zip(call.restored_statistics(), grads, strict=True)
@@ -85,8 +93,12 @@ def _of_statistics(
 
 
 def _of_blend(
-    call: Call, probabilities: Tensor, grad_output: Tensor, wanted: Collection[str], found: dict[str, Tensor]
-) -> Tensor:
+    call: Call,
+    probabilities: Scores,
+    grad_output: Float[Tensor, "batch heads queries dim_v"],
+    wanted: Collection[str],
+    found: dict[str, Tensor],
+) -> Float[Tensor, "batch heads queries dim_v"]:
     """The gradient of the attention before gate and fill; those of gate and fill on the way."""
     if call.gate is None:
         return grad_output
@@ -101,9 +113,13 @@ def _of_blend(
 
 
 def _of_logits(
-    call: Call, grad_logits: Tensor, removed: Tensor | None, wanted: Collection[str], found: dict[str, Tensor]
+    call: Call,
+    grad_logits: Scores,
+    removed: Bool[Tensor, "#batch heads 1 1"] | None,
+    wanted: Collection[str],
+    found: dict[str, Tensor],
 ) -> None:
-    """Everything that the logits are made of."""
+    """The gradients of everything that the logits are made of."""
     scale = scale_of(call)
     if "query" in wanted or "temperature" in wanted:
         query_grad = _without(removed, (grad_logits @ for_every_head(call.key, call)) * scale)
@@ -121,7 +137,7 @@ def _of_logits(
         found["attn_mask"] = grad_logits.sum_to_size(call.attn_mask.shape)
 
 
-def _over_group(tensor: Tensor, call: Call) -> Tensor:
-    """[batch, heads, ...] summed over the heads that share a key head: [batch, kv_heads, ...]."""
+def _over_group(tensor: Float[Tensor, "batch heads *rest"], call: Call) -> Float[Tensor, "batch kv_heads *rest"]:
+    """The sum over the heads that share a key head."""
     kv_heads = call.key.shape[1]
     return tensor if kv_heads == tensor.shape[1] else tensor.unflatten(1, (kv_heads, -1)).sum(2)

@@ -7,10 +7,11 @@ for float64 inputs). The backward recomputes each chunk, so training needs no mo
 from collections.abc import Iterator
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from headscope.ops.attend import attend
-from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents
+from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, Results
 from headscope.ops.gradients import gradients
 
 # attend() holds about four score-sized tensors at once: 4 x 8 MiB
@@ -19,7 +20,7 @@ CHUNK_BYTES = 8 * 2**20
 _ROWS = ("query", "attn_mask", "fill")
 
 
-def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def forward(call: Call) -> Results:
     output, values = call.empty_output(), call.empty_statistics()
     statistics = call.restored_statistics()
     for statistic, value in zip(statistics, values, strict=True):
@@ -79,7 +80,9 @@ def _piece(call: Call, samples: slice, rows: slice) -> Call:
     return call._replace(**{name: cut(name) for name in DIFFERENTIABLE}, statistic_tensors=tensors)
 
 
-def _part(tensor: Tensor, samples: slice, rows: slice | None = None) -> Tensor:
+def _part(
+    tensor: Shaped[Tensor, "_batch ..."], samples: slice, rows: slice | None = None
+) -> Shaped[Tensor, "_batch ..."]:
     """The chunk's part of a tensor whose dimensions may be 1 where it broadcasts."""
     tensor = tensor[samples] if tensor.shape[0] > 1 else tensor
     return tensor[:, :, rows] if rows is not None and tensor.shape[2] > 1 else tensor

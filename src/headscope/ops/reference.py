@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from headscope.ops.attend import attend
-from headscope.ops.call import DIFFERENTIABLE, Call
+from headscope.ops.call import DIFFERENTIABLE, Call, Results
 
 
-def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def forward(call: Call) -> Results:
     """Differentiable any number of times: every operation is torch's own."""
     tensors = {name: _double(getattr(call, name)) for name in DIFFERENTIABLE}
     output, values = attend(call._replace(**tensors))

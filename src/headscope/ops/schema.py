@@ -12,9 +12,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, autocasts
+from headscope._shapes import StatisticValue
+from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, Results, autocasts
 from headscope.ops.ordinary import looks, unobserved
 
 _CALL = (
@@ -22,13 +24,13 @@ _CALL = (
     " Tensor? fill, Tensor? temperature, Tensor? key_bias, Tensor? key_scale, str[] statistics,"
     " Tensor[] statistic_tensors, bool training"
 )
-# the output, the statistics, and what the backward of this backend wants to have kept
+# the output, the statistics, and what this backend saves for its backward
 SCHEMA = f"({_CALL}) -> (Tensor, Tensor[], Tensor[])"
 BACKWARD_SCHEMA = (
     "(Tensor? grad_output, Tensor?[] grad_statistics, Tensor? attention, Tensor[] values, Tensor[] saved,"
     f" bool[] needed, {_CALL}) -> Tensor[]"
 )
-# where each backend's gradients come from: C++ has no backward of its own
+# the backend whose backward gives the gradients: C++ has none
 BACKWARDS = {"portable": "portable", "cpu": "portable", "triton": "triton"}
 
 
@@ -38,19 +40,19 @@ def default_scale(dim: int) -> float:
 
 
 def triton_saved(call: Call) -> list[Tensor]:
-    """What the Triton forward keeps: each row's largest logit, log2 of its sum, and the ungated output if need be."""
+    """Empty tensors for the Triton forward to save: each row's largest logit, log2 of its sum, the ungated output."""
     if not call.training:
         return []
-    kept = [call.empty_rows(), call.empty_rows()]
-    return kept if call.gate is None else [*kept, call.empty_output()]
+    saved = [call.empty_rows(), call.empty_rows()]
+    return saved if call.gate is None else [*saved, call.empty_output()]
 
 
-def _fake(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _fake(*arguments: Any) -> Results:
     call = Call(*arguments)
     return call.empty_output(), call.empty_statistics(), []
 
 
-def _triton_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _triton_fake(*arguments: Any) -> Results:
     call = Call(*arguments)
     return call.empty_output(), call.empty_statistics(), triton_saved(call)
 
@@ -80,7 +82,7 @@ def _as_written(call: Call) -> AbstractContextManager:
 _NOTHING = nullcontext()
 
 
-def _laid_out_like(tensor: Tensor, gradient: Tensor) -> Tensor:
+def _laid_out_like(tensor: Float[Tensor, "*shape"], gradient: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The gradient with the strides that the fake promises."""
     if tensor.is_contiguous() and gradient.stride() == tensor.stride():
         return gradient
@@ -90,7 +92,7 @@ def _laid_out_like(tensor: Tensor, gradient: Tensor) -> Tensor:
     return torch.empty_like(tensor).copy_(gradient)
 
 
-def _forward(backend: str, call: Call) -> Any:
+def _forward(backend: str, call: Call) -> Results:
     """The results of the schema, by a backend."""
     with _as_written(call):
         return _module(backend).forward(call)
@@ -112,17 +114,19 @@ def _backward_of(backend: str) -> Callable[..., Any]:
     return backward
 
 
-def _keep(ctx: Any, call: Call, output: Tensor, values: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
-    """Saves for the backward what `_gradients` reads.
-
-    Args:
-        output, values, saved: what the forward gave.
-    """
+def _save(
+    ctx: Any,
+    call: Call,
+    output: Float[Tensor, "batch heads queries dim_v"],
+    values: Sequence[StatisticValue],
+    saved: Sequence[Tensor],
+) -> None:
+    """Save a call and the forward's results for the backward: `_gradients` reads them."""
     ctx.set_materialize_grads(False)
     statistics = call.restored_statistics()
     fixed = [value for statistic, value in zip(statistics, values, strict=True) if not statistic.differentiable]
     ctx.mark_non_differentiable(*fixed, *saved)
-    # a backend that keeps nothing starts from the inputs again
+    # a backend that saves nothing starts from the inputs again
     results = []
     if saved:
         attention = saved[2] if len(saved) > 2 else output
@@ -135,22 +139,22 @@ def _gradients(
     ctx: Any,
     backend: str,
     needs: Sequence[Any],
-    grad_output: Tensor | None,
-    grad_values: Sequence[Tensor | None],
+    grad_output: Float[Tensor, "batch heads queries dim_v"] | None,
+    grad_values: Sequence[StatisticValue | None],
 ) -> dict[str, Any]:
     """The gradients of those of DIFFERENTIABLE that are needed, by name, None for the others.
 
     Args:
-        ctx: what `_keep` saved in.
+        ctx: the context that `_save` filled.
         backend: the forward's.
-        needs: whether a gradient is needed, in the order of Call.
+        needs: True where a gradient is needed, in the order of Call.
         grad_output, grad_values: the cotangents.
     """
     is_causal, scale, specs, tensor_count, has_results = ctx.layout
-    kept = list(ctx.saved_tensors)
-    inputs = dict(zip(DIFFERENTIABLE, kept, strict=False))
-    tensors = kept[len(DIFFERENTIABLE) : len(DIFFERENTIABLE) + tensor_count]
-    results = kept[len(DIFFERENTIABLE) + tensor_count :]
+    saved = list(ctx.saved_tensors)
+    inputs = dict(zip(DIFFERENTIABLE, saved, strict=False))
+    tensors = saved[len(DIFFERENTIABLE) : len(DIFFERENTIABLE) + tensor_count]
+    results = saved[len(DIFFERENTIABLE) + tensor_count :]
     call = Call(
         **inputs,
         is_causal=is_causal,
@@ -170,7 +174,7 @@ def _gradients(
         needed=needed,
     )
     with torch.no_grad():
-        found = _backward(BACKWARDS[backend], cotangents, call, kept)
+        found = _backward(BACKWARDS[backend], cotangents, call, saved)
     if torch.is_grad_enabled():
         # create_graph=True: nothing may quietly come out as a constant
         found = _OnlyOnce.apply(len(found), *found, *(tensor for tensor in inputs.values() if tensor is not None))
@@ -178,15 +182,15 @@ def _gradients(
     return {name: next(each) if need else None for name, need in zip(DIFFERENTIABLE, needed, strict=True)}
 
 
-def _backward(backend: str, cotangents: Cotangents, call: Call, kept: Sequence[Tensor | None]) -> Any:
-    given = (*kept, cotangents.output, *cotangents.statistics)
+def _backward(backend: str, cotangents: Cotangents, call: Call, saved: Sequence[Tensor | None]) -> list[Tensor]:
+    given = (*saved, cotangents.output, *cotangents.statistics)
     if unobserved() and looks(given) is not None:
         return _backward_of(backend)(*cotangents, *call)
     return getattr(torch.ops.headscope, f"{backend}_attention_backward").default(*cotangents, *call)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _keep(ctx, Call(*inputs), *output)
+    _save(ctx, Call(*inputs), *output)
 
 
 def _autograd_of(backend: str) -> Callable[..., Any]:
@@ -201,13 +205,13 @@ def _autograd_of(backend: str) -> Callable[..., Any]:
     return backward
 
 
-def dispatched(backend: str, call: Call) -> tuple[Tensor, Sequence[Tensor]]:
+def dispatched(backend: str, call: Call) -> tuple[Float[Tensor, "batch heads queries dim_v"], Sequence[StatisticValue]]:
     """The output and the statistics that a backend's operator gives."""
     return getattr(torch.ops.headscope, f"{backend}_attention").default(*call)[:2]
 
 
-def compute(backend: str, call: Call) -> tuple[Tensor, Sequence[Tensor]]:
-    """As `dispatched` gives for one of BACKWARDS, without torch's dispatcher.
+def compute(backend: str, call: Call) -> tuple[Float[Tensor, "batch heads queries dim_v"], Sequence[StatisticValue]]:
+    """The same of one of BACKWARDS, without torch's dispatcher.
 
     Only where nobody listens (`ordinary.unobserved`) and the tensors are ordinary ones (`ordinary.looks`).
     """
@@ -226,7 +230,7 @@ class _Operator(torch.autograd.Function):
     def forward(ctx: Any, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
         call = Call(*arguments)
         output, values, saved = _forward(backend, call)
-        _keep(ctx, call, output, values, saved)
+        _save(ctx, call, output, values, saved)
         ctx.backend = backend
         return output, *values
 

@@ -6,13 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents
+from headscope._shapes import StatisticValue
+from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, Results
 from headscope.ops.schema import triton_saved
 from headscope.ops.statistics import Statistic
 from headscope_kernels.attention import BoundStatistic, attention_backward, attention_forward, attention_key_mass
 
 
-def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def forward(call: Call) -> Results:
     statistics = call.restored_statistics()
     output, values, saved = call.empty_output(), call.empty_statistics(statistics), triton_saved(call)
     entries = list(zip(statistics, values, strict=True))
@@ -27,7 +28,7 @@ def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         "temperature": call.temperature,
         "key_bias": call.key_bias,
     }
-    first, *later = _passes([entry for entry in entries if not entry[0].sums_over_queries])
+    first, later = _passes([entry for entry in entries if not entry[0].sums_over_queries])
     attention_forward(
         call.query,
         call.key,
@@ -62,15 +63,15 @@ def forward(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 
 
 class _Job(NamedTuple):
-    """A statistic of one pass, where the pass writes it, and which part of a result that is (None: all of it)."""
+    """A statistic of one pass, the buffer that the pass writes, and the part of a result (None: all) to copy it to."""
 
     bound: BoundStatistic
-    buffer: Tensor
-    part: Tensor | None
+    buffer: StatisticValue
+    part: StatisticValue | None
 
 
-def _passes(entries: Sequence[tuple[Statistic, Tensor]]) -> list:
-    """The jobs of the pass that makes the output, then those of further passes, one each."""
+def _passes(entries: Sequence[tuple[Statistic, StatisticValue]]) -> tuple[list[_Job], list[_Job]]:
+    """The jobs of the pass that makes the output, and those of further passes, one each."""
     first, later = [], []
     for statistic, value in entries:
         pieces = statistic.kernel_pieces()
@@ -81,7 +82,7 @@ def _passes(entries: Sequence[tuple[Statistic, Tensor]]) -> list:
                 part = value[..., columns]
                 buffer = torch.empty_like(part, memory_format=torch.contiguous_format)
             (later if index else first).append(_Job(BoundStatistic(kernel, statistic.tensors), buffer, part))
-    return [first, *later]
+    return first, later
 
 
 def backward(call: Call, cotangents: Cotangents) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """How far attention reaches over an image."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensor
 from headscope.ops.statistics.statistic import BuiltIn
 
 
@@ -34,7 +36,9 @@ class Distance(BuiltIn):
                 raise ValueError(f"{argument}: got {value!r}, expected (height, width), two positive integers")
         super().__init__((*grids["grid"], *grids["key_grid"]), (), name)
 
-    def check(self, query: Tensor, key: Tensor) -> None:
+    def check(
+        self, query: Float[Tensor, "batch heads queries dim"], key: Float[Tensor, "batch kv_heads keys dim"]
+    ) -> None:
         height, width, key_height, key_width = self.constants
         for argument, tokens, size in (
             ("grid", query.shape[2], (height, width)),
@@ -45,7 +49,9 @@ class Distance(BuiltIn):
                     f"{self.name}: {argument} {size} has {size[0] * size[1]} tokens, the call has {tokens}"
                 )
 
-    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def formula(
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+    ) -> RowValue:
         width, key_width = self.constants[1], self.constants[3]
         columns = torch.arange(probabilities.shape[-1], device=rows.device)
         down = rows[:, None] // width - columns // key_width

@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int32, Integer
 from torch import Tensor
 
+from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensor
 from headscope.ops.statistics.statistic import Statistic
 
 # group statistics of one fused pass: wider accumulators would not fit a program's registers
@@ -18,7 +20,13 @@ _INTEGERS = (
 class _Groups(Statistic):
     tensor_count = 1
 
-    def __init__(self, groups: Tensor, count: int, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        groups: Integer[Tensor, " keys"] | Integer[Tensor, "#batch keys"],
+        count: int,
+        *,
+        name: str | None = None,
+    ) -> None:
         if not isinstance(groups, Tensor) or groups.dtype not in _INTEGERS:
             kind = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
             raise TypeError(f"groups: got {kind}, expected an integer tensor of one group id per key")
@@ -40,15 +48,19 @@ class _Groups(Statistic):
     def shape(self, batch: int, heads: int, queries: int, keys: int) -> tuple[int, ...]:
         return (batch, heads, queries, int(self.constants[0]))
 
-    def check(self, query: Tensor, key: Tensor) -> None:
+    def check(
+        self, query: Float[Tensor, "batch heads queries dim"], key: Float[Tensor, "batch kv_heads keys dim"]
+    ) -> None:
         super().check(query, key)
         if self.tensors[0].shape[2] != key.shape[2]:
             raise ValueError(
                 f"statistics: {self.name!r} has groups for {self.tensors[0].shape[2]} keys, expected {key.shape[2]}"
             )
 
-    def members(self, groups: Tensor, dtype: torch.dtype) -> Tensor:
-        """[batch or 1, 1, keys, count], 1 where a key belongs to a group."""
+    def members(
+        self, groups: Int32[Tensor, "#batch #heads keys"], dtype: torch.dtype
+    ) -> Float[Tensor, "#batch #heads keys groups"]:
+        """1 where a key belongs to a group, else 0."""
         ids = torch.arange(int(self.constants[0]), device=groups.device, dtype=groups.dtype)
         return (groups[..., None] == ids).to(dtype)
 
@@ -68,10 +80,10 @@ class _Groups(Statistic):
 
 
 class GroupMass(_Groups):
-    """sum of p over the keys of each group, [batch, heads, queries, count].
+    """sum of p over the keys of each group.
 
     Args:
-        groups: integers [keys] or [batch or 1, keys], the group of each key, 0 to count - 1; -1: in none.
+        groups: integers, the group of each key, 0 to count - 1; -1: in none. One row of them, or one for each sample.
         count: the number of groups.
         name: its key in `result.statistics`.
 
@@ -84,16 +96,20 @@ class GroupMass(_Groups):
     description = "sum of p over the keys of each group"
     differentiable = True
 
-    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def formula(
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+    ) -> Float[Tensor, "batch heads queries groups"]:
         return probabilities @ self.members(tensors[0], probabilities.dtype)
 
-    def row_constant(self, grad: Tensor, value: Tensor) -> Tensor:
+    def row_constant(
+        self, grad: Float[Tensor, "batch heads queries groups"], value: Float[Tensor, "batch heads queries groups"]
+    ) -> RowValue:
         # gradient_j is the cotangent of j's group
         return (grad * value).sum(-1)
 
 
 class GroupEntropy(_Groups):
-    """The entropy of p renormalised within each group, [batch, heads, queries, count]. Nats.
+    """The entropy of p renormalised within each group. Nats.
 
     0 for a group without mass. In float32 a weight below 2^-126 of the row's largest counts as nothing: a group is
     right as long as its own largest weight is at least 2^-96 of the row's; a fainter one loses its faintest keys and,
@@ -106,7 +122,9 @@ class GroupEntropy(_Groups):
     unit = "nats"
     description = "entropy of p renormalised within each group"
 
-    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def formula(
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+    ) -> Float[Tensor, "batch heads queries groups"]:
         if not logits.shape[-1]:
             return logits.new_zeros((*logits.shape[:-1], int(self.constants[0])))
         # weights relative to the row's largest, and their logarithms: small probabilities have few digits

@@ -1,12 +1,14 @@
-"""What each key receives."""
+"""The attention that each key receives."""
 
+from jaxtyping import Float
 from torch import Tensor
 
+from headscope._shapes import RowIndices, Scores, StatisticTensor
 from headscope.ops.statistics.statistic import Statistic
 
 
 class KeyMass(Statistic):
-    """sum over queries of p, [batch, heads, keys]: the attention that a key receives. Queries.
+    """sum over queries of p, for each key: the attention that it receives. Queries.
 
     It needs every row's logsumexp first, so it comes from a second pass over the keys.
     """
@@ -19,5 +21,7 @@ class KeyMass(Statistic):
     def shape(self, batch: int, heads: int, queries: int, keys: int) -> tuple[int, ...]:
         return (batch, heads, keys)
 
-    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def formula(
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+    ) -> Float[Tensor, "batch heads keys"]:
         return probabilities.sum(-2)

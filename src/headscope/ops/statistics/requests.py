@@ -1,9 +1,8 @@
-"""From what a caller asks for to what an operator is told, and back."""
+"""Statistics as a caller asks for them, and as an operator knows them."""
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor
-
+from headscope._shapes import StatisticTensor
 from headscope.ops.statistics.statistic import CLASSES, STATISTICS, Statistic, restore
 
 
@@ -53,7 +52,7 @@ def requested_statistics(
     return tuple(chosen)
 
 
-def restore_statistics(specs: Sequence[str], tensors: Sequence[Tensor]) -> list[Statistic]:
+def restore_statistics(specs: Sequence[str], tensors: Sequence[StatisticTensor]) -> list[Statistic]:
     """The statistics that an operator was asked for: `specs` name them, `tensors` are those of all of them in turn."""
     restored = []
     first = 0

@@ -1,8 +1,8 @@
 """Statistics that the softmax's running maximum and sums say almost for free: one number per row."""
 
 import torch
-from torch import Tensor
 
+from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensor
 from headscope.ops.statistics.statistic import BuiltIn, dead_rows
 
 
@@ -14,11 +14,13 @@ class Entropy(BuiltIn):
     description = "-sum_j p ln p"
     differentiable = True
 
-    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def formula(
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+    ) -> RowValue:
         logarithm = torch.where(probabilities == 0, 1, probabilities).log()
         return -(probabilities * logarithm).sum(-1)
 
-    def row_constant(self, grad: Tensor, value: Tensor) -> Tensor:
+    def row_constant(self, grad: RowValue, value: RowValue) -> RowValue:
         # gradient_j = -grad ln p_j
         return grad * value
 
@@ -32,12 +34,14 @@ class LogSumExp(BuiltIn):
     differentiable = True
     constant_gradient = True
 
-    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def formula(
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+    ) -> RowValue:
         dead = dead_rows(logits)
         finite = torch.where(dead.unsqueeze(-1), 0, logits)
         return torch.where(dead, -torch.inf, finite.logsumexp(-1)) if logits.shape[-1] else finite.logsumexp(-1)
 
-    def row_constant(self, grad: Tensor, value: Tensor) -> Tensor:
+    def row_constant(self, grad: RowValue, value: RowValue) -> RowValue:
         # d logsumexp / d logit_j = p_j, which a constant of -1 in the softmax's own gradient gives
         return torch.where(value == -torch.inf, 0, -grad)
 
@@ -49,7 +53,9 @@ class MaxLogit(BuiltIn):
     unit = "nats"
     description = "max_j logit"
 
-    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def formula(
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+    ) -> RowValue:
         if logits.shape[-1] == 0:
             return logits.new_full(logits.shape[:-1], -torch.inf)
         return logits.amax(-1)
@@ -62,7 +68,9 @@ class MaxProb(BuiltIn):
     unit = "probability"
     description = "max_j p"
 
-    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def formula(
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+    ) -> RowValue:
         return _largest(probabilities)
 
 
@@ -73,7 +81,9 @@ class CollisionEntropy(BuiltIn):
     unit = "nats"
     description = "-ln sum_j p^2"
 
-    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def formula(
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+    ) -> RowValue:
         # relative to the largest, so that small probabilities don't underflow
         largest = _largest(probabilities)
         dead = largest == 0
@@ -82,7 +92,7 @@ class CollisionEntropy(BuiltIn):
         return torch.where(dead, 0, -(torch.where(dead, 1, total).log() + 2 * safe.log()))
 
 
-def _largest(probabilities: Tensor) -> Tensor:
+def _largest(probabilities: Scores) -> RowValue:
     """max_j p, 0 where there are no keys."""
     if probabilities.shape[-1] == 0:
         return probabilities.new_zeros(probabilities.shape[:-1])

@@ -1,4 +1,4 @@
-"""What a statistic is. A new one is one class in one file; no backend names any of them.
+"""Statistic, the class of all statistics. A new one is one class in one file; no backend names any of them.
 
 A statistic states its torch formula, which the plain-torch backends evaluate (and differentiate), and, if it is to run
 inside the fused GPU pass, its Triton functions. Defining the class registers it under its key.
@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensor, StatisticValue
 
 # every statistic there is, by key
 CLASSES: dict[str, type["Statistic"]] = {}
@@ -19,21 +22,21 @@ STATISTICS: dict[str, "Statistic"] = {}
 
 
 class Statistic:
-    """A number (or a vector) for each attention row, or for each key.
+    """A number (or a vector) for each attention row, or a number for each key.
 
     Attributes:
-        key: what it is registered as.
+        key: its name among all statistics.
         unit: its unit, for tables and axes.
         description: its definition in a line.
-        differentiable: whether gradients flow through it; the others are marked non-differentiable.
-        constant_gradient: `row_constant` says all of its gradient, so that the Triton backward needs no function of it.
-        sums_over_queries: the result is the sum of the formula's results over pieces of the queries (so its shape
-            has no queries in it), and comes from a second pass.
+        differentiable: True if gradients flow through it; the others are marked non-differentiable.
+        constant_gradient: True if `row_constant` is all of its gradient: the Triton backward needs no function of it.
+        sums_over_queries: True if the result is the sum of the formula's results over pieces of the queries (so its
+            shape has no queries in it), and comes from a second pass.
         tensor_count: how many tensors it works with.
         constants: ints and floats that the formula depends on; part of what is compiled.
-        tensors: data, each [batch or 1, heads or 1, length] and int32 or float32.
+        tensors: its data, int32 or float32.
         name: the key it has in `result.statistics`; its own `key` unless told otherwise.
-        spec: key and constants as a string: what the torch operator is told.
+        spec: key and constants as a string, by which the torch operator knows it.
 
     Raises:
         ValueError: a subclass takes the key of a built-in statistic, or lacks one.
@@ -48,7 +51,10 @@ class Statistic:
     tensor_count: ClassVar[int] = 0
 
     def __init__(
-        self, constants: tuple[int | float, ...] = (), tensors: tuple[Tensor, ...] = (), name: str | None = None
+        self,
+        constants: tuple[int | float, ...] = (),
+        tensors: tuple[StatisticTensor, ...] = (),
+        name: str | None = None,
     ) -> None:
         self.constants = constants
         self.tensors = tensors
@@ -75,13 +81,14 @@ class Statistic:
         """The result's shape: [batch, heads, queries] unless overridden."""
         return (batch, heads, queries)
 
-    def formula(self, logits: Tensor, probabilities: Tensor, rows: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    def formula(
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+    ) -> StatisticValue:
         """The statistic in plain torch.
 
         Args:
-            logits, probabilities: [batch, heads, queries, keys]; a row without any valid key has logits of -inf and
-                probabilities of 0.
-            rows: [queries], the indices of these queries in the whole call: formulas see a piece of them at a time.
+            logits, probabilities: a row without any valid key has logits of -inf and probabilities of 0.
+            rows: the indices of these queries in the whole call: formulas see a piece of them at a time.
             tensors: this statistic's tensors, cut to the same samples.
 
         Returns:
@@ -97,19 +104,20 @@ class Statistic:
         """Its Triton functions in as many pieces as passes are needed, and which columns of the result each gives."""
         return [(self.kernel(), slice(None))]
 
-    def row_constant(self, grad: Tensor, value: Tensor) -> Tensor:
+    def row_constant(self, grad: StatisticValue, value: StatisticValue) -> RowValue:
         """sum_j p_j * gradient_j of each row, for the Triton backward of a differentiable statistic.
 
         Args:
             grad, value: the cotangent and the value of the statistic, in its shape.
 
-        Returns:
-            [batch, heads, queries]. `gradient_j` is what the Triton function `gradient` returns for key j.
+        `gradient_j` is the result of the Triton function `gradient` for key j.
         """
         raise NotImplementedError(f"{type(self).__name__} has no row_constant")
 
-    def check(self, query: Tensor, key: Tensor) -> None:
-        """Raise ValueError if it doesn't fit a call on query [batch, heads, queries, dim] and key."""
+    def check(
+        self, query: Float[Tensor, "batch heads queries dim"], key: Float[Tensor, "batch kv_heads keys dim"]
+    ) -> None:
+        """Raise ValueError if it doesn't fit a call on query and key."""
         for tensor in self.tensors:
             expected = (query.shape[0], query.shape[1])
             if tensor.device != query.device:
@@ -124,7 +132,7 @@ class Statistic:
         return f"{type(self).__name__}({self.spec})"
 
 
-def restore(spec: str, tensors: Sequence[Tensor]) -> Statistic:
+def restore(spec: str, tensors: Sequence[StatisticTensor]) -> Statistic:
     """The statistic that `spec` names, on these tensors; the inverse of `statistic.spec`."""
     if spec in STATISTICS:
         return STATISTICS[spec]
@@ -147,6 +155,6 @@ def _is_built_in(cls: type) -> bool:
     return cls.__module__.startswith("headscope.")
 
 
-def dead_rows(logits: Tensor) -> Tensor:
-    """[..., queries], True where no key is valid."""
+def dead_rows(logits: Scores) -> Bool[Tensor, "batch heads queries"]:
+    """True where no key is valid."""
     return (logits == -torch.inf).all(-1)

@@ -1,0 +1,35 @@
+"""The names of dimensions in annotations, and the shapes that many functions share.
+
+`Float[Tensor, "batch heads queries dim"]` is a floating-point tensor of four dimensions. Within the arguments and the
+result of one function a name stands for one size. `#batch` is that size or 1, `_length` any size, and `...` any number
+of dimensions. Annotations cost nothing when the code runs; the tests check them (tests/shapes.py).
+
+    batch       samples
+    heads       attention heads; kv_heads: those of keys and values, a divisor of heads
+    queries     tokens that attend
+    keys        tokens that are attended to
+    dim         channels of each query and key; dim_v: of each value
+    groups      groups of keys
+"""
+
+from jaxtyping import Bool, Float, Int32, Int64
+from torch import Tensor
+
+# logits, probabilities and gradients with respect to them
+Scores = Float[Tensor, "batch heads queries keys"]
+# the indices of a piece's queries in the whole call
+RowIndices = Int64[Tensor, " queries"]
+# added to the logits, or True where a query may attend to a key
+Mask = Bool[Tensor, "#batch #heads #queries #keys"] | Float[Tensor, "#batch #heads #queries #keys"]
+# gate and temperature of an edit
+PerHead = Float[Tensor, "#batch heads"]
+# key_bias and key_scale of an edit
+PerKey = Float[Tensor, "#batch #heads keys"]
+# an edit's fill, which takes the place of a removed head's output
+FillTensor = Float[Tensor, "#batch #heads #queries #dim_v"]
+# a number for each query
+RowValue = Float[Tensor, "batch heads queries"]
+# a statistic's result: a number or a vector for each row, or a number for each key
+StatisticValue = Float[Tensor, "batch heads ..."]
+# what a statistic's formula reads beside the probabilities
+StatisticTensor = Int32[Tensor, "#batch #heads _length"] | Float[Tensor, "#batch #heads _length"]
