@@ -217,7 +217,7 @@ def _heads(table: pl.DataFrame, names: Names) -> list[tuple[str, int]]:
 
 
 def _notes(names: Names, when: str, write: Callable[..., str] | None) -> pl.Expr:
-    """What hovering over a cell says."""
+    """The text that is shown while hovering over a cell."""
     return pl.struct("site", "head", when, "value", "low", "high", "sources").map_elements(
         lambda row: (
             f"<b>{plot_text(names.head(row['site'], row['head']))}</b>, {_when(row[when])}<br>{_estimate(row, write)}"

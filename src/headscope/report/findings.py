@@ -1,4 +1,4 @@
-"""What the report says in words: every sentence is computed from the numbers."""
+"""The sentences of the report, each computed from the numbers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

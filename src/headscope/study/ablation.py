@@ -115,7 +115,7 @@ def confirm_heads(ablations_confirm: pl.DataFrame, ranking: pl.DataFrame | None 
 
 
 def rank_distances(generations: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
-    """How far removing a head moves the drawn image: see `DISTANCE`. Exploratory.
+    """The distance that removing a head moves the drawn image: see `DISTANCE`. Exploratory.
 
     Returns a table: group, fill, rank, site, head, value, low, high, sources, exploratory.
     """

@@ -1,4 +1,4 @@
-"""What a sweep measured beside entropies, the loss without single heads and the distance of drawn images.
+"""Scores of a sweep beside entropies, the loss without single heads and the distance of drawn images.
 
 Sets of heads that were edited together, further scores (the distance of predictions, the error of the implied clean
 image, those of drawn images, those of the user's own) and attributions. Nothing is ranked or tested.
@@ -77,7 +77,7 @@ def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Sc
             if any(name in pair for pair in PAIRS.values()) or name in _SHOWN.get(kind, ()):
                 continue
             whole, left_out = finite(rows, name)
-            values = _each(whole, lambda own, name=name: means(own, name, _by(own), _bands(own), seed))
+            values = _each(whole, lambda part, name=name: means(part, name, _by(part), _bands(part), seed))
             found.append(Score(kind, name, _title(edited, name), _definition(edited, name), False, values, left_out))
     return found
 
@@ -92,9 +92,9 @@ def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int, left_out:
     short = "loss" if first == "clean" else "error"
     unit = "In units of the loss." if first == "clean" else "In squared units of what the model denoises."
     tables: list[list[pl.DataFrame]] = [[], []]
-    for group_fill, own in rows.group_by("group", "fill", maintain_order=True):
-        for part, table in zip(tables, degradations(own, _by(own), _bands(own), seed, test=False), strict=True):
-            part.append(_labelled(table.drop("p_value"), group_fill))
+    for group_fill, part in rows.group_by("group", "fill", maintain_order=True):
+        for found, table in zip(tables, degradations(part, _by(part), _bands(part), seed, test=False), strict=True):
+            found.append(_labelled(table.drop("p_value"), group_fill))
     name = "loss" if first == "clean" else "x0"
     definitions = RELATIVE.format(of=short), f"{ABSOLUTE.format(of=short)} {unit}"
     return [
@@ -106,8 +106,8 @@ def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int, left_out:
 def _each(rows: pl.DataFrame, estimate) -> pl.DataFrame:
     """The estimates of every group and fill."""
     return pl.concat(
-        _labelled(estimate(own), group_fill)
-        for group_fill, own in rows.group_by("group", "fill", maintain_order=True)
+        _labelled(estimate(part), group_fill)
+        for group_fill, part in rows.group_by("group", "fill", maintain_order=True)
     )  # fmt: skip
 
 

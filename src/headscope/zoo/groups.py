@@ -278,7 +278,7 @@ class Photographs(ImageGroup):
 
 
 def _has_content(image: np.ndarray) -> bool:
-    """Whether the channels' mean varies by a standard deviation of more than 24 levels, decided in integers."""
+    """True if the channels' mean varies by a standard deviation of more than 24 levels, decided in integers."""
     brightness = image.astype(np.int64).sum(axis=-1)
     count = brightness.size
     return int(count * (brightness * brightness).sum() - brightness.sum() ** 2) > (3 * 24 * count) ** 2
