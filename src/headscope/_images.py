@@ -53,12 +53,16 @@ def read_image(source: Path | bytes) -> np.ndarray:
 
 def read_square(source: Path | bytes, size: int) -> np.ndarray:
     """The central square of `read_image`, at another size (bicubic): uint8 [size, size, 3]. Raises as it does."""
-    image_module = require("PIL.Image", "study")
     image = read_image(source)
     side = min(image.shape[:2])
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    square = image_module.fromarray(image[top : top + side, left : left + side])
-    return np.asarray(square.resize((size, size), image_module.Resampling.BICUBIC))
+    return resized(image[top : top + side, left : left + side], size)
+
+
+def resized(image: np.ndarray, size: int) -> np.ndarray:
+    """A square image at another size, uint8 [n, n] or [n, n, 3], by Pillow's bicubic filter."""
+    image_module = require("PIL.Image", "study")
+    return np.asarray(image_module.fromarray(image).resize((size, size), image_module.Resampling.BICUBIC))
 
 
 def as_shown(picture: Any, largest: int | None = None, negative: bool = False, levels: int = 1) -> np.ndarray:

@@ -257,6 +257,11 @@ def degradations(
     )
 
 
+def with_holm(table: pl.DataFrame) -> pl.DataFrame:
+    """The table of one family with a column p_holm, corrected from its p_value: see `holm`."""
+    return table.with_columns(pl.Series("p_holm", holm(table["p_value"].to_list()), pl.Float64))
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Corrected p-values of one family, in the given order: see `HOLM`. None stays None and is not counted."""
     tested = [index for index, p in enumerate(p_values) if p is not None]
