@@ -1,4 +1,4 @@
-"""What a call of headscope.attention takes on the host, layer by layer, from the function down to the driver.
+"""The host's time of a call of headscope.attention, layer by layer, from the function down to the driver.
 
     python bench/host_time.py [--dim 64] [--dtype float16] [--rounds 200] [--out FILE.json]
 
@@ -49,18 +49,18 @@ _NOTHING = nullcontext()
 
 
 def arguments_of(owner: Any, name: str, call: Callable[[], object]) -> tuple[tuple, dict[str, Any]]:
-    """What a function or method is given in a call of another."""
-    taken: list[tuple[tuple, dict[str, Any]]] = []
+    """The arguments that a function or method receives in a call of another."""
+    received: list[tuple[tuple, dict[str, Any]]] = []
     function = getattr(owner, name)
 
     def recorded(*arguments: Any, **options: Any) -> Any:
-        taken.append((arguments, options))
+        received.append((arguments, options))
         return function(*arguments, **options)
 
     setattr(owner, name, recorded)
     call()
     setattr(owner, name, function)
-    return taken[0]
+    return received[0]
 
 
 def layers(dim: int, dtype: torch.dtype, device: str) -> Layers:

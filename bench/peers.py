@@ -1,4 +1,4 @@
-"""Attention calls to compare: headscope's, and what a user would pick instead, on the same tensors."""
+"""The attention calls that benchmarks compare: headscope's, and its peers' on the same tensors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class Shape:
         return (10 if backward else 4) * self.batch * self.heads * self.queries * self.keys * self.dim
 
     def bytes(self, element: int, backward: bool) -> int:
-        """What has to be read and written once: q, k, v and the output; backward also their gradients."""
+        """The bytes that must be read and written once: q, k, v and the output; backward also their gradients."""
         tokens = 2 * self.queries + 2 * self.keys
         return (2 if backward else 1) * self.batch * self.heads * tokens * self.dim * element
 
@@ -95,7 +95,7 @@ def lengths(device: str) -> list[Shape]:
 
 
 def materialised(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """What a hook that stores the matrix does."""
+    """Output and entropy from the stored matrix, as a hook would compute them."""
     probabilities = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
     entropy = -(probabilities * probabilities.clamp_min(torch.finfo(query.dtype).tiny).log()).sum(-1)
     return probabilities @ value, entropy

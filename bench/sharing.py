@@ -1,10 +1,10 @@
-"""What sharing the clean forward's work leaves to do, counted: floating-point operations of a sweep of every head.
+"""Operations that sharing the clean forward leaves to a sweep of every head, against whole forwards; counted.
 
     python bench/sharing.py [--out bench/results]
 
 For each denoiser, at its real size and resolution: the operations of one whole forward of a row, and of a row in which
-one head of a site is edited and everything that finished before that site is taken over, averaged over all heads; and
-the memory that the clean outputs of one item take, which are kept for edits of every site, in a type of 16 bits. No
+one head of a site is edited and the clean outputs before that site are used again, averaged over all heads; and the
+memory of one item's clean outputs, which are stored for edits of every site, in a type of 16 bits. No
 weight is allocated (torch's meta device), so nothing is timed: a speed-up is at most the ratio. Which calls can be left
 out is learned on a stand-in of the same depth and a fraction of the width, whose forwards are really run and checked.
 """
@@ -37,7 +37,7 @@ TITLES = {
 
 
 def learned(build: Build) -> tuple[Prefix, dict[str, int]]:
-    """What edits of each site leave as it was, and each site's heads."""
+    """The calls that edits of each site don't change, and each site's heads."""
     torch.manual_seed(0)
     built = build(DEEP)
     model = built.model
@@ -82,7 +82,7 @@ def counted(build: Build) -> dict[str, float]:
     edited = {}
     with full.clean(frozenset([site]) for site in heads):
         operations()
-    kept = {leaf.untyped_storage()._cdata: leaf.untyped_storage() for leaf in tree_leaves(full._values)}
+    stored = {leaf.untyped_storage()._cdata: leaf.untyped_storage() for leaf in tree_leaves(full._values)}
     for site in heads:
         with full.replay(frozenset([site]), rows):
             edited[site] = operations()
@@ -96,7 +96,7 @@ def counted(build: Build) -> dict[str, float]:
         "least_left": min(edited.values()) / whole,
         "most_left": max(edited.values()) / whole,
         # counted in float32; half of it in a type of 16 bits
-        "kept_gib_16_bit": sum(storage.nbytes() for storage in kept.values()) / 2 / 2**30,
+        "kept_gib_16_bit": sum(storage.nbytes() for storage in stored.values()) / 2 / 2**30,
     }
 
 

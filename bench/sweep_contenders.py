@@ -34,7 +34,7 @@ WHOLE = "headscope"
 
 @contextmanager
 def two_passes() -> Iterator[None]:
-    """Inside, edited attention is torch's own, and the gate comes after it: what the fused kernel saves."""
+    """Inside, edited attention is torch's, and the gate is a second pass, which the fused kernel saves."""
 
     def attention(query, key, value, *, edit, statistics, **options) -> AttentionResult:
         assert edit.fill is None, "zeros"
@@ -182,7 +182,7 @@ def joining(denoiser: Any, site: str) -> list[nn.Module]:
 
 
 class Engine:
-    """One unit of ablations, computed and kept in memory."""
+    """One unit of ablations, whose tables stay in memory."""
 
     def __init__(self, models: Models, contender: Contender, sites: tuple[str, ...]) -> None:
         self.opened = models.open(contender, sites)

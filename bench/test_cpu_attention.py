@@ -192,7 +192,7 @@ def measure(benchmark, shape, dtype, names: list[str] | None = None) -> list[dic
 
 
 def peaks() -> dict | None:
-    """What the cores can do at most, measured now; None without a compiler."""
+    """The peaks of the cores, measured now; None without a compiler."""
     compiler = shutil.which("c++")
     if compiler is None:
         return None

@@ -1,4 +1,4 @@
-"""Kernels compiled before the card is asked, by as many processes as there are cores, into Triton's own cache.
+"""Kernels compiled before the card is asked, by as many processes as there are cores, into Triton's cache.
 
 A job is a call as the stage will make it, on CPU tensors of the same layout: Triton compiles for the card and hands its
 launcher's arguments to a driver that isn't one (tests/stand_in.py). The binaries are those of the launches to come

@@ -1,4 +1,4 @@
-"""Every candidate configuration, checked and timed beside torch's kernels, each in a process of its own.
+"""Every candidate configuration, checked and timed beside torch's kernels, each in a separate process.
 
 Processes of a wave check side by side; one that says nothing hangs, and is killed. Then those that are right are timed,
 one process after the other, while the others are idle. choices.json holds the table from which configs.py chooses.
@@ -84,22 +84,22 @@ def _wave(report: Report, device: Card, wave: list[list[Candidate]], rows: list[
             for worker, candidate in asked:
                 answer = worker.answer(end - time.monotonic())
                 if answer.error or any(not value <= 1 for value in answer.result.values()):
-                    _told(report, rows, candidate, None, answer.error or f"wrong: {answer.result}")
+                    _report_candidate(report, rows, candidate, None, answer.error or f"wrong: {answer.result}")
                 else:
                     sound.append((worker, candidate))
         for worker, candidate in sound:
             if not worker.alive:
-                _told(report, rows, candidate, None, "its process ended at another shape")
+                _report_candidate(report, rows, candidate, None, "its process ended at another shape")
                 continue
             worker.send(timed, (*candidate, report.mode))
             answer = worker.answer(min(SECONDS_TO_TIME, report.left()))
-            _told(report, rows, candidate, answer.result, answer.error)
+            _report_candidate(report, rows, candidate, answer.result, answer.error)
     finally:
         for worker in workers:
             worker.end()
 
 
-def _told(
+def _report_candidate(
     report: Report, rows: list[dict[str, Any]], candidate: Candidate, times: dict[str, Any] | None, error: str | None
 ) -> None:
     name, shape, configuration = candidate

@@ -1,7 +1,7 @@
-"""The operator's contract and its gradients on the card, and what only a card can show, over processes.
+"""The stage `contract`: the tests of the operator's contract and gradients on the card, and those that need one.
 
-A test that loses the card ends its process, not the others' (told.py). It is then run once more by itself, and only
-fails if it does so again.
+A test that loses the card ends its process, not the others' (pytest_lines.py). It is then run once more by itself, and
+only fails if it does so again.
 """
 
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from card.device import Card, Tests, open_device, program, python
+from card.pytest_lines import MARK
 from card.stage import Report
-from card.told import MARK
 from card.workers import in_processes, is_broken
 
 # between lines that say how many have passed
@@ -26,11 +26,11 @@ CRASHED = "crashed while running"
 def run(report: Report, device: Card) -> None:
     report.wait_for_turn()
     with tempfile.TemporaryDirectory() as folder:
-        told(report, device, device.tests(Path(folder)), report.left())
+        run_tests(report, device, device.tests(Path(folder)), report.left())
 
 
-def told(report: Report, device: Card, tests: Tests, seconds: float) -> None:
-    """Runs tests, and tells which fail."""
+def run_tests(report: Report, device: Card, tests: Tests, seconds: float) -> None:
+    """Run tests, and report which fail."""
     outcomes = {"passed": 0, "failed": 0, "skipped": 0, "lost the card": 0}
     report.facts.setdefault("outcomes", []).append(outcomes)
     lost: dict[str, str] = {}
@@ -63,7 +63,7 @@ def told(report: Report, device: Card, tests: Tests, seconds: float) -> None:
 
 
 def again(report: Report, device: Card, tests: Tests, lost: dict[str, str], ends: float) -> None:
-    """Each of them in a fresh process."""
+    """Run each of the lost tests in a fresh process."""
     tasks = [(name, tests, report.mode) for name in lost]
     count = max(1, device.processes // 2)
     for answer in in_processes(alone, tasks, count=count, seconds_each=90.0, left=lambda: ends - time.monotonic()):
@@ -78,7 +78,7 @@ def again(report: Report, device: Card, tests: Tests, lost: dict[str, str], ends
 
 
 def alone(task: tuple[str, Tests, str]) -> str:
-    """Why a test fails in a process of its own; empty if it doesn't."""
+    """The reason why a test fails in a separate process; empty if it passes."""
     name, tests, mode = task
     for test in outcomes_of(open_device(mode), replace(tests, files=(name,)), 80.0, 0):
         if test["outcome"] == "failed":
@@ -89,13 +89,15 @@ def alone(task: tuple[str, Tests, str]) -> str:
     return "its process ended without a word: " + " / ".join(_last[-5:])
 
 
-# the output's last lines, where it isn't of tests
+# the last lines of the output that aren't of tests
 _last: list[str] = []
 
 
 def outcomes_of(device: Card, tests: Tests, seconds: float, processes: int) -> Iterator[dict[str, Any]]:
-    """Every test's outcome as pytest tells of it, until the time is over."""
-    command = python("-m", "pytest", "-q", "--tb=short", "-m", tests.marker, "-n", str(processes), "-p", "card.told")
+    """Every test's outcome as pytest reports it, until the time is over."""
+    command = python(
+        "-m", "pytest", "-q", "--tb=short", "-m", tests.marker, "-n", str(processes), "-p", "card.pytest_lines"
+    )
     # pyproject.toml makes errors of warnings, some of which are torch's at first use
     command += ["-W", "default", "--max-worker-restart", "500", "-p", "no:cacheprovider", *tests.files]
     _last.clear()

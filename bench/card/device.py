@@ -40,7 +40,7 @@ class Replay:
     Attributes:
         run: returns the device's seconds for one call.
         host_seconds: of one call made from Python.
-        calls: kept, because a graph reads their tensors.
+        calls: referred to here because a graph reads their tensors.
     """
 
     run: Callable[[], float]
@@ -66,7 +66,7 @@ class Card:
         processes: that compile or test at once.
         rounds: of interleaved timing.
         target: as `candidates` takes it.
-        candidate_seconds: a candidate that says nothing for so long hangs.
+        candidate_seconds: after which a candidate that has sent nothing counts as hanging.
         compile_seconds: that FlexAttention may take to compile.
     """
 
@@ -94,11 +94,11 @@ class Card:
         return list(shapes)
 
     def tokens(self, count: int) -> int:
-        """So many, or as many as a rehearsal can take."""
+        """That number, or as many as a rehearsal can take."""
         return count
 
     def jobs(self, jobs: Sequence[Any]) -> Sequence[Any]:
-        """What is compiled ahead."""
+        """The jobs that are compiled ahead."""
         return jobs
 
     def clocks(self) -> dict[str, str]:
@@ -164,7 +164,7 @@ class Card:
         return [shape.tensors(self.torch_device, dtype) for _ in range(count)]
 
     def ceilings(self) -> dict[str, float]:
-        """What a large matrix product and a large copy reach."""
+        """The speeds of a large matrix product and a large copy."""
         left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
         block = torch.empty(2**31, device="cuda", dtype=torch.int8)
         other = torch.empty_like(block)
@@ -221,11 +221,11 @@ class Card:
         return ["--model", "sd15", "--device", "cuda", "--dtype", "float16", "--sites", "4", "--no-compile"]
 
     def tests(self, folder: Path) -> Tests:
-        """Those that need a card, and nothing else."""
+        """The tests that need a card, and nothing else."""
         return Tests(ROOT, ("tests/gpu/test_device.py", "tests/gpu/test_contract.py"), "gpu")
 
     def more_tests(self, folder: Path) -> list[Tests]:
-        """The kernels' own, compiled, and those of sweeps."""
+        """The tests of the kernels, compiled, and those of sweeps."""
         return [
             Tests(ROOT, ("tests/kernels",), "not gpu and not full"),
             Tests(ROOT, ("tests/gpu/test_sweep.py",), "gpu"),

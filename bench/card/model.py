@@ -1,4 +1,4 @@
-"""One step of Stable Diffusion 1.5's UNet, random weights, 512 px, 8 images, float16: what headscope adds to it.
+"""The stage `model`: a step of Stable Diffusion 1.5's UNet, 512 px, 8 images, float16, without and with headscope.
 
 Stock, with every head's entropy recorded, with a head removed at every site, and with the attention matrix stored;
 as it is, compiled, and from CUDA graphs. Steps are interleaved round by round. The profiler says how many kernels a

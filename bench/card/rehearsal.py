@@ -75,7 +75,7 @@ class Rehearsal(Card):
         return torch.compile(model, backend="eager")
 
     def candidates(self, find: Callable[..., dict], *problem: Any) -> dict[str, ForwardConfiguration]:
-        """What a table of candidates can come to: a right one, one that hangs, one that is refused."""
+        """Three candidates for the three outcomes: a right one, one that hangs, one that is refused."""
         find(*problem, ("cuda", 90))
         refused = replace(INTERPRETER, block_queries=3)
         return {"sound": replace(INTERPRETER, block_keys=16), "hanging": INTERPRETER, "refused": refused}

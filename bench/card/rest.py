@@ -1,4 +1,4 @@
-"""What remains, as far as time allows: backward speed, lengths, determinism, compute-sanitizer, random calls."""
+"""The stage `rest`, as far as time allows: backward speed, lengths, determinism, compute-sanitizer, random calls."""
 
 import contextlib
 import importlib.util
@@ -143,7 +143,7 @@ def tests(report: Report, device: Card) -> None:
         more = device.more_tests(Path(folder))
         for some in more:
             report.tell(f"tests: {' '.join(some.files)}")
-            contract.told(report, device, some, report.left() / (2 * len(more)))
+            contract.run_tests(report, device, some, report.left() / (2 * len(more)))
 
 
 def sanitized(index: int) -> None:

@@ -1,4 +1,4 @@
-"""Whether it is right at all: each thing that the kernels do once, against float64."""
+"""The stage `smoke`: everything that the kernels do once, each against float64."""
 
 import dataclasses
 from collections.abc import Callable
@@ -100,12 +100,12 @@ def call(name: str, place: str, mode: str) -> Any:
 
 def attend(inputs: Inputs, names: tuple[str, ...]) -> AttentionResult:
     assert inputs.groups is not None
-    own = {
+    objects = {
         "distance": Distance((1, inputs.query.shape[2]), (1, inputs.key.shape[2])),
         "group_mass": GroupMass(inputs.groups, inputs.group_count),
         "group_entropy": GroupEntropy(inputs.groups, inputs.group_count),
     }
-    statistics = [own.get(name, name) for name in names]
+    statistics = [objects.get(name, name) for name in names]
     edit, options = inputs.edit(), inputs.options
     return attention(
         inputs.query, inputs.key, inputs.value, edit=edit, statistics=statistics, backend="triton", **options
@@ -154,9 +154,9 @@ def _graph(name: str, device: Card, mode: str) -> dict[str, float]:
     moved = dataclasses.replace(moved, query=torch.zeros_like(query))
     attend(moved, CHECKS[name].statistics)
     device.synchronise()
-    kept: list[AttentionResult] = []
-    replay = device.graph(lambda: kept.append(attend(moved, CHECKS[name].statistics)))
+    results: list[AttentionResult] = []
+    replay = device.graph(lambda: results.append(attend(moved, CHECKS[name].statistics)))
     moved.query.copy_(query)
     replay()
     device.synchronise()
-    return _ratios(kept[-1], expected, inputs.query.dtype)
+    return _ratios(results[-1], expected, inputs.query.dtype)

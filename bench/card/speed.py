@@ -1,4 +1,4 @@
-"""How fast a forward with entropy and gate is, beside everything that computes attention in torch.
+"""The stage `speed`: a forward with entropy and gate, beside everything that computes attention in torch.
 
 Graph replays of many calls over inputs rotated beyond the L2 cache, contenders interleaved round by round; a ratio is
 over torch's own choice, and over its fastest kernel, of the same round, with quartiles. What is timed is checked first,

@@ -1,4 +1,4 @@
-"""A stage: a process of its own, which tells what it learns as it learns it.
+"""A stage: a separate process, which reports its results as they come.
 
     python -m card.stage NAME --out DIR --mode measure|rehearse|compile
 
@@ -26,10 +26,10 @@ def die_with_parent() -> None:
 
 
 class Report:
-    """What a stage has learned: lines on the standard output and rows of gpu-STAGE.json, both at once.
+    """The results of a stage: lines on the standard output and rows of gpu-STAGE.json, both at once.
 
     Attributes:
-        facts: what isn't a row, beside them in the file.
+        facts: everything beside the rows in the file.
         rows: one for each result.
     """
 

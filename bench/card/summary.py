@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def compiled(record: dict[str, Any] | None) -> str:
-    """What compiling cost, and what wasn't foreseen."""
+    """The cost of compiling, and the kernels that weren't foreseen."""
     facts = (record or {}).get("compiled_ahead")
     if not facts:
         return ""
@@ -52,7 +52,7 @@ def wrong_of(name: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def unknown_of(name: str, rows: list[dict[str, Any]]) -> list[str]:
-    """What was begun and has no answer, or couldn't be."""
+    """A line for each row without an answer: begun and not ended, or not possible."""
     found = []
     for row in latest(rows):
         judged = {"right", "sound"} & row.keys()

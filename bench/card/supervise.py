@@ -1,4 +1,4 @@
-"""The command: stages in order of value, each in a process of its own, as long as the budget holds them."""
+"""The command: stages in order of value, each in a separate process, as long as the budget holds them."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from card.stage import ROOT, die_with_parent
 
 @dataclass(frozen=True)
 class Stage:
-    """What is known of a stage beforehand.
+    """A stage's expected time.
 
     Attributes:
         seconds: expected on a card with 16 cores; of the last, what makes a start worth it: it takes what is left.
@@ -79,7 +79,7 @@ class Running:
 
 
 def run_stages(names: list[str], options: argparse.Namespace) -> dict[str, str]:
-    """How each stage ended."""
+    """Run the stages; returns how each ended."""
     started = time.monotonic()
     ends: dict[str, str] = {}
     prepared: Running | None = None

@@ -1,4 +1,4 @@
-"""The sweep of every head against the loop that a researcher would write: bench/sweeps.py, in a program of its own."""
+"""The stage `sweep`: bench/sweeps.py, a sweep of every head against a researcher's loop, in a separate program."""
 
 import json
 import signal

@@ -15,7 +15,7 @@ from typing import Any
 
 from card.stage import die_with_parent
 
-# what torch and Triton say of a card that this process can't use any more
+# in errors of torch and Triton when this process can't use its GPU any more
 BROKEN = (
     "CUDA error",
     "CUDA driver error",
@@ -27,7 +27,7 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a task: its result, or why there is none."""
+    """A task's result, or the reason why there is none."""
 
     task: Any
     result: Any = None

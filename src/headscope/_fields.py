@@ -1,4 +1,4 @@
-"""What people write, as a dataclass: each value is of the kind that its annotation says, or an error names it.
+"""Settings that people write, as a dataclass: each value has the type of its annotation, or an error names it.
 
 Nothing is turned into something else: "3" is no number, true isn't 1, 2.0 counts nothing. Only lists become tuples,
 tables dataclasses, whole numbers floats where a float is expected, NumPy's numbers Python's, and paths texts.

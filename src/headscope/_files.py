@@ -47,7 +47,7 @@ def check_text(field: str, text: str) -> None:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether text can be written as such: names of files may hold any bytes, which Python keeps as half characters."""
+    """True if text can be encoded: names of files may hold any bytes, which Python represents as half characters."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -40,34 +40,38 @@ def read_image(source: Path | bytes) -> np.ndarray:
         with image_module.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             if getattr(opened, "is_animated", False) and opened.format != "MPO":
                 raise ValueError(f"it holds {opened.n_frames} frames or pages, expected a single picture")
-            # what loading forgets
+            # loading forgets these
             largest, negative, levels = _largest(opened), _is_negative(opened), _levels(opened)
             upright = operations.exif_transpose(opened)
         return as_shown(upright, largest, negative, levels)
     except image_module.UnidentifiedImageError:
         raise ValueError("it is no image of a kind that Pillow knows") from None
-    # whatever a decoder finds wrong with it: each has errors of its own
+    # each decoder raises errors of other classes
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def read_square(source: Path | bytes, size: int) -> np.ndarray:
     """The central square of `read_image`, at another size (bicubic): uint8 [size, size, 3]. Raises as it does."""
-    image_module = require("PIL.Image", "study")
     image = read_image(source)
     side = min(image.shape[:2])
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    square = image_module.fromarray(image[top : top + side, left : left + side])
-    return np.asarray(square.resize((size, size), image_module.Resampling.BICUBIC))
+    return resized(image[top : top + side, left : left + side], size)
+
+
+def resized(image: np.ndarray, size: int) -> np.ndarray:
+    """A square image at another size, uint8 [n, n] or [n, n, 3], by Pillow's bicubic filter."""
+    image_module = require("PIL.Image", "study")
+    return np.asarray(image_module.fromarray(image).resize((size, size), image_module.Resampling.BICUBIC))
 
 
 def as_shown(picture: Any, largest: int | None = None, negative: bool = False, levels: int = 1) -> np.ndarray:
     """A picture of Pillow's as a viewer shows it: uint8 [height, width, 3].
 
     Args:
-        largest: what white is in one of more than 8 bits; None where its mode alone can say.
-        negative: whether white is 0 in one of more than 8 bits.
-        levels: what a transparent level of grey is to be multiplied by.
+        largest: the value of white in a picture of more than 8 bits; None if its mode alone determines it.
+        negative: True if white is 0 in a picture of more than 8 bits.
+        levels: the factor for a transparent level of grey.
 
     Raises:
         ValueError: a mode whose range isn't known; names it.
@@ -95,19 +99,19 @@ def as_shown(picture: Any, largest: int | None = None, negative: bool = False, l
 
 
 def _largest(opened: Any) -> int | None:
-    """What white is in an opened file of more than 8 bits of grey; None where its mode alone can say."""
+    """The value of white in an opened file of more than 8 bits of grey; None if its mode alone determines it."""
     if opened.mode.startswith("I;16") and opened.format == "TIFF":
         return 2 ** opened.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] - 1
     return 65535 if opened.mode == "I" and opened.format in ("PNG", "PPM") else None
 
 
 def _is_negative(opened: Any) -> bool:
-    """Whether 0 is white in 16 bits: Pillow turns only narrower ones round."""
+    """True if 0 is white in 16 bits: Pillow inverts only narrower images."""
     return opened.format == "TIFF" and opened.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
 
 
 def _levels(opened: Any) -> int:
-    """What a PNG's transparent level of grey is to be multiplied by; raises ValueError where that can't be said."""
+    """The factor for a PNG's transparent level of grey; raises ValueError where it isn't known."""
     raw = opened.tile[0][3] if opened.format == "PNG" and opened.tile else None
     if raw == "RGB;16B" and "transparency" in opened.info:
         raise ValueError("it has a transparent colour of 16 bits a channel, expected 8, or an alpha channel")

@@ -1,4 +1,4 @@
-"""What numbers and speeds depend on: versions, the source code's revision, and devices."""
+"""Versions, the source code's revision and devices, on which numbers and speeds depend."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def versions() -> dict[str, str]:
-    """headscope, Python, and those of its dependencies that are installed."""
+    """The versions of headscope, Python and the installed ones of some dependencies."""
     found = {"headscope": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "diffusers", "transformers", "numpy"):
         try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# what shells say of Ctrl-C and of SIGTERM
+# exit codes, as shells report Ctrl-C and SIGTERM
 INTERRUPTED, TERMINATED = 130, 143
 # seconds until an interrupt that Python ignored comes again
 AGAIN = 0.05
@@ -67,7 +67,7 @@ def end_once() -> None:
 
 @contextmanager
 def handler_kept() -> Iterator[None]:
-    """What is called in here may set a handler of SIGTERM; afterwards there is the one from before."""
+    """Restore the handler of SIGTERM that was there before, whatever is called in here sets."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield

@@ -1,7 +1,7 @@
-"""The diffusion models that benchmarks build: their sizes, and what a forward of them takes. Random weights.
+"""The diffusion models that benchmarks build, with random weights: their sizes, and the inputs of a forward.
 
-Each comes in three sizes: FULL is the published one, DEEP has all of its modules and a fraction of its width, so that
-what is learned of the order of its calls holds for the real one, SMALL runs in a moment on a CPU. They are built on
+Each comes in three sizes: FULL is the published one, DEEP has all of its modules and a fraction of its width, so
+that its calls come in the order of the real one's, SMALL runs in a moment on a CPU. They are built on
 whatever device torch has as its default, the meta device included.
 """
 
@@ -27,8 +27,8 @@ class Configuration:
     Attributes:
         model: the UNet or transformer.
         sample: the shape of one noisy input.
-        conditioning: what else the model takes beside the timestep, for so many rows.
-        timestep: one that it was taught at, as it is told it.
+        conditioning: the model's further inputs beside the timestep, for a number of rows.
+        timestep: one that it was trained at, in the model's own units.
     """
 
     model: nn.Module
@@ -37,7 +37,7 @@ class Configuration:
     timestep: float = 500.0
 
     def inputs(self, rows: int) -> dict[str, Any]:
-        """The model's arguments for so many rows."""
+        """The model's arguments for a number of rows."""
         first = list(inspect.signature(type(self.model).forward).parameters)[1]
         noisy = torch.randn(rows, *self.sample)
         return {first: noisy, "timestep": torch.full((rows,), self.timestep), **self.conditioning(rows)}
@@ -202,5 +202,5 @@ def _latents(model: Any) -> tuple[int, int, int]:
 
 
 def _text(unet: Any, rows: int) -> torch.Tensor:
-    """As CLIP gives it, [rows, 77, dim]."""
+    """Random text embeddings of the shape of CLIP's, [rows, 77, dim]."""
     return torch.randn(rows, 77, unet.config.cross_attention_dim)

@@ -10,8 +10,10 @@ _LAYERS, _HEADS = 2, 8
 
 
 def give_encoders(pipeline: Any) -> None:
-    """Fills in the tokenizers and text encoders that a pipeline of `headscope.bench.denoisers` has none of, on the CPU
-    and in float32; as wide as its denoiser takes them, two layers deep."""
+    """Give a pipeline of `headscope.bench.denoisers` the tokenizers and text encoders that it lacks.
+
+    They are on the CPU and in float32, as wide as the denoiser expects, two layers deep.
+    """
     if getattr(pipeline, "transformer", None) is not None:
         config = pipeline.transformer.config
         encoder = _clip("CLIPTextModel", config.pooled_projection_dim)

@@ -1,4 +1,4 @@
-"""What runs beside each other: the model as it is, headscope, and what users do today to see every head."""
+"""The ways to run a denoiser that are compared: as it is, with headscope, and as users see every head today."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ways_of(denoiser: Denoiser) -> dict[str, Way]:
 
 @contextmanager
 def _recorded(scope: Scope) -> Iterator[None]:
-    """Up to the table: what was recorded comes over from the device as the context is left."""
+    """Record up to the table: the statistics are copied from the device when the context is left."""
     with scope.record("entropy") as recording:
         yield
     recording.to_arrow()
@@ -64,7 +64,7 @@ def _recorded(scope: Scope) -> Iterator[None]:
 def _materialised() -> Iterator[None]:
     """Entropy from the attention matrix itself, as attention stores and custom processors have it, for any model."""
     stock = functional.scaled_dot_product_attention
-    kept: list[torch.Tensor] = []
+    entropies: list[torch.Tensor] = []
 
     def attention(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
@@ -77,7 +77,7 @@ def _materialised() -> Iterator[None]:
         elif attn_mask is not None:
             logits = logits + attn_mask
         probabilities = logits.softmax(-1)
-        kept.append(torch.special.entr(probabilities.float()).sum(-1).mean(-1))
+        entropies.append(torch.special.entr(probabilities.float()).sum(-1).mean(-1))
         return probabilities @ value
 
     functional.scaled_dot_product_attention = attention
@@ -85,11 +85,11 @@ def _materialised() -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = stock
-    torch.cat([entropy.flatten() for entropy in kept] or [torch.zeros(0)]).tolist()
+    torch.cat([entropy.flatten() for entropy in entropies] or [torch.zeros(0)]).tolist()
 
 
 def _nnsight_step(denoiser: Denoiser, scope: Scope) -> Callable[[], object]:
-    """nnsight saves what the projections give; entropy is computed from it, matrix by matrix."""
+    """nnsight saves the outputs of the projections; the entropy is computed from them, matrix by matrix."""
     from nnsight import NNsight  # pyright: ignore[reportMissingImports]
 
     wrapped = NNsight(denoiser.model)

@@ -1,4 +1,4 @@
-"""What the commands share: options, one line instead of a traceback, and where messages go."""
+"""Shared by the commands: options, the console for messages, and errors in one line instead of a traceback."""
 
 import os
 from collections.abc import Iterator

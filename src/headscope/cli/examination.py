@@ -1,4 +1,4 @@
-"""What `headscope doctor` says of a machine."""
+"""The tables of `headscope doctor` about a machine."""
 
 import os
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 
 import polars as pl
@@ -35,9 +36,7 @@ def entropy_maps(entropy: pl.DataFrame, names: Names, groups: Sequence[str], tim
         table = table.with_columns(note=_notes(names, "timestep", None))
         axis = {"colorscale": _SEQUENTIAL, "cmin": table["value"].min(), "cmax": table["value"].max()}
         axis["colorbar"] = _colour_bar(title)
-        panels = [(group, table.filter(pl.col("group") == group)) for group in groups]
-        panels = [(group, panel) for group, panel in panels if len(panel)]
-        views.append(View(label, heat_maps(panels, names, rows, timesteps, axis, "value", "note")))
+        views.append(View(label, heat_maps(_by_group(table, groups), names, rows, timesteps, axis, "value", "note")))
     return views
 
 
@@ -78,9 +77,7 @@ def contrast_by_timestep(contrast: Contrast) -> list[View]:
         ("Difference", pair[0], ("value", "low", "high"), 0.0),
         ("Ratio", pair[1], ("ratio", "ratio_low", "ratio_high"), 1.0),
     ):
-        read = [
-            {"value": row[columns[0]], "low": row[columns[1]], "high": row[columns[2]]} | _rest(row) for row in rows
-        ]
+        read = [_read_as(row, *columns) for row in rows]
         notes = [f"<b>{_when(row['timestep'])}</b><br>{_estimate(one)}" for row, one in zip(rows, read, strict=True)]
         dots = _dots("", read, notes, _FIRST)
         axis = f"{label.lower()} of normalised entropy<br>{plot_text(name)}"
@@ -101,8 +98,7 @@ def contrast_by_head(contrast: Contrast, names: Names) -> list[View]:
         titles = [names.of_queries(row, several) for row in members]
         notes = [f"<b>{plot_text(t)}</b>, confirm<br>{_estimate(row)}" for t, row in zip(titles, members, strict=True)]
         found = [row["p_holm"] is not None and row["p_holm"] < _SIGNIFICANT for row in members]
-        confirm = _dots("confirm split", members, notes, _FIRST)
-        confirm = Dots(**{**vars(confirm), "filled": found})
+        confirm = replace(_dots("confirm split", members, notes, _FIRST), filled=found)
         before = [row["discover"] for row in members]
         text = [f"{plot_text(t)}, discover: {number(value, 6)}" for t, value in zip(titles, before, strict=True)]
         empty = [None] * len(members)
@@ -129,9 +125,7 @@ def degradation_maps(
     bar = _colour_bar("degradation") | {"tickvals": [math.log10(mark) for mark in marks]}
     bar["ticktext"] = [f"≤ {labels[0]}", *labels[1:]]
     axis = {"colorscale": _SEQUENTIAL, "cmin": floor, "cmax": top, "colorbar": bar}
-    panels = [(group, table.filter(pl.col("group") == group)) for group in groups]
-    panels = [(group, panel) for group, panel in panels if len(panel)]
-    return heat_maps(panels, names, _heads(table, names), timesteps, axis, "shade", "note")
+    return heat_maps(_by_group(table, groups), names, _heads(table, names), timesteps, axis, "shade", "note")
 
 
 def degradation_ranking(
@@ -146,13 +140,12 @@ def degradation_ranking(
             rows = table.filter(pl.col("group") == group).sort(
                 [column, "site", "head"], descending=[True, False, False], nulls_last=True
             )
-            members = [row | {"value": row[column], "low": row[low], "high": row[high]} for row in rows.to_dicts()]
-            members = members[:most]
+            members = [_read_as(row, column, low, high) for row in rows.head(most).to_dicts()]
             if members:
                 titles = [names.head(row["site"], row["head"]) for row in members]
                 notes = _head_notes(titles, members, write)
                 dots = _dots("", members, notes, names.colour(group), names.symbol(group))
-                panels.append((group, titles, [Dots(**{**vars(dots), "filled": [row["selected"] for row in members]})]))
+                panels.append((group, titles, [replace(dots, filled=[row["selected"] for row in members])]))
         if panels:
             views.append(View(label, dot_panels(panels, axis, tick_format=tick)))
     return views
@@ -176,14 +169,14 @@ def degradation_confirmed(confirmed: pl.DataFrame, names: Names, groups: Sequenc
             for index, fill in enumerate(fills):
                 found = {(row["site"], row["head"]): row for row in rows.filter(pl.col("fill") == fill).to_dicts()}
                 members = [found.get(head) for head in order]
-                members = [row and row | {"value": row[column], "low": row[low], "high": row[high]} for row in members]
+                members = [row and _read_as(row, column, low, high) for row in members]
                 notes = _head_notes(titles, members, write)
                 colour = (_FIRST, _SECOND, _DISCOVER)[index % 3]
                 symbol = ("circle", "diamond", "square")[index % 3]
                 shift = (index - (len(fills) - 1) / 2) * 0.26
                 dots = _dots(f"{fill} fill", members, notes, colour, symbol)
                 filled = [row is not None and (row["p_holm"] or 1.0) < _SIGNIFICANT for row in members]
-                series.append(Dots(**{**vars(dots), "filled": filled, "shift": shift}))
+                series.append(replace(dots, filled=filled, shift=shift))
             panels.append((group, titles, series))
         if panels:
             views.append(View(label, dot_panels(panels, axis, row_height=30, share_rows=True, tick_format=tick)))
@@ -211,13 +204,19 @@ _MEASURES: tuple[tuple[str, str, str, str, str, Callable[..., str], str | None],
 )
 
 
+def _by_group(table: pl.DataFrame, groups: Sequence[str]) -> list[tuple[str, pl.DataFrame]]:
+    """The rows of every group that has some."""
+    panels = [(group, table.filter(pl.col("group") == group)) for group in groups]
+    return [(group, panel) for group, panel in panels if len(panel)]
+
+
 def _heads(table: pl.DataFrame, names: Names) -> list[tuple[str, int]]:
     """Heads in the order of execution."""
     return sorted(table.select("site", "head").unique().iter_rows(), key=lambda row: (names.place(row[0]), row[1]))
 
 
 def _notes(names: Names, when: str, write: Callable[..., str] | None) -> pl.Expr:
-    """What hovering over a cell says."""
+    """The text that is shown while hovering over a cell."""
     return pl.struct("site", "head", when, "value", "low", "high", "sources").map_elements(
         lambda row: (
             f"<b>{plot_text(names.head(row['site'], row['head']))}</b>, {_when(row[when])}<br>{_estimate(row, write)}"
@@ -249,8 +248,9 @@ def _estimate(row: dict, write: Callable[..., str] | None = None) -> str:
     return text
 
 
-def _rest(row: dict) -> dict:
-    return {name: row[name] for name in ("sources", "exploratory", "p_value", "p_holm")}
+def _read_as(row: dict, value: str, low: str, high: str) -> dict:
+    """The row with the estimate of other columns as its value and interval."""
+    return row | {"value": row[value], "low": row[low], "high": row[high]}
 
 
 def _dots(

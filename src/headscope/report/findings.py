@@ -1,4 +1,4 @@
-"""What the report says in words: every sentence is computed from the numbers."""
+"""The sentences of the report, each computed from the numbers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,9 +40,9 @@ def tiles(result: StudyResult, names: Names) -> list[Tile]:
     if result.ablation_confirm is not None:
         tested = _headline(result.ablation_confirm).filter(pl.col("p_holm").is_not_null())
         if len(tested):
-            kept = tested.filter((pl.col("p_holm") < _SIGNIFICANT) & (pl.col("value") > 0))
+            raising = tested.filter((pl.col("p_holm") < _SIGNIFICANT) & (pl.col("value") > 0))
             label = "removals of a selected head raise the loss on images that had no part in its selection"
-            found.append(Tile(f"{len(kept)} of {len(tested)}", label, "each with a corrected p < 0.05"))
+            found.append(Tile(f"{len(raising)} of {len(tested)}", label, "each with a corrected p < 0.05"))
     if not found and result.entropy_groups is not None:
         for row in result.entropy_groups.filter(pl.col("timestep").is_null()).head(3).iter_rows(named=True):
             detail = f"{_interval(row)}; {_sources(row['sources'])}"
@@ -105,14 +105,14 @@ def _contrast_head_sentence(contrast: Contrast, names: Names) -> list[str]:
     tested = chosen.filter(pl.col("p_holm").is_not_null())
     if not len(tested):
         return []
-    kept = tested.filter(pl.col("p_holm") < _SIGNIFICANT)
+    different = tested.filter(pl.col("p_holm") < _SIGNIFICANT)
     agree = tested.filter((pl.col("value") > 0) == (pl.col("discover") > 0))
     sentence = (
-        f"Of the {len(tested)} heads whose entropy differed most clearly on the discover split, {len(kept)} differ on"
-        f" the confirm split (corrected p < 0.05) and {len(agree)} with the same sign"
+        f"Of the {len(tested)} heads whose entropy differed most clearly on the discover split, {len(different)} differ"
+        f" on the confirm split (corrected p < 0.05) and {len(agree)} with the same sign"
     )
-    if len(kept):
-        row = kept.sort(pl.col("value").abs(), descending=True).row(0, named=True)
+    if len(different):
+        row = different.sort(pl.col("value").abs(), descending=True).row(0, named=True)
         sentence += (
             f"; the largest of them is {names.head(row['site'], row['head'])}, {_value(row)}"
             f" ({_interval(row)}, corrected p = {probability(row['p_holm'])})"

@@ -1,4 +1,4 @@
-"""How heads, sites and numbers are written on the page."""
+"""The spelling of heads, sites and numbers on the page."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -37,15 +37,15 @@ class Names:
         return f"{self.sites.get(site, site)} h{head}"
 
     def of_queries(self, row: Mapping[str, Any], several: bool) -> str:
-        """The head of a row (site, head, query_group); where there are several kinds of queries, with its own."""
+        """The head of a row (site, head, query_group); if there are several kinds of queries, its kind as well."""
         return self.head(row["site"], row["head"]) + (f", {row['query_group']} queries" if several else "")
 
     def place(self, site: str) -> int:
-        """Where a site stands among all that are shown."""
+        """The place of a site among all that are shown."""
         return self._places.get(site, len(self._places))
 
     def group_place(self, group: str) -> int:
-        """Where a group stands among all that are shown."""
+        """The place of a group among all that are shown."""
         return self._groups.index(group) if group in self._groups else len(self._groups)
 
     def colour(self, group: str) -> str:
@@ -77,7 +77,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def fitted(*intervals: tuple[float | None, float | None], least: int = 3) -> Callable[[float | None], str]:
-    """How to write numbers so that the narrowest of some intervals shows two digits of its half-width."""
+    """A function that writes numbers so that the narrowest of some intervals shows two digits of its half-width."""
     widths = [high - low for low, high in intervals if low is not None and high is not None and high > low]
     digits = max(least, math.ceil(-math.log10(min(widths) / 2)) + 1) if widths else least
     return lambda value: number(value, min(digits, 9))

@@ -235,7 +235,7 @@ def _words() -> dict[str, Any]:
 
 
 def _caveats(result: StudyResult) -> list[str]:
-    """What a reader must not conclude, as far as it follows from the tables."""
+    """The caveats that follow from the tables."""
     found = finite.caveats(result.left_out)
     if "lfw" in result.groups:
         found.append(

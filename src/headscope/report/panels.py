@@ -1,4 +1,4 @@
-"""The kinds of chart the report is made of, as Plotly figures in plain dictionaries.
+"""Heat maps, dots with intervals and lines over timesteps: Plotly figures of panels, as plain dictionaries.
 
 Colours of text, axes and backgrounds are left to the page, which follows the reader's light or dark preference.
 """
@@ -226,32 +226,32 @@ def _layout(height: int) -> Figure:
 def _dots_trace(dots: Dots, places: Sequence[float], horizontal: bool) -> Figure:
     """Markers with asymmetric intervals, along x (horizontal) or y."""
     along, across = ("x", "y") if horizontal else ("y", "x")
-    kept = [i for i, value in enumerate(dots.values) if value is not None and not math.isnan(value)]
-    values: list[Any] = [dots.values[i] for i in kept]
-    symbols = [dots.symbol if dots.filled[i] else f"{dots.symbol}-open" for i in kept]
+    shown = [i for i, value in enumerate(dots.values) if value is not None and not math.isnan(value)]
+    values: list[Any] = [dots.values[i] for i in shown]
+    symbols = [dots.symbol if dots.filled[i] else f"{dots.symbol}-open" for i in shown]
     trace: Figure = {
         "type": "scatter",
         "mode": "markers",
         "name": plot_text(dots.name),
         along: values,
-        across: [places[i] for i in kept],
-        "text": [dots.notes[i] for i in kept],
+        across: [places[i] for i in shown],
+        "text": [dots.notes[i] for i in shown],
         "hovertemplate": "%{text}<extra></extra>",
         "marker": {"color": dots.colour, "symbol": symbols, "size": dots.size, "line": {"width": 1.6}},
     }
     trace["marker"]["line"]["color"] = dots.colour
-    if any(dots.lows[i] is not None for i in kept):
+    if any(dots.lows[i] is not None for i in shown):
         # no bar where there is no interval
         spreads = [
             [value if end is None else end for end in (dots.lows[i], value, dots.highs[i])]
-            for i, value in zip(kept, values, strict=True)
+            for i, value in zip(shown, values, strict=True)
         ]
         trace[f"error_{along}"] = error_bars(spreads) | {"thickness": 1.5, "width": 0, "color": dots.colour}
     return trace
 
 
 def _site_marks(rows: Sequence[tuple[str, int]], names: Names) -> tuple[list[float], list[str], list[float]]:
-    """Where the labels of the sites stand, the labels, and the lines between sites."""
+    """The places of the sites' labels, the labels, and the lines between sites."""
     sites = list(dict.fromkeys(site for site, _ in rows))
     centres, lines = [], []
     for site in sites:

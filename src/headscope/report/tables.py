@@ -212,7 +212,7 @@ def further_table(score: Score, names: Names) -> Table:
 
 
 def sites_table(result: StudyResult, names: Names) -> Table:
-    """What the short labels stand for, how many heads of a site are on the page, and how many keys it has."""
+    """The module behind each short label, its number of heads on the page, and its number of keys."""
     keys: dict[str, set[int]] = {}
     heads: dict[str, set[int]] = {}
     for table in (result.entropy_heads, result.ablation_ranking, result.generation_ranking):

@@ -9,11 +9,11 @@ Every head is ablated on the discover split, which ranks them. The largest are a
 sources had no part in the choice: only those numbers are tested.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import polars as pl
 
-from headscope.study.inference import degradations, holm, means, plain_text
+from headscope.study.inference import degradations, means, plain_text, with_holm
 
 HEADLINE_FILL = "mean"
 FILLS = {
@@ -64,15 +64,14 @@ def rank_heads(ablations: pl.DataFrame, selected: Sequence[tuple[str, int]] = ()
     Returns a table: group, fill, rank (within group and fill, 1 is the largest), site, head, value (relative), low,
     high, absolute, absolute_low, absolute_high, sources, selected, exploratory.
     """
-    frames = []
-    for (group, fill), rows in ablations.group_by("group", "fill", maintain_order=True):
-        ranked = _ranked(_overall(rows, seed, test=False)).with_row_index("rank", offset=1)
-        frames.append(ranked.with_columns(pl.lit(group).alias("group"), pl.lit(fill).alias("fill")))
+    ranked = per_group_and_fill(
+        ablations, lambda rows: _ranked(_overall(rows, seed, test=False)).with_row_index("rank", offset=1)
+    )
     names = {f"{site}\n{head}" for site, head in selected}
     name = pl.format("{}\n{}", "site", "head")
     columns = ["group", "fill", "rank", "site", "head", "value", "low", "high"]
     columns += ["absolute", "absolute_low", "absolute_high", "sources", "selected", "exploratory"]
-    table = pl.concat(frames).with_columns(name.is_in(names).alias("selected"), pl.lit(True).alias("exploratory"))
+    table = ranked.with_columns(name.is_in(names).alias("selected"), pl.lit(True).alias("exploratory"))
     return table.select(columns)
 
 
@@ -81,11 +80,10 @@ def degradation_by_timestep(ablations: pl.DataFrame, seed: int = 0) -> pl.DataFr
 
     Returns a table: group, fill, site, head, timestep, value, low, high, sources, exploratory.
     """
-    frames = []
-    for (group, fill), rows in ablations.group_by("group", "fill", maintain_order=True):
-        relative, _ = degradations(rows, ["site", "head", "timestep"], seed=seed, test=False)
-        frames.append(relative.select(pl.lit(group).alias("group"), pl.lit(fill).alias("fill"), pl.all()))
-    return pl.concat(frames).drop("p_value").with_columns(pl.lit(True).alias("exploratory"))
+    relative = per_group_and_fill(
+        ablations, lambda rows: degradations(rows, ["site", "head", "timestep"], seed=seed, test=False)[0]
+    )
+    return relative.drop("p_value").with_columns(pl.lit(True).alias("exploratory"))
 
 
 def confirm_heads(ablations_confirm: pl.DataFrame, ranking: pl.DataFrame | None = None, seed: int = 0) -> pl.DataFrame:
@@ -94,15 +92,8 @@ def confirm_heads(ablations_confirm: pl.DataFrame, ranking: pl.DataFrame | None 
     ranking: the table of `rank_heads`, whose values stand beside. Returns a table: group, fill, site, head, value
     (relative), low, high, absolute, absolute_low, absolute_high, p_value, p_holm, sources, exploratory, discover.
     """
-    frames = []
-    for (group, fill), rows in ablations_confirm.group_by("group", "fill", maintain_order=True):
-        tested = _overall(rows, seed, test=True)
-        frames.append(tested.with_columns(pl.lit(group).alias("group"), pl.lit(fill).alias("fill")))
-    table = pl.concat(frames)
-    corrected = pl.concat(
-        family.with_columns(pl.Series("p_holm", holm(family["p_value"].to_list()), pl.Float64))
-        for _, family in table.group_by("fill", maintain_order=True)
-    )
+    tested = per_group_and_fill(ablations_confirm, lambda rows: _overall(rows, seed, test=True))
+    corrected = pl.concat(with_holm(family) for _, family in tested.group_by("fill", maintain_order=True))
     key = ["group", "fill", "site", "head"]
     if ranking is None:
         corrected = corrected.with_columns(pl.lit(None, pl.Float64).alias("discover"))
@@ -115,16 +106,23 @@ def confirm_heads(ablations_confirm: pl.DataFrame, ranking: pl.DataFrame | None 
 
 
 def rank_distances(generations: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
-    """How far removing a head moves the drawn image: see `DISTANCE`. Exploratory.
+    """The distance that removing a head moves the drawn image: see `DISTANCE`. Exploratory.
 
     Returns a table: group, fill, rank, site, head, value, low, high, sources, exploratory.
     """
-    frames = []
-    for (group, fill), rows in generations.group_by("group", "fill", maintain_order=True):
-        table = means(rows, "distance", ["site", "head"], seed=seed)
-        ranked = _ranked(table).with_row_index("rank", offset=1)
-        frames.append(ranked.select(pl.lit(group).alias("group"), pl.lit(fill).alias("fill"), pl.all()))
-    return pl.concat(frames).with_columns(pl.lit(True).alias("exploratory"))
+    ranked = per_group_and_fill(
+        generations,
+        lambda rows: _ranked(means(rows, "distance", ["site", "head"], seed=seed)).with_row_index("rank", offset=1),
+    )
+    return ranked.with_columns(pl.lit(True).alias("exploratory"))
+
+
+def per_group_and_fill(rows: pl.DataFrame, estimate: Callable[[pl.DataFrame], pl.DataFrame]) -> pl.DataFrame:
+    """The estimates of every group and fill, one table below the other, with the columns group and fill in front."""
+    return pl.concat(
+        estimate(part).select(pl.lit(group).alias("group"), pl.lit(fill).alias("fill"), pl.all())
+        for (group, fill), part in rows.group_by("group", "fill", maintain_order=True)
+    )
 
 
 def _overall(rows: pl.DataFrame, seed: int, test: bool) -> pl.DataFrame:

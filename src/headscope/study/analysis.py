@@ -17,7 +17,7 @@ _ENTROPIES = ("entropy_mean", "entropy_normalised_mean")
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What was found. Every table is None where its sweep was not run.
+    """The results of a study or sweep. Every table is None where its sweep was not run.
 
     Attributes:
         groups, sites, timesteps: what the tables hold; sites in the order of execution, as far as it was given.
@@ -163,7 +163,7 @@ def analyse_sweep(
 
 
 def _unshown(observations: pl.DataFrame) -> dict[str, list[str]]:
-    """What was observed and isn't on the page: all but the means of entropies."""
+    """The observed columns that aren't on the page: all but the means of entropies."""
     shown = ("call", "queries", "keys", "grid_height", "grid_width", *_ENTROPIES)
     rest = [name for name in unlabelled(observations) if name not in (*shown, "forward", "frame")]
     return {"observations": rest} if rest else {}
@@ -189,7 +189,7 @@ def _finite(
 
 
 def _described(sites: Sequence[str], *tables: pl.DataFrame | None) -> dict:
-    """What the tables hold: groups, sites (in the order given), timesteps, and the counts of items and sources."""
+    """Groups, sites (in the order given) and timesteps of the tables, and their counts of items and sources."""
     found = [table for table in tables if table is not None]
     if not found:
         raise ValueError("tables: got no rows at all, expected observations or ablations")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from headscope.study.inference import DIFFERENCE, MEAN, RATIO, Estimate, differences, holm, means, ratios
+from headscope.study.inference import DIFFERENCE, MEAN, RATIO, Estimate, differences, means, ratios, with_holm
 
 MEASURES = {
     "normalised": "Normalised entropy H / ln K of a head's attention: 0 is one key, 1 is all keys alike. No unit.",
@@ -148,7 +148,7 @@ def contrast_groups(
         return f"{natural} and {synthetic} were observed at different timesteps."
     one, two = (rows.filter(pl.col("timestep").is_in(shared)) for rows in (one, two))
     timesteps = differences(one, two, "normalised", ["timestep"], seed=seed)
-    timesteps = timesteps.with_columns(pl.Series("p_holm", holm(timesteps["p_value"].to_list()), pl.Float64))
+    timesteps = with_holm(timesteps)
     for name, rows in (("natural", one), ("synthetic", two)):
         mean = means(rows, "normalised", ["timestep"], seed=seed).select("timestep", pl.col("value").alias(name))
         timesteps = timesteps.join(mean, on="timestep", maintain_order="left")
@@ -196,8 +196,7 @@ def _contrast_heads(
     ranked = discover.sort(["discover_score", *_HEAD], descending=[True, *[False] * len(_HEAD)])
     chosen = ranked.head(selected_heads)
     if len(chosen):
-        tested = compare("confirm", chosen, test=True)
-        tested = tested.with_columns(pl.Series("p_holm", holm(tested["p_value"].to_list()), pl.Float64))
+        tested = with_holm(compare("confirm", chosen, test=True))
         tested = tested.select(*_HEAD, "p_value", "p_holm", pl.lit(True).alias("selected"))
     else:
         tested = everything.select(

@@ -20,7 +20,7 @@ def finite(table: pl.DataFrame, name: str) -> tuple[pl.DataFrame, int]:
 
 
 def caveats(left_out: Mapping[str, int]) -> list[str]:
-    """What a reader must know of them; by table and column, how many there are."""
+    """The caveats of a page, given the number of such values by table and column."""
     if not left_out:
         return []
     counts = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())

@@ -1,4 +1,4 @@
-"""What a sweep measured beside entropies, the loss without single heads and the distance of drawn images.
+"""Scores of a sweep beside entropies, the loss without single heads and the distance of drawn images.
 
 Sets of heads that were edited together, further scores (the distance of predictions, the error of the implied clean
 image, those of drawn images, those of the user's own) and attributions. Nothing is ranked or tested.
@@ -9,18 +9,17 @@ from typing import NamedTuple
 
 import polars as pl
 
-from headscope.study.ablation import DISTANCE
+from headscope.study.ablation import DISTANCE, per_group_and_fill
 from headscope.study.finite import PAIRS, finite
 from headscope.study.inference import ABSOLUTE, MEAN, RELATIVE, degradations, means, plain_text
 
-# columns that say what a row is about
+# the columns that aren't scores
 LABELS = (
     *("item", "group", "source_id", "split", "replicate", "timestep", "site", "head", "edit", "fill"),
     *("steps", "first_step", "end_step"),
 )
-# what other sections of the report show
+# scores that other sections of the report show
 _SHOWN = {"ablations": ("clean", "edited"), "generations": ("distance",)}
-
 
 # as in headscope.models.attribution; a gate is 1 where its head is as it is, 0 where the fill has taken its place
 _ATTRIBUTIONS = {
@@ -77,7 +76,7 @@ def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Sc
             if any(name in pair for pair in PAIRS.values()) or name in _SHOWN.get(kind, ()):
                 continue
             whole, left_out = finite(rows, name)
-            values = _each(whole, lambda own, name=name: means(own, name, _by(own), _bands(own), seed))
+            values = per_group_and_fill(whole, lambda part, name=name: means(part, name, _by(part), _bands(part), seed))
             found.append(Score(kind, name, _title(edited, name), _definition(edited, name), False, values, left_out))
     return found
 
@@ -91,29 +90,27 @@ def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int, left_out:
     of = "the loss" if first == "clean" else "the error of the clean image that the prediction implies (x0)"
     short = "loss" if first == "clean" else "error"
     unit = "In units of the loss." if first == "clean" else "In squared units of what the model denoises."
-    tables: list[list[pl.DataFrame]] = [[], []]
-    for group_fill, own in rows.group_by("group", "fill", maintain_order=True):
-        for part, table in zip(tables, degradations(own, _by(own), _bands(own), seed, test=False), strict=True):
-            part.append(_labelled(table.drop("p_value"), group_fill))
+    hows = ("Relative", "Absolute")
+
+    def both(part: pl.DataFrame) -> pl.DataFrame:
+        pair = degradations(part, _by(part), _bands(part), seed, test=False)
+        return pl.concat(table.with_columns(how=pl.lit(how)) for how, table in zip(hows, pair, strict=True))
+
+    values = per_group_and_fill(rows, both).drop("p_value")
     name = "loss" if first == "clean" else "x0"
     definitions = RELATIVE.format(of=short), f"{ABSOLUTE.format(of=short)} {unit}"
     return [
-        Score(kind, f"{name}_{how.lower()}", f"{how} degradation of {of}", text, how == "Relative", table, left_out)
-        for how, text, table in zip(("Relative", "Absolute"), definitions, map(pl.concat, tables), strict=True)
+        Score(
+            kind,
+            f"{name}_{how.lower()}",
+            f"{how} degradation of {of}",
+            text,
+            how == "Relative",
+            values.filter(pl.col("how") == how).drop("how"),
+            left_out,
+        )
+        for how, text in zip(hows, definitions, strict=True)
     ]
-
-
-def _each(rows: pl.DataFrame, estimate) -> pl.DataFrame:
-    """The estimates of every group and fill."""
-    return pl.concat(
-        _labelled(estimate(own), group_fill)
-        for group_fill, own in rows.group_by("group", "fill", maintain_order=True)
-    )  # fmt: skip
-
-
-def _labelled(table: pl.DataFrame, group_fill: tuple[object, ...]) -> pl.DataFrame:
-    group, fill = group_fill
-    return table.select(pl.lit(group).alias("group"), pl.lit(fill).alias("fill"), pl.all())
 
 
 def _by(rows: pl.DataFrame) -> list[str]:

@@ -123,7 +123,7 @@ class SourceMeans:
     values: tuple[np.ndarray, ...]
 
     def counts(self) -> np.ndarray:
-        """How many sources each quantity has in every band: [cells]."""
+        """The number of sources that each quantity has in every band: [cells]."""
         return (~np.isnan(self.values[0])).all(axis=2).sum(axis=0)
 
 
@@ -257,6 +257,11 @@ def degradations(
     )
 
 
+def with_holm(table: pl.DataFrame) -> pl.DataFrame:
+    """The table of one family with a column p_holm, corrected from its p_value: see `holm`."""
+    return table.with_columns(pl.Series("p_holm", holm(table["p_value"].to_list()), pl.Float64))
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Corrected p-values of one family, in the given order: see `HOLM`. None stays None and is not counted."""
     tested = [index for index, p in enumerate(p_values) if p is not None]
@@ -330,7 +335,7 @@ def _bootstrap_block(groups, statistic, seed: int, resamples: int, level: float)
 
 @lru_cache(maxsize=8)
 def _draw(seed: int, sizes: tuple[int, ...], resamples: int) -> list[np.ndarray]:
-    """How often every source is drawn, for each group: [draws, sources]."""
+    """The number of times that every source is drawn, for each group: [draws, sources]."""
     generator = np.random.default_rng(seed)
     return [generator.multinomial(size, np.full(size, 1.0 / size), resamples) * 1.0 for size in sizes]
 

@@ -242,7 +242,7 @@ class _Painting:
         return colour * (self.shade if shade is None else shade)[..., None]
 
     def _place(self, u: float, v: float) -> tuple[float, float, float]:
-        """Where a point of the face's front lands after yaw and pitch: x, y, and its foreshortening in x."""
+        """The place of a point of the face's front after yaw and pitch: x, y, and its foreshortening in x."""
         p, q = u / self.width, v / self.height
         depth = math.sqrt(max(1.0 - p * p - q * q, 0.0)) * self.width
         x = u * self.yaw[0] + depth * self.yaw[1]

@@ -25,7 +25,7 @@ import numpy as np
 
 from headscope._extras import require
 from headscope._files import is_utf8, local_path, read_plain
-from headscope._images import read_image, read_square
+from headscope._images import read_image, read_square, resized
 from headscope.counter import counter_permutation, counter_uniform, whole
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
 
@@ -141,16 +141,10 @@ def _split_of_source(name: str, source: int) -> str:
     return _split_block(name, source // 100)[source % 100]
 
 
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
-    """A square image at another size, uint8 [n, n] or [n, n, 3], by Pillow's bicubic filter."""
-    pil = require("PIL.Image", "study")
-    return np.asarray(pil.fromarray(image).resize((size, size), pil.Resampling.BICUBIC))
-
-
 def _grey_patch(image: np.ndarray, size: int) -> np.ndarray:
     """The path of the LFW patches: 8-bit grey, 25 x 25, resampled to `size`, repeated as three channels."""
-    small = image if image.shape == (25, 25) else _resize(image, 25)
-    grey = _resize(small, size)
+    small = image if image.shape == (25, 25) else resized(image, 25)
+    grey = resized(small, size)
     return np.repeat(grey[..., None], 3, axis=-1)
 
 
@@ -270,7 +264,7 @@ class Photographs(ImageGroup):
             )
             side = int(min(height, width) * (0.2 + 0.8 * u * u))
             left, top = int(v * (width - side + 1)), int(w * (height - side + 1))
-            image = _resize(photograph[top : top + side, left : left + side], self.size)
+            image = resized(photograph[top : top + side, left : left + side], self.size)
             if _has_content(image):
                 break
         attributes = {"left": left, "top": top, "side": side}
@@ -278,7 +272,7 @@ class Photographs(ImageGroup):
 
 
 def _has_content(image: np.ndarray) -> bool:
-    """Whether the channels' mean varies by a standard deviation of more than 24 levels, decided in integers."""
+    """True if the channels' mean varies by a standard deviation of more than 24 levels, decided in integers."""
     brightness = image.astype(np.int64).sum(axis=-1)
     count = brightness.size
     return int(count * (brightness * brightness).sum() - brightness.sum() ** 2) > (3 * 24 * count) ** 2

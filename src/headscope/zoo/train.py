@@ -47,7 +47,7 @@ _NOT_RECIPE = ("out", "steps", "minutes", "device", "progress", "checkpoint_ever
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run computes (recorded, and compared on resuming), and where and how long it runs (neither)."""
+    """The settings of a run; those that determine its numbers are recorded, and compared on resuming."""
 
     out: str | Path
     steps: int = 8000
@@ -92,15 +92,14 @@ class TrainConfig:
             raise ValueError(f"minutes: got {self.minutes}, expected at least 0")
 
     def recipe(self) -> dict[str, Any]:
-        """What determines the numbers, as JSON values: no path, no limit."""
-        kept = {name: value for name, value in asdict(self).items() if name not in _NOT_RECIPE}
-        kept["groups"] = list(self.groups)
-        return {**kept, "unet": UNET_CONFIG, "scheduler": SCHEDULER_CONFIG}
+        """The settings that determine the numbers, as JSON values: no path, no limit."""
+        chosen = {name: value for name, value in asdict(self).items() if name not in _NOT_RECIPE}
+        return {**chosen, "groups": list(self.groups), "unet": UNET_CONFIG, "scheduler": SCHEDULER_CONFIG}
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands after `train`."""
+    """The state of a run after `train`."""
 
     out: Path
     step: int  # steps done in all, earlier sittings included
@@ -175,7 +174,7 @@ def _check_recipe(out: Path, recipe: dict[str, Any]) -> None:
 
 
 def _circumstances(config: TrainConfig) -> dict[str, Any]:
-    """What a sitting ran on: for the model card, not for comparison."""
+    """The machine of a sitting: for the model card, not for comparison."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["diffusers"] = require("diffusers", "study").__version__
     return {
@@ -195,14 +194,14 @@ def _truncate_log(file: Path, step: int) -> None:
     """Drop what a killed run logged after its last checkpoint: those steps will be done, and logged, again."""
     if not file.exists():
         return
-    kept = []
+    lines = []
     for line in file.read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                lines.append(line + "\n")
         except json.JSONDecodeError:
             break  # the line that was being written when the run was killed
-    write_atomic(file, "".join(kept).encode())
+    write_atomic(file, "".join(lines).encode())
 
 
 @contextmanager

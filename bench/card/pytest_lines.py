@@ -1,6 +1,6 @@
 """A plugin for pytest: each test's outcome as a line of JSON at once, and no test after a lost card.
 
-    python -m pytest -p card.told ...
+    python -m pytest -p card.pytest_lines ...
 
 A process of xdist in which the card was lost, or in which a test hangs, ends; xdist starts another one and goes on with
 the other tests. That it ended is reported once more, for the same test, as a crash.
