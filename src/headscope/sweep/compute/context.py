@@ -17,7 +17,7 @@ from headscope.sweep.compute.graphs import Forwards, Graphs
 from headscope.sweep.compute.scores import image_scores, own_scores
 from headscope.sweep.compute.sharing import Prefix
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
-from headscope.sweep.plan.units import KINDS, Plan, Unit
+from headscope.sweep.plan.units import IMAGES, KINDS, REFERENCE, Plan, Unit
 from headscope.sweep.store.store import Fit, RunStore
 
 
@@ -82,7 +82,7 @@ class Context:
         members = self.members(unit)
         if not any(isinstance(item, PromptItem) for item in members):
             return members
-        wrote = self._needed(unit, "images")
+        wrote = self._needed(unit, IMAGES)
         if wrote.id not in self._drawn:
             self._drawn[wrote.id] = self.store.read_tensors(wrote.kind, wrote.id)
         drawn = self._drawn[wrote.id]
@@ -92,7 +92,7 @@ class Context:
         """One of the configuration's fills, as a scope takes it."""
         if fill != "mean":
             return fill if fill in ("uniform", "identity") else None
-        wrote = self._needed(unit, "reference")
+        wrote = self._needed(unit, REFERENCE)
         if wrote.id not in self._means:
             # ordinary tensors, which attribution may save for its backwards
             with torch.inference_mode(False):

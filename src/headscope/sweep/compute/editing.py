@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from headscope.sweep.compute.context import Context
 from headscope.sweep.plan.heads import Edit
-from headscope.sweep.plan.units import Asked, Unit, UnitKind
+from headscope.sweep.plan.units import IMAGES, REFERENCE, Asked, Unit, UnitKind
 from headscope.sweep.store.rows import Grid
 
 # items of a unit: some seconds of work on a laptop, so that little is lost when a run is killed
@@ -27,7 +27,7 @@ class EditingKind(UnitKind):
         of_sets: its edits are the sweep's sets of heads, instead of single heads, each in turn.
     """
 
-    reads = ("images", "reference")
+    reads = (IMAGES, REFERENCE)
     of_sets: ClassVar[bool] = False
 
     def edits(self, asked: Asked) -> tuple[Edit, ...]:

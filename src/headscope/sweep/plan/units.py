@@ -20,6 +20,8 @@ from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
 UNITS_PER_GROUP = 2000
 # suffixes of the files that units write
 TABLE, TENSORS = ".parquet", ".safetensors"
+# the kinds that others read: images drawn for prompts, and mean head outputs for the mean fill
+IMAGES, REFERENCE = "images", "reference"
 
 # is called with how many more rows have passed through the denoiser
 Advance = Callable[[int], None]
@@ -103,7 +105,7 @@ class UnitKind:
             makes the unit done.
         images: its tensors are images, "clean" and "edited", the latter with one for each row of the table.
         reported: a report of the run shows its table.
-        reads: the kinds whose files, of the same group, its units read. They run earlier.
+        reads: the kinds whose files, of the same group, its units read; they run earlier.
         reference_score: the score of the reference units among those that it reads.
         shares: its edited forwards may take over what a clean one computed, so they take less time and more memory.
         differentiates: its forwards are followed by backwards.
@@ -184,7 +186,7 @@ class Plan(Asked):
         """The units whose files this one reads."""
         kind = KINDS[unit.kind]
         found = (other for name in kind.reads for other in self._by_kind_and_group.get((name, unit.group), ()))
-        return [other for other in found if other.score in (None, kind.reference_score)]
+        return [other for other in found if other.kind != REFERENCE or other.score == kind.reference_score]
 
     @cached_property
     def _by_kind_and_group(self) -> dict[tuple[str, str], list[Unit]]:

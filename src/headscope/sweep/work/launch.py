@@ -131,19 +131,8 @@ def _run(
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     units = opened.plan.units
     session = uuid.uuid4().hex
-    listed = store.listed()
     with progress(units) as shown:
-        if store.rebuilt:
-            shown.say(f"{store.rebuilt}; written anew from the plan, results that are whole are kept")
-        for file in damaged_failures(store.path):
-            shown.say(f"{str(file)!r} is damaged; what failed there counts as untried")
-        for unit in units:
-            if (unit.kind, unit.id) in listed:
-                if store.has(unit.kind, unit.id):
-                    shown.already(unit)
-                else:
-                    file = str(unit_files(store.path, unit.kind, unit.id)[0])
-                    shown.say(f"{file!r} is damaged or lacks its images; computed anew")
+        _look_through(store, units, shown)
         if workers.executor == "local":
             work(opened.context(store), session, shown)
         else:
@@ -156,6 +145,22 @@ def _run(
             _free()
             _hand_over(order, workers, store, units, shown)
     _conclude(store, units)
+
+
+def _look_through(store: RunStore, units: tuple[Unit, ...], shown: Progress) -> None:
+    """Count what is finished already, and say what is damaged."""
+    if store.rebuilt:
+        shown.say(f"{store.rebuilt}; written anew from the plan, results that are whole are kept")
+    for file in damaged_failures(store.path):
+        shown.say(f"{str(file)!r} is damaged; what failed there counts as untried")
+    listed = store.listed()
+    for unit in units:
+        if (unit.kind, unit.id) in listed:
+            if store.has(unit.kind, unit.id):
+                shown.already(unit)
+            else:
+                file = str(unit_files(store.path, unit.kind, unit.id)[0])
+                shown.say(f"{file!r} is damaged or lacks its images; computed anew")
 
 
 def _hand_over(order: WorkOrder, workers: Workers, store: RunStore, units: tuple[Unit, ...], shown: Progress) -> None:

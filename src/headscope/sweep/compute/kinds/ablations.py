@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 
-from headscope.models import Recording
 from headscope.models.editing.edits import Fill
 from headscope.models.recording.tensors import moved
-from headscope.models.tasks import NoisyInputs, Prepared
-from headscope.ops import HeadEdit
+from headscope.models.tasks import Prepared
 from headscope.sweep.compute.context import Context
 from headscope.sweep.compute.editing import ITEMS, Batch, EditingKind, EveryEdit
-from headscope.sweep.compute.edits import fills_at, head_edits, tensors
-from headscope.sweep.compute.graphs import Forwards
+from headscope.sweep.compute.predictions import Predictions
 from headscope.sweep.compute.scores import squared_error
-from headscope.sweep.compute.sharing import Cache, Prefix
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
 from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, chunks
 from headscope.sweep.store.store import Results
@@ -46,53 +39,44 @@ class Ablations(EditingKind):
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
         assert unit.timestep is not None
-        timestep: int = unit.timestep
         every = EveryEdit(self, unit, context)
-        task, scope, scores = context.task, context.loss_scope, context.config.scores
-        inputs = context.noisy_inputs(_prepared(context, every.items), timestep)
-        x0 = task.x0_factor(timestep) if "x0" in scores else None
-        prefix = context.shared(inputs)
-        sites = frozenset(edit.sites for edit in every.edits)
+        task, scores, grid = context.task, context.config.scores, every.grid
+        inputs = context.noisy_inputs(_prepared(context, every.items), unit.timestep)
+        x0 = task.x0_factor(unit.timestep) if "x0" in scores else None
+        predictions = Predictions(context, inputs, (edit.sites for edit in every.edits))
 
         def ablate(piece: range) -> None:
             some = inputs.rows(torch.arange(piece.start, piece.stop, device=task.device))
-            clean, cache = context.forwards.run(
-                ("clean", sites),
-                timestep,
-                None,
-                lambda _: prefix.clean(sites) if prefix else nullcontext(),
-                lambda: task.predict(some),
-            )
+            clean, cache = predictions.clean(some)
             clean_loss = squared_error(clean, some.target)
             everywhere = slice(None), slice(None), list(piece)
-            every.grid.put("clean", *everywhere, clean_loss)
+            grid.put("clean", *everywhere, clean_loss)
             if x0 is not None:
-                every.grid.put("x0_clean", *everywhere, clean_loss * x0)
+                grid.put("x0_clean", *everywhere, clean_loss * x0)
             advance(len(piece))
 
             def fills(fill: str, sites: frozenset[str]) -> Mapping[str, Fill]:
-                return fills_at(scope, context.fill(unit, fill), sites, task.device)
+                return predictions.fills(context.fill(unit, fill), sites)
 
             def edit(batch: Batch, fills: Mapping[str, Fill]) -> None:
                 rows = moved(torch.tensor(batch.items), task.device)
                 mine, before = some.rows(rows), clean.index_select(0, rows)
-                made = head_edits(batch.edits, scope, context.plan.keys)
-                edited = _edited_prediction(context, mine, made, fills, prefix, cache, rows)
+                edited = predictions.edited(mine, batch.edits, fills, cache, rows)
                 loss = squared_error(edited, mine.target)
-                every.grid.put("edited", *batch.places, loss)
+                grid.put("edited", *batch.places, loss)
                 if "distance" in scores:
-                    every.grid.put("distance", *batch.places, squared_error(edited, before))
+                    grid.put("distance", *batch.places, squared_error(edited, before))
                 if x0 is not None:
-                    every.grid.put("x0_edited", *batch.places, loss * x0)
+                    grid.put("x0_edited", *batch.places, loss * x0)
                 for name, score in context.own_scores.items():
-                    every.grid.put(name, *batch.places, score(edited, before, mine))
+                    grid.put(name, *batch.places, score(edited, before, mine))
                 advance(len(batch.items))
 
             every.run(piece, fills, edit)
 
-        with prefix.attached() if prefix else nullcontext(), scope.keep_hooks():
+        with predictions.attached(), context.loss_scope.keep_hooks():
             context.rows.run_clean(len(every.items), ablate)
-        return Results(every.table(timestep=pa.scalar(timestep, pa.int32())))
+        return Results(every.table(timestep=pa.scalar(unit.timestep, pa.int32())))
 
 
 class SetAblations(Ablations):
@@ -115,39 +99,3 @@ def _prepared(context: Context, items: Sequence[SweptItem | PromptItem]) -> Prep
     conditioning = {name: torch.cat([one.conditioning[name] for one in found]) for name in found[0].conditioning}
     keys = tuple(key for one in found for key in one.keys)
     return Prepared(keys, torch.cat([one.clean for one in found]), conditioning)
-
-
-def _edited_prediction(
-    context: Context,
-    inputs: NoisyInputs,
-    edits: Mapping[str, HeadEdit],
-    fills: Mapping[str, Fill],
-    prefix: Prefix | None,
-    cache: Cache | None,
-    rows: Tensor,
-) -> Tensor:
-    """The denoiser's answer with an edit of each site.
-
-    Args:
-        fills: by site, of removed heads.
-        cache: of the clean forward, whose row for each of the inputs' is in `rows`.
-    """
-    sites, device = frozenset(edits), context.task.device
-    fields = {
-        name: {**{part: moved(tensor, device) for part, tensor in tensors(edit).items()}, "fill": fills[name]}
-        for name, edit in edits.items()
-    }
-
-    @contextmanager
-    def inside(given: dict[str, Any]) -> Iterator[None]:
-        made = {name: HeadEdit(**parts) for name, parts in given["edits"].items()}
-        shared = prefix.replay(cache, sites, given["rows"]) if prefix and cache else nullcontext()
-        with context.loss_scope.edit(made), shared:
-            yield
-
-    given = {"edits": fields, "rows": rows}
-    key = ("edited", sites, cache)
-    # a recording is looked up by the timestep, which a replay wouldn't do
-    looked_up = any(isinstance(fill, Recording) for fill in fills.values())
-    forwards = Forwards() if looked_up else context.forwards
-    return forwards.run(key, inputs.timestep, given, inside, lambda: context.task.predict(inputs))[0]

@@ -10,7 +10,7 @@ import pyarrow as pa
 from headscope.sweep.compute.context import Context
 from headscope.sweep.plan.heads import attributed_sites
 from headscope.sweep.plan.items import GroupItems
-from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, UnitKind, chunks
+from headscope.sweep.plan.units import IMAGES, REFERENCE, Advance, Asked, Planned, Unit, UnitKind, chunks
 from headscope.sweep.store.rows import coded, labels, prepend
 from headscope.sweep.store.store import Results
 
@@ -22,7 +22,7 @@ class Attributions(UnitKind):
     """Of every fill, item, timestep, site and head a row: g, c and the loss, as `Scope.attribute` gives them."""
 
     name = "attributions"
-    reads = ("images", "reference")
+    reads = (IMAGES, REFERENCE)
     differentiates = True
 
     def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:

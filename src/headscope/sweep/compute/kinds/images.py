@@ -8,14 +8,14 @@ import torch
 
 from headscope.sweep.compute.context import Context
 from headscope.sweep.plan.items import GroupItems
-from headscope.sweep.plan.units import TENSORS, Advance, Asked, Planned, Unit, UnitKind, needs_images
+from headscope.sweep.plan.units import IMAGES, TENSORS, Advance, Asked, Planned, Unit, UnitKind, needs_images
 from headscope.sweep.store.store import Results
 
 
 class Images(UnitKind):
     """Of each group of prompts one unit: by its key, each item's image, uint8 [height, width, 3]."""
 
-    name = "images"
+    name = IMAGES
     files = (TENSORS,)
 
     def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:

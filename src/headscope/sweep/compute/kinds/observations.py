@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from headscope.sweep.compute.context import Context
 from headscope.sweep.plan.items import GroupItems
-from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, UnitKind, chunks
+from headscope.sweep.plan.units import IMAGES, Advance, Asked, Planned, Unit, UnitKind, chunks
 from headscope.sweep.store.rows import labels, prepend
 from headscope.sweep.store.store import Results
 
@@ -23,7 +23,7 @@ class Observations(UnitKind):
 
     name = "observations"
     reported = True
-    reads = ("images",)
+    reads = (IMAGES,)
 
     def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
         if asked.config.observe:

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from headscope.models import Recording
 from headscope.sweep.compute.context import Context
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
-from headscope.sweep.plan.units import TENSORS, Advance, Asked, Planned, Unit, UnitKind
+from headscope.sweep.plan.units import IMAGES, REFERENCE, TENSORS, Advance, Asked, Planned, Unit, UnitKind
 from headscope.sweep.store.store import Results
 
 
 class Reference(UnitKind):
     """Of each group a unit over teacher-forced forwards ("loss"), and one over whole generations ("generate")."""
 
-    name = "reference"
+    name = REFERENCE
     files = (TENSORS,)
-    reads = ("images",)
+    reads = (IMAGES,)
 
     def members(self, group: GroupItems) -> Sequence[SweptItem | PromptItem]:
         return group.reference
