@@ -17,7 +17,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def unet():
-    """A model in pixel space; 4 heads at each of 3 sites."""
+    """A model in pixel space, with 4 heads at each of 2 sites."""
     return tiny.ddpm().unet
 
 

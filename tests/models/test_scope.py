@@ -565,3 +565,26 @@ def test_models_without_attention_are_refused():
         Scope(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="pipeline_or_model: got str"):
         Scope("stable-diffusion")
+
+
+def test_hooks_stay_in_place_between_contexts(unet, sample):
+    scope = Scope(unet)
+    stock = run(unet, sample)
+    with scope.keep_hooks():
+        assert hooks(unet) > 0
+        assert scope.timestep is None
+        assert not torch.equal(run(unet, sample, timestep=9), stock)
+        assert scope.timestep == 9
+        assert torch.equal(run(unet, sample), stock)
+        with scope.edit({scope.sites[0].name: [0]}):
+            assert not torch.equal(run(unet, sample), stock)
+        assert hooks(unet) > 0
+    assert hooks(unet) == 0
+    assert scope.timestep is None
+
+
+def test_a_scope_shows_sites_and_contexts_alone(unet):
+    """The state of its contexts is hidden."""
+    contexts = {"record", "record_tokens", "edit", "keep_hooks"}
+    shown = {name for name in dir(Scope(unet)) if not name.startswith("_")}
+    assert shown == {"denoiser", "sites", "unseen", "site", "matching", "refresh", "timestep", "attribute"} | contexts

@@ -25,83 +25,95 @@ def build_table(reduced: Sequence[Reduced]) -> "pyarrow.Table":
     blocks = _blocks(reduced)
     if not blocks:
         return pa.table({})
-    parts = list(blocks)
-    sizes = np.array([part.samples * part.heads for part in parts])
-    timesteps = _timesteps([part.forward for part in parts])
-
-    def spread(values: list, dtype) -> np.ndarray:
-        return np.repeat(np.array(values, dtype), sizes)
-
-    def words(values: list[str]):
-        names = list(dict.fromkeys(values))
-        codes = np.array([names.index(value) for value in values], np.int32)
-        return pa.DictionaryArray.from_arrays(np.repeat(codes, sizes), pa.array(names, pa.string()))
-
-    samples = [np.arange(part.first_sample, part.first_sample + part.samples) for part in parts]
-    branches: list[str | None] = []
-    for part, numbers in zip(parts, samples, strict=True):
-        branches += [part.forward.branch_of(int(sample)) for sample in numbers]
-    per_sample = np.concatenate([np.full(part.samples, part.heads) for part in parts])
-    names = list(dict.fromkeys(branch for branch in branches if branch is not None))
-    codes = np.array([-1 if branch is None else names.index(branch) for branch in branches], np.int8)
-    codes = np.repeat(codes, per_sample)
-    within = np.concatenate([numbers % part.forward.samples for part, numbers in zip(parts, samples, strict=True)])
-    at = np.concatenate(
-        [timesteps[id(part.forward)][numbers] for part, numbers in zip(parts, samples, strict=True)]
-    )  # one per sample
-    frames = spread([-1 if part.segment.frame is None else part.segment.frame for part in parts], np.int16)
-    columns = {
-        "forward": pa.array(spread([part.forward_number for part in parts], np.int32)),
-        "step": pa.array(spread([part.step for part in parts], np.int32)),
-        "timestep": pa.array(np.repeat(at, per_sample)),
-        "site": words([part.site for part in parts]),
-        "call": pa.array(spread([part.call for part in parts], np.int16)),
-        "sample": pa.array(np.repeat(within, per_sample).astype(np.int32)),
-        "branch": pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(names, pa.string())),
-        "head": pa.array(np.concatenate([np.tile(np.arange(p.heads, dtype=np.int16), p.samples) for p in parts])),
-        "query_group": words([part.segment.group for part in parts]),
-        "frame": pa.array(frames, mask=frames < 0),
-        "queries": pa.array(spread([part.queries for part in parts], np.int32)),
-        "keys": pa.array(spread([part.keys for part in parts], np.int32)),
-    }
-    grids = [_grid(part) for part in parts]
-    for axis, name in enumerate(("grid_height", "grid_width")):
-        edges = spread([grid[axis] for grid in grids], np.int32)
-        columns[name] = pa.array(edges, mask=edges == 0)
+    columns = _labels(list(blocks), pa)
+    sizes = np.array([part.samples * part.heads for part in blocks])
     for name in dict.fromkeys(name for values in blocks.values() for name in values):
         columns[name] = _column(name, [values.get(name) for values in blocks.values()], sizes, pa)
     return pa.table(columns)
 
 
+def _labels(parts: list[Part], pa: Any) -> dict[str, Any]:
+    """The columns that say what each row is of; a part has a row for each sample and head."""
+    sizes = np.array([part.samples * part.heads for part in parts])
+
+    def numbers(values: list[int], dtype: type) -> np.ndarray:
+        return np.repeat(np.array(values, dtype), sizes)
+
+    def words(values: list[str]) -> Any:
+        names = list(dict.fromkeys(values))
+        codes = np.array([names.index(value) for value in values], np.int32)
+        return pa.DictionaryArray.from_arrays(np.repeat(codes, sizes), pa.array(names, pa.string()))
+
+    frames = numbers([-1 if part.segment.frame is None else part.segment.frame for part in parts], np.int16)
+    heights, widths = (numbers([grid[axis] for grid in map(_grid, parts)], np.int32) for axis in (0, 1))
+    timesteps, samples, branches = _sample_labels(parts, pa)
+    return {
+        "forward": pa.array(numbers([part.forward_number for part in parts], np.int32)),
+        "step": pa.array(numbers([part.step for part in parts], np.int32)),
+        "timestep": timesteps,
+        "site": words([part.site for part in parts]),
+        "call": pa.array(numbers([part.call for part in parts], np.int16)),
+        "sample": samples,
+        "branch": branches,
+        "head": pa.array(np.concatenate([np.tile(np.arange(p.heads, dtype=np.int16), p.samples) for p in parts])),
+        "query_group": words([part.segment.group for part in parts]),
+        "frame": pa.array(frames, mask=frames < 0),
+        "queries": pa.array(numbers([part.queries for part in parts], np.int32)),
+        "keys": pa.array(numbers([part.keys for part in parts], np.int32)),
+        "grid_height": pa.array(heights, mask=heights == 0),
+        "grid_width": pa.array(widths, mask=widths == 0),
+    }
+
+
+def _sample_labels(parts: list[Part], pa: Any) -> tuple[Any, Any, Any]:
+    """The columns timestep, sample (within its branch) and branch."""
+    known = _timesteps([part.forward for part in parts])
+    timesteps, within = [], []
+    branches: list[str | None] = []
+    for part in parts:
+        samples = np.arange(part.first_sample, part.first_sample + part.samples)
+        timesteps.append(known[id(part.forward)][samples])
+        within.append(samples % part.forward.samples)
+        branches += [part.forward.branch_of(int(sample)) for sample in samples]
+    heads = np.concatenate([np.full(part.samples, part.heads) for part in parts])
+    names = list(dict.fromkeys(branch for branch in branches if branch is not None))
+    codes = np.array([-1 if branch is None else names.index(branch) for branch in branches], np.int8)
+    codes = np.repeat(codes, heads)
+    return (
+        pa.array(np.repeat(np.concatenate(timesteps), heads)),
+        pa.array(np.repeat(np.concatenate(within), heads).astype(np.int32)),
+        pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(names, pa.string())),
+    )
+
+
 def _blocks(reduced: Sequence[Reduced]) -> dict[Part, dict[str, np.ndarray]]:
     """Each part's columns, [samples * heads] or [samples * heads, numbers], in the order of execution."""
-    tensors = [tensor for entry in reduced for tensor in (*entry.values, entry.rows) if tensor is not None]
-    arrays = iter(_to_host(tensors))
-    order: dict[tuple, Part] = {}
-    # reduced together were calls of one shape, wherever they are in the model
-    numbers: dict[tuple, int] = {}
+    arrays = iter(
+        _to_host([tensor for entry in reduced for tensor in (*entry.values, entry.rows) if tensor is not None])
+    )
+    parts: dict[tuple, Part] = {}
+    # calls of one shape were reduced together, wherever they are in the model
+    order: dict[tuple, tuple[int, int]] = {}
     found: dict[tuple, dict[str, np.ndarray]] = defaultdict(dict)
     for entry in reduced:
-        values = {
-            (f"{entry.name}_{reduction}" if reduction != "sum" else entry.name): next(arrays)
-            for reduction in entry.reductions
-        }
+        names = [entry.name if reduction == "sum" else f"{entry.name}_{reduction}" for reduction in entry.reductions]
+        values = {name: next(arrays) for name in names}
         if entry.rows is not None:
             values[entry.name] = next(arrays)
         for index, part in enumerate(entry.parts):
             # a site may attend to one sample after the other
             place = (part.forward_number, part.site, part.call, part.segment, part.first_sample)
-            order.setdefault(place, part)
-            numbers[place] = min(part.number, numbers.get(place, part.number))
+            parts.setdefault(place, part)
+            number = (part.forward_number, part.number)
+            order[place] = min(number, order.get(place, number))
             for name, array in values.items():
                 found[place][name] = array[index].reshape(part.samples * part.heads, *array.shape[3:])
-            if entry.name == ENTROPY and part.keys > 1 and f"{NORMALISED}_mean" not in found[place]:
-                # replaced below where rows see different numbers of keys
-                found[place][f"{NORMALISED}_mean"] = found[place]["entropy_mean"] / np.float32(np.log(part.keys))
-            elif entry.name == ENTROPY:
-                found[place].setdefault(f"{NORMALISED}_mean", np.full(part.samples * part.heads, np.nan, np.float32))
-    places = sorted(order, key=lambda place: (place[0], numbers[place]))
-    return {order[place]: found[place] for place in places}
+            # recorded, before or after this, where rows see different numbers of keys
+            if entry.name == ENTROPY and f"{NORMALISED}_mean" not in found[place]:
+                entropy = found[place]["entropy_mean"]
+                mean = entropy / np.float32(np.log(part.keys)) if part.keys > 1 else np.full_like(entropy, np.nan)
+                found[place][f"{NORMALISED}_mean"] = mean
+    return {parts[place]: found[place] for place in sorted(parts, key=order.__getitem__)}
 
 
 def _grid(part: Part) -> tuple[int, int]:
@@ -110,23 +122,21 @@ def _grid(part: Part) -> tuple[int, int]:
     return known or (0, 0)
 
 
-def _to_host(tensors: list[Tensor]) -> list[np.ndarray]:
-    """Tensors of one device and many shapes as float32 arrays, with one transfer."""
+def _to_host(tensors: list[Tensor], dtype: torch.dtype = torch.float32) -> list[np.ndarray]:
+    """Tensors of one device and many shapes as arrays, with one transfer."""
     if not tensors:
         return []
-    flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors]).cpu().numpy()
+    flat = torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors]).cpu().numpy()
     ends = np.cumsum([tensor.numel() for tensor in tensors])
     pieces = np.split(flat, ends[:-1])
     return [piece.reshape(tuple(tensor.shape)) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def _timesteps(forwards: list[Forward]) -> dict[int, np.ndarray]:
-    """Every forward's timesteps, one per sample of the batch, with one transfer."""
+    """By the forward's id, its timesteps, one per sample of the batch."""
     unique = list({id(forward): forward for forward in forwards}.values())
-    flat = torch.cat([forward.timestep.double() for forward in unique]).cpu().numpy()
-    ends = np.cumsum([forward.timestep.numel() for forward in unique])
-    pieces = np.split(flat, ends[:-1])
-    return {id(f): np.broadcast_to(piece, (f.batch,)) for f, piece in zip(unique, pieces, strict=True)}
+    arrays = _to_host([forward.timestep for forward in unique], torch.float64)
+    return {id(one): np.broadcast_to(array, (one.batch,)) for one, array in zip(unique, arrays, strict=True)}
 
 
 def _column(name: str, values: list[np.ndarray | None], sizes: np.ndarray, pa):
