@@ -9,7 +9,7 @@ import torch
 
 # cpu_library at once: it has to see forks from the start
 from headscope.ops import cpu_library
-from headscope.ops.statistics import KeyMass, Statistic
+from headscope.ops.statistics import CLASSES, STATISTICS, KeyMass, Statistic
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,11 @@ def _triton_rejects(problem: Problem) -> str | None:
 
 
 def _those_with_kernels() -> str:
-    from headscope_kernels.attention import STATISTICS
+    from headscope_kernels.attention import STATISTICS as KERNELS
 
-    return ", ".join([*STATISTICS, KeyMass.key])
+    # those that can be asked for by name come first
+    keys = dict.fromkeys([*STATISTICS, *CLASSES])
+    return ", ".join([*(key for key in keys if key in KERNELS), KeyMass.key])
 
 
 def _cpu_unavailable() -> str | None:

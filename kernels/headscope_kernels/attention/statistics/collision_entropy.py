@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.statistics.contract import RowStatistic
-
-LN2 = tl.constexpr(0.6931471805599453)
+from headscope_kernels.attention.statistics.contract import LN2, RowStatistic, register
 
 
 @triton.jit
@@ -21,4 +19,4 @@ def collision_finish(accumulators, normaliser, max_logit, max_exponent, CONSTANT
     return LN2 * (2.0 * tl.log2(normaliser) - tl.log2(accumulators[0]))
 
 
-COLLISION_ENTROPY = RowStatistic(collision_finish, update=collision_update, accumulators=(0,))
+register("collision_entropy", RowStatistic(collision_finish, update=collision_update, accumulators=(0,)))

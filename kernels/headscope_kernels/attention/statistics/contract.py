@@ -1,4 +1,4 @@
-"""What a statistic of one attention row is to the kernels: a few jit functions, and how much they carry along.
+"""RowStatistic, a statistic of one attention row as the kernels see it: a few jit functions and their accumulators.
 
 The forward holds, for every query row, the exponents x = logit * log2(e) - offset of the keys of one tile, where
 offset is the running maximum (in base 2), and the sum l of the weights w = 2^x. A statistic adds accumulators of its
@@ -20,9 +20,11 @@ own and two functions, and a third one if it can be differentiated:
 
 `tensors` are pointers to the statistic's own data, advanced to this sample and head; CONSTANTS is a constexpr tuple.
 
-To add a statistic, write such functions and a RowStatistic of them: the kernels name none.
+To add a statistic, write such functions in a file of this folder and `register` a RowStatistic of them: no kernel names
+any of them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -31,16 +33,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LN2 = tl.constexpr(0.6931471805599453)
+Constants = tuple[int | float, ...]
+
 
 @dataclass(frozen=True)
 class RowStatistic:
     """One statistic of the rows.
 
     Attributes:
-        finish, update, gradient: jit functions, see above; update is None where there is nothing to carry, gradient
-            where the statistic isn't differentiable with respect to single probabilities.
-        accumulators: what is carried from tile to tile, float32: one entry each, 0 for [queries], or a power of two of
-            at least 16 for [queries, entry].
+        finish, update, gradient: jit functions, see above; update is None without accumulators, gradient where the
+            statistic isn't differentiable with respect to single probabilities.
+        accumulators: one entry for each float32 accumulator: 0 for [queries], or a power of two of at least 16 for
+            [queries, entry].
         empty: the value of a row without any valid key.
         width: 0 for a result [queries], else the last dimension of a result [queries, width].
         constants: handed to the functions.
@@ -51,12 +56,25 @@ class RowStatistic:
     accumulators: tuple[int, ...] = ()
     empty: float = 0.0
     width: int = 0
-    constants: tuple[int | float, ...] = ()
+    constants: Constants = ()
     gradient: Any = None
 
     def __hash__(self) -> int:
         # Triton's functions compare by identity, but each hash of one takes microseconds
         return hash((self.accumulators, self.width, self.constants))
+
+
+# by name, from constants to functions
+STATISTICS: dict[str, Callable[[Constants], RowStatistic]] = {}
+
+
+def register(name: str, statistic: RowStatistic | Callable[[Constants], RowStatistic]) -> None:
+    """Make a statistic known by the `key` of its class in headscope.ops.statistics.
+
+    Args:
+        statistic: its functions, or a function that makes them from its constants.
+    """
+    STATISTICS[name] = (lambda constants: statistic) if isinstance(statistic, RowStatistic) else statistic
 
 
 class BoundStatistic(NamedTuple):
@@ -67,7 +85,7 @@ class BoundStatistic(NamedTuple):
 
 
 class StatisticSet(NamedTuple):
-    """What the forward takes: tuples that run in parallel, and a key that changes when any function does."""
+    """The forward's arguments: tuples with an entry for each statistic, and a key that changes with any function."""
 
     accumulators: tuple[tuple[int, ...], ...]
     updates: tuple[Any, ...]

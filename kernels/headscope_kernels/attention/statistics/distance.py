@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.statistics.contract import RowStatistic
+from headscope_kernels.attention.statistics.contract import RowStatistic, register
 
 
 @triton.jit
@@ -28,3 +28,6 @@ def distance(constants: tuple[int | float, ...]) -> RowStatistic:
     """Constants are (height, width, key_height, key_width)."""
     _height, _width, _key_height, _key_width = constants
     return RowStatistic(distance_finish, update=distance_update, accumulators=(0,), constants=constants)
+
+
+register("distance", distance)

@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.statistics.contract import RowStatistic
-
-LN2 = tl.constexpr(0.6931471805599453)
+from headscope_kernels.attention.statistics.contract import LN2, RowStatistic, register
 
 
 @triton.jit
@@ -29,4 +27,4 @@ def entropy_gradient(grad, log_probability, rows, columns, keys, tensors, CONSTA
     return -grad[:, None] * log_probability
 
 
-ENTROPY = RowStatistic(entropy_finish, update=entropy_update, accumulators=(0,), gradient=entropy_gradient)
+register("entropy", RowStatistic(entropy_finish, update=entropy_update, accumulators=(0,), gradient=entropy_gradient))

@@ -1,11 +1,9 @@
-"""What the online softmax knows anyway: its normaliser and its maximum. Nothing to accumulate."""
+"""The normaliser and the maximum of a row, which the online softmax has anyway. Nothing to accumulate."""
 
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.statistics.contract import RowStatistic
-
-LN2 = tl.constexpr(0.6931471805599453)
+from headscope_kernels.attention.statistics.contract import LN2, RowStatistic, register
 
 
 @triton.jit
@@ -27,6 +25,6 @@ def max_prob_finish(accumulators, normaliser, max_logit, max_exponent, CONSTANTS
 
 
 # logsumexp's gradient is p itself, a constant of the row before the softmax: the backward takes it with the row sums
-LOGSUMEXP = RowStatistic(logsumexp_finish, empty=float("-inf"))
-MAX_LOGIT = RowStatistic(max_logit_finish, empty=float("-inf"))
-MAX_PROB = RowStatistic(max_prob_finish)
+register("logsumexp", RowStatistic(logsumexp_finish, empty=float("-inf")))
+register("max_logit", RowStatistic(max_logit_finish, empty=float("-inf")))
+register("max_prob", RowStatistic(max_prob_finish))

@@ -10,9 +10,8 @@ float32, because the matrix units truncate while they accumulate.
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.statistics.contract import RowStatistic
+from headscope_kernels.attention.statistics.contract import LN2, RowStatistic, register
 
-LN2 = tl.constexpr(0.6931471805599453)
 # the smallest float32 with all of its digits
 LEAST_MASS = tl.constexpr(2.0**-126)
 # as many groups as one pass accumulates: [queries, 128] float32, what a value of 128 channels takes
@@ -147,3 +146,7 @@ def group_entropy(constants: tuple[int | float, ...]) -> RowStatistic:
         width=width,
         constants=constants,
     )
+
+
+register("group_mass", group_mass)
+register("group_entropy", group_entropy)

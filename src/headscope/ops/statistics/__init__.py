@@ -1,8 +1,12 @@
 """Statistics of attention's probabilities: an open set.
 
-Reading order: statistic (what one is, and how to write your own), rows, distance, groups and keys (the built-in ones),
-requests (from what a caller asks for to what an operator gets).
+Reading order: statistic (the class of all, and how to write your own), rows, distance, groups and keys (the built-in
+ones), requests (names and objects that a caller asks for, and the specs that an operator gets). Every file of this
+folder is imported, and defining a class registers it.
 """
+
+import importlib
+import pkgutil
 
 from headscope.ops.statistics.distance import Distance
 from headscope.ops.statistics.groups import GroupEntropy, GroupMass
@@ -27,3 +31,6 @@ __all__ = [
     "requested_statistics",
     "restore_statistics",
 ]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

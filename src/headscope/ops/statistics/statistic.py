@@ -143,12 +143,12 @@ def restore(spec: str, tensors: Sequence[StatisticTensor]) -> Statistic:
 
 
 class BuiltIn(Statistic):
-    """One whose Triton functions stand in headscope_kernels under its key."""
+    """A statistic whose Triton functions, if it has any, are registered in headscope_kernels under its key."""
 
     def kernel(self) -> Any:
-        from headscope_kernels.attention import STATISTICS
+        from headscope_kernels.attention import STATISTICS as kernels
 
-        return STATISTICS[self.key](self.constants)
+        return kernels[self.key](self.constants) if self.key in kernels else None
 
 
 def _is_built_in(cls: type) -> bool:
