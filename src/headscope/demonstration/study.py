@@ -26,7 +26,8 @@ from headscope.demonstration.runs import (
     table_in_memory,
     work_of,
 )
-from headscope.report.page import STUDY_CAVEATS, write_report
+from headscope.report.caveats import STUDY_CAVEATS
+from headscope.report.page import write_report
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
