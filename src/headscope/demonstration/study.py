@@ -213,12 +213,7 @@ def report_study(out: Path) -> Path:
     if unfinished:
         caveats.insert(0, f"This study is not finished ({', '.join(unfinished)}): every number here will change.")
     return write_report(
-        out / REPORT,
-        title=TITLE,
-        run_info=info,
-        groups=group_infos(manifest),
-        result=result,
-        caveats=caveats,
+        out / REPORT, title=TITLE, run_info=info, groups=group_infos(manifest), result=result, caveats=caveats
     )
 
 
