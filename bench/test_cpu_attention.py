@@ -55,12 +55,7 @@ def every_statistic(query, keys: int) -> tuple[tuple, Callable[[], list[torch.Te
     grids = (rows[2] // 8, 8, keys // 7 + 1, 7)
     groups = (torch.arange(keys) * 8 // keys).int()[None, None]
     names = ("entropy", "logsumexp", "max_logit", "max_prob", "collision_entropy")
-    statistics = (
-        *names,
-        ("distance", grids, ()),
-        ("group_mass", (8,), (groups,)),
-        ("group_entropy", (8,), (groups,)),
-    )
+    statistics = (*names, ("distance", grids, ()), ("group_mass", (8,), (groups,)), ("group_entropy", (8,), (groups,)))
     return (
         statistics,
         lambda: (

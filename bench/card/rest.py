@@ -27,11 +27,7 @@ LENGTHS = [
     Shape(max(1, 16384 // size), 16, size, size, dim, "length")
     for size, dim in [*itertools.product((1024, 2048, 4096, 8192, 16384, 32768), (64,)), (32768, 128)]
 ]
-DIMS = [
-    Shape(2, 16, 4096, 4096, 40, "dim"),
-    Shape(2, 16, 4096, 4096, 80, "dim"),
-    Shape(2, 16, 4096, 4096, 160, "dim"),
-]
+DIMS = [Shape(2, 16, 4096, 4096, 40, "dim"), Shape(2, 16, 4096, 4096, 80, "dim"), Shape(2, 16, 4096, 4096, 160, "dim")]
 PEERS = (STOCK, OURS, "SDPA flash", "SDPA cuDNN")
 RANDOM = "random calls"
 # what ops.fuzz prints of a wrong result

@@ -15,12 +15,7 @@ import numpy as np
 
 from headscope._files import check_text
 
-_EXPECTED = {
-    str: "some text in quotes",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-}
+_EXPECTED = {str: "some text in quotes", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def settle(owner: Any) -> None:

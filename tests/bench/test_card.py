@@ -65,8 +65,7 @@ def test_a_report_is_whole_after_every_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"),
-    [(540, ["smoke", "speed", "rest"]), (110, ["smoke", "rest"]), (50, ["smoke"]), (5, [])],
+    ("budget", "expected"), [(540, ["smoke", "speed", "rest"]), (110, ["smoke", "rest"]), (50, ["smoke"]), (5, [])]
 )
 def test_stages_that_fit(budget: float, expected: list[str], monkeypatch, capsys):
     """On a clock that each stage moves on by what it is expected to take."""

@@ -38,9 +38,7 @@ def study(
         console.print(f"report  {escaped(str(page))}\ntables  {escaped(str(out / 'tables'))}", highlight=False)
 
 
-def report(
-    directory: Annotated[Path, typer.Argument(help="A study's or a sweep's directory.")],
-) -> None:
+def report(directory: Annotated[Path, typer.Argument(help="A study's or a sweep's directory.")]) -> None:
     """Write report.html for a study or a sweep, from what is finished."""
     with clear_errors():
         need("study", "scipy", "plotly", "jinja2", "PIL", "polars")

@@ -150,14 +150,7 @@ def _run(config, out: Path, batch: int | None, workforce, quiet: bool, dry_run: 
 
         _print_estimate(estimate_sweep(config, Execution(rows=batch)), workforce.count)
         return
-    run = run_sweep(
-        config,
-        out,
-        batch=batch,
-        workers=workforce,
-        progress=not quiet,
-        console=console,
-    )
+    run = run_sweep(config, out, batch=batch, workers=workforce, progress=not quiet, console=console)
     for kind in run.tables:
         rows = run.table(kind).select("item").collect().height
         console.print(f"{kind:<15} {rows:>9,} rows  {escaped(str(out / kind))}", highlight=False)

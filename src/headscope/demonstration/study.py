@@ -26,7 +26,8 @@ from headscope.demonstration.runs import (
     table_in_memory,
     work_of,
 )
-from headscope.report.page import STUDY_CAVEATS, write_report
+from headscope.report.caveats import STUDY_CAVEATS
+from headscope.report.page import write_report
 from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
@@ -212,12 +213,7 @@ def report_study(out: Path) -> Path:
     if unfinished:
         caveats.insert(0, f"This study is not finished ({', '.join(unfinished)}): every number here will change.")
     return write_report(
-        out / REPORT,
-        title=TITLE,
-        run_info=info,
-        groups=group_infos(manifest),
-        result=result,
-        caveats=caveats,
+        out / REPORT, title=TITLE, run_info=info, groups=group_infos(manifest), result=result, caveats=caveats
     )
 
 

@@ -15,19 +15,15 @@ from plotly.offline import get_plotlyjs
 
 from headscope._files import local_path, write_atomic
 from headscope.report import figures, findings, tables
+from headscope.report.caveats import STUDY_CAVEATS, caveats_of
 from headscope.report.images import sheet
 from headscope.report.naming import Names, listed
 from headscope.report.panels import Figure, View
-from headscope.study import ablation, entropy, finite, inference
+from headscope.study import ablation, entropy, inference
 from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult, analyse_sweep
 
 STUDY_SUMMARY = "A small model on small data: it shows what can be measured and how, not what is true of large models."
-STUDY_CAVEATS = (
-    "The model is small and so are the images. Nothing here says how heads of larger models behave.",
-    "Few images per group, and each at one noise draw per timestep: intervals describe the variation between sources,"
-    " not that between noise draws, training runs or models.",
-)
 SWEEP_SUMMARY = "What a sweep measured, without a selection and a separate test: every ranking here is exploratory."
 
 
@@ -81,7 +77,7 @@ def write_report(
         figures=_figures(result, names, order),
         tables=_tables(result, names, order),
         further=[(score.title, score.definition, tables.further_table(score, names)) for score in result.further],
-        caveats=[*caveats, *_caveats(result)],
+        caveats=[*caveats, *caveats_of(result)],
         words=_words(),
         example=_example(result, names),
         fill=_fill(result),
@@ -232,50 +228,3 @@ def _words() -> dict[str, Any]:
         "family": ablation.FAMILY,
         "distance": ablation.DISTANCE,
     }
-
-
-def _caveats(result: StudyResult) -> list[str]:
-    """The caveats that follow from the tables."""
-    found = finite.caveats(result.left_out)
-    if "lfw" in result.groups:
-        found.append(
-            "The LFW photographs come without identities; each is counted as its own source. If a person appears twice,"
-            " intervals for lfw are somewhat too narrow. They were cut out, aligned and reduced to grey 25 x 25 pixels"
-            " by others, so a difference from synthetic faces may lie in that processing as much as in what is shown;"
-            " faces_grey passes through the same resampling, which removes one such difference, not all."
-        )
-    few = result.sources.filter(pl.col("sources") < inference.FEWEST_SOURCES)
-    if len(few):
-        listing = "; ".join(
-            f"{row['group']}, {row['split']}: {row['sources']} {'source' if row['sources'] == 1 else 'sources'},"
-            f" {row['items']} images"
-            for row in few.iter_rows(named=True)
-        )
-        found.append(
-            f"Groups of fewer than {inference.FEWEST_SOURCES} sources get no p-value, and their intervals are marked"
-            f" exploratory: many crops of one photograph are one observation ({listing})."
-        )
-    if result.entropy_heads is not None:
-        found.append(
-            "Sites differ in their number of keys K, and entropy in nats grows with K alone. Heads of different sites"
-            " are compared by H / ln K only, and even that is not free of K: the same pattern of attention has another"
-            " normalised entropy at another resolution."
-        )
-        found.append(
-            "Entropy describes how spread out attention is. It is no measure of what a head does, nor of its"
-            " importance; that is what ablation is for."
-        )
-    if result.ablation_ranking is not None or result.ablation_confirm is not None:
-        found.append(
-            "The relative degradation divides by the clean loss, which differs between groups and timesteps: the same"
-            " absolute damage is a larger percentage where the model is good. Read the absolute difference beside it."
-        )
-        found.append(
-            "Heads are removed one at a time. Heads that do the same thing hide each other, and the effects of several"
-            " do not add up."
-        )
-        found.append(
-            "The mean fill stands on reference images of the same group; zero moves the activations further from what"
-            " the network knows, and may overstate a head's part."
-        )
-    return found

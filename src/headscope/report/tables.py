@@ -1,7 +1,7 @@
 """The report's tables of numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +39,10 @@ def contrast_table(contrast: Contrast) -> Table:
                 str(row["timestep"]),
                 write(row["natural"]),
                 write(row["synthetic"]),
-                write(row["value"]),
-                interval(row["low"], row["high"], write),
+                *_estimate(row, write),
                 probability(row["p_value"]),
                 probability(row["p_holm"]),
-                write_ratio(row["ratio"]),
-                interval(row["ratio_low"], row["ratio_high"], write_ratio),
+                *_estimate(row, write_ratio, "ratio"),
             ]
         )
     difference, ratio = contrast.difference, contrast.ratio
@@ -63,7 +61,7 @@ def contrast_table(contrast: Contrast) -> Table:
     )
     sources = " and ".join(map(str, difference.sources))
     columns = [("timestep", False), (contrast.natural, True), (contrast.synthetic, True), ("difference", True)]
-    columns += [("95 % interval", True), ("p", True), ("corrected p", True), ("ratio", True), ("95 % interval", True)]
+    columns += [_INTERVAL, ("p", True), ("corrected p", True), ("ratio", True), _INTERVAL]
     caption = f"Normalised entropy, mean over heads, confirm split ({sources} sources)."
     return Table(caption, columns, rows)
 
@@ -78,15 +76,14 @@ def contrast_heads_table(contrast: Contrast, names: Names) -> Table:
             names.of_queries(row, several),
             write(row["discover"]),
             number(row["discover_score"], 1),
-            write(row["value"]),
-            interval(row["low"], row["high"], write),
+            *_estimate(row, write),
             probability(row["p_value"]),
             probability(row["p_holm"]),
         ]
         for row in chosen.iter_rows(named=True)
     ]
     columns = [("head", False), ("difference, discover", True), ("|difference| / SE", True)]
-    columns += [("difference, confirm", True), ("95 % interval", True), ("p", True), ("corrected p", True)]
+    columns += [("difference, confirm", True), _INTERVAL, ("p", True), ("corrected p", True)]
     return Table("Heads selected on the discover split, tested on the confirm split.", columns, rows)
 
 
@@ -94,65 +91,45 @@ def confirm_table(confirmed: pl.DataFrame, names: Names) -> Table:
     """Every tested head, group and fill."""
     rows = [
         [
-            names.head(row["site"], row["head"]),
-            row["group"],
-            row["fill"],
+            *_subject(row, names),
             percent(row["discover"]),
-            percent(row["value"]),
-            interval(row["low"], row["high"], percent),
-            significant(row["absolute"]),
-            interval(row["absolute_low"], row["absolute_high"], significant),
+            *_estimate(row, percent),
+            *_estimate(row, significant, "absolute"),
             probability(row["p_value"]),
             probability(row["p_holm"]),
             str(row["sources"]),
         ]
         for row in confirmed.iter_rows(named=True)
     ]
-    columns = [("head", False), ("group", False), ("fill", False), ("discover", True), ("confirm", True)]
-    columns += [("95 % interval", True), ("absolute", True), ("95 % interval", True), ("p", True)]
-    return Table(
-        "Degradation of the selected heads on the confirm split.",
-        [*columns, ("corrected p", True), ("sources", True)],
-        rows,
-    )
+    columns = [*_SUBJECT, ("discover", True), ("confirm", True), _INTERVAL, ("absolute", True), _INTERVAL]
+    columns += [("p", True), ("corrected p", True), ("sources", True)]
+    return Table("Degradation of the selected heads on the confirm split.", columns, rows)
 
 
 def ranking_table(ranking: pl.DataFrame, names: Names) -> Table:
     """Every ablated head's degradation on the split that ranks them."""
     rows = [
         [
-            names.head(row["site"], row["head"]),
-            row["group"],
-            row["fill"],
+            *_subject(row, names),
             str(row["rank"]),
-            percent(row["value"]),
-            interval(row["low"], row["high"], percent),
-            significant(row["absolute"]),
-            interval(row["absolute_low"], row["absolute_high"], significant),
+            *_estimate(row, percent),
+            *_estimate(row, significant, "absolute"),
             str(row["sources"]),
         ]
         for row in ranking.iter_rows(named=True)
     ]
-    columns = [("head", False), ("group", False), ("fill", False), ("rank", True), ("relative", True)]
-    columns += [("95 % interval", True), ("absolute", True), ("95 % interval", True), ("sources", True)]
-    return Table("Degradation of every ablated head, mean over timesteps; exploratory.", columns, rows)
+    columns = [*_SUBJECT, ("rank", True), ("relative", True), _INTERVAL, ("absolute", True), _INTERVAL]
+    caption = "Degradation of every ablated head, mean over timesteps; exploratory."
+    return Table(caption, [*columns, ("sources", True)], rows)
 
 
 def distance_table(ranking: pl.DataFrame, names: Names) -> Table:
+    """The distance that every head's removal moves the drawn image."""
     rows = [
-        [
-            names.head(row["site"], row["head"]),
-            row["group"],
-            row["fill"],
-            str(row["rank"]),
-            significant(row["value"]),
-            interval(row["low"], row["high"], significant),
-            str(row["sources"]),
-        ]
+        [*_subject(row, names), str(row["rank"]), *_estimate(row, significant), str(row["sources"])]
         for row in ranking.iter_rows(named=True)
     ]
-    columns = [("head", False), ("group", False), ("fill", False), ("rank", True), ("distance", True)]
-    columns += [("95 % interval", True), ("sources", True)]
+    columns = [*_SUBJECT, ("rank", True), ("distance", True), _INTERVAL, ("sources", True)]
     return Table("Distance of the drawn image, every head; exploratory.", columns, rows)
 
 
@@ -198,14 +175,13 @@ def further_table(score: Score, names: Names) -> Table:
             row["edit"] if of_sets else names.head(row["site"], row["head"]),
             row["group"],
             row["fill"],
-            write(row["value"]),
-            interval(row["low"], row["high"], write),
+            *_estimate(row, write),
             str(row["sources"]),
         ]
         for row in found
     ]
-    columns = [("set of heads" if of_sets else "head", False), ("group", False), ("fill", False)]
-    columns += [("value", True), ("95 % interval", True), ("sources", True)]
+    columns = [("set of heads" if of_sets else "head", False), *_SUBJECT[1:]]
+    columns += [("value", True), _INTERVAL, ("sources", True)]
     when = "" if score.kind.endswith("generations") else ", mean over timesteps"
     left_out = f" {score.left_out} values that are infinite or NaN are left out." if score.left_out else ""
     return Table(f"{score.title} ({score.kind}){when}; exploratory.{left_out}", columns, rows)
@@ -234,3 +210,18 @@ def sites_table(result: StudyResult, names: Names) -> Table:
     ]
     columns = [("label", False), ("module", False), ("heads shown", True), ("keys K", True), ("ln K, nats", True)]
     return Table("Attention sites, in the order of execution; h0 is a site's first head.", columns, rows)
+
+
+_SUBJECT = (("head", False), ("group", False), ("fill", False))
+_INTERVAL = ("95 % interval", True)
+
+
+def _subject(row: dict[str, Any], names: Names) -> list[str]:
+    """The cells of `_SUBJECT`."""
+    return [names.head(row["site"], row["head"]), row["group"], row["fill"]]
+
+
+def _estimate(row: dict[str, Any], write: Callable[[float | None], str], name: str = "") -> list[str]:
+    """The cells of a number and its interval: value, low and high, or those that begin with a name."""
+    value, low, high = (name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")
+    return [write(row[value]), interval(row[low], row[high], write)]

@@ -278,8 +278,7 @@ class _Painting:
         wide, tall = self.width, self.height
         if style == "long":
             distance = np.minimum(
-                _ellipse(x, y + 0.08, wide * 1.20, tall * 1.10),
-                _box(x, y - 0.45, wide * 1.16, 0.62, 0.22),
+                _ellipse(x, y + 0.08, wide * 1.20, tall * 1.10), _box(x, y - 0.45, wide * 1.16, 0.62, 0.22)
             )
         elif style == "bob":
             distance = np.minimum(

@@ -28,14 +28,7 @@ from headscope._extras import require
 from headscope._files import local_path, write_atomic
 from headscope._machine import checked_device, device_name
 from headscope._signals import terminable
-from headscope.counter import (
-    check_seed,
-    counter_integers,
-    counter_normal,
-    counter_permutation,
-    counter_uniform,
-    whole,
-)
+from headscope.counter import check_seed, counter_integers, counter_normal, counter_permutation, counter_uniform, whole
 from headscope.zoo.groups import GROUPS, ImageGroup, open_group
 from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, build_model, build_scheduler
 

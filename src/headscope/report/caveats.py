@@ -1,0 +1,73 @@
+"""The caveats of a page, computed from the numbers as far as they follow from them."""
+
+from collections.abc import Mapping
+
+import polars as pl
+
+from headscope.study.analysis import StudyResult
+from headscope.study.inference import FEWEST_SOURCES
+
+STUDY_CAVEATS = (
+    "The model is small and so are the images. Nothing here says how heads of larger models behave.",
+    "Few images per group, and each at one noise draw per timestep: intervals describe the variation between sources,"
+    " not that between noise draws, training runs or models.",
+)
+
+
+def caveats_of(result: StudyResult) -> list[str]:
+    """The caveats that follow from the tables."""
+    found = _left_out(result.left_out)
+    if "lfw" in result.groups:
+        found.append(
+            "The LFW photographs come without identities; each is counted as its own source. If a person appears twice,"
+            " intervals for lfw are somewhat too narrow. They were cut out, aligned and reduced to grey 25 x 25 pixels"
+            " by others, so a difference from synthetic faces may lie in that processing as much as in what is shown;"
+            " faces_grey passes through the same resampling, which removes one such difference, not all."
+        )
+    few = result.sources.filter(pl.col("sources") < FEWEST_SOURCES)
+    if len(few):
+        listing = "; ".join(
+            f"{row['group']}, {row['split']}: {row['sources']} {'source' if row['sources'] == 1 else 'sources'},"
+            f" {row['items']} images"
+            for row in few.iter_rows(named=True)
+        )
+        found.append(
+            f"Groups of fewer than {FEWEST_SOURCES} sources get no p-value, and their intervals are marked"
+            f" exploratory: many crops of one photograph are one observation ({listing})."
+        )
+    if result.entropy_heads is not None:
+        found.append(
+            "Sites differ in their number of keys K, and entropy in nats grows with K alone. Heads of different sites"
+            " are compared by H / ln K only, and even that is not free of K: the same pattern of attention has another"
+            " normalised entropy at another resolution."
+        )
+        found.append(
+            "Entropy describes how spread out attention is. It is no measure of what a head does, nor of its"
+            " importance; that is what ablation is for."
+        )
+    if result.ablation_ranking is not None or result.ablation_confirm is not None:
+        found.append(
+            "The relative degradation divides by the clean loss, which differs between groups and timesteps: the same"
+            " absolute damage is a larger percentage where the model is good. Read the absolute difference beside it."
+        )
+        found.append(
+            "Heads are removed one at a time. Heads that do the same thing hide each other, and the effects of several"
+            " do not add up."
+        )
+        found.append(
+            "The mean fill stands on reference images of the same group; zero moves the activations further from what"
+            " the network knows, and may overstate a head's part."
+        )
+    return found
+
+
+def _left_out(left_out: Mapping[str, int]) -> list[str]:
+    """The caveat about numbers that aren't finite; `left_out` counts them by table and column."""
+    if not left_out:
+        return []
+    counts = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
+    return [
+        "Some numbers are infinite or none at all (NaN), as those of a model that overflowed are, and H / ln K where"
+        f" there is one key, and are left out of every mean: {counts}. A head whose removal does that changes more than"
+        " any number here says."
+    ]
