@@ -27,9 +27,9 @@ Enter = Callable[[list[Edit]], AbstractContextManager[None]]
 class Generations(EditingKind):
     """A row for every head, fill and item.
 
-    Its table: the item's labels (item, group, source_id, split, replicate), the number of steps, first_step and end_step
-    of the window in which edits act, site, head, fill, "distance", the mean squared difference between the edited image
-    and the clean one of the same prompt and noise (on a scale from 0 to 1), and a column for each image score.
+    Its table: the item's labels (item, group, source_id, split, replicate), steps, first_step and end_step (the window
+    in which edits act), site, head, fill, "distance", which is the mean squared difference between the edited image and
+    the clean one of the same prompt and noise (on a scale from 0 to 1), and a column for each image score.
 
     Its tensors: the images, uint8, "clean" [items, height, width, 3] and "edited", one for each row.
     """
