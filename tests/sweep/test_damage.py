@@ -18,8 +18,9 @@ from headscope.cli import app
 from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.plan.units import KINDS, TABLE
 from headscope.sweep.store.claims import Claims
+from headscope.sweep.store.manifest import MANIFEST
 from headscope.sweep.store.sheet import write_contact_sheets
-from headscope.sweep.store.store import CLAIMS, EXECUTION, FAILURES, MANIFEST, RunStore
+from headscope.sweep.store.store import CLAIMS, EXECUTION, FAILURES, RunStore
 from headscope.sweep.work.worker import TRIES
 
 TABLES = tuple(name for name, kind in KINDS.items() if TABLE in kind.files)

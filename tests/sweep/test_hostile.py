@@ -25,7 +25,8 @@ from headscope.study import inference
 from headscope.sweep import Run
 from headscope.sweep.plan.units import KINDS
 from headscope.sweep.store import store as files
-from headscope.sweep.store.store import CLAIMS, FAILURES, JOBS, MANIFEST, RunStore
+from headscope.sweep.store.manifest import MANIFEST
+from headscope.sweep.store.store import CLAIMS, FAILURES, JOBS, RunStore
 
 READERS = (("sweep", "status"), ("sweep", "verify"), ("sweep", "sheet"), ("report",))
 EVIL = '</script><script>alert("&")</script><img src=x onerror=alert(1)>'

@@ -14,7 +14,8 @@ import torch
 from headscope._files import write_atomic
 from headscope.sweep import Run
 from headscope.sweep.store import seals
-from headscope.sweep.store.store import EXECUTION, MANIFEST, Fit, RunStore, unit_files
+from headscope.sweep.store.manifest import MANIFEST
+from headscope.sweep.store.store import EXECUTION, Fit, RunStore, unit_files
 from sweep.races import begin_many, share
 
 IDENTITY = {"seed": 0, "timesteps": [1, 2]}

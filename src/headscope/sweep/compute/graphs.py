@@ -157,7 +157,7 @@ class Graphs(Forwards):
         return isinstance(leaf, Tensor) and leaf.device == self._device
 
     def _looks(self, leaf: Any) -> Hashable:
-        """What an input has in common in all uses of a graph: of the device's tensors all but their numbers."""
+        """The traits of an input by which graphs are chosen: of a tensor on the device all but its numbers."""
         if not isinstance(leaf, Tensor):
             return leaf if isinstance(leaf, Hashable) else id(leaf)
         shape = (leaf.dtype, leaf.shape, leaf.stride())

@@ -18,15 +18,14 @@ from headscope._extras import require
 from headscope._files import local_path
 from headscope.sweep.plan.units import KINDS, TABLE
 from headscope.sweep.store.claims import Claims
+from headscope.sweep.store.manifest import read_manifest
 from headscope.sweep.store.store import (
     CLAIMS,
     FAILURES,
-    MANIFEST,
     check_folders,
     check_whole,
     damaged_failures,
     file_problem,
-    read_manifest,
     read_tries,
     unit_files,
     unit_problem,
@@ -275,6 +274,3 @@ def _drop(path: Path) -> None:
 
 def _relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-__all__ = ["MANIFEST", "Run", "Status", "Verification"]

@@ -16,9 +16,7 @@ whole, as the checksums in them say (`seals`), which all files have but Slurm's.
 import contextlib
 import datetime
 import io
-import json
 import os
-import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,17 +30,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from headscope._files import read_plain, write_atomic, write_first
-from headscope.sweep.plan.functions import CODE
 from headscope.sweep.plan.units import KINDS, TABLE, TENSORS, Unit
 from headscope.sweep.store import seals
+from headscope.sweep.store.manifest import FORMAT, MANIFEST, DamagedManifest, check_identity, read_manifest
 
-MANIFEST, EXECUTION = "manifest.json", "execution.json"
-# 1 had no checksums, and the units in a separate file
-FORMAT = 2
+EXECUTION = "execution.json"
 FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
 _SEAL = "headscope.seal"
-# ids are digests: a name made of one leads nowhere else
-_ID = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -69,10 +63,6 @@ class Results:
 
     table: pa.Table | None = None
     tensors: dict[str, torch.Tensor] | None = None
-
-
-class DamagedManifest(ValueError):
-    """A run's manifest isn't what headscope wrote, or is gone."""
 
 
 class RunStore:
@@ -122,7 +112,7 @@ class RunStore:
             write_atomic(manifest, content)
             found = read_manifest(path)
             self.rebuilt = f"{str(manifest)!r} was damaged"
-        _same_identity(path, found["identity"], identity)
+        check_identity(path, found["identity"], identity)
 
     def _has_results_of(self, units: Sequence[dict[str, Any]]) -> bool:
         """True if there are results in the directory, all of units of this plan: their ids are digests of it."""
@@ -292,59 +282,6 @@ def check_whole(path: Path) -> None:
         raise ValueError(f"run: {str(path)!r} {what}; headscope sweep retry computes what is missing or damaged")
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A run's manifest.
-
-    Raises:
-        DamagedManifest: it isn't whole, or gone from a directory with results.
-        ValueError: there is none, or one of another format.
-    """
-    file = path / MANIFEST
-    problem = seals.problem(file, MANIFEST)
-    begun = any((path / kind).is_dir() for kind in KINDS)
-    if problem == "missing" and not begun:
-        raise ValueError(f"run: got {str(path)!r}, expected a directory with a headscope run ({MANIFEST})")
-    manifest: Any = None
-    # those of older formats have no seal
-    with contextlib.suppress(ValueError, RecursionError, OSError):
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if problem is None or (isinstance(found, int) and "seal" not in manifest):
-        if found != FORMAT:
-            raise ValueError(
-                f"run: {str(path)!r} has format {found!r}, this headscope writes and reads {FORMAT}; use the version"
-                " that wrote it, or begin a new run"
-            )
-        if problem is None and _is_manifest(manifest):
-            return manifest
-    what = "is missing" if problem == "missing" else "is damaged: it isn't what headscope wrote"
-    raise DamagedManifest(
-        f"run: {str(file)!r} {what}. The command that began the run writes it anew and keeps all results that are"
-        " whole; status, verify, report and retry can't, as only the manifest told them what the run is"
-    )
-
-
-def _is_manifest(manifest: dict[str, Any]) -> bool:
-    """True if a whole manifest has the parts that one has, in the right types: it may have been made elsewhere."""
-    units = manifest.get("units")
-    return (
-        isinstance(manifest.get("identity"), dict)
-        and isinstance(units, list)
-        and all(isinstance(unit, dict) and _is_unit(unit) for unit in units)
-    )
-
-
-def _is_unit(unit: dict[str, Any]) -> bool:
-    return (
-        unit.get("kind") in tuple(KINDS)
-        and isinstance(unit.get("id"), str)
-        and _ID.fullmatch(unit["id"]) is not None
-        and isinstance(unit.get("group"), str)
-        and "/" not in unit["group"]
-        and all(isinstance(unit.get(name), int) for name in ("items", "forwards"))
-    )
-
-
 def _name(path: Path) -> str:
     """The name that a unit's file is sealed under: its place in the run."""
     return f"{path.parent.name}/{path.name}"
@@ -358,21 +295,3 @@ def _write_sealed(path: Path, content: bytes) -> None:
 def _is_beginning(entry: Path) -> bool:
     """True if a file is one that a run writes before its manifest."""
     return entry.name.endswith(".tmp") and MANIFEST in entry.name
-
-
-def _same_identity(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    different = sorted(name for name in {*stored, *asked} if stored.get(name) != asked.get(name))
-    if different:
-        changes = "".join(f"\n  {name}: {_change(name, stored, asked)}" for name in different)
-        raise ValueError(f"out: {str(path)!r} holds a run of another configuration; choose another directory{changes}")
-
-
-def _change(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> str:
-    if name.startswith(CODE) and name in stored and name in asked:
-        return "changed since the run began; put it back to go on with this run"
-    return f"{_short(stored.get(name))} there, {_short(asked.get(name))} now"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

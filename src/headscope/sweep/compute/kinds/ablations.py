@@ -20,8 +20,12 @@ from headscope.sweep.store.store import Results
 
 
 class Ablations(EditingKind):
-    """Of every head, fill and item of one timestep a row: the loss of the clean and of the edited prediction, and what
-    else the configuration's scores measure of them.
+    """A row for every head, fill and item of one timestep.
+
+    Its table: the item's labels (item, group, source_id, split, replicate), timestep, site, head, fill, and the losses
+    of the two predictions, "clean" and "edited". Where the configuration's scores ask for them, also "distance" (of the
+    two predictions), "x0_clean" and "x0_edited" (errors of the clean image that a prediction implies), and a column for
+    each score of the user's.
 
     Edits of one site share a batch, and take over what the clean forward computed before that site.
     """
@@ -80,7 +84,7 @@ class Ablations(EditingKind):
 
 
 class SetAblations(Ablations):
-    """The same of the sweep's sets of heads."""
+    """The same for sets of heads: "edit", the set's name, in place of site and head."""
 
     name = "set_ablations"
     reported = False

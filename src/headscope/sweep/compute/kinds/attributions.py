@@ -19,7 +19,11 @@ ITEMS = 20
 
 
 class Attributions(UnitKind):
-    """Of every fill, item, timestep, site and head a row: g, c and the loss, as `Scope.attribute` gives them."""
+    """A row for every fill, item, timestep, site and head.
+
+    Its table: the item's labels (item, group, source_id, split, replicate), the fill, and the columns of
+    `Scope.attribute`: loss, g, c and importance.
+    """
 
     name = "attributions"
     reads = (IMAGES, REFERENCE)

@@ -25,10 +25,13 @@ Enter = Callable[[list[Edit]], AbstractContextManager[None]]
 
 
 class Generations(EditingKind):
-    """Of every head, fill and item a row: the distance of the edited image to the clean one, which has the same prompt
-    and noise, and the configuration's image scores. The images are stored beside the table.
+    """A row for every head, fill and item.
 
-    Edits act in a window of the sampling steps; earlier steps are the clean run's.
+    Its table: the item's labels (item, group, source_id, split, replicate), steps, first_step and end_step (the window
+    in which edits act), site, head, fill, "distance", which is the mean squared difference between the edited image and
+    the clean one of the same prompt and noise (on a scale from 0 to 1), and a column for each image score.
+
+    Its tensors: the images, uint8, "clean" [items, height, width, 3] and "edited", one for each row.
     """
 
     name = "generations"
@@ -81,7 +84,7 @@ class Generations(EditingKind):
 
 
 class SetGenerations(Generations):
-    """The same of the sweep's sets of heads."""
+    """The same for sets of heads: "edit", the set's name, in place of site and head."""
 
     name = "set_generations"
     reported = False

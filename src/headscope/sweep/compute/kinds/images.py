@@ -13,7 +13,10 @@ from headscope.sweep.store.store import Results
 
 
 class Images(UnitKind):
-    """Of each group of prompts one unit: by its key, each item's image, uint8 [height, width, 3]."""
+    """One unit for each group of prompts.
+
+    Its tensors: each item's image by the item's key, uint8 [height, width, 3].
+    """
 
     name = IMAGES
     files = (TENSORS,)

@@ -18,8 +18,11 @@ ITEMS = 20
 
 
 class Observations(UnitKind):
-    """Of every item, timestep, site, head and query group a row: what a recording's table says, behind the item's
-    labels."""
+    """A row for every item, timestep, site, head and query group.
+
+    Its table: the item's labels (item, group, source_id, split, replicate), and the columns of a recording of
+    "entropy" (nats; `Recording.to_arrow`).
+    """
 
     name = "observations"
     reported = True

@@ -12,7 +12,10 @@ from headscope.sweep.store.store import Results
 
 
 class Reference(UnitKind):
-    """Of each group a unit over teacher-forced forwards ("loss"), and one over whole generations ("generate")."""
+    """For each group a unit over teacher-forced forwards ("loss"), and one over whole generations ("generate").
+
+    Its tensors: a recording of head outputs, as `Recording.to_tensors` gives it.
+    """
 
     name = REFERENCE
     files = (TENSORS,)
