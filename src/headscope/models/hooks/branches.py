@@ -196,7 +196,7 @@ def _holds(value: Any, text: Tensor) -> bool:
 
 @cache
 def _named_parts(function: Callable[..., Any]) -> dict[int, tuple[str, ...]]:
-    """By their number, the branches of the parts that the source of a pipeline's call takes a prediction apart into."""
+    """By the number of parts, the branches into which the source of a pipeline's call splits a prediction."""
     found: dict[int, tuple[str, ...]] = {}
     for node in ast.walk(source_tree(function)):
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Tuple):

@@ -144,7 +144,7 @@ def comparable(timestep: float) -> float:
 
 
 def single(timesteps: list[float]) -> float:
-    """The timestep that all of them are."""
+    """The one timestep of a batch; raises ValueError where there are several."""
     values = set(map(comparable, timesteps))
     if len(values) != 1:
         raise ValueError(f"timestep: got {len(values)} different ones in a batch, expected one for means over samples")
