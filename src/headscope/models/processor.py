@@ -167,7 +167,7 @@ class AttnProcessor:
 
 
 def _check_served(attn: Any, encoder_hidden_states: Any, image_rotary_emb: Any) -> None:
-    """AttnProcessor2_0 on such modules would leave out part of their work without a word."""
+    """Raises TypeError for modules of whose work AttnProcessor2_0 would leave out a part without a word."""
     missing = [name for name in ("spatial_norm", "group_norm", "norm_cross", "to_out") if not hasattr(attn, name)]
     added = getattr(attn, "add_k_proj", None) is not None or getattr(attn, "add_q_proj", None) is not None
     more = image_rotary_emb is not None or isinstance(encoder_hidden_states, tuple)

@@ -278,7 +278,7 @@ class Scope:
         )
 
     def _look_again(self) -> None:
-        """Processors may have been changed since the last context, and the model may have been compiled."""
+        """Look at the model again, unless a context is open: processors may have changed, it may have been compiled."""
         if len(self._contexts):
             return
         if self._pipeline is not None:

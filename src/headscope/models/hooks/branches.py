@@ -94,22 +94,27 @@ def branches_of(
     parts, rest = divmod(batch, samples or batch)
     if samples is None or rest or parts == 0:
         return ("unknown",) if told else (None,)
+    guided = told or (told is None and _is_above_one(call.get("guidance_scale")))
     if parts == 1:
-        if told or (told is None and _is_above_one(call.get("guidance_scale")) and _has_negative_text(call)):
+        if told or (guided and _has_negative_text(call)):
             return (_branch_of_text(call, arguments) or "unknown",)
         return ("cond" if was_guided else None,)
-    guided = told or (told is None and _is_above_one(call.get("guidance_scale")))
     if _is_perturbed(pipeline, call) and parts == 2 + guided:
         return ("uncond", "cond", "perturbed") if guided else ("cond", "perturbed")
-    if guided and (by_text := _branches_of_texts(call, arguments, parts, samples)):
-        return by_text
-    if guided and (named := _named_parts(type(pipeline).__call__).get(parts)):
-        return named
-    if earlier is not None and len(earlier) == parts:
-        return earlier
-    if not guided:
-        return (None,)
-    return ("uncond", "cond") if parts == 2 else tuple(f"part_{part}" for part in range(parts))
+    known = _known_parts(pipeline, call, arguments, parts, samples) if guided else None
+    if known is None and earlier is not None and len(earlier) == parts:
+        known = earlier
+    if known is None and guided:
+        known = ("uncond", "cond") if parts == 2 else tuple(f"part_{part}" for part in range(parts))
+    return known or (None,)
+
+
+def _known_parts(
+    pipeline: Any, call: Mapping[str, Any], arguments: Mapping[str, Any], parts: int, samples: int
+) -> tuple[str, ...] | None:
+    """The branches of a guided batch by its texts, or else by the pipeline's source; None where neither tells."""
+    by_text = _branches_of_texts(call, arguments, parts, samples)
+    return by_text or _named_parts(type(pipeline).__call__).get(parts)
 
 
 def _told_guidance(pipeline: Any, call: Mapping[str, Any]) -> bool | None:
@@ -191,7 +196,7 @@ def _holds(value: Any, text: Tensor) -> bool:
 
 @cache
 def _named_parts(function: Callable[..., Any]) -> dict[int, tuple[str, ...]]:
-    """By their number, the branches of the parts that the source of a pipeline's call takes a prediction apart into."""
+    """By the number of parts, the branches into which the source of a pipeline's call splits a prediction."""
     found: dict[int, tuple[str, ...]] = {}
     for node in ast.walk(source_tree(function)):
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Tuple):

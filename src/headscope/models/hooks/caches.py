@@ -129,7 +129,7 @@ class HookWatch:
     def begin(
         self, forward: Forward, arguments: Mapping[str, Any], named: Callable[[tuple, dict], Mapping[str, Any]]
     ) -> None:
-        """Count anew.
+        """A forward begins: count anew.
 
         Args:
             arguments: those of the denoiser, by name.
@@ -192,7 +192,7 @@ class HookWatch:
     # reads where tensors lie in memory
     @torch.compiler.disable
     def _narrow(self, args: tuple, kwargs: dict) -> None:
-        """The denoiser itself runs on a part of the batch that it was given: the forward is of that part.
+        """Narrow the forward to the part of the batch that the denoiser itself runs on.
 
         Raises:
             RuntimeError: it can't be told which part.
@@ -238,7 +238,7 @@ def _cache_among(hooks: Iterable[Any]) -> str | None:
 
 
 def _halves_the_batch(hook: Any) -> bool:
-    """FasterCache estimates the branch without the prompt from the other one."""
+    """True for FasterCache, which estimates the branch without the prompt from the other one."""
     return type(hook).__name__ == "FasterCacheDenoiserHook" and not hook.is_guidance_distilled
 
 

@@ -127,7 +127,7 @@ class ActiveContexts:
 
     @contextmanager
     def opened(self, context: Context, attach: Callable[[], Attachment]) -> Iterator[None]:
-        """Keep a context open, and what `attach` put in place while any is."""
+        """Open a context; what `attach` puts into the model and torch stays there while any is open."""
         if not self._open:
             self._attachment = attach()
             self._forwards = 0

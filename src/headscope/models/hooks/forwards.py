@@ -144,7 +144,7 @@ def comparable(timestep: float) -> float:
 
 
 def single(timesteps: list[float]) -> float:
-    """The timestep that all of them are."""
+    """The one timestep of a batch; raises ValueError where there are several."""
     values = set(map(comparable, timesteps))
     if len(values) != 1:
         raise ValueError(f"timestep: got {len(values)} different ones in a batch, expected one for means over samples")
@@ -167,20 +167,8 @@ def begin_forward(
         before: the forward before it, if the scope saw one.
     """
     geometry = Geometry.of(denoiser, arguments)
-    given = (arguments.get(name) for name in ("timestep", "t"))
-    timestep = next((value for value in given if value is not None), torch.nan)
-    timestep = torch.as_tensor(timestep).detach().reshape(-1)
-    # a timestep per token or frame, as some video models take it: the first of each sample
-    if timestep.numel() not in (1, geometry.batch):
-        timestep = (
-            timestep.reshape(geometry.batch, -1)[:, 0] if timestep.numel() % geometry.batch == 0 else timestep[:1]
-        )
     pipeline, call = _running_call(pipeline, denoiser)
     step = call["i"] if isinstance(call.get("i"), int) and "timesteps" in call else None
-    # flow models are given a rescaled one
-    scheduled = call.get("t")
-    if step is not None and isinstance(scheduled, Tensor) and scheduled.numel() == 1:
-        timestep = scheduled.reshape(-1)
     timesteps = call["timesteps"] if step is not None else None
     schedule = None if before is None else before.schedule
     # schedulers make new timesteps for every call; those that are given again start again
@@ -189,11 +177,33 @@ def begin_forward(
     earlier = None if before is None else before.branches
     was_guided = before is not None and before.guided
     branches = branches_of(pipeline, call, geometry.batch, arguments, cache_context, earlier, was_guided)
-    guided = branches != (None,) or was_guided
-    prompts = _prompts(call) if call else None
+    return Forward(
+        index,
+        step,
+        _timestep(arguments, geometry.batch, call if step is not None else {}),
+        branches,
+        geometry,
+        schedule=schedule,
+        guided=branches != (None,) or was_guided,
+        prompts=_prompts(call) if call else None,
+    )
+
+
+def _timestep(arguments: Mapping[str, Any], batch: int, call: Mapping[str, Any]) -> Tensor:
+    """The scheduler's timestep, [1] or [batch], from the denoiser's arguments or the pipeline's loop."""
+    scheduled = call.get("t")
+    # flow models are given a rescaled one
+    if isinstance(scheduled, Tensor) and scheduled.numel() == 1:
+        timestep = scheduled.reshape(-1)
+    else:
+        given = (arguments.get(name) for name in ("timestep", "t"))
+        timestep = next((value for value in given if value is not None), torch.nan)
+        timestep = torch.as_tensor(timestep).detach().reshape(-1)
+        # a timestep per token or frame, as some video models take it: the first of each sample
+        if timestep.numel() not in (1, batch):
+            timestep = timestep.reshape(batch, -1)[:, 0] if timestep.numel() % batch == 0 else timestep[:1]
     # read when a table is made: until then, a loop may count on in the tensor that it gave
-    timestep = timestep.clone()
-    return Forward(index, step, timestep, branches, geometry, schedule=schedule, guided=guided, prompts=prompts)
+    return timestep.clone()
 
 
 def running_module(model: nn.Module) -> str:

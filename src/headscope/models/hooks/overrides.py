@@ -54,13 +54,13 @@ def named(who: Any) -> str:
 
 
 class Beneath(TorchFunctionMode):
-    """Beneath all active modes: attention as it arrives once each of them has had its way with the call.
+    """The mode beneath all active ones: it computes attention once each of them has changed the call as it likes.
 
     Args:
         attend: computes the call from its arguments.
 
     Attributes:
-        outputs: what it gave, call by call.
+        outputs: of each call.
     """
 
     def __init__(self, attend: Callable[..., Tensor]) -> None:
@@ -77,7 +77,7 @@ class Beneath(TorchFunctionMode):
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """At the bottom of this thread's modes."""
+        """Put the mode at the bottom of this thread's modes."""
         modes = _get_current_function_mode_stack()
         _change_stack(len(modes), [self, *modes])
         try:

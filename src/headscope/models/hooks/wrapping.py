@@ -86,7 +86,7 @@ class ForwardWrap(Uncopyable):
         self._watched.begin(args, kwargs, self._cache_context)
 
     def _replace_checkpoints(self) -> None:
-        """Checkpointing may have been switched on since the last forward."""
+        """Replace the checkpointing of modules where it was switched on since the last forward."""
         ours = [function for _, name, function, _ in self._replaced if name == _CHECKPOINT]
         for module in self._may_checkpoint:
             stock = getattr(module, _CHECKPOINT, None) if module.gradient_checkpointing else None
@@ -113,7 +113,7 @@ class ForwardWrap(Uncopyable):
         return call
 
     def _interruptible(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        """torch runs no hook that leaves a module when what ends it is no Exception, as Ctrl-C."""
+        """End the forward on Ctrl-C, too: torch runs the hooks of a module's end for Exceptions alone."""
 
         def call(*args, **kwargs):
             try:
@@ -126,7 +126,7 @@ class ForwardWrap(Uncopyable):
         return call
 
     def _named(self, stock: Callable[..., AbstractContextManager]) -> Callable[..., AbstractContextManager]:
-        """Pipelines name each guidance pass that they run by itself."""
+        """Take note of the name that a pipeline gives to a guidance pass which it runs by itself."""
 
         @contextlib.contextmanager
         def cache_context(name: str, *args, **kwargs) -> Iterator[Any]:
@@ -140,7 +140,7 @@ class ForwardWrap(Uncopyable):
         return cache_context
 
     def _checkpointed(self, stock: Callable[..., Any]) -> Callable[..., Any]:
-        """Gradient checkpointing runs a part of the forward a second time, in the backward."""
+        """Mark what gradient checkpointing runs a second time, in the backward."""
 
         def checkpoint(function: Callable[..., Any], *args, **kwargs):
             forward = self._watched.forward

@@ -79,7 +79,7 @@ class Prompts:
         return found
 
     def _taken_on_trust(self, forward: Forward) -> tuple[Mapping[str, str], ...]:
-        """The named ones, where no call tells."""
+        """The named prompts, where no call of the pipeline tells them."""
         why = "no call of the pipeline is running" if forward.prompts is None else "the pipeline is called without them"
         if self.named is None:
             raise ValueError(f"prompts: got none, and {why} (but with their embeddings, perhaps); expected their words")

@@ -1,4 +1,4 @@
-"""Recordings as tables: everything comes over from the device at once, then columns are built by whole arrays."""
+"""Recordings as tables: one transfer from the device, then columns are built of whole arrays."""
 
 from collections import defaultdict
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ _PLACED_BYTES = 256 * 2**20
 
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor there; the host doesn't wait for a copy that it starts.
+    """The tensor on a device; the host doesn't wait for a copy that it starts.
 
     Such a copy has left the host's memory, or its staging buffer has, when the call returns; one that ends in the
     host's memory may not have arrived, and MPS reads the host's memory later.

@@ -98,13 +98,13 @@ class Layout:
 
     @property
     def end_sample(self) -> int:
-        """The one after the last."""
+        """The sample after the last one."""
         return self.first_sample + self.samples
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that a forward of the denoiser says its tokens have.
+    """The batch and the tokens of a forward, as the denoiser's arguments and configuration give them.
 
     Attributes:
         batch: the samples in it, all guidance branches together.

@@ -52,13 +52,13 @@ def execution_order(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _prefixes(name: str) -> list[str]:
-    """The path of a module and those of all that hold it."""
+    """The path of a module and the paths of all modules that hold it."""
     parts = name.split(".") if name else []
     return [".".join(parts[:length]) for length in range(len(parts) + 1)]
 
 
 def _reached(module: nn.Module, left: set[int]) -> Iterator[nn.Module]:
-    """The module and all below it that are left; takes them out."""
+    """Yield the module and all below it whose ids are in `left`, and remove them from it."""
     if id(module) not in left:
         return
     left.discard(id(module))

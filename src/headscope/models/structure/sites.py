@@ -125,7 +125,7 @@ def find_sites(denoiser: nn.Module) -> tuple[list[Site], list[Unseen]]:
 
 
 def _hidden(processor: object) -> str | None:
-    """Why the attention of a module with this processor can't be seen, or None."""
+    """The reason why the attention of a module with this processor can't be seen, or None."""
     if getattr(processor, "sees_attention", False):
         return None
     if not _sees(type(processor).__call__, type(processor)):
@@ -139,7 +139,7 @@ def _hidden(processor: object) -> str | None:
 
 
 def _hidden_in_transformers(module: nn.Module) -> str | None:
-    """Why the attention of a module of transformers can't be seen, or None."""
+    """The reason why the attention of a module of transformers can't be seen, or None."""
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if implementation == "sdpa":
         return None
@@ -150,7 +150,7 @@ def _hidden_in_transformers(module: nn.Module) -> str | None:
 
 
 def _mixing(module: nn.Module) -> str | None:
-    """Why the samples of a module's attention can't be told apart, or None."""
+    """The reason why the samples of a module's attention can't be told apart, or None."""
     # ControlNetUnion gives it samples first, and so attends from one sample to the next
     if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
         return "MultiheadAttention takes its tokens first (batch_first=False), and its samples can't be told from them"
@@ -258,7 +258,7 @@ def _always_flex(function: Callable[..., Any]) -> bool:
 
 
 def _joined_text_first(function: Callable[..., Any]) -> bool | None:
-    """True if the function joins text and image tokens with torch.cat, text first; None where it joins none."""
+    """True if the function joins text before image with torch.cat, False if after it; None where it joins none."""
     for node in _calls(function):
         if getattr(node.func, "attr", None) != "cat" or not node.args:
             continue
@@ -277,6 +277,6 @@ def _joined_text_first(function: Callable[..., Any]) -> bool | None:
 
 
 def _joins_tokens(call: ast.Call) -> bool:
-    """Along the tokens' dimension (1, or 2 after the heads), not over the batch or the channels."""
+    """True if torch.cat joins along the tokens' dimension (1, or 2 after the heads), not the batch or the channels."""
     dims = [keyword.value for keyword in call.keywords if keyword.arg == "dim"] + list(call.args[1:2])
     return bool(dims) and isinstance(dims[0], ast.Constant) and dims[0].value in (1, 2)

@@ -1,4 +1,4 @@
-"""The source of functions, which says what their models and pipelines do before they run."""
+"""The source of functions, parsed, from which one learns what models and pipelines do before they run."""
 
 import ast
 import inspect

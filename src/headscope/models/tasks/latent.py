@@ -121,7 +121,7 @@ class LatentTask(Task):
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
-        """The pipeline with a deterministic sampler, silent, and nothing done to its images; restored."""
+        """Inside, the pipeline has a deterministic sampler, shows no progress bar and changes none of its images."""
         pipeline = self.pipeline
         replaced = {"scheduler": self.noising.sampler()}
         replaced |= {name: None for name in _AFTERWARDS if getattr(pipeline, name, None) is not None}

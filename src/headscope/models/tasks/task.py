@@ -154,7 +154,7 @@ class Task(ABC):
 
     @property
     def timesteps(self) -> range:
-        """Those that the model was taught at: 0 to N - 1, of a flow 1 to N (sigma = t / N)."""
+        """The timesteps that the model was taught at: 0 to N - 1, of a flow 1 to N (sigma = t / N)."""
         return self.noising.timesteps
 
     @property
@@ -263,5 +263,5 @@ def square(argument: str, size: Any) -> int:
 
 
 def parameters(function: Callable[..., Any]) -> set[str]:
-    """The names of what a function takes."""
+    """The names of a function's parameters."""
     return set(inspect.signature(function).parameters)
