@@ -1,4 +1,4 @@
-"""The operator's numeric contract, as data: cases, a float64 truth written apart from the library, and tolerances."""
+"""The operator's numeric contract, as data: cases, their float64 truth (tests/definitions.py), and tolerances."""
 
 import dataclasses
 import math
@@ -8,10 +8,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from headscope.ops import AttentionResult, Distance, GroupEntropy, GroupMass, HeadEdit, Statistic, attention
+import definitions
+from definitions import FINFO_MIN
+from headscope.ops import (
+    STATISTICS,
+    AttentionResult,
+    Distance,
+    GroupEntropy,
+    GroupMass,
+    HeadEdit,
+    Statistic,
+    attention,
+    cpu_library,
+)
 from rounding import attention_tolerance, blend_tolerance
-
-FINFO_MIN = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -182,9 +192,9 @@ class Inputs:
     def edit(self) -> HeadEdit:
         return HeadEdit(self.gate, self.fill, self.temperature, self.key_bias, self.key_scale)  # type: ignore[arg-type]
 
-    def statistics(self) -> list[str | Statistic]:
-        """Every built-in statistic, on grids of one row and on the case's groups."""
-        chosen: list[str | Statistic] = [*ROW_STATISTICS, "key_mass"]
+    def statistics(self, backend: str = "reference") -> list[str | Statistic]:
+        """Every built-in statistic that a backend gives, on grids of one row and on the case's groups."""
+        chosen: list[str | Statistic] = [name for name in (*ROW_STATISTICS, "key_mass") if gives(backend, name)]
         if self.query.shape[2] and self.key.shape[2]:
             chosen.append(Distance((1, self.query.shape[2]), (1, self.key.shape[2])))
         if self.groups is not None:
@@ -198,7 +208,7 @@ class Inputs:
             self.key,
             self.value,
             edit=self.edit(),
-            statistics=self.statistics(),
+            statistics=self.statistics(backend),
             backend=backend,
             **self.options,
         )
@@ -211,7 +221,14 @@ class Inputs:
 
 
 # by name, [batch, heads, queries]
-ROW_STATISTICS = ("entropy", "logsumexp", "max_logit", "max_prob", "collision_entropy")
+ROW_STATISTICS = tuple(definitions.ROWS)
+
+
+def gives(backend: str, key: str) -> bool:
+    """True if a fused backend has code for a built-in statistic; the plain-torch backends have it for every one."""
+    if backend == "cpu":
+        return key in cpu_library.STATISTICS
+    return backend != "triton" or key == "key_mass" or STATISTICS[key].kernel() is not None
 
 
 def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
@@ -269,48 +286,30 @@ class Truth:
 
 
 def truth(inputs: Inputs, *, precise: bool | None = None) -> Truth:
-    """The contract in float64, row by row from its definition; shares no code with the library.
+    """The contract in float64.
 
     `precise`: weights count however small they are beside their row's largest; by default those of float64 inputs do.
     """
     least = 0.0 if (inputs.query.dtype == torch.float64 if precise is None else precise) else 2.0**-126
-    query, key, value = (tensor.double() for tensor in (inputs.query, inputs.key, inputs.value))
-    groups = query.shape[1] // max(1, key.shape[1])
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scale = inputs.options["scale"]
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if inputs.temperature is not None:
-        scale = scale / inputs.temperature.double()[..., None, None]
-    products = scale * torch.einsum("bhqd,bhkd->bhqk", query, key)
-    allowed, added = _mask_parts(inputs, products)
-    # what is added on the way, whatever it comes to
-    sizes = torch.where(added > 0.5 * FINFO_MIN, added.abs(), 0.0)
-    if inputs.key_bias is not None:
-        bias = inputs.key_bias.double()[:, :, None]
-        allowed = allowed & (bias != -math.inf)
-        bias = torch.where(bias == -math.inf, 0.0, bias)
-        sizes = sizes + bias.abs()
-        # beside the lowest float a bias vanishes as well
-        added = torch.where(added > 0.5 * FINFO_MIN, added + bias, added)
-    logits = torch.where(allowed, products + added, -math.inf)
-    probabilities = _softmax(logits)
+    query, heads, dtype = inputs.query.double(), inputs.query.shape[1], inputs.query.dtype
+    key, value = (definitions.for_every_head(tensor, heads) for tensor in (inputs.key, inputs.value))
+    options = {name: option for name, option in inputs.options.items() if name != "enable_gqa"}
+    found = definitions.scores(query, inputs.key, temperature=inputs.temperature, key_bias=inputs.key_bias, **options)
+    logits, probabilities, sizes = found.logits, found.probabilities, found.sizes
+    scale = definitions.scale_of(options["scale"], query.shape[-1], inputs.temperature)
     factors = torch.ones(()) if inputs.key_scale is None else inputs.key_scale.double()[:, :, None]
     attention = torch.einsum("bhqk,bhkd->bhqd", probabilities * factors, value)
-    dtype = inputs.query.dtype
     error = attention_tolerance(query, key, value, scale, sizes, logits, probabilities, factors, dtype)
-    flat = torch.where(allowed, added, -math.inf)
-    uniform = _softmax(flat)
+    flat = torch.where(found.allowed, found.added, -math.inf)
+    uniform = definitions.softmax(flat)
     fill, fill_error = _fill(inputs, uniform * factors, value), 0.0
     if inputs.fill == "uniform":
         fill_error = attention_tolerance(
             torch.zeros_like(query), key, value, scale, sizes, flat, uniform, factors, dtype
         )
-    output = attention
+    output = definitions.blended(attention, inputs.gate, fill)
     if inputs.gate is not None:
-        gate = inputs.gate.double()[..., None, None]
-        mixed = gate * attention + (1 - gate) * fill
-        output = torch.where(gate == 1, attention, torch.where(gate == 0, fill, mixed))
-        error = blend_tolerance(attention, error, gate, fill, fill_error, dtype)
+        error = blend_tolerance(attention, error, inputs.gate.double()[..., None, None], fill, fill_error, dtype)
     counts = logits.isfinite() & (logits > 0.5 * FINFO_MIN)
     lengths = (tensor.square().sum(-1, keepdim=True).sqrt().nan_to_num() for tensor in (query, key))
     reach = torch.as_tensor(scale).abs() * next(lengths) * next(lengths).mT + sizes
@@ -328,64 +327,26 @@ def _statistics(
     inputs: Inputs, logits: Tensor, probabilities: Tensor, least: float
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Every statistic by name, and Truth.faint. A weight below `least` of its row's largest counts as nothing."""
+    values = {name: definition(logits, probabilities) for name, definition in definitions.ROWS.items()}
+    values["key_mass"] = definitions.key_mass(probabilities)
     queries, keys = logits.shape[-2:]
-    lowest = torch.full(logits.shape[:-1], -math.inf, dtype=torch.float64)
-    zero = torch.zeros_like(lowest)
-    values = {"entropy": zero, "logsumexp": lowest, "max_logit": lowest, "max_prob": zero, "collision_entropy": zero}
-    if keys:
-        dead = (logits == -math.inf).all(-1)
-        values = {
-            "entropy": torch.special.entr(probabilities).sum(-1),
-            "logsumexp": torch.logsumexp(logits, -1),
-            "max_logit": logits.amax(-1),
-            "max_prob": probabilities.amax(-1),
-            "collision_entropy": torch.where(dead, 0.0, -probabilities.square().sum(-1).log()),
-        }
-    values["key_mass"] = probabilities.sum(-2)
-    offsets = (torch.arange(queries)[:, None] - torch.arange(keys)).abs()
-    values["distance"] = (probabilities * offsets).sum(-1)
+    values["distance"] = definitions.distance(probabilities, max(1, queries), max(1, keys))
     if inputs.groups is None:
         return values, None
-    masses, entropies, faint = [], [], []
-    largest = probabilities.amax(-1, keepdim=True) if keys else torch.zeros(*logits.shape[:-1], 1)
+    ids = inputs.groups[:, None]
+    values["group_mass"], values["group_entropy"] = definitions.groups(
+        probabilities, ids, range(inputs.group_count), least
+    )
+    if not keys:
+        return values, torch.zeros_like(values["group_mass"], dtype=torch.bool)
+    largest = probabilities.amax(-1)
+    faint = []
     for group in range(inputs.group_count):
-        member = (inputs.groups == group)[:, None, None]
-        seen = member & ~(probabilities < least * largest)
-        own = torch.where(seen, probabilities, 0.0)
-        if bool(probabilities.isnan().any()):
-            own = torch.where(probabilities.isnan().any(-1, keepdim=True), math.nan, own)
-        mass = own.sum(-1)
-        masses.append(mass)
-        share = own / torch.where(mass == 0, 1.0, mass)[..., None]
-        entropies.append(torch.special.entr(share).sum(-1))
-        most = torch.where(member, probabilities, 0.0).amax(-1) if keys else mass
-        below = most / torch.where(largest[..., 0] == 0, 1.0, largest[..., 0])
+        most = torch.where((ids == group)[:, :, None], probabilities, 0.0).amax(-1)
+        below = most / torch.where(largest == 0, 1.0, largest)
         # several keys may add up to the smallest weight
         faint.append((below < 2.0**-96) & (below * keys > 0.5 * least) if least else below < 2.0**-900)
-    values["group_mass"], values["group_entropy"] = torch.stack(masses, -1), torch.stack(entropies, -1)
     return values, torch.stack(faint, -1)
-
-
-def _mask_parts(inputs: Inputs, products: Tensor) -> tuple[Tensor, Tensor]:
-    mask = inputs.options["attn_mask"]
-    allowed = torch.ones(products.shape, dtype=torch.bool)
-    if inputs.options["is_causal"]:
-        allowed = allowed.tril()
-    if mask is None:
-        return allowed, torch.zeros_like(products)
-    if mask.dtype == torch.bool:
-        return mask.expand(products.shape), torch.zeros_like(products)
-    mask = mask.expand(products.shape)
-    # torch adds in float32, where finfo.min swallows the logit: a row of it is uniform
-    products[(mask == FINFO_MIN) & ~products.isnan()] = 0.0
-    return mask != -math.inf, torch.where(mask == -math.inf, 0.0, mask).double()
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    if not logits.shape[-1]:
-        return logits
-    dead = (logits == -math.inf).all(-1, keepdim=True)
-    return torch.where(dead, 0.0, torch.softmax(torch.where(dead, 0.0, logits), -1))
 
 
 def _fill(inputs: Inputs, uniform: Tensor, value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import definitions
 from contract import assert_close
 from headscope.ops import cpu_library
 
@@ -63,78 +64,41 @@ def run(call: Call, threads: int | None = None) -> tuple[Tensor, dict[str, Tenso
     return output, outputs
 
 
-def positions(count: int, width: int) -> Tensor:
-    return torch.stack([torch.arange(count) // width, torch.arange(count) % width], -1).double()
-
-
 def expected_statistic(
     name: str, constants: tuple[int, ...], tensors: tuple[Tensor, ...], logits: Tensor, weights: Tensor
 ) -> Tensor:
     """[batch, heads, queries], with groups behind, or [batch, heads, keys]; weights are the probabilities."""
-    queries, keys = logits.shape[2:]
-    if name == "entropy":
-        return torch.special.entr(weights).sum(-1)
-    if name == "logsumexp":
-        return logits.logsumexp(-1)
-    if name == "max_logit":
-        return logits.amax(-1) if keys else logits.new_full(logits.shape[:3], -math.inf)
-    if name == "max_prob":
-        return weights.amax(-1) if keys else logits.new_zeros(logits.shape[:3])
-    if name == "collision_entropy":
-        alive = weights.sum(-1) > 0
-        return torch.where(alive, -torch.log(weights.square().sum(-1)), weights.sum(-1))
+    if name in definitions.ROWS:
+        return definitions.ROWS[name](logits, weights)
     if name == "distance":
-        apart = (positions(queries, constants[1])[:, None] - positions(keys, constants[3])).norm(dim=-1)
-        return (weights * apart).sum(-1)
+        return definitions.distance(weights, constants[1], constants[3])
     if name == "key_mass":
-        return weights.sum(2)
+        return definitions.key_mass(weights)
     first, count = 0, constants[0]
     if len(constants) == 2:
         first, count = constants[1], min(128, count - constants[1])
-    members = tensors[0].unsqueeze(2) == torch.arange(first, first + count)[:, None, None, None, None]
-    grouped = torch.where(members, weights, 0.0)
     # what float32 can't hold beside the row's largest weight counts as nothing
-    largest = weights.amax(-1, keepdim=True) if keys else weights.new_zeros(*weights.shape[:-1], 1)
-    grouped = torch.where(grouped < largest * 2.0**-126, 0.0, grouped)
-    mass = grouped.sum(-1, keepdim=True)
+    mass, entropy = definitions.groups(weights, tensors[0], range(first, first + count), 2.0**-126)
     if name == "group_mass":
-        return mass[..., 0].movedim(0, -1)
-    shares = torch.where(mass == 0, 0.0, grouped / torch.where(mass == 0, 1.0, mass))
+        return mass
     # where some keys of a group fall below what float32 holds and others don't, rounding decides: not compared
-    faint = (mass > 0) & (mass < largest * 2.0**-100)
-    return torch.where(faint[..., 0], FAINT, torch.special.entr(shares).sum(-1)).movedim(0, -1)
+    largest = weights.amax(-1, keepdim=True) if weights.shape[-1] else weights.new_zeros(*weights.shape[:-1], 1)
+    return torch.where((mass > 0) & (mass < largest * 2.0**-100), FAINT, entropy)
 
 
 def truth(call: Call) -> tuple[Tensor, dict[str, Tensor], float]:
     """Output and statistics in float64, and the largest finite |logit|."""
-    query, key, value = call.query.double(), call.key.double(), call.value.double()
-    batch, heads, queries, keys = call.sizes()
-    shared = heads // key.shape[1]
-    key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    logits = call.scale * torch.einsum("bhqd,bhkd->bhqk", query, key)
-    if call.temperature is not None:
-        logits = logits / call.temperature.double()[..., None, None]
-    hidden = torch.zeros(batch, heads, queries, keys, dtype=torch.bool)
-    for added in (call.key_bias[:, :, None] if call.key_bias is not None else None, call.attn_mask):
-        if added is not None and added.dtype == torch.bool:
-            hidden = hidden | ~added
-        elif added is not None:
-            hidden = hidden | (added == -math.inf)
-            logits = logits + torch.where(added == -math.inf, 0.0, added.double())
-    if call.is_causal:
-        hidden = hidden | torch.ones(queries, keys, dtype=torch.bool).triu(1)
-    logits = torch.where(hidden, -math.inf, logits)
-    dead = hidden.all(-1, keepdim=True)
-    weights = torch.where(dead, 0.0, torch.where(dead, 0.0, logits).softmax(-1)) if keys else logits
+    names = ("scale", "temperature", "key_bias", "attn_mask", "is_causal")
+    found = definitions.scores(call.query, call.key, **{name: getattr(call, name) for name in names})
+    weights = found.probabilities
     scaled = weights if call.key_scale is None else weights * call.key_scale.double()[:, :, None]
-    output = scaled @ value
-    if call.gate is not None:
-        gate = call.gate.double()[..., None, None]
-        fill = torch.zeros(()).double() if call.fill is None else call.fill.double()
-        output = torch.where(gate == 1, output, torch.where(gate == 0, fill, gate * output + (1 - gate) * fill))
-    finite = logits[logits.isfinite()].abs()
+    fill = torch.zeros(()) if call.fill is None else call.fill
+    attention = scaled @ definitions.for_every_head(call.value, call.query.shape[1])
+    output = definitions.blended(attention, call.gate, fill.double())
+    finite = found.logits[found.logits.isfinite()].abs()
     largest = float(finite.max()) if finite.numel() else 0.0
-    return output, {k: expected_statistic(*s, logits, weights) for k, s in call.statistics.items()}, largest
+    statistics = {label: expected_statistic(*spec, found.logits, weights) for label, spec in call.statistics.items()}
+    return output, statistics, largest
 
 
 def check(call: Call, threads: int | None = None) -> None:

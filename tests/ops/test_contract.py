@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from contract import CASES, assert_close, make_inputs, statistic_tolerance, truth
-from headscope.ops import GroupEntropy, HeadEdit, attention
+from contract import CASES, ROW_STATISTICS, assert_close, gives, make_inputs, statistic_tolerance, truth
+from headscope.ops import STATISTICS, GroupEntropy, HeadEdit, attention, cpu_library
+from headscope.ops.statistics import CLASSES
 from ops.backends import require_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,6 +26,17 @@ def test_contract(backend, case, dtype):
     for name, rows in result.statistics.items():
         assert rows.dtype == torch.float32
         assert_close(name, rows, expected.statistics[name], statistic_tolerance(expected, name))
+
+
+def test_the_contract_has_every_built_in_statistic():
+    """Each has its definition in float64; the fused backends give at least those of csrc."""
+    built_in = {key for key, kind in CLASSES.items() if kind.__module__.startswith("headscope.")}
+    assert built_in == {*truth(make_inputs(CASES[0], torch.float32)).statistics}
+    asked = {*ROW_STATISTICS, "key_mass"}
+    assert asked == built_in & STATISTICS.keys()
+    for backend in ("cpu", "triton"):
+        require_backend(backend)
+        assert {name for name in asked if gives(backend, name)} >= asked.intersection(cpu_library.STATISTICS)
 
 
 @pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])
