@@ -6,7 +6,8 @@ import torch
 from diffusers import ControlNetModel, ZImageTransformer2DModel
 
 from configurations.case import Case, normal, ones, padded, steps, timesteps
-from configurations.images import FLUX, QWEN, SD3, Z_IMAGE, hunyuan_dit, packed
+from configurations.images import Z_IMAGE, hunyuan_dit
+from configurations.joint_images import FLUX, QWEN, SD3, packed
 from configurations.unets import CONDITIONED, conditioned
 
 _CONTROL = {

@@ -1,63 +1,10 @@
-"""Transformers that make images."""
+"""Further transformers that make images."""
 
 import torch
 
 from configurations.case import Case, grid_ids, integers, normal, ones, padded, seen, steps, timesteps
+from configurations.joint_images import latents_and_text
 
-
-def _latents_and_text(channels: int, text: int, size: int = 8, tokens: int = 5):
-    return {
-        "hidden_states": normal(2, channels, size, size),
-        "encoder_hidden_states": normal(2, tokens, text),
-        "timestep": steps(),
-    }
-
-
-def packed(channels: int, text: int, *, axes: int = 3, tokens: int = 5):
-    """Image tokens of a 4 x 3 grid and text tokens, with their positions."""
-    return {
-        "hidden_states": normal(2, 12, channels),
-        "encoder_hidden_states": normal(2, tokens, text),
-        "img_ids": grid_ids(4, 3, axes),
-        "txt_ids": torch.zeros(tokens, axes),
-        "timestep": timesteps(value=0.5),
-    }
-
-
-FLUX = {
-    "patch_size": 1,
-    "in_channels": 4,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 8,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 12,
-    "pooled_projection_dim": 6,
-    "axes_dims_rope": [2, 2, 4],
-}
-SD3 = {
-    "sample_size": 8,
-    "patch_size": 2,
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": 2,
-    "attention_head_dim": 8,
-    "num_attention_heads": 2,
-    "caption_projection_dim": 16,
-    "joint_attention_dim": 12,
-    "pooled_projection_dim": 6,
-    "pos_embed_max_size": 8,
-}
-QWEN = {
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 4,
-    "num_layers": 1,
-    "attention_head_dim": 8,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 12,
-    "axes_dims_rope": (2, 2, 4),
-}
 Z_IMAGE = {
     "all_patch_size": (2,),
     "all_f_patch_size": (1,),
@@ -128,135 +75,6 @@ def _ideogram4():
 
 
 CASES = {
-    "SD3Transformer2DModel": Case(SD3, lambda: _latents_and_text(4, 12) | {"pooled_projections": normal(2, 6)}),
-    "SD3Transformer2DModel, SD3.5-like": Case(
-        SD3 | {"qk_norm": "rms_norm", "dual_attention_layers": (0,)},
-        lambda: _latents_and_text(4, 12) | {"pooled_projections": normal(2, 6)},
-    ),
-    "FluxTransformer2DModel": Case(FLUX, lambda: packed(4, 12) | {"pooled_projections": normal(2, 6)}),
-    "Flux2Transformer2DModel": Case(
-        {
-            "patch_size": 1,
-            "in_channels": 4,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 12,
-            "timestep_guidance_channels": 16,
-            "axes_dims_rope": [2, 2, 2, 2],
-        },
-        lambda: packed(4, 12, axes=4) | {"guidance": ones(2)},
-    ),
-    "Flux3Transformer2DModel": Case(
-        {
-            "in_channels": 4,
-            "cond_in_channels": 4,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 12,
-            "timestep_channels": 16,
-            "axes_dims_rope": (2, 2, 2, 2),
-        },
-        lambda: packed(4, 12, axes=4),
-    ),
-    "ChromaTransformer2DModel": Case(
-        {name: value for name, value in FLUX.items() if name != "pooled_projection_dim"}
-        | {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1},
-        lambda: packed(4, 12) | {"attention_mask": ones(2, 17)},
-    ),
-    "BriaTransformer2DModel": Case(FLUX | {"pooled_projection_dim": None}, lambda: packed(4, 12)),
-    "BriaFiboTransformer2DModel": Case(
-        FLUX | {"pooled_projection_dim": None, "text_encoder_dim": 6, "joint_attention_dim": 12},
-        lambda: packed(4, 12) | {"text_encoder_layers": [normal(2, 5, 6), normal(2, 5, 6)]},
-    ),
-    "BriaFibo2Transformer2DModel": Case(
-        {
-            "in_channels": 4,
-            "patch_size": 2,
-            "dim": 16,
-            "n_layers": 2,
-            "n_refiner_layers": 1,
-            "n_heads": 2,
-            "cap_feat_dim": 12,
-            "injection_layer_ids": (1,),
-            "perceiver_num_layers": 1,
-            "min_num_gist_tokens": 2,
-            "max_num_gist_tokens": 4,
-            "gist_step": 1,
-            "gist_min_text_len": 2,
-            "gist_max_text_len": 16,
-            "axes_dims": (4, 2, 2),
-            "axes_lens": (64, 16, 16),
-        },
-        # the Perceiver's text, then the injection block's
-        lambda: (
-            _latents_and_text(4, 12)
-            | {
-                "encoder_hidden_states": normal(2, 2, 5, 12),
-                "timestep": timesteps(value=0.5),
-                "encoder_attention_mask": padded(2, 5),
-            }
-        ),
-    ),
-    "OvisImageTransformer2DModel": Case(
-        {name: value for name, value in FLUX.items() if name != "pooled_projection_dim"} | {"out_channels": 4},
-        lambda: packed(4, 12),
-    ),
-    "LongCatImageTransformer2DModel": Case(FLUX, lambda: packed(4, 12) | {"guidance": ones(2)}),
-    "QwenImageTransformer2DModel": Case(
-        QWEN,
-        lambda: {
-            "hidden_states": normal(2, 12, 16),
-            "encoder_hidden_states": normal(2, 5, 12),
-            "encoder_hidden_states_mask": padded(2, 5),
-            "timestep": timesteps(value=0.5),
-            "img_shapes": [(1, 4, 3)] * 2,
-        },
-    ),
-    "QwenImage21Transformer2DModel": Case(
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 1,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "context_in_dim": 12,
-            "axes_dims_rope": (2, 2, 4),
-        },
-        lambda: {
-            "hidden_states": normal(2, 12, 4),
-            "encoder_hidden_states": normal(2, 5, 12),
-            "encoder_hidden_states_mask": padded(2, 5),
-            "timestep": timesteps(value=0.5),
-            "img_shapes": [[(1, 4, 3)]] * 2,
-            # five of text, then a slot for every four of the image's tokens
-            "img_mask": torch.arange(8).expand(2, -1) >= 5,
-        },
-    ),
-    "NucleusMoEImageTransformer2DModel": Case(
-        {
-            "patch_size": 2,
-            "in_channels": 16,
-            "out_channels": 4,
-            "num_layers": 1,
-            "attention_head_dim": 8,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 12,
-            "axes_dims_rope": (2, 2, 4),
-            "moe_enabled": False,
-            "capacity_factors": [8.0],
-        },
-        lambda: {
-            "hidden_states": normal(2, 12, 16),
-            "encoder_hidden_states": normal(2, 5, 12),
-            "encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.long),
-            "timestep": timesteps(value=0.5),
-            "img_shapes": [(1, 4, 3)] * 2,
-        },
-    ),
     "DiTTransformer2DModel": Case(
         {
             "sample_size": 8,
@@ -284,7 +102,7 @@ CASES = {
             "use_additional_conditions": False,
         },
         lambda: (
-            _latents_and_text(4, 12)
+            latents_and_text(4, 12)
             | {
                 "encoder_attention_mask": padded(2, 5),
                 "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
@@ -321,7 +139,7 @@ CASES = {
             "joint_attention_dim": 12,
             "pos_embed_max_size": 16,
         },
-        lambda: _latents_and_text(4, 12) | {"timestep": timesteps(value=0.5)},
+        lambda: latents_and_text(4, 12) | {"timestep": timesteps(value=0.5)},
     ),
     "CogView3PlusTransformer2DModel": Case(
         {
@@ -337,7 +155,7 @@ CASES = {
             "pos_embed_max_size": 8,
             "sample_size": 8,
         },
-        lambda: _latents_and_text(4, 12) | _sizes(),
+        lambda: latents_and_text(4, 12) | _sizes(),
     ),
     "CogView4Transformer2DModel": Case(
         {
@@ -351,7 +169,7 @@ CASES = {
             "time_embed_dim": 8,
             "condition_dim": 4,
         },
-        lambda: _latents_and_text(4, 12) | _sizes(),
+        lambda: latents_and_text(4, 12) | _sizes(),
     ),
     "GlmImageTransformer2DModel": Case(
         {
@@ -367,7 +185,7 @@ CASES = {
             "prior_vq_quantizer_codebook_size": 16,
         },
         lambda: (
-            _latents_and_text(4, 12)
+            latents_and_text(4, 12)
             | {
                 "prior_token_id": integers(16, 2, 16),
                 "prior_token_drop": torch.zeros(2, dtype=torch.bool),
@@ -455,7 +273,7 @@ CASES = {
             "text_embed_dim": 12,
             "rope_axes_dim": (4, 4),
         },
-        lambda: _latents_and_text(4, 12, size=4) | {"timestep": timesteps(), "encoder_attention_mask": padded(2, 5)},
+        lambda: latents_and_text(4, 12, size=4) | {"timestep": timesteps(), "encoder_attention_mask": padded(2, 5)},
     ),
     "Ideogram4Transformer2DModel": Case(
         {
@@ -547,7 +365,7 @@ CASES = {
             "axes_lens": (32, 32, 32),
             "cap_feat_dim": 12,
         },
-        lambda: _latents_and_text(4, 12) | {"timestep": timesteps(value=0.5), "encoder_attention_mask": seen(2, 5)},
+        lambda: latents_and_text(4, 12) | {"timestep": timesteps(value=0.5), "encoder_attention_mask": seen(2, 5)},
     ),
     "LuminaNextDiT2DModel": Case(
         {
@@ -563,7 +381,7 @@ CASES = {
             "cross_attention_dim": 12,
         },
         lambda: (
-            _latents_and_text(4, 12)
+            latents_and_text(4, 12)
             | {
                 "timestep": timesteps(value=0.5),
                 "encoder_mask": ones(2, 5),
@@ -598,7 +416,7 @@ CASES = {
             "depth": 1,
             "axes_dim": [4, 4],
         },
-        lambda: _latents_and_text(4, 12) | {"timestep": timesteps(value=0.5), "attention_mask": padded(2, 5)},
+        lambda: latents_and_text(4, 12) | {"timestep": timesteps(value=0.5), "attention_mask": padded(2, 5)},
     ),
     "SanaTransformer2DModel": Case(
         {
@@ -614,7 +432,7 @@ CASES = {
             "caption_channels": 12,
             "sample_size": 8,
         },
-        lambda: _latents_and_text(4, 12),
+        lambda: latents_and_text(4, 12),
     ),
     "ZImageTransformer2DModel": Case(
         Z_IMAGE,

@@ -1,37 +1,10 @@
-"""Transformers that make video, some with sound."""
+"""Further transformers that make video, some with sound."""
 
 import torch
 
 from configurations.case import Case, normal, ones, padded, seen, steps, timesteps
+from configurations.wan import clip_and_text, frames_first
 
-
-def _clip_and_text(channels: int, text: int, *, frames: int = 2, size: int = 8, tokens: int = 5):
-    return {
-        "hidden_states": normal(2, channels, frames, size, size),
-        "encoder_hidden_states": normal(2, tokens, text),
-        "timestep": steps(),
-    }
-
-
-def _frames_first(channels: int, text: int, **options):
-    inputs = _clip_and_text(channels, text, **options)
-    return inputs | {"hidden_states": inputs["hidden_states"].transpose(1, 2).contiguous()}
-
-
-_WAN = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 12,
-    "freq_dim": 16,
-    "ffn_dim": 16,
-    "num_layers": 1,
-    "cross_attn_norm": True,
-    "rope_max_seq_len": 32,
-}
-_WITH_IMAGE = {"image_dim": 6, "added_kv_proj_dim": 24}
 _COGVIDEO = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
@@ -108,7 +81,7 @@ _KANDINSKY = {
 
 
 def _hunyuan_video():
-    return _clip_and_text(4, 12) | {
+    return clip_and_text(4, 12) | {
         "pooled_projections": normal(2, 6),
         "encoder_attention_mask": padded(2, 5).long(),
         "guidance": timesteps(value=6.0),
@@ -126,18 +99,6 @@ def _framepack():
         "indices_latents_history_2x": ones(2),
         "latents_history_4x": normal(2, 4, 8, 4, 4),
         "indices_latents_history_4x": ones(8),
-    }
-
-
-def _helios():
-    return _clip_and_text(4, 12) | {
-        "indices_hidden_states": ones(2, 2),
-        "indices_latents_history_short": ones(2, 1),
-        "indices_latents_history_mid": ones(2, 1),
-        "indices_latents_history_long": ones(2, 4),
-        "latents_history_short": normal(2, 4, 1, 8, 8),
-        "latents_history_mid": normal(2, 4, 1, 8, 8),
-        "latents_history_long": normal(2, 4, 4, 8, 8),
     }
 
 
@@ -175,22 +136,6 @@ def _ltx2():
     }
 
 
-def _wan_animate_2():
-    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
-
-    return {
-        "hidden_states": [normal(4, 1, 8, 8)],
-        "timestep": timesteps(1),
-        "encoder_hidden_states": [normal(5, 12)],
-        "condition_latents": [normal(4, 1, 8, 8)],
-        "encoder_hidden_states_image": normal(1, 257, 1280),
-        "kv_cache": WanAnimate2KVCache(1),
-        "kv_cache_mode": "extract",
-        "seq_len": 16,
-        "offset_grid_sizes": torch.tensor([[1, 4, 4]]),
-    }
-
-
 def _minimax_h3():
     """Video, audio and text tokens of one packed sequence."""
     video, audio, text = 8, 3, 4
@@ -210,89 +155,10 @@ def _minimax_h3():
 
 
 CASES = {
-    "WanTransformer3DModel": Case(_WAN, lambda: _clip_and_text(4, 12)),
-    "WanTransformer3DModel, with image": Case(
-        _WAN | _WITH_IMAGE, lambda: _clip_and_text(4, 12) | {"encoder_hidden_states_image": normal(2, 257, 6)}
-    ),
-    "WanVACETransformer3DModel": Case(
-        _WAN | {"num_layers": 2, "vace_layers": [0], "vace_in_channels": 6},
-        lambda: _clip_and_text(4, 12) | {"control_hidden_states": normal(2, 6, 2, 8, 8)},
-    ),
-    "WanAnimateTransformer3DModel": Case(
-        _WAN
-        | {
-            "in_channels": 12,
-            "latent_channels": 4,
-            "image_dim": 6,
-            "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
-            "motion_encoder_size": 16,
-            "motion_style_dim": 4,
-            "motion_dim": 2,
-            "motion_encoder_dim": 8,
-            "face_encoder_hidden_dim": 8,
-            "face_encoder_num_heads": 2,
-            "inject_face_latents_blocks": 1,
-        },
-        lambda: {
-            "hidden_states": normal(1, 12, 3, 8, 8),
-            "timestep": steps(1),
-            "encoder_hidden_states": normal(1, 5, 12),
-            "encoder_hidden_states_image": normal(1, 7, 6),
-            "pose_hidden_states": normal(1, 4, 2, 8, 8),
-            "face_pixel_values": normal(1, 3, 5, 16, 16),
-        },
-        samples=1,
-    ),
-    "WanAnimate2Transformer3DModel": Case(
-        {
-            "text_len": 6,
-            "in_dim": 8,
-            "dim": 24,
-            "ffn_dim": 16,
-            "freq_dim": 16,
-            "text_dim": 12,
-            "out_dim": 4,
-            "num_heads": 2,
-            "num_layers": 1,
-        },
-        _wan_animate_2,
-        samples=1,
-    ),
-    "SkyReelsV2Transformer3DModel": Case(_WAN, lambda: _clip_and_text(4, 12)),
-    "ChronoEditTransformer3DModel": Case(
-        _WAN | {"rope_temporal_skip_len": 8},
-        lambda: _clip_and_text(4, 12),
-    ),
-    "AnyFlowTransformer3DModel": Case(
-        _WAN | {"gate_value": 0.25, "deltatime_type": "r"},
-        lambda: _frames_first(4, 12) | {"timestep": torch.full((2, 2), 500.0), "r_timestep": torch.full((2, 2), 250.0)},
-    ),
-    "AnyFlowFARTransformer3DModel": Case(
-        _WAN | {"gate_value": 0.25, "deltatime_type": "r", "compressed_patch_size": (1, 4, 4), "full_chunk_limit": 3},
-        lambda: (
-            _frames_first(4, 12)
-            | {
-                "timestep": torch.full((2, 2), 500.0),
-                "r_timestep": torch.full((2, 2), 250.0),
-                "chunk_partition": [1, 1],
-            }
-        ),
-    ),
-    "HeliosTransformer3DModel": Case(
-        {name: value for name, value in _WAN.items() if name != "rope_max_seq_len"}
-        | {
-            "rope_dim": (4, 4, 4),
-            "has_multi_term_memory_patch": True,
-            "guidance_cross_attn": True,
-            "zero_history_timestep": True,
-            "is_amplify_history": False,
-        },
-        _helios,
-    ),
-    "CogVideoXTransformer3DModel": Case(_COGVIDEO, lambda: _frames_first(4, 12)),
+    "CogVideoXTransformer3DModel": Case(_COGVIDEO, lambda: frames_first(4, 12)),
     "CogVideoXTransformer3DModel, 1.5-like": Case(
         _COGVIDEO | {"patch_size_t": 2, "use_rotary_positional_embeddings": True},
-        lambda: _frames_first(4, 12) | {"image_rotary_emb": (normal(16, 8).cos(), normal(16, 8).sin())},
+        lambda: frames_first(4, 12) | {"image_rotary_emb": (normal(16, 8).cos(), normal(16, 8).sin())},
     ),
     "ConsisIDTransformer3DModel": Case(
         _COGVIDEO
@@ -312,7 +178,7 @@ CASES = {
             "LFE_ff_mult": 1,
             "LFE_num_scale": 1,
         },
-        lambda: _frames_first(4, 12) | {"id_vit_hidden": [ones(2, 2, 2)], "id_cond": ones(2, 2)},
+        lambda: frames_first(4, 12) | {"id_vit_hidden": [ones(2, 2, 2)], "id_cond": ones(2, 2)},
     ),
     "AllegroTransformer3DModel": Case(
         {
@@ -328,7 +194,7 @@ CASES = {
             "caption_channels": 12,
         },
         lambda: (
-            _clip_and_text(4, 12) | {"attention_mask": ones(2, 2, 8, 8), "encoder_attention_mask": padded(2, 5).long()}
+            clip_and_text(4, 12) | {"attention_mask": ones(2, 2, 8, 8), "encoder_attention_mask": padded(2, 5).long()}
         ),
     ),
     "LatteTransformer3DModel": Case(
@@ -349,7 +215,7 @@ CASES = {
             "norm_elementwise_affine": False,
             "video_length": 2,
         },
-        lambda: _clip_and_text(4, 12) | {"enable_temporal_attentions": True},
+        lambda: clip_and_text(4, 12) | {"enable_temporal_attentions": True},
     ),
     "MochiTransformer3DModel": Case(
         {
@@ -363,7 +229,7 @@ CASES = {
             "time_embed_dim": 4,
             "max_sequence_length": 5,
         },
-        lambda: _clip_and_text(4, 16) | {"encoder_attention_mask": padded(2, 5)},
+        lambda: clip_and_text(4, 16) | {"encoder_attention_mask": padded(2, 5)},
     ),
     "EasyAnimateTransformer3DModel": Case(
         {
@@ -379,7 +245,7 @@ CASES = {
             "text_embed_dim": 12,
             "time_embed_dim": 8,
         },
-        lambda: _clip_and_text(4, 12),
+        lambda: clip_and_text(4, 12),
     ),
     "HunyuanVideoTransformer3DModel": Case(_HUNYUAN_VIDEO | {"guidance_embeds": True}, _hunyuan_video),
     "HunyuanVideoFramepackTransformer3DModel": Case(
@@ -407,7 +273,7 @@ CASES = {
             "task_type": "t2v",
         },
         lambda: (
-            _clip_and_text(4, 12, size=4)
+            clip_and_text(4, 12, size=4)
             | {
                 "timestep": timesteps(),
                 "encoder_attention_mask": padded(2, 5).long(),
@@ -461,7 +327,7 @@ CASES = {
             "caption_channels": 12,
             "mlp_ratio": 2.0,
         },
-        lambda: _clip_and_text(4, 12, size=4) | {"timestep": torch.full((2, 1, 2), 500.0), "mask": padded(2, 5)},
+        lambda: clip_and_text(4, 12, size=4) | {"timestep": torch.full((2, 1, 2), 500.0), "mask": padded(2, 5)},
     ),
     "SanaVideoTransformer3DModel": Case(
         {
@@ -477,7 +343,7 @@ CASES = {
             "sample_size": 8,
             "rope_max_seq_len": 32,
         },
-        lambda: _clip_and_text(4, 12),
+        lambda: clip_and_text(4, 12),
     ),
     "MotifVideoTransformer3DModel": Case(
         {
@@ -495,7 +361,7 @@ CASES = {
             "image_embed_dim": 4,
             "rope_axes_dim": (4, 4, 4),
         },
-        lambda: _clip_and_text(9, 12, size=4),
+        lambda: clip_and_text(9, 12, size=4),
     ),
     "MiniMaxH3Transformer3DModel": Case(
         {
@@ -517,7 +383,7 @@ CASES = {
     ),
     "CosmosTransformer3DModel": Case(
         _COSMOS,
-        lambda: _clip_and_text(4, 12) | {"attention_mask": ones(2, 5), "fps": 30},
+        lambda: clip_and_text(4, 12) | {"attention_mask": ones(2, 5), "fps": 30},
     ),
     "Cosmos3OmniTransformer": Case(
         {
