@@ -19,7 +19,7 @@ from headscope.ops import (
     HeadEdit,
     Statistic,
     attention,
-    cpu_library,
+    cpu_structs,
 )
 from rounding import attention_tolerance, blend_tolerance
 
@@ -227,7 +227,7 @@ ROW_STATISTICS = tuple(definitions.ROWS)
 def gives(backend: str, key: str) -> bool:
     """True if a fused backend has code for a built-in statistic; the plain-torch backends have it for every one."""
     if backend == "cpu":
-        return key in cpu_library.STATISTICS
+        return key in cpu_structs.STATISTICS
     return backend != "triton" or key == "key_mass" or STATISTICS[key].kernel() is not None
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from contract import Inputs, assert_close, truth
-from headscope.ops import cpu_library
+from headscope.ops import cpu_library, cpu_structs
 
 FULL = ("entropy", "logsumexp", "max_logit", "max_prob")
 
@@ -182,7 +182,7 @@ def forget_peak():
 def test_memory_is_bounded(library, attend):
     """One thread works in less than 16 MiB, at any length and head dimension."""
     resource = pytest.importorskip("resource")
-    for queries, keys, dim in ((4000, 9000, 40), (600, 600, 2000), (70, 70, cpu_library.MAX_DIM)):
+    for queries, keys, dim in ((4000, 9000, 40), (600, 600, 2000), (70, 70, cpu_structs.MAX_DIM)):
         inputs = make(queries=queries, keys=keys, heads=1, dim=dim)
         output = torch.zeros_like(inputs.query)
         forget_peak()
@@ -196,7 +196,7 @@ def test_the_memory_of_groups_is_bounded(library):
     """Many statistics of many groups come in several passes, and are what each gives alone."""
     resource = pytest.importorskip("resource")
     torch.manual_seed(0)
-    count, rows, keys = cpu_library.MAX_GROUPS, 3, 40
+    count, rows, keys = cpu_structs.MAX_GROUPS, 3, 40
     query, key, value = torch.randn(1, 1, rows, 8), torch.randn(1, 1, keys, 8), torch.randn(1, 1, keys, 8)
     ids = torch.randint(-1, count, (12, 1, 1, keys), dtype=torch.int32)
     specs = [("group_entropy" if i % 2 else "group_mass", (count,), (ids[i],)) for i in range(12)]

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from headscope.ops import cpu_library
+from headscope.ops import cpu_library, cpu_structs
 
 
 def exp2(library, values):
@@ -130,7 +130,7 @@ def test_null_and_nonsense_are_refused(library):
     forward = library.functions.headscope_attention_forward
 
     def status(*sizes, words=None, statistics=b""):
-        call = [0] * (cpu_library._ATTENTION.size // 8)
+        call = [0] * (cpu_structs.ATTENTION.size // 8)
         call[: len(sizes)] = sizes
         for position, value in (words or {}).items():
             call[position] = value
@@ -138,7 +138,7 @@ def test_null_and_nonsense_are_refused(library):
 
     # the dtypes of query, fill, and the last two words: the instruction set and the number of statistics
     query_dtype, instructions, count = 12, -2, -1
-    statistic = cpu_library._STATISTIC.size // 8 * [0]
+    statistic = cpu_structs.STATISTIC.size // 8 * [0]
     assert forward(None) == 1
     assert status(-1) == 2
     assert status(1, 3, 2, 1, 1, 1, 1) == 3
@@ -156,5 +156,5 @@ def test_null_and_nonsense_are_refused(library):
 def test_the_packing_matches_the_header():
     """Sizes as the header lays them out, every field eight bytes wide."""
     tensor, edit = 1 + 4 + 1, 1 + 3
-    assert cpu_library._ATTENTION.size == 8 * (7 + 6 * tensor + 4 * edit + 5)
-    assert cpu_library._STATISTIC.size == 8 * (1 + 1 + 4 + 1 + 3)
+    assert cpu_structs.ATTENTION.size == 8 * (7 + 6 * tensor + 4 * edit + 5)
+    assert cpu_structs.STATISTIC.size == 8 * (1 + 1 + 4 + 1 + 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from contract import CASES, ROW_STATISTICS, assert_close, gives, make_inputs, statistic_tolerance, truth
-from headscope.ops import STATISTICS, GroupEntropy, HeadEdit, attention, cpu_library
+from headscope.ops import STATISTICS, GroupEntropy, HeadEdit, attention, cpu_structs
 from headscope.ops.statistics import CLASSES
 from ops.backends import require_backend
 
@@ -36,7 +36,7 @@ def test_the_contract_has_every_built_in_statistic():
     assert asked == built_in & STATISTICS.keys()
     for backend in ("cpu", "triton"):
         require_backend(backend)
-        assert {name for name in asked if gives(backend, name)} >= asked.intersection(cpu_library.STATISTICS)
+        assert {name for name in asked if gives(backend, name)} >= asked.intersection(cpu_structs.STATISTICS)
 
 
 @pytest.mark.parametrize("backend", ["portable", "cpu", "triton"])

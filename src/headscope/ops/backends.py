@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 # cpu_library at once: it has to see forks from the start
-from headscope.ops import cpu_library
+from headscope.ops import cpu_library, cpu_structs
 from headscope.ops.statistics import CLASSES, STATISTICS, KeyMass, Statistic
 
 
@@ -91,16 +91,16 @@ def _cpu_unavailable() -> str | None:
 def _cpu_rejects(problem: Problem) -> str | None:
     if problem.device.type != "cpu":
         return f"the tensors are on {problem.device}, it needs CPU tensors"
-    if max(problem.dim, problem.dim_v) > cpu_library.MAX_DIM:
-        return f"head dims reach {max(problem.dim, problem.dim_v)}, it takes at most {cpu_library.MAX_DIM}"
+    if max(problem.dim, problem.dim_v) > cpu_structs.MAX_DIM:
+        return f"head dims reach {max(problem.dim, problem.dim_v)}, it takes at most {cpu_structs.MAX_DIM}"
     keys = [statistic.key for statistic in problem.statistics]
-    if len(keys) > cpu_library.MAX_STATISTICS or keys.count(KeyMass.key) > 1:
-        return f"{len(keys)} statistics are asked for, it takes {cpu_library.MAX_STATISTICS}, key_mass once"
+    if len(keys) > cpu_structs.MAX_STATISTICS or keys.count(KeyMass.key) > 1:
+        return f"{len(keys)} statistics are asked for, it takes {cpu_structs.MAX_STATISTICS}, key_mass once"
     for statistic in problem.statistics:
-        if statistic.key not in cpu_library.STATISTICS:
-            return f"{statistic.key!r} isn't built into it; it gives {', '.join(cpu_library.STATISTICS)}"
-        if statistic.tensor_count and statistic.constants[0] > cpu_library.MAX_GROUPS:
-            return f"{statistic.name!r} has {statistic.constants[0]} groups, it takes {cpu_library.MAX_GROUPS}"
+        if statistic.key not in cpu_structs.STATISTICS:
+            return f"{statistic.key!r} isn't built into it; it gives {', '.join(cpu_structs.STATISTICS)}"
+        if statistic.tensor_count and statistic.constants[0] > cpu_structs.MAX_GROUPS:
+            return f"{statistic.name!r} has {statistic.constants[0]} groups, it takes {cpu_structs.MAX_GROUPS}"
     return _single_precision(problem)
 
 

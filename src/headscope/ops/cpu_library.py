@@ -7,47 +7,32 @@ torch has loaded; a forked child, in which that runtime would hang, runs it on o
 import ctypes
 import importlib.resources
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-ABI_VERSION = 2
-# the order is that of headscope_statistic_kind in csrc/include/headscope_cpu.h
-STATISTICS = (
-    "entropy",
-    "logsumexp",
-    "max_logit",
-    "max_prob",
-    "collision_entropy",
-    "distance",
-    "group_mass",
-    "group_entropy",
-    "key_mass",
+from headscope._shapes import FillTensor, Mask, PerHead, PerKey, StatisticValue
+from headscope.ops.cpu_structs import (
+    ATTENTION,
+    FILL_DTYPES,
+    INPUT_DTYPES,
+    MASK_DTYPES,
+    MAX_DIM,
+    MAX_STATISTICS,
+    StatisticSpec,
+    broadcast_fields,
+    check,
+    edit_fields,
+    statistic_struct,
+    tensor_fields,
 )
+
+ABI_VERSION = 2
 INSTRUCTION_SETS = {"best": 0, "baseline": 1, "avx2": 2, "avx512": 3, "avx512_bf16": 4}
-MAX_DIM = 8192
-MAX_STATISTICS = 32
-MAX_GROUPS = 65536
-_KINDS = {name: kind for kind, name in enumerate(STATISTICS)}
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.bool: 4}
-_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FLOATING = (*_INPUT_DTYPES, torch.float64)
 _NO_MEMORY = 6
-
-# headscope_attention and headscope_statistic of csrc/include/headscope_cpu.h, field for field, every one eight bytes
-# wide. Packed at once: setting a ctypes structure's fields one by one would take longer than a small call.
-_TENSOR = "P4qq"
-_EDIT = "P3q"
-_ATTENTION = struct.Struct("7q" + 6 * _TENSOR + 4 * _EDIT + "dqqqq")
-_STATISTIC = struct.Struct("qP4qP3q")
-_NO_TENSOR = (0,) * 6
-_NO_EDIT = (0,) * 4
-
-# a name, or (name, constants, tensors)
-StatisticSpec = str | tuple[str, Sequence[int | float], Sequence[Tensor]]
 
 _forked = False
 
@@ -68,7 +53,7 @@ class Library:
     Attributes:
         path: the file.
         functions: its C functions.
-        instruction_set: what kernels run with; the environment's HEADSCOPE_CPU_INSTRUCTIONS, or the best there is.
+        instruction_set: the kernels' instructions: the environment's HEADSCOPE_CPU_INSTRUCTIONS, or the best there is.
     """
 
     path: str
@@ -87,12 +72,12 @@ class Library:
         return name.decode()
 
 
-# what load() found: the library, or why there is none
+# the library, or the reason why there is none; None before the first load()
 _state: Library | str | None = None
 
 
 def library_path() -> str | None:
-    """Where the library is, or None if the package was installed or run without building it."""
+    """The library's file, or None if the package was installed or run without building it."""
     folder = importlib.resources.files("headscope") / "_native"
     for name in ("libheadscope_cpu.so", "libheadscope_cpu.dylib", "headscope_cpu.dll"):
         file = folder / name
@@ -150,13 +135,13 @@ def load() -> Library:
 
 
 def unavailable_reason() -> str | None:
-    """Why the library can't be used, or None when it loaded."""
+    """The reason why the library can't be used, or None when it loaded."""
     found = _found()
     return found if isinstance(found, str) else None
 
 
 def build_info() -> dict[str, str | int]:
-    """What is loaded and how it runs here: path, ABI version, instruction set, threading runtime.
+    """The loaded library and how it runs here: path, ABI version, instruction set, threading runtime.
 
     Raises:
         RuntimeError: the library isn't built, or can't be used here.
@@ -170,110 +155,22 @@ def build_info() -> dict[str, str | int]:
     }
 
 
-def _fits(got: Sequence[int], sizes: Sequence[int | None]) -> bool:
-    if len(got) != len(sizes):
-        return False
-    # a loop: a generator would take three times as long, several times per call
-    for g, size in zip(got, sizes, strict=True):  # noqa: SIM110
-        if size is not None and size != g:
-            return False
-    return True
-
-
-def _check(name: str, tensor: Tensor, sizes: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
-    """Sizes are exact; None stands for any. The kernel follows pointers, so nothing may slip past here."""
-    if not tensor.is_cpu or tensor.layout is not torch.strided:
-        raise ValueError(f"{name}: got a {tensor.layout} tensor on {tensor.device}, expected a strided one on the CPU")
-    if tensor.dtype not in dtypes:
-        expected = ", ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, expected {expected}")
-    got = tensor.shape
-    if got != sizes and not _fits(got, sizes):
-        expected = ", ".join("any" if size is None else str(size) for size in sizes)
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [{expected}]")
-
-
-def _broadcast(name: str, tensor: Tensor, sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> Tensor:
-    """The tensor, each of its sizes 1 or full, with strides of 0 where it repeats."""
-    got = tensor.shape
-    if got != sizes:
-        if len(got) != len(sizes) or any(g not in (1, size) for g, size in zip(got, sizes, strict=True)):
-            raise ValueError(f"{name}: got shape {list(got)}, expected 1 or the whole size in each of {list(sizes)}")
-        tensor = tensor.expand(sizes)
-    _check(name, tensor, sizes, dtypes)
-    return tensor
-
-
-def _describe(tensor: Tensor) -> tuple[int, ...]:
-    return (tensor.data_ptr(), *tensor.stride(), _DTYPES[tensor.dtype])
-
-
-def _edit(name: str, tensor: Tensor | None, sizes: Sequence[int]) -> tuple[int, ...]:
-    if tensor is None:
-        return _NO_EDIT
-    tensor = _broadcast(name, tensor, sizes, (torch.float32,))
-    return (tensor.data_ptr(), *tensor.stride(), *(0,) * (3 - len(sizes)))
-
-
-def _integers(name: str, constants: Sequence[int | float], least: Sequence[int]) -> tuple[int, ...]:
-    """Constants as the kernel takes them, four of them; each must be whole and at least its entry of `least`."""
-    wrong = len(constants) > len(least) or any(
-        int(value) != value or value < low for value, low in zip(constants, least, strict=False)
-    )
-    if wrong:
-        raise ValueError(
-            f"statistics: got constants {tuple(constants)} for {name}, expected integers >= {tuple(least)}"
-        )
-    return (*(int(value) for value in constants), *(0,) * (4 - len(constants)))
-
-
-def _statistic(spec: StatisticSpec, output: Tensor, batch: int, heads: int, queries: int, keys: int) -> bytes:
-    """One headscope_statistic."""
-    name, constants, tensors = (spec, (), ()) if isinstance(spec, str) else spec
-    kind = _KINDS.get(name)
-    if kind is None:
-        raise ValueError(f"statistics: got {name!r}, expected some of {', '.join(STATISTICS)}")
-    sizes = groups = (0, 0, 0, 0)
-    shape = (batch, heads, keys if name == "key_mass" else queries)
-    if name == "distance":
-        sizes = _integers(name, constants, (1, 1, 1, 1))
-        if len(constants) != 4:
-            raise ValueError(f"statistics: got constants {tuple(constants)} for distance, expected four grid sizes")
-    elif name in ("group_mass", "group_entropy"):
-        sizes = _integers(name, constants, (0, 0))
-        if not constants or len(tensors) != 1:
-            raise ValueError(f"statistics: got {len(tensors)} tensors for {name}, expected its count and its groups")
-        count, first = sizes[:2]
-        # (count, first): a chunk of at most 128 groups, as the other backends take them
-        count = min(128, count - first) if len(constants) == 2 else count
-        if not 0 <= count <= MAX_GROUPS:
-            raise ValueError(f"statistics: got {count} groups for {name}, expected 0 to {MAX_GROUPS}")
-        sizes = (count, first, 0, 0)
-        ids = _broadcast("groups", tensors[0], (batch, heads, keys), (torch.int32,))
-        groups = (ids.data_ptr(), *ids.stride())
-        shape = (batch, heads, queries, count)
-    if output.shape != shape or output.dtype != torch.float32 or not output.is_contiguous() or output.is_meta:
-        _check(f"statistic_outputs[{name!r}]", output, shape, (torch.float32,))
-        raise ValueError(f"statistic_outputs[{name!r}]: got strides {output.stride()}, expected a contiguous one")
-    return _STATISTIC.pack(kind, output.data_ptr(), *sizes, *groups)
-
-
 def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys dim_v"],
     *,
-    attn_mask: Tensor | None,
+    attn_mask: Mask | None,
     is_causal: bool,
     scale: float,
-    gate: Tensor | None = None,
-    fill: Tensor | None = None,
-    temperature: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    key_scale: Tensor | None = None,
+    gate: PerHead | None = None,
+    fill: FillTensor | None = None,
+    temperature: PerHead | None = None,
+    key_bias: PerKey | None = None,
+    key_scale: PerKey | None = None,
     statistics: Sequence[StatisticSpec] = (),
-    output: Tensor,
-    statistic_outputs: Sequence[Tensor] = (),
+    output: Float[Tensor, "batch heads queries dim_v"],
+    statistic_outputs: Sequence[StatisticValue] = (),
     threads: int | None = None,
 ) -> None:
     """Attention with edits of its heads and keys, and statistics of its probabilities p.
@@ -282,21 +179,17 @@ def attention_forward(
     output = gate * sum_j p_j * key_scale_j * value_j + (1 - gate) * fill.
 
     Args:
-        query: [batch, heads, queries, dim], float32, bfloat16 or float16, any strides.
-        key: [batch, kv_heads, keys, dim]; heads is a multiple of kv_heads.
-        value: [batch, kv_heads, keys, dim_v].
-        attn_mask: bool (True attends) or floating, each size 1 or that of [batch, heads, queries, keys].
+        query, key, value: float32, bfloat16 or float16, all of one, any strides; heads is a multiple of kv_heads.
+        attn_mask: bool (True attends) or floating.
         is_causal: query i sees keys 0..i.
-        gate: [batch or 1, heads], float32. Exactly 0 or 1 selects and doesn't multiply.
-        fill: floating, each size 1 or that of [batch, heads, queries, dim_v]; None is zeros.
-        temperature: [batch or 1, heads], float32.
-        key_bias: [batch or 1, heads or 1, keys], float32; -inf mutes a key.
-        key_scale: the same shape, float32; p stays as it is in the statistics.
-        statistics: names, or (name, constants, tensors), at most 32: see STATISTICS. "distance" takes (height, width,
-            key_height, key_width); "group_mass" and "group_entropy" take (count,), or (count, first) for at most 128
-            of the groups, and int32 groups [batch or 1, heads or 1, keys].
-        output: [batch, heads, queries, dim_v], query's dtype, any strides; every element is written.
-        statistic_outputs: one float32 contiguous tensor per statistic, written likewise: [batch, heads, queries],
+        gate, temperature, key_bias, key_scale: float32. A gate of exactly 0 or 1 selects and doesn't multiply; a
+            key_bias of -inf mutes a key; p stays as it is in the statistics, whatever the key_scale.
+        fill: floating; None is zeros.
+        statistics: names, or (name, constants, tensors), at most 32: see cpu_structs.STATISTICS. "distance" takes
+            (height, width, key_height, key_width); "group_mass" and "group_entropy" take (count,), or (count, first)
+            for at most 128 of the groups, and int32 groups [batch or 1, heads or 1, keys].
+        output: query's dtype, any strides; every element is written.
+        statistic_outputs: one float32 contiguous tensor for each statistic, written likewise: [batch, heads, queries],
             [batch, heads, queries, count] for groups, [batch, heads, keys] for "key_mass".
         threads: None for torch.get_num_threads(). The result doesn't depend on it.
 
@@ -307,52 +200,43 @@ def attention_forward(
         RuntimeError: the library is unavailable.
     """
     library = load()
-    _check("query", query, (None, None, None, None), _INPUT_DTYPES)
+    check("query", query, (None, None, None, None), INPUT_DTYPES)
     batch, heads, queries, dim = query.shape
     dtype = (query.dtype,)
-    _check("key", key, (batch, None, None, dim), dtype)
+    check("key", key, (batch, None, None, dim), dtype)
     kv_heads, keys = key.shape[1:3]
-    _check("value", value, (batch, kv_heads, keys, None), dtype)
+    check("value", value, (batch, kv_heads, keys, None), dtype)
     dim_v = value.shape[3]
-    _check("output", output, (batch, heads, queries, dim_v), dtype)
+    check("output", output, (batch, heads, queries, dim_v), dtype)
     if heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(f"key: got {kv_heads} heads, expected a divisor of query's {heads}")
     if max(dim, dim_v) > MAX_DIM:
         raise ValueError(f"query, value: got head dims {dim} and {dim_v}, expected at most {MAX_DIM}")
-    mask = filled = _NO_TENSOR
-    if attn_mask is not None:
-        mask = _describe(_broadcast("attn_mask", attn_mask, (batch, heads, queries, keys), tuple(_DTYPES)))
-    if fill is not None:
-        filled = _describe(_broadcast("fill", fill, (batch, heads, queries, dim_v), _FLOATING))
+    mask = broadcast_fields("attn_mask", attn_mask, (batch, heads, queries, keys), MASK_DTYPES)
+    filled = broadcast_fields("fill", fill, (batch, heads, queries, dim_v), FILL_DTYPES)
     if len(statistics) != len(statistic_outputs) or len(statistics) > MAX_STATISTICS:
         raise ValueError(
             f"statistics: got {len(statistics)} and {len(statistic_outputs)} outputs,"
             f" expected at most {MAX_STATISTICS} and one output for each"
         )
     described = [
-        _statistic(spec, values, batch, heads, queries, keys)
+        statistic_struct(spec, values, batch, heads, queries, keys)
         for spec, values in zip(statistics, statistic_outputs, strict=True)
     ]
     if sum(spec == "key_mass" or spec[0] == "key_mass" for spec in statistics) > 1:
         raise ValueError("statistics: got key_mass more than once, expected it once")
-    call = _ATTENTION.pack(
-        batch,
-        heads,
-        kv_heads,
-        queries,
-        keys,
-        dim,
-        dim_v,
-        *_describe(query),
-        *_describe(key),
-        *_describe(value),
-        *_describe(output),
+    call = ATTENTION.pack(
+        *(batch, heads, kv_heads, queries, keys, dim, dim_v),
+        *tensor_fields(query),
+        *tensor_fields(key),
+        *tensor_fields(value),
+        *tensor_fields(output),
         *mask,
         *filled,
-        *_edit("gate", gate, (batch, heads)),
-        *_edit("temperature", temperature, (batch, heads)),
-        *_edit("key_bias", key_bias, (batch, heads, keys)),
-        *_edit("key_scale", key_scale, (batch, heads, keys)),
+        *edit_fields("gate", gate, (batch, heads)),
+        *edit_fields("temperature", temperature, (batch, heads)),
+        *edit_fields("key_bias", key_bias, (batch, heads, keys)),
+        *edit_fields("key_scale", key_scale, (batch, heads, keys)),
         scale,
         bool(is_causal),
         1 if _forked else torch.get_num_threads() if threads is None else threads,
