@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from encoders import give_encoders
 from headscope.bench.denoisers import DENOISERS
-from headscope.bench.encoders import give_encoders
 from headscope.bench.timing import wait, wall_seconds
 from headscope.models import attending
 from headscope.models.hooks import routing

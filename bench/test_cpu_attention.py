@@ -24,7 +24,7 @@ import plotly.graph_objects as plots
 import pytest
 import torch
 import torch.nn.functional as functional
-from bench.peers import materialised
+from bench.peers import materialised, truth
 
 import headscope
 from headscope.bench import records
@@ -127,12 +127,9 @@ def contenders(shape, dtype) -> dict[str, Callable[[], object]]:
 def check(result, query, key, value) -> None:
     """Output and entropy of some rows against float64, within the numeric contract."""
     rows = slice(0, 32)
-    logits = query[:, :, rows].double() @ key.double().transpose(-1, -2) * query.shape[-1] ** -0.5
-    probabilities = logits.softmax(-1)
+    expected, entropy, logits = truth(query, key, value, rows)
     tolerance = 1e-5 + 4 * 2.0**-24 * float(logits.abs().max())
-    entropy = torch.special.entr(probabilities).sum(-1)
     assert float((result.statistics["entropy"][:, :, rows] - entropy).abs().max()) <= tolerance
-    expected = probabilities @ value.double()
     stock = functional.scaled_dot_product_attention(query[:, :, rows], key, value)
     bound = 2 * float((stock - expected).abs().max()) + 2 * torch.finfo(query.dtype).eps * float(expected.abs().max())
     assert float((result.output[:, :, rows] - expected).abs().max()) <= bound

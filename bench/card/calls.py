@@ -12,7 +12,7 @@ from card.device import Tensors
 from headscope.bench.timing import percentiles, ratio
 from headscope_kernels.attention import STATISTICS, BoundStatistic, attention_forward
 from headscope_kernels.attention.configuration import ForwardConfiguration
-from peers import STOCK, Shape, fastest_stock
+from peers import STOCK, Shape, fastest_stock, truth
 
 DTYPE = torch.float16
 CHECKED_ROWS = 64
@@ -43,12 +43,13 @@ def errors_of(shape: Shape, tensors: Tensors, output: Tensor, statistics: dict[s
     """
     query, key, value = tensors
     rows = torch.linspace(0, shape.queries - 1, min(shape.queries, CHECKED_ROWS), device=query.device).long()
-    logits = query[:, :, rows].double() @ key.double().transpose(-1, -2) * shape.dim**-0.5
-    log = logits.log_softmax(-1)
-    expected = {"entropy": -(log.exp() * log).sum(-1), "output": log.exp() @ value.double()}
-    got = {"entropy": statistics["entropy"][:, :, rows], "output": output[:, :, rows]}
+    expected_output, expected_entropy, _ = truth(query, key, value, rows)
+    errors = {
+        "entropy": statistics["entropy"][:, :, rows] - expected_entropy,
+        "output": output[:, :, rows] - expected_output,
+    }
     bounds = {"entropy": ENTROPY_BOUND, "output": 8 * torch.finfo(query.dtype).eps}
-    return {name: float((got[name] - values).abs().max()) / bounds[name] for name, values in expected.items()}
+    return {name: float(error.abs().max()) / bounds[name] for name, error in errors.items()}
 
 
 def launcher(

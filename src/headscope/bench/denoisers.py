@@ -13,6 +13,8 @@ from torch import nn
 from headscope._extras import require
 from headscope.bench import configurations
 
+_NO_ENCODERS = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+
 
 @dataclass(frozen=True)
 class Denoiser:
@@ -60,11 +62,8 @@ def sd15(full: bool, device: str, dtype: torch.dtype) -> Denoiser:
         unet=built.model,
         vae=_decoder(full),
         scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
-        text_encoder=None,
-        tokenizer=None,
-        safety_checker=None,
-        feature_extractor=None,
         requires_safety_checker=False,
+        **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),
     )
     images, steps = (8, 20) if full else (2, 2)
     inputs = built.inputs(images)
@@ -81,11 +80,8 @@ def sdxl(full: bool, device: str, dtype: torch.dtype) -> Denoiser:
         unet=built.model,
         vae=_decoder(full),
         scheduler=diffusers.EulerDiscreteScheduler(),
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
         add_watermarker=False,
+        **_NO_ENCODERS,
     )
     images, steps = (2, 20) if full else (2, 2)
     inputs = built.inputs(images)
@@ -111,10 +107,7 @@ def flux(full: bool, device: str, dtype: torch.dtype) -> Denoiser:
         transformer=built.model,
         vae=_decoder(full, channels // 4, pixels),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        **_NO_ENCODERS,
     )
     text, pooled = inputs["encoder_hidden_states"], inputs["pooled_projections"]
     call = {"prompt_embeds": text, "pooled_prompt_embeds": pooled, "height": pixels, "width": pixels}
