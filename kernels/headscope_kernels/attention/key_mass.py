@@ -29,18 +29,24 @@ from headscope_kernels.attention.configuration import ForwardConfiguration
 from headscope_kernels.attention.forward.configs import key_mass_configuration
 from headscope_kernels.attention.host import device_target, float32_precision, launch_context
 from headscope_kernels.attention.launches import Launches, call_key
+from headscope_kernels.attention.loads import (
+    advance,
+    from_row,
+    head_base,
+    head_rows,
+    head_vector,
+    indices,
+    load_chunks,
+    load_vector,
+    scaled_strides,
+)
 from headscope_kernels.attention.tiles import (
     LOG2_E,
-    advance,
+    Place,
     biased_logits,
     cast_chunks,
     dot_chunks,
-    head_base,
-    indices,
-    load_chunks,
-    load_row,
     masked_logits,
-    scaled_strides,
     tempered,
 )
 
@@ -92,21 +98,19 @@ def attention_key_mass_kernel(
     key_strides = scaled_strides(key_strides, STRIDE_UNIT)
     rows = indices(0, BLOCK_QUERIES, WIDE)  # [queries]
     columns = indices(0, BLOCK_KEYS, WIDE)  # [keys]
-    query_base = head_base(query_ptr, batch, head, query_strides)
-    key_base = advance(head_base(key_ptr, batch, kv_head, key_strides), first_key, key_strides[2])
-    mask_base = mask_ptr
-    if MASK != "none":
-        mask_base = head_base(mask_ptr, batch, head, mask_strides)
+    query_rows = head_rows(query_ptr, batch, head, query_strides)
+    key_rows = from_row(head_rows(key_ptr, batch, kv_head, key_strides), first_key)
+    mask = head_rows(mask_ptr, batch, head, mask_strides, MASK != "none")
     if temperature_ptr is not None:
         temperature = tl.load(head_base(temperature_ptr, batch, head, temperature_strides)).to(tl.float32)
         scale = tempered(scale, temperature)
         exponent_scale = tempered(exponent_scale, temperature)
     if key_bias_ptr is not None:
-        key_bias_base = head_base(key_bias_ptr, batch, head, key_bias_strides)
-        bias = load_row(key_bias_base, key_bias_strides[2], first_key, columns, keys, True)  # [keys]
+        key_bias = head_vector(key_bias_ptr, batch, head, key_bias_strides, True)
+        bias = load_vector(key_bias, first_key, columns, keys, True)  # [keys]
 
     # a tuple of [keys, width]
-    key = load_chunks(key_base, columns, keys - first_key, key_strides[2], key_strides[3], DIM, DIM_WIDTHS, True, WIDE)
+    key = load_chunks(key_rows, columns, keys - first_key, DIM, DIM_WIDTHS, True, WIDE)
     key = cast_chunks(key, SIGN, DOT_DTYPE)
 
     total = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], tl.float32)  # [queries, keys]
@@ -116,16 +120,8 @@ def attention_key_mass_kernel(
         begin = first_key // BLOCK_QUERIES * BLOCK_QUERIES
     for first_query in tl.range(begin, queries, BLOCK_QUERIES):
         query = load_chunks(
-            advance(query_base, first_query, query_strides[2]),
-            rows,
-            queries - first_query,
-            query_strides[2],
-            query_strides[3],
-            DIM,
-            DIM_WIDTHS,
-            True,
-            WIDE,
-        )
+            from_row(query_rows, first_query), rows, queries - first_query, DIM, DIM_WIDTHS, True, WIDE
+        )  # a tuple of [queries, width]
         query = cast_chunks(query, 1, DOT_DTYPE)
         row_offsets = advance(first_query, batch_head, queries) + rows
         inside = rows < queries - first_query  # [queries]
@@ -141,22 +137,8 @@ def attention_key_mass_kernel(
             logits = biased_logits(logits, scale, bias)
             mask_scale = 1.0
         # keys past the last one aren't stored, and only a mask's loads must not reach there
-        logits = masked_logits(
-            logits,
-            mask_base,
-            mask_strides,
-            mask_scale,
-            rows,
-            columns,
-            first_query,
-            first_key,
-            queries,
-            keys,
-            CAUSAL,
-            MASK,
-            MASK_ROWS,
-            CAUSAL or MASK != "none",
-        )
+        place = Place(rows, columns, first_query, first_key, queries, keys)
+        logits = masked_logits(logits, mask, mask_scale, place, CAUSAL, MASK, MASK_ROWS, CAUSAL or MASK != "none")
         if ADDITIVE:
             exponents = (logits - row_max[:, None]) * LOG2_E - log2_sum[:, None]
         else:

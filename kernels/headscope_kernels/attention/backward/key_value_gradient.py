@@ -12,29 +12,31 @@ import triton.language as tl
 
 from headscope_kernels.attention.backward.tiles import (
     EMPTY_ROW,
+    Features,
     add_weighted,
     load_head_scalar,
     load_key_terms,
     load_row_grads,
-    load_rows,
-    load_vector,
     log2_probabilities,
     logit_gradients,
 )
-from headscope_kernels.attention.tiles import (
-    LOWEST_EXPONENT,
+from headscope_kernels.attention.loads import (
+    Source,
     advance,
-    cast_chunks,
     chunk_start,
-    dot_chunks,
     entry,
+    from_row,
     head_base,
+    head_rows,
+    head_vector,
     indices,
     load_chunks,
+    load_numbers,
+    load_rows,
     scaled_strides,
     statistic_tensors,
-    zero_chunks,
 )
+from headscope_kernels.attention.tiles import LOWEST_EXPONENT, Place, cast_chunks, dot_chunks, zero_chunks
 
 
 @triton.jit
@@ -140,13 +142,16 @@ def key_value_gradient_kernel(
     inside_keys = columns < key_limit  # [keys]
     NEED_SCORES: tl.constexpr = NEED_KEY or NEED_COLUMN_SUMS
     NEED_PRODUCTS: tl.constexpr = HAS_OUTPUT and (NEED_SCORES or NEED_KEY_SCALE)
-    MASKED: tl.constexpr = MASK != "none" or KEY_MASK != "none" or HAS_KEY_BIAS
+    FEATURES: tl.constexpr = Features(
+        CAUSAL, MASK, KEY_MASK, ADDITIVE, HAS_OUTPUT, HAS_GATE, HAS_KEY_BIAS, HAS_KEY_SCALE, GRADIENTS, CONSTANTS
+    )
+    HAS_MASK: tl.constexpr = MASK != "none" or KEY_MASK != "none"
 
     # tuples of [keys, width]
-    key_base = advance(head_base(key_ptr, batch, kv_head, key_strides), first_key, key_strides[2])
-    key = load_chunks(key_base, columns, key_limit, key_strides[2], key_strides[3], DIM, DIM_WIDTHS, True, WIDE)
+    key_rows = from_row(head_rows(key_ptr, batch, kv_head, key_strides), first_key)
+    key = load_chunks(key_rows, columns, key_limit, DIM, DIM_WIDTHS, True, WIDE)
     key = cast_chunks(key, 1, DOT_DTYPE)
-    value_base = advance(head_base(value_ptr, batch, kv_head, value_strides), first_key, value_strides[2])
+    value_rows = from_row(head_rows(value_ptr, batch, kv_head, value_strides), first_key)
 
     # this split's queries: [begin, first_border) cross the diagonal or may, [first_full, last_full) are free of any
     # border, and one tile may reach past the last query
@@ -180,35 +185,22 @@ def key_value_gradient_kernel(
         gate = load_head_scalar(gate_ptr, batch, head, gate_strides, HAS_GATE)
         temperature = load_head_scalar(temperature_ptr, batch, head, temperature_strides, HAS_TEMPERATURE)
         logit_scale = scale / temperature
-        key_bias_base = key_bias_ptr
-        if HAS_KEY_BIAS:
-            key_bias_base = head_base(key_bias_ptr, batch, head, key_bias_strides)
-        key_scale_base = key_scale_ptr
-        if HAS_KEY_SCALE:
-            key_scale_base = head_base(key_scale_ptr, batch, head, key_scale_strides)
-        mask_base = mask_ptr
-        if MASK != "none" or KEY_MASK != "none":
-            mask_base = head_base(mask_ptr, batch, head, mask_strides)
+        key_bias = head_vector(key_bias_ptr, batch, head, key_bias_strides, HAS_KEY_BIAS)
+        key_scale = head_vector(key_scale_ptr, batch, head, key_scale_strides, HAS_KEY_SCALE)
+        mask = head_rows(mask_ptr, batch, head, mask_strides, HAS_MASK)
         weight, bias, allowed = load_key_terms(
-            key_bias_base,
-            key_scale_base,
-            mask_base,
-            key_bias_strides[2],
-            key_scale_strides[2],
-            mask_strides[3],
-            gate,
-            first_key,
-            columns,
-            keys,
-            KEY_MASK,
-            HAS_KEY_BIAS,
-            HAS_KEY_SCALE,
-            True,
+            key_bias, key_scale, mask, gate, first_key, columns, keys, FEATURES, True
         )
-        query_base = head_base(query_ptr, batch, head, query_strides)
-        grad_base = grad_output_ptr
-        if HAS_OUTPUT:
-            grad_base = head_base(grad_output_ptr, batch, head, grad_output_strides)
+        query_source = Source(
+            head_rows(query_ptr, batch, head, query_strides), query_descriptor, query_tail_descriptor, batch, head
+        )
+        grad_source = Source(
+            head_rows(grad_output_ptr, batch, head, grad_output_strides, HAS_OUTPUT),
+            grad_output_descriptor,
+            grad_output_tail_descriptor,
+            batch,
+            head,
+        )
         data = statistic_tensors(statistic_data, statistic_data_strides, DATA_COUNTS, batch, head)
         first_row = tl.cast(batch, tl.int64) * heads + head
 
@@ -227,15 +219,7 @@ def key_value_gradient_kernel(
         value = ()
         if NEED_PRODUCTS:
             value = load_chunks(
-                value_base,
-                columns,
-                value_limit,
-                value_strides[2],
-                value_strides[3],
-                VALUE_DIM,
-                VALUE_WIDTHS,
-                True,
-                WIDE,
+                value_rows, columns, value_limit, VALUE_DIM, VALUE_WIDTHS, True, WIDE
             )  # a tuple of [keys, width]
             value = cast_chunks(value, 1, DOT_DTYPE)
         column_sums = tl.zeros([BLOCK_KEYS], tl.float32)  # [keys]
@@ -250,45 +234,24 @@ def key_value_gradient_kernel(
                     first_query = first_full + step * BLOCK_QUERIES
                 query_limit = queries - first_query
                 query = load_rows(
-                    query_descriptor,
-                    query_tail_descriptor,
-                    query_base,
-                    query_strides,
-                    batch,
-                    head,
-                    first_query,
-                    rows,
-                    queries,
-                    queries,
-                    DIM,
-                    DIM_WIDTHS,
-                    BLOCK_QUERIES,
-                    BORDER,
-                    False,
-                    WIDE,
+                    query_source, first_query, rows, queries, queries, DIM, DIM_WIDTHS, BORDER, False, WIDE
                 )  # a tuple of [queries, width]
                 row_base = advance(first_query, first_row, queries)
                 row_max = 0.0
                 if ADDITIVE:
-                    row_max = load_vector(row_max_ptr + row_base, rows, query_limit, 1, 0.0, BORDER)  # [queries]
-                offset = load_vector(offset_ptr + row_base, rows, query_limit, 1, EMPTY_ROW, BORDER)  # [queries]
+                    row_max = load_numbers(row_max_ptr + row_base, rows, query_limit, 1, 0.0, BORDER)  # [queries]
+                offset = load_numbers(offset_ptr + row_base, rows, query_limit, 1, EMPTY_ROW, BORDER)  # [queries]
                 products = dot_chunks(key, query, DOT_DTYPE, INPUT_PRECISION)  # [keys, queries]
                 grad_output = ()
                 if HAS_OUTPUT:
                     grad_output = load_rows(
-                        grad_output_descriptor,
-                        grad_output_tail_descriptor,
-                        grad_base,
-                        grad_output_strides,
-                        batch,
-                        head,
+                        grad_source,
                         first_query,
                         rows,
                         queries,
                         output_limit,
                         VALUE_DIM,
                         VALUE_WIDTHS,
-                        BLOCK_QUERIES,
                         BORDER,
                         HAS_GATE and not SKIP_REMOVED,
                         WIDE,
@@ -296,30 +259,21 @@ def key_value_gradient_kernel(
                 output_products = products
                 if NEED_PRODUCTS:
                     output_products = dot_chunks(value, grad_output, DOT_DTYPE, INPUT_PRECISION)  # [keys, queries]
+                place = Place(rows, columns, first_query, first_key, queries, keys)
                 exponents = log2_probabilities(
                     products,
                     row_max,
                     offset,
                     bias,
                     allowed,
-                    mask_base,
-                    mask_strides,
+                    mask,
                     logit_scale,
-                    rows,
-                    columns,
-                    first_query,
-                    first_key,
-                    queries,
-                    keys,
-                    CAUSAL,
-                    MASK,
-                    KEY_MASK,
-                    ADDITIVE,
-                    HAS_KEY_BIAS or KEY_MASK == "additive",
-                    BORDER,
-                    True,
-                    CAUSAL and BORDER,
-                    True,
+                    place,
+                    FEATURES,
+                    CHECK_ROWS=BORDER,
+                    CHECK_COLUMNS=True,
+                    DROP_COLUMNS=CAUSAL and BORDER,
+                    TRANSPOSED=True,
                 )  # [keys, queries]
                 if BORDER:
                     # a row past the last one has products of 0, and NaN where a key isn't finite
@@ -338,7 +292,7 @@ def key_value_gradient_kernel(
                     if NEED_KEY_SCALE:
                         scale_sums += tl.sum(probabilities * output_products, 1)
                     if NEED_SCORES:
-                        delta = load_vector(delta_ptr + row_base, rows, query_limit, 1, 0.0, BORDER)  # [queries]
+                        delta = load_numbers(delta_ptr + row_base, rows, query_limit, 1, 0.0, BORDER)  # [queries]
                         grads = load_row_grads(
                             grad_ptrs, row_base, rows, query_limit, GRAD_WIDTHS, PADDED_WIDTHS, BORDER
                         )
@@ -349,17 +303,11 @@ def key_value_gradient_kernel(
                             weight,
                             delta,
                             grads,
-                            first_query + rows,
-                            first_key + columns,
-                            keys,
                             data,
-                            GRADIENTS,
-                            CONSTANTS,
-                            HAS_OUTPUT,
-                            HAS_GATE,
-                            HAS_KEY_SCALE,
-                            MASKED or (CAUSAL and BORDER),
-                            True,
+                            place,
+                            FEATURES,
+                            MASKED=HAS_MASK or HAS_KEY_BIAS or (CAUSAL and BORDER),
+                            TRANSPOSED=True,
                         )  # [keys, queries]
                         if NEED_COLUMN_SUMS:
                             column_sums += tl.sum(scores, 1)

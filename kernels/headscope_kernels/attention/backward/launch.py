@@ -21,16 +21,9 @@ import torch
 from torch import Tensor
 
 from headscope_kernels.attention.backward.arguments import is_laden, shared_arguments
-from headscope_kernels.attention.backward.configs import (
-    BackwardConfigurations,
-    backward_configurations,
-)
+from headscope_kernels.attention.backward.configs import BackwardConfigurations, backward_configurations
 from headscope_kernels.attention.backward.passes import DIFFERENTIABLE, Kind, Pass
-from headscope_kernels.attention.host import (
-    device_target,
-    float32_precision,
-    launch_context,
-)
+from headscope_kernels.attention.host import device_target, float32_precision, launch_context
 from headscope_kernels.attention.launches import call_key, remember
 from headscope_kernels.attention.statistics import BoundStatistic
 

@@ -12,23 +12,26 @@ import triton.language as tl
 
 from headscope_kernels.attention.backward.tiles import (
     EMPTY_ROW,
+    Features,
     load_head_scalar,
     load_key_terms,
     load_row_grads,
-    load_vector,
     log2_probabilities,
     logit_gradients,
 )
-from headscope_kernels.attention.tiles import (
+from headscope_kernels.attention.loads import (
     advance,
-    cast_chunks,
-    dot_chunks,
+    from_row,
     head_base,
+    head_rows,
+    head_vector,
     indices,
     load_chunks,
+    load_numbers,
     scaled_strides,
     statistic_tensors,
 )
+from headscope_kernels.attention.tiles import Place, cast_chunks, dot_chunks
 
 
 @triton.jit
@@ -117,6 +120,10 @@ def mask_gradient_kernel(
     if CAUSAL:
         repeats = tl.where(first_key >= first_query + BLOCK_QUERIES, 0, repeats)
 
+    FEATURES: tl.constexpr = Features(
+        CAUSAL, MASK, KEY_MASK, ADDITIVE, HAS_OUTPUT, HAS_GATE, HAS_KEY_BIAS, HAS_KEY_SCALE, GRADIENTS, CONSTANTS
+    )
+    place = Place(rows, columns, first_query, first_key, queries, keys)
     total = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], tl.float32)  # [queries, keys]
     for repeat in tl.range(0, repeats, num_stages=1):
         # either the mask's own sample and head, or all in turn
@@ -125,39 +132,18 @@ def mask_gradient_kernel(
         kv_head = head // heads_per_group
         gate = load_head_scalar(gate_ptr, batch, head, gate_strides, HAS_GATE)
         temperature = load_head_scalar(temperature_ptr, batch, head, temperature_strides, HAS_TEMPERATURE)
-        key_bias_base = key_bias_ptr
-        if HAS_KEY_BIAS:
-            key_bias_base = head_base(key_bias_ptr, batch, head, key_bias_strides)
-        key_scale_base = key_scale_ptr
-        if HAS_KEY_SCALE:
-            key_scale_base = head_base(key_scale_ptr, batch, head, key_scale_strides)
-        mask_base = head_base(mask_ptr, batch, head, mask_strides)
+        key_bias = head_vector(key_bias_ptr, batch, head, key_bias_strides, HAS_KEY_BIAS)
+        key_scale = head_vector(key_scale_ptr, batch, head, key_scale_strides, HAS_KEY_SCALE)
+        mask = head_rows(mask_ptr, batch, head, mask_strides)
         data = statistic_tensors(statistic_data, statistic_data_strides, DATA_COUNTS, batch, head)
         weight, bias, allowed = load_key_terms(
-            key_bias_base,
-            key_scale_base,
-            mask_base,
-            key_bias_strides[2],
-            key_scale_strides[2],
-            mask_strides[3],
-            gate,
-            first_key,
-            columns,
-            keys,
-            KEY_MASK,
-            HAS_KEY_BIAS,
-            HAS_KEY_SCALE,
-            True,
+            key_bias, key_scale, mask, gate, first_key, columns, keys, FEATURES, True
         )
-        query_base = advance(head_base(query_ptr, batch, head, query_strides), first_query, query_strides[2])
-        query = load_chunks(
-            query_base, rows, query_limit, query_strides[2], query_strides[3], DIM, DIM_WIDTHS, True, WIDE
-        )  # a tuple of [queries, width]
+        query_rows = from_row(head_rows(query_ptr, batch, head, query_strides), first_query)
+        query = load_chunks(query_rows, rows, query_limit, DIM, DIM_WIDTHS, True, WIDE)  # a tuple of [queries, width]
         query = cast_chunks(query, 1, DOT_DTYPE)
-        key_base = advance(head_base(key_ptr, batch, kv_head, key_strides), first_key, key_strides[2])
-        key = load_chunks(
-            key_base, columns, key_limit, key_strides[2], key_strides[3], DIM, DIM_WIDTHS, True, WIDE
-        )  # a tuple of [keys, width]
+        key_rows = from_row(head_rows(key_ptr, batch, kv_head, key_strides), first_key)
+        key = load_chunks(key_rows, columns, key_limit, DIM, DIM_WIDTHS, True, WIDE)  # a tuple of [keys, width]
         products = dot_chunks(query, key, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
         output_products = products
         if HAS_OUTPUT:
@@ -167,37 +153,20 @@ def mask_gradient_kernel(
                 # a removed head's output says nothing about it
                 output_limit = tl.where(gate == 0.0, 0, query_limit)
                 value_limit = tl.where(gate == 0.0, 0, key_limit)
-            grad_base = head_base(grad_output_ptr, batch, head, grad_output_strides)
-            grad_base = advance(grad_base, first_query, grad_output_strides[2])
+            grad_rows = from_row(head_rows(grad_output_ptr, batch, head, grad_output_strides), first_query)
             grad_output = load_chunks(
-                grad_base,
-                rows,
-                output_limit,
-                grad_output_strides[2],
-                grad_output_strides[3],
-                VALUE_DIM,
-                VALUE_WIDTHS,
-                True,
-                WIDE,
+                grad_rows, rows, output_limit, VALUE_DIM, VALUE_WIDTHS, True, WIDE
             )  # a tuple of [queries, width]
             grad_output = cast_chunks(grad_output, 1, DOT_DTYPE)
-            value_base = advance(head_base(value_ptr, batch, kv_head, value_strides), first_key, value_strides[2])
+            value_rows = from_row(head_rows(value_ptr, batch, kv_head, value_strides), first_key)
             value = load_chunks(
-                value_base,
-                columns,
-                value_limit,
-                value_strides[2],
-                value_strides[3],
-                VALUE_DIM,
-                VALUE_WIDTHS,
-                True,
-                WIDE,
+                value_rows, columns, value_limit, VALUE_DIM, VALUE_WIDTHS, True, WIDE
             )  # a tuple of [keys, width]
             output_products = dot_chunks(grad_output, value, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
         row_base = advance(first_query, tl.cast(batch, tl.int64) * heads + head, queries)
-        row_max = load_vector(row_max_ptr + row_base, rows, query_limit, 1, 0.0, True)  # [queries]
-        offset = load_vector(offset_ptr + row_base, rows, query_limit, 1, EMPTY_ROW, True)  # [queries]
-        delta = load_vector(delta_ptr + row_base, rows, query_limit, 1, 0.0, True)  # [queries]
+        row_max = load_numbers(row_max_ptr + row_base, rows, query_limit, 1, 0.0, True)  # [queries]
+        offset = load_numbers(offset_ptr + row_base, rows, query_limit, 1, EMPTY_ROW, True)  # [queries]
+        delta = load_numbers(delta_ptr + row_base, rows, query_limit, 1, 0.0, True)  # [queries]
         grads = load_row_grads(grad_ptrs, row_base, rows, query_limit, GRAD_WIDTHS, PADDED_WIDTHS, True)
         exponents = log2_probabilities(
             products,
@@ -205,24 +174,14 @@ def mask_gradient_kernel(
             offset,
             bias,
             allowed,
-            mask_base,
-            mask_strides,
+            mask,
             scale / temperature,
-            rows,
-            columns,
-            first_query,
-            first_key,
-            queries,
-            keys,
-            CAUSAL,
-            MASK,
-            KEY_MASK,
-            ADDITIVE,
-            HAS_KEY_BIAS or KEY_MASK == "additive",
-            True,
-            True,
-            True,
-            False,
+            place,
+            FEATURES,
+            CHECK_ROWS=True,
+            CHECK_COLUMNS=True,
+            DROP_COLUMNS=True,
+            TRANSPOSED=False,
         )  # [queries, keys]
         scores = logit_gradients(
             tl.exp2(exponents),
@@ -231,17 +190,11 @@ def mask_gradient_kernel(
             weight,
             delta,
             grads,
-            first_query + rows,
-            first_key + columns,
-            keys,
             data,
-            GRADIENTS,
-            CONSTANTS,
-            HAS_OUTPUT,
-            HAS_GATE,
-            HAS_KEY_SCALE,
-            True,
-            False,
+            place,
+            FEATURES,
+            MASKED=True,
+            TRANSPOSED=False,
         )  # [queries, keys]
         if HAS_GATE and SKIP_REMOVED:
             scores = tl.where(gate == 0.0, 0.0, scores)

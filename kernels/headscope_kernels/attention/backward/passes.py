@@ -8,20 +8,12 @@ import torch
 from torch import Tensor
 
 from headscope_kernels.attention.arguments import DESCRIBED, NO_STRIDES, kernel_arguments
-from headscope_kernels.attention.backward.configs import (
-    BackwardConfiguration,
-    BackwardConfigurations,
-    query_splits,
-)
+from headscope_kernels.attention.backward.configs import BackwardConfiguration, BackwardConfigurations, query_splits
 from headscope_kernels.attention.backward.key_value_gradient import key_value_gradient_kernel
 from headscope_kernels.attention.backward.mask_gradient import mask_gradient_kernel
 from headscope_kernels.attention.backward.query_gradient import query_gradient_kernel
 from headscope_kernels.attention.backward.row_terms import row_terms_kernel
-from headscope_kernels.attention.host import (
-    cdiv,
-    in_units,
-    stride_unit,
-)
+from headscope_kernels.attention.host import cdiv, in_units, stride_unit
 from headscope_kernels.attention.launches import Launches, layouts
 
 DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "gate", "fill", "temperature", "key_bias", "key_scale")

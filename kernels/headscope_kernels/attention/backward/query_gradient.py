@@ -8,28 +8,31 @@ import triton.language as tl
 
 from headscope_kernels.attention.backward.tiles import (
     EMPTY_ROW,
+    Features,
     add_weighted,
     load_head_scalar,
     load_key_terms,
     load_row_grads,
-    load_rows,
-    load_vector,
     log2_probabilities,
     logit_gradients,
 )
-from headscope_kernels.attention.tiles import (
+from headscope_kernels.attention.loads import (
+    Source,
     advance,
-    cast_chunks,
     chunk_start,
-    dot_chunks,
     entry,
+    from_row,
     head_base,
+    head_rows,
+    head_vector,
     indices,
     load_chunks,
+    load_numbers,
+    load_rows,
     scaled_strides,
     statistic_tensors,
-    zero_chunks,
 )
+from headscope_kernels.attention.tiles import Place, cast_chunks, dot_chunks, zero_chunks
 
 
 @triton.jit
@@ -126,24 +129,25 @@ def query_gradient_kernel(
 
     rows = indices(0, BLOCK_QUERIES, WIDE)  # [queries]
     columns = indices(0, BLOCK_KEYS, WIDE)  # [keys]
-    MASKED: tl.constexpr = MASK != "none" or KEY_MASK != "none" or HAS_KEY_BIAS
+    FEATURES: tl.constexpr = Features(
+        CAUSAL, MASK, KEY_MASK, ADDITIVE, HAS_OUTPUT, HAS_GATE, HAS_KEY_BIAS, HAS_KEY_SCALE, GRADIENTS, CONSTANTS
+    )
+    HAS_MASK: tl.constexpr = MASK != "none" or KEY_MASK != "none"
     NEED_DOT: tl.constexpr = NEED_QUERY or NEED_TEMPERATURE
 
     gate = load_head_scalar(gate_ptr, batch, head, gate_strides, HAS_GATE)
     temperature = load_head_scalar(temperature_ptr, batch, head, temperature_strides, HAS_TEMPERATURE)
     logit_scale = scale / temperature
-    key_bias_base = key_bias_ptr
-    if HAS_KEY_BIAS:
-        key_bias_base = head_base(key_bias_ptr, batch, head, key_bias_strides)
-    key_scale_base = key_scale_ptr
-    if HAS_KEY_SCALE:
-        key_scale_base = head_base(key_scale_ptr, batch, head, key_scale_strides)
-    mask_base = mask_ptr
-    if MASK != "none" or KEY_MASK != "none":
-        mask_base = head_base(mask_ptr, batch, head, mask_strides)
+    key_bias = head_vector(key_bias_ptr, batch, head, key_bias_strides, HAS_KEY_BIAS)
+    key_scale = head_vector(key_scale_ptr, batch, head, key_scale_strides, HAS_KEY_SCALE)
+    mask = head_rows(mask_ptr, batch, head, mask_strides, HAS_MASK)
     data = statistic_tensors(statistic_data, statistic_data_strides, DATA_COUNTS, batch, head)
-    key_base = head_base(key_ptr, batch, kv_head, key_strides)
-    value_base = head_base(value_ptr, batch, kv_head, value_strides)
+    key_source = Source(
+        head_rows(key_ptr, batch, kv_head, key_strides), key_descriptor, key_tail_descriptor, batch, kv_head
+    )
+    value_source = Source(
+        head_rows(value_ptr, batch, kv_head, value_strides), value_descriptor, value_tail_descriptor, batch, kv_head
+    )
 
     # keys before `full` come in tiles without a border, keys before `limit` matter at all
     limit = keys
@@ -162,31 +166,21 @@ def query_gradient_kernel(
             full = tl.where(gate == 0.0, 0, full)
 
     # tuples of [queries, width]
-    query_base = advance(head_base(query_ptr, batch, head, query_strides), first_query, query_strides[2])
-    query = load_chunks(query_base, rows, query_limit, query_strides[2], query_strides[3], DIM, DIM_WIDTHS, True, WIDE)
+    query_rows = from_row(head_rows(query_ptr, batch, head, query_strides), first_query)
+    query = load_chunks(query_rows, rows, query_limit, DIM, DIM_WIDTHS, True, WIDE)
     query = cast_chunks(query, 1, DOT_DTYPE)
     grad_output = ()
     if HAS_OUTPUT:
-        grad_base = head_base(grad_output_ptr, batch, head, grad_output_strides)
-        grad_output = load_chunks(
-            advance(grad_base, first_query, grad_output_strides[2]),
-            rows,
-            output_limit,
-            grad_output_strides[2],
-            grad_output_strides[3],
-            VALUE_DIM,
-            VALUE_WIDTHS,
-            True,
-            WIDE,
-        )
+        grad_rows = from_row(head_rows(grad_output_ptr, batch, head, grad_output_strides), first_query)
+        grad_output = load_chunks(grad_rows, rows, output_limit, VALUE_DIM, VALUE_WIDTHS, True, WIDE)
         grad_output = cast_chunks(grad_output, 1, DOT_DTYPE)
 
     row_base = advance(first_query, batch_head, queries)
     row_max = 0.0
     if ADDITIVE:
-        row_max = load_vector(row_max_ptr + row_base, rows, query_limit, 1, 0.0, True)  # [queries]
-    offset = load_vector(offset_ptr + row_base, rows, query_limit, 1, EMPTY_ROW, True)  # [queries]
-    delta = load_vector(delta_ptr + row_base, rows, query_limit, 1, 0.0, True)  # [queries]
+        row_max = load_numbers(row_max_ptr + row_base, rows, query_limit, 1, 0.0, True)  # [queries]
+    offset = load_numbers(offset_ptr + row_base, rows, query_limit, 1, EMPTY_ROW, True)  # [queries]
+    delta = load_numbers(delta_ptr + row_base, rows, query_limit, 1, 0.0, True)  # [queries]
     grads = load_row_grads(grad_ptrs, row_base, rows, query_limit, GRAD_WIDTHS, PADDED_WIDTHS, True)
 
     result = ()
@@ -199,85 +193,42 @@ def query_gradient_kernel(
         end = limit if BORDER else full
         for first_key in tl.range(begin, end, BLOCK_KEYS, num_stages=1 if BORDER else None):
             key = load_rows(
-                key_descriptor,
-                key_tail_descriptor,
-                key_base,
-                key_strides,
-                batch,
-                kv_head,
-                first_key,
-                columns,
-                keys,
-                keys,
-                DIM,
-                DIM_WIDTHS,
-                BLOCK_KEYS,
-                BORDER,
-                False,
-                WIDE,
+                key_source, first_key, columns, keys, keys, DIM, DIM_WIDTHS, BORDER, False, WIDE
             )  # a tuple of [keys, width]
             products = dot_chunks(query, key, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
             weight, bias, allowed = load_key_terms(
-                key_bias_base,
-                key_scale_base,
-                mask_base,
-                key_bias_strides[2],
-                key_scale_strides[2],
-                mask_strides[3],
-                gate,
-                first_key,
-                columns,
-                keys,
-                KEY_MASK,
-                HAS_KEY_BIAS,
-                HAS_KEY_SCALE,
-                BORDER,
+                key_bias, key_scale, mask, gate, first_key, columns, keys, FEATURES, BORDER
             )
             output_products = products
             if HAS_OUTPUT:
                 value = load_rows(
-                    value_descriptor,
-                    value_tail_descriptor,
-                    value_base,
-                    value_strides,
-                    batch,
-                    kv_head,
+                    value_source,
                     first_key,
                     columns,
                     keys,
                     value_limit,
                     VALUE_DIM,
                     VALUE_WIDTHS,
-                    BLOCK_KEYS,
                     BORDER,
                     HAS_GATE and not SKIP_REMOVED,
                     WIDE,
                 )  # a tuple of [keys, width]
                 output_products = dot_chunks(grad_output, value, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
+            place = Place(rows, columns, first_query, first_key, queries, keys)
             exponents = log2_probabilities(
                 products,
                 row_max,
                 offset,
                 bias,
                 allowed,
-                mask_base,
-                mask_strides,
+                mask,
                 logit_scale,
-                rows,
-                columns,
-                first_query,
-                first_key,
-                queries,
-                keys,
-                CAUSAL,
-                MASK,
-                KEY_MASK,
-                ADDITIVE,
-                HAS_KEY_BIAS or KEY_MASK == "additive",
-                True,
-                BORDER,
-                BORDER,
-                False,
+                place,
+                FEATURES,
+                CHECK_ROWS=True,
+                CHECK_COLUMNS=BORDER,
+                DROP_COLUMNS=BORDER,
+                TRANSPOSED=False,
             )  # [queries, keys]
             scores = logit_gradients(
                 tl.exp2(exponents),
@@ -286,17 +237,11 @@ def query_gradient_kernel(
                 weight,
                 delta,
                 grads,
-                first_query + rows,
-                first_key + columns,
-                keys,
                 data,
-                GRADIENTS,
-                CONSTANTS,
-                HAS_OUTPUT,
-                HAS_GATE,
-                HAS_KEY_SCALE,
-                MASKED or BORDER,
-                False,
+                place,
+                FEATURES,
+                MASKED=HAS_MASK or HAS_KEY_BIAS or BORDER,
+                TRANSPOSED=False,
             )  # [queries, keys]
             if NEED_ROW_SUMS:
                 row_sums += tl.sum(scores, 1)

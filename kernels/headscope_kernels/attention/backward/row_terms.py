@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from headscope_kernels.attention.backward.tiles import EMPTY_ROW, load_head_scalar
-from headscope_kernels.attention.tiles import LOG2_E, advance, chunk_start, entry, head_base, indices, scaled_strides
+from headscope_kernels.attention.loads import advance, chunk_start, entry, head_base, indices, scaled_strides
+from headscope_kernels.attention.tiles import LOG2_E
 
 
 @triton.jit

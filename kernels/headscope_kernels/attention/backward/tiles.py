@@ -8,14 +8,32 @@ probabilities is the left operand of a matrix product as it stands, out of regis
 # tl.static_range exists for the compiler only
 # pyright: reportGeneralTypeIssues=false
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.tiles import LOG2_E, LOWEST_EXPONENT, advance, entry, load_chunks, load_described
+from headscope_kernels.attention.loads import advance, entry, load_numbers, load_vector
+from headscope_kernels.attention.tiles import LOG2_E, LOWEST_EXPONENT
 
 LN2 = tl.constexpr(0.6931471805599453)
 # stands for +inf as the log2 of a row's sum: 2^x is 0 for any product, and x times the gradient of a row is finite
 EMPTY_ROW = tl.constexpr(1.0e10)
+
+
+class Features(NamedTuple):
+    """What the pass is compiled for, as the kernels' arguments of these names: constants all of them."""
+
+    CAUSAL: Any
+    MASK: Any
+    KEY_MASK: Any
+    ADDITIVE: Any
+    HAS_OUTPUT: Any
+    HAS_GATE: Any
+    HAS_KEY_BIAS: Any
+    HAS_KEY_SCALE: Any
+    GRADIENTS: Any
+    CONSTANTS: Any
 
 
 @triton.jit
@@ -39,61 +57,6 @@ def by_key(vector, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    descriptor,
-    tail,
-    base,
-    strides,
-    batch,
-    head,
-    first_row,
-    rows,
-    size,
-    limit,
-    COLUMNS: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHECK_ROWS: tl.constexpr,
-    LIMITED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """A tuple of tiles [ROWS, width] from `first_row` on, of the head at `base`; 0 outside.
-
-    Comes through tensor descriptors of [batch, heads, size, COLUMNS] if there are any. If LIMITED, `limit` is either 0,
-    for a tile of zeros, or `size`.
-    """
-    if descriptor is None:
-        tiles = load_chunks(
-            advance(base, first_row, strides[2]),
-            rows,
-            limit - first_row,
-            strides[2],
-            strides[3],
-            COLUMNS,
-            WIDTHS,
-            CHECK_ROWS or LIMITED,
-            WIDE,
-        )
-    else:
-        place = first_row
-        if LIMITED:
-            # past the end, all is 0
-            place = tl.where(limit == 0, size, first_row)
-        tiles = load_described(descriptor, tail, batch, head, place, ROWS, WIDTHS)
-    return tiles
-
-
-@triton.jit
-def load_vector(base, positions, limit, stride, OTHER: tl.constexpr, CHECK: tl.constexpr):
-    """[positions], float32; OTHER outside of limit, if checked."""
-    if CHECK:
-        vector = tl.load(base + positions * stride, mask=positions < limit, other=OTHER)
-    else:
-        vector = tl.load(base + positions * stride)
-    return vector.to(tl.float32)
-
-
-@triton.jit
 def load_head_scalar(pointer, batch, head, strides, HAS: tl.constexpr):
     """One head's number out of [batch, heads], float32; 1 where there is none."""
     value = 1.0
@@ -104,42 +67,26 @@ def load_head_scalar(pointer, batch, head, strides, HAS: tl.constexpr):
 
 @triton.jit
 def load_key_terms(
-    key_bias_base,
-    key_scale_base,
-    mask_base,
-    key_bias_stride,
-    key_scale_stride,
-    mask_stride,
-    gate,
-    first_key,
-    columns,
-    keys,
-    KEY_MASK: tl.constexpr,
-    HAS_KEY_BIAS: tl.constexpr,
-    HAS_KEY_SCALE: tl.constexpr,
-    CHECK: tl.constexpr,
+    key_bias, key_scale, mask, gate, first_key, columns, keys, FEATURES: tl.constexpr, CHECK: tl.constexpr
 ):
     """What is the same for all queries of a head, each [keys] or a number:
 
     what multiplies grad_output . value, what is added to the logits, and whether a key is attended to.
     """
-    limit = keys - first_key
     weight = gate
-    if HAS_KEY_SCALE:
-        base = advance(key_scale_base, first_key, key_scale_stride)
-        weight = gate * load_vector(base, columns, limit, key_scale_stride, 0.0, CHECK)
+    if FEATURES.HAS_KEY_SCALE:
+        weight = gate * load_vector(key_scale, first_key, columns, keys, CHECK)
     bias = 0.0
-    if HAS_KEY_BIAS:
-        base = advance(key_bias_base, first_key, key_bias_stride)
-        bias = load_vector(base, columns, limit, key_bias_stride, 0.0, CHECK)
+    if FEATURES.HAS_KEY_BIAS:
+        bias = load_vector(key_bias, first_key, columns, keys, CHECK)
     allowed = 1.0
-    if KEY_MASK != "none":
-        base = advance(mask_base, first_key, mask_stride)
-        mask = load_vector(base, columns, limit, mask_stride, 0, CHECK)
-        if KEY_MASK == "bool":
-            allowed = mask
+    if FEATURES.KEY_MASK != "none":
+        base = advance(mask.base, first_key, mask.column_stride)
+        numbers = load_numbers(base, columns, keys - first_key, mask.column_stride, 0, CHECK)
+        if FEATURES.KEY_MASK == "bool":
+            allowed = numbers
         else:
-            bias = bias + mask
+            bias = bias + numbers
     return weight, bias, allowed
 
 
@@ -149,7 +96,7 @@ def load_row_grad(
 ):
     """The cotangent of one statistic, [queries] (width 0) or [queries, padded width]."""
     if WIDTH == 0:
-        grad = load_vector(advance(pointer, first_row, 1), rows, limit, 1, 0.0, CHECK)
+        grad = load_numbers(advance(pointer, first_row, 1), rows, limit, 1, 0.0, CHECK)
     else:
         members = tl.arange(0, PADDED_WIDTH)  # [padded width]
         inside = (rows < limit)[:, None] & (members < WIDTH)[None, :]  # [queries, padded width]
@@ -179,20 +126,10 @@ def log2_probabilities(
     log2_sum,
     bias,
     allowed,
-    mask_base,
-    mask_strides,
+    mask,
     logit_scale,
-    rows,
-    columns,
-    first_query,
-    first_key,
-    queries,
-    keys,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    ADDITIVE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    place,
+    FEATURES: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
     CHECK_COLUMNS: tl.constexpr,
     DROP_COLUMNS: tl.constexpr,
@@ -204,83 +141,49 @@ def log2_probabilities(
     subtracted in natural units first: masks may hold the lowest float. DROP_COLUMNS masks what lies past the last key
     (a tile that ends up in rows of its own needn't), and, if CAUSAL, past the diagonal.
     """
-    if ADDITIVE:
+    if FEATURES.ADDITIVE:
         logits = products * logit_scale
-        if HAS_BIAS:
+        if FEATURES.HAS_KEY_BIAS or FEATURES.KEY_MASK == "additive":
             logits = products * logit_scale + by_key(bias, TRANSPOSED)
-        if MASK == "additive":
-            mask = load_mask_tile(
-                mask_base,
-                mask_strides,
-                rows,
-                columns,
-                first_query,
-                first_key,
-                queries,
-                keys,
-                CHECK_ROWS,
-                CHECK_COLUMNS,
-                TRANSPOSED,
-            )
-            logits = logits + mask.to(tl.float32)
+        if FEATURES.MASK == "additive":
+            numbers = load_mask_tile(mask, place, CHECK_ROWS, CHECK_COLUMNS, TRANSPOSED)
+            logits = logits + numbers.to(tl.float32)
         exponents = (logits - by_query(row_max, TRANSPOSED)) * LOG2_E - by_query(log2_sum, TRANSPOSED)
     else:
         exponents = products * (logit_scale * LOG2_E) - by_query(log2_sum, TRANSPOSED)
-    if MASK == "bool":
-        mask = load_mask_tile(
-            mask_base,
-            mask_strides,
-            rows,
-            columns,
-            first_query,
-            first_key,
-            queries,
-            keys,
-            CHECK_ROWS,
-            CHECK_COLUMNS,
-            TRANSPOSED,
-        )
-        exponents = tl.where(mask != 0, exponents, float("-inf"))
-    if KEY_MASK == "bool":
+    if FEATURES.MASK == "bool":
+        numbers = load_mask_tile(mask, place, CHECK_ROWS, CHECK_COLUMNS, TRANSPOSED)
+        exponents = tl.where(numbers != 0, exponents, float("-inf"))
+    if FEATURES.KEY_MASK == "bool":
         exponents = tl.where(by_key(allowed != 0.0, TRANSPOSED), exponents, float("-inf"))
     if DROP_COLUMNS:
-        valid = by_key(columns < keys - first_key, TRANSPOSED)
-        if CAUSAL:
-            valid = valid & (by_key(first_key + columns, TRANSPOSED) <= by_query(first_query + rows, TRANSPOSED))
+        valid = by_key(place.columns < place.keys - place.first_key, TRANSPOSED)
+        if FEATURES.CAUSAL:
+            earlier = by_key(place.first_key + place.columns, TRANSPOSED)
+            valid = valid & (earlier <= by_query(place.first_query + place.rows, TRANSPOSED))
         exponents = tl.where(valid, exponents, float("-inf"))
     return exponents
 
 
 @triton.jit
-def load_mask_tile(
-    mask_base,
-    mask_strides,
-    rows,
-    columns,
-    first_query,
-    first_key,
-    queries,
-    keys,
-    CHECK_ROWS: tl.constexpr,
-    CHECK_COLUMNS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
+def load_mask_tile(mask, place, CHECK_ROWS: tl.constexpr, CHECK_COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
     """The mask of a tile, 0 outside: of a bool mask that is "masked"."""
-    base = advance(advance(mask_base, first_query, mask_strides[2]), first_key, mask_strides[3])
+    rows, columns, first_query, first_key, queries, keys = place
+    base = advance(advance(mask.base, first_query, mask.row_stride), first_key, mask.column_stride)
     pointers = (
-        base + by_query(rows * mask_strides[2], TRANSPOSED) + by_key(columns * mask_strides[3], TRANSPOSED)
+        base + by_query(rows * mask.row_stride, TRANSPOSED) + by_key(columns * mask.column_stride, TRANSPOSED)
     )  # a tile
     inside_rows = by_query(rows < queries - first_query, TRANSPOSED)
     inside_columns = by_key(columns < keys - first_key, TRANSPOSED)
     if CHECK_ROWS and CHECK_COLUMNS:
-        mask = tl.load(pointers, mask=inside_rows & inside_columns, other=0)
+        numbers = tl.load(pointers, mask=inside_rows & inside_columns, other=0)
     elif CHECK_ROWS:
-        mask = tl.load(pointers, mask=inside_rows, other=0)
+        numbers = tl.load(pointers, mask=inside_rows, other=0)
     elif CHECK_COLUMNS:
-        mask = tl.load(pointers, mask=inside_columns, other=0)
+        numbers = tl.load(pointers, mask=inside_columns, other=0)
     else:
-        mask = tl.load(pointers)
-    return mask
+        numbers = tl.load(pointers)
+    return numbers
 
 
 @triton.jit
@@ -291,40 +194,42 @@ def logit_gradients(
     weight,
     delta,
     grads,
-    rows,
-    columns,
-    keys,
     data,
-    GRADIENTS: tl.constexpr,
-    CONSTANTS: tl.constexpr,
-    HAS_OUTPUT: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    HAS_KEY_SCALE: tl.constexpr,
+    place,
+    FEATURES: tl.constexpr,
     MASKED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """p * (dP - delta), a tile: the gradient of the logits.
 
-    `output_products` are grad_output . value, `weight` their factor; `rows` and `columns` are absolute here.
+    `output_products` are grad_output . value, `weight` their factor.
     """
-    if HAS_OUTPUT:
-        if HAS_KEY_SCALE:
+    rows = place.first_query + place.rows  # [queries]
+    columns = place.first_key + place.columns  # [keys]
+    if FEATURES.HAS_OUTPUT:
+        if FEATURES.HAS_KEY_SCALE:
             inner = output_products * by_key(weight, TRANSPOSED) - by_query(delta, TRANSPOSED)
-        elif HAS_GATE:
+        elif FEATURES.HAS_GATE:
             inner = output_products * weight - by_query(delta, TRANSPOSED)
         else:
             inner = output_products - by_query(delta, TRANSPOSED)
     else:
         inner = tl.broadcast_to(-by_query(delta, TRANSPOSED), probabilities.shape)
-    if len(GRADIENTS) > 0:
+    if len(FEATURES.GRADIENTS) > 0:
         log_probabilities = exponents * LN2  # a tile
         if MASKED:
             log_probabilities = tl.maximum(log_probabilities, LOWEST_EXPONENT)
         if TRANSPOSED:
             log_probabilities = tl.trans(log_probabilities)  # [queries, keys]
-        for index in tl.static_range(len(GRADIENTS)):
-            gradient = GRADIENTS[index](
-                grads[index], log_probabilities, rows, columns, keys, data[index], entry(CONSTANTS, index)
+        for index in tl.static_range(len(FEATURES.GRADIENTS)):
+            gradient = FEATURES.GRADIENTS[index](
+                grads[index],
+                log_probabilities,
+                rows,
+                columns,
+                place.keys,
+                data[index],
+                entry(FEATURES.CONSTANTS, index),
             )  # [queries, keys]
             if TRANSPOSED:
                 gradient = tl.trans(gradient)

@@ -21,29 +21,36 @@ Keys come in tiles; only tiles that reach past the last key or across the causal
 import triton
 import triton.language as tl
 
-from headscope_kernels.attention.tiles import (
-    add_products,
+from headscope_kernels.attention.loads import (
+    Source,
     advance,
-    biased_logits,
-    cast_chunks,
     chunk_start,
-    dot_chunks,
     entry,
-    exponents_of,
-    gated,
+    from_row,
     head_base,
+    head_rows,
+    head_vector,
     indices,
-    initial_accumulators,
     load_chunks,
-    load_described,
     load_describing,
-    load_row,
-    masked_logits,
+    load_rows,
+    load_vector,
     scaled_strides,
-    softmax_step,
     statistic_tensors,
     store_statistic,
     store_tile,
+)
+from headscope_kernels.attention.tiles import (
+    Place,
+    add_products,
+    biased_logits,
+    cast_chunks,
+    dot_chunks,
+    exponents_of,
+    gated,
+    initial_accumulators,
+    masked_logits,
+    softmax_step,
     tempered,
     update_accumulators,
     zero_chunks,
@@ -145,18 +152,20 @@ def attention_forward_kernel(
     query_indices = first_query + tl.arange(0, BLOCK_QUERIES)  # [queries]
     query_limit = queries - first_query
 
-    query_base = advance(head_base(query_ptr, batch, head, query_strides), first_query, query_strides[2])
-    key_base = head_base(key_ptr, batch, kv_head, key_strides)
-    value_base = value_ptr
-    if HAS_OUTPUT:
-        value_base = head_base(value_ptr, batch, kv_head, value_strides)
-    mask_base = mask_ptr
-    if MASK != "none":
-        mask_base = head_base(mask_ptr, batch, head, mask_strides)
-    if key_bias_ptr is not None:
-        key_bias_base = head_base(key_bias_ptr, batch, head, key_bias_strides)
-    if key_scale_ptr is not None:
-        key_scale_base = head_base(key_scale_ptr, batch, head, key_scale_strides)
+    query_rows = from_row(head_rows(query_ptr, batch, head, query_strides), first_query)
+    key_source = Source(
+        head_rows(key_ptr, batch, kv_head, key_strides), key_descriptor, key_tail_descriptor, batch, kv_head
+    )
+    value_source = Source(
+        head_rows(value_ptr, batch, kv_head, value_strides, HAS_OUTPUT),
+        value_descriptor,
+        value_tail_descriptor,
+        batch,
+        kv_head,
+    )
+    mask = head_rows(mask_ptr, batch, head, mask_strides, MASK != "none")
+    key_bias = head_vector(key_bias_ptr, batch, head, key_bias_strides, key_bias_ptr is not None)
+    key_scale = head_vector(key_scale_ptr, batch, head, key_scale_strides, key_scale_ptr is not None)
     data = statistic_tensors(statistic_data, statistic_data_strides, DATA_COUNTS, batch, head)
     if temperature_ptr is not None:
         temperature = tl.load(head_base(temperature_ptr, batch, head, temperature_strides)).to(tl.float32)
@@ -168,9 +177,7 @@ def attention_forward_kernel(
         head_query = head_base(query_ptr, batch, head, query_strides)
         query = load_describing(head_query, first_query, queries, query_strides[2], BLOCK_QUERIES, DIM, DIM_WIDTHS)
     else:
-        query = load_chunks(
-            query_base, rows, query_limit, query_strides[2], query_strides[3], DIM, DIM_WIDTHS, True, WIDE
-        )
+        query = load_chunks(query_rows, rows, query_limit, DIM, DIM_WIDTHS, True, WIDE)
     query = cast_chunks(query, SIGN, DOT_DTYPE)
 
     # keys before `full` come in tiles without a border, keys before `limit` matter at all
@@ -201,44 +208,17 @@ def attention_forward_kernel(
         # pipelined also where it is short: without, tiles of different layouts follow each other at one address, which
         # CUDA 12.8's assembler gets wrong (operands.py)
         for first_key in tl.range(begin, end, BLOCK_KEYS, warp_specialize=SPECIALISED):
-            if key_descriptor is not None:
-                key = load_described(
-                    key_descriptor, key_tail_descriptor, batch, kv_head, first_key, BLOCK_KEYS, DIM_WIDTHS
-                )
-            else:
-                key = load_chunks(
-                    advance(key_base, first_key, key_strides[2]),
-                    columns,
-                    keys - first_key,
-                    key_strides[2],
-                    key_strides[3],
-                    DIM,
-                    DIM_WIDTHS,
-                    BORDER,
-                    WIDE,
-                )
+            key = load_rows(
+                key_source, first_key, columns, keys, keys, DIM, DIM_WIDTHS, BORDER, False, WIDE
+            )  # a tuple of [keys, width]
             logits = dot_chunks(query, key, DOT_DTYPE, INPUT_PRECISION)  # [queries, keys]
             mask_scale = scale
             if key_bias_ptr is not None:
-                bias = load_row(key_bias_base, key_bias_strides[2], first_key, columns, keys, BORDER)  # [keys]
+                bias = load_vector(key_bias, first_key, columns, keys, BORDER)  # [keys]
                 logits = biased_logits(logits, scale, bias)
                 mask_scale = 1.0
-            logits = masked_logits(
-                logits,
-                mask_base,
-                mask_strides,
-                mask_scale,
-                rows,
-                columns,
-                first_query,
-                first_key,
-                queries,
-                keys,
-                CAUSAL,
-                MASK,
-                MASK_ROWS,
-                BORDER,
-            )
+            place = Place(rows, columns, first_query, first_key, queries, keys)
+            logits = masked_logits(logits, mask, mask_scale, place, CAUSAL, MASK, MASK_ROWS, BORDER)
             running_max, offset, shift, weights, exponents = softmax_step(
                 logits, running_max, offset, exponent_scale, ADDITIVE, BORDER or MASKED
             )
@@ -262,24 +242,10 @@ def attention_forward_kernel(
 
             if HAS_OUTPUT:
                 if key_scale_ptr is not None:
-                    key_scale = load_row(key_scale_base, key_scale_strides[2], first_key, columns, keys, BORDER)
-                    weights = weights * key_scale[None, :]
-                if value_descriptor is not None:
-                    value = load_described(
-                        value_descriptor, value_tail_descriptor, batch, kv_head, first_key, BLOCK_KEYS, VALUE_WIDTHS
-                    )
-                else:
-                    value = load_chunks(
-                        advance(value_base, first_key, value_strides[2]),
-                        columns,
-                        keys - first_key,
-                        value_strides[2],
-                        value_strides[3],
-                        VALUE_DIM,
-                        VALUE_WIDTHS,
-                        BORDER,
-                        WIDE,
-                    )
+                    weights = weights * load_vector(key_scale, first_key, columns, keys, BORDER)[None, :]
+                value = load_rows(
+                    value_source, first_key, columns, keys, keys, VALUE_DIM, VALUE_WIDTHS, BORDER, False, WIDE
+                )  # a tuple of [keys, width]
                 result = add_products(result, weights, value, rescale, DOT_DTYPE, INPUT_PRECISION)
 
     empty = normaliser == 0.0  # [queries]

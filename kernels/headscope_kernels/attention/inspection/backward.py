@@ -33,9 +33,7 @@ from headscope_kernels.attention.inspection.compiling import (
     target_key,
     without_data,
 )
-from headscope_kernels.attention.inspection.machine_code import (
-    count_kinds,
-)
+from headscope_kernels.attention.inspection.machine_code import count_kinds
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
 
 KERNELS = {

@@ -32,11 +32,7 @@ from headscope_kernels.attention.inspection.compiling import (
     target_key,
     without_data,
 )
-from headscope_kernels.attention.inspection.machine_code import (
-    count_kinds,
-    exponentials,
-    exponentials_under_products,
-)
+from headscope_kernels.attention.inspection.machine_code import count_kinds, exponentials, exponentials_under_products
 from headscope_kernels.attention.key_mass import attention_key_mass_kernel, key_mass_arguments
 from headscope_kernels.attention.operands import misplaced_operands
 from headscope_kernels.attention.statistics import STATISTICS, BoundStatistic
