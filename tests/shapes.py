@@ -22,7 +22,7 @@ from beartype.door import is_bearable
 from jaxtyping import AbstractArray, jaxtyped
 from jaxtyping._storage import get_shape_memo
 
-CHECKED = ("headscope.ops",)
+CHECKED = ("headscope.ops", "headscope.models.tasks", "headscope.sweep.compute.scores")
 
 
 class ShapeError(Exception):

@@ -10,9 +10,11 @@ of dimensions. Annotations cost nothing when the code runs; the tests check them
     keys        tokens that are attended to
     dim         channels of each query and key; dim_v: of each value
     groups      groups of keys
+    items       images with their prompts; channels, height, width: of images, or of latents
 """
 
-from jaxtyping import Bool, Float, Int32, Int64
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Int32, Int64, Shaped, UInt8
 from torch import Tensor
 
 # logits, probabilities and gradients with respect to them
@@ -33,3 +35,11 @@ RowValue = Float[Tensor, "batch heads queries"]
 StatisticValue = Float[Tensor, "batch heads ..."]
 # what a statistic's formula reads beside the probabilities
 StatisticTensor = Int32[Tensor, "#batch #heads _length"] | Float[Tensor, "#batch #heads _length"]
+# images or latents, with or without noise, and what a denoiser answers
+Sample = Float[Tensor, "items channels height width"]
+# images for people to look at
+Images = UInt8[np.ndarray, "items height width 3"]
+# another input of a denoiser, such as a prompt's tokens
+Conditioning = Shaped[Tensor, "items ..."]
+# a score of each item
+ItemScore = Float64[Tensor, " items"]

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope._shapes import Conditioning, Sample
 from headscope.models.tasks.latent import ShiftedLatentTask
-from headscope.models.tasks.noising import FlowMatching
-from headscope.models.tasks.task import parameters, square
+from headscope.models.tasks.noising import FlowMatching, Timesteps
+from headscope.models.tasks.task import Answer, parameters, square
 
 # of models that were distilled with their guidance as an input: at 1 the guided prediction is the conditional one
 NO_GUIDANCE = 1.0
@@ -49,11 +50,11 @@ class FluxTask(ShiftedLatentTask):
     def _noise_process(self, scheduler: Any) -> FlowMatching:
         return FlowMatching(scheduler)
 
-    def _conditioning(self, prompts: list[str]) -> Mapping[str, Tensor]:
+    def _conditioning(self, prompts: list[str]) -> Mapping[str, Conditioning]:
         embeddings, pooled, _ = self.pipeline.encode_prompt(prompts, None, device=self.device, num_images_per_prompt=1)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
-    def _answer(self, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    def _answer(self, sample: Sample, timesteps: Timesteps, conditioning: Mapping[str, Conditioning]) -> Answer:
         items, _, height, width = sample.shape
         guidance = torch.full((items,), NO_GUIDANCE, device=sample.device)
         text = conditioning["encoder_hidden_states"].shape[1]

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from headscope._shapes import Images, Sample
 from headscope.models.tasks.task import TaskItem
 
 
-def to_signed(items: Sequence[TaskItem], size: int) -> Tensor:
-    """The items' images as float32 in [-1, 1], [items, 3, size, size].
+def to_signed(items: Sequence[TaskItem], size: int) -> Sample:
+    """The items' images in [-1, 1], of that edge.
 
     Raises:
         ValueError: an item has no image, or one of another shape or dtype.
@@ -35,8 +37,8 @@ def check_pixels(images: Tensor | np.ndarray, dtype: torch.dtype) -> None:
         raise ValueError(f"generate: the model made NaN or infinite pixels in {dtype}; float32 may not")
 
 
-def to_images(sample: Tensor) -> np.ndarray:
-    """[items, 3, height, width] in [-1, 1] as uint8 [items, height, width, 3].
+def to_images(sample: Float[Tensor, "items 3 height width"]) -> Images:
+    """Images from a sample in [-1, 1].
 
     Raises:
         ValueError: a pixel is NaN or infinite.

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from headscope._shapes import Conditioning, Images, Sample
 from headscope.models.tasks.images import check_pixels, to_signed
 from headscope.models.tasks.task import Prepared, Task, TaskItem, parameters
 
@@ -80,7 +82,7 @@ class LatentTask(Task):
         conditioning = {name: tensor.to(self.dtype).clone() for name, tensor in conditioning.items()}
         return Prepared(tuple(item.key for item in items), latents.clone(), conditioning)
 
-    def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> np.ndarray:
+    def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> Images:
         latents = self._initial_noise(items, self.latent_channels, seed)
         with self._sampling():
             images = self.pipeline(
@@ -95,11 +97,13 @@ class LatentTask(Task):
         return np.rint(images * 255).astype(np.uint8)
 
     @abstractmethod
-    def _conditioning(self, prompts: list[str]) -> Mapping[str, Tensor]:
-        """The denoiser's inputs for each prompt, tensors [items, ...]."""
+    def _conditioning(self, prompts: list[str]) -> Mapping[str, Conditioning]:
+        """The denoiser's inputs for each prompt."""
 
-    def _encoded(self, images: Tensor) -> Tensor:
-        """The VAE's latents [items, channels, height, width] of images [items, 3, height, width] in [-1, 1]."""
+    def _encoded(
+        self, images: Float[Tensor, "items 3 _height _width"]
+    ) -> Float[Tensor, "items _channels _latent_height _latent_width"]:
+        """The VAE's latents of images in [-1, 1]."""
         vae = self.pipeline.vae
         # some overflow in float16, as their configuration says; their pipelines decode in float32 then
         upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
@@ -111,12 +115,12 @@ class LatentTask(Task):
             if upcast:
                 vae.to(torch.float16)
 
-    def _scaled(self, latents: Tensor) -> Tensor:
+    def _scaled(self, latents: Sample) -> Sample:
         """The VAE's latents on the denoiser's scale: the inverse of what the pipeline does before it decodes."""
         return latents * self.pipeline.vae.config.scaling_factor
 
-    def _packed(self, latents: Tensor) -> Tensor:
-        """Latents [items, channels, height, width] as the pipeline's call takes them."""
+    def _packed(self, latents: Sample) -> Float[Tensor, "items ..."]:
+        """Latents as the pipeline's call takes them."""
         return latents
 
     @contextmanager
@@ -141,6 +145,6 @@ class LatentTask(Task):
 class ShiftedLatentTask(LatentTask):
     """Families whose latents are shifted before they are scaled, (latents - shift) * scale."""
 
-    def _scaled(self, latents: Tensor) -> Tensor:
+    def _scaled(self, latents: Sample) -> Sample:
         config = self.pipeline.vae.config
         return (latents - (config.shift_factor or 0.0)) * config.scaling_factor

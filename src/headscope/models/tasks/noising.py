@@ -19,10 +19,14 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from headscope._extras import require
+from headscope._shapes import Sample
 
+# one for each item, as the scheduler counts them
+Timesteps = Shaped[Tensor, " items"]
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -36,11 +40,11 @@ class Noising(ABC):
     timesteps: range
 
     @abstractmethod
-    def add(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """x_t, shaped as `clean` and `noise`."""
+    def add(self, clean: Sample, noise: Sample, timestep: int) -> Sample:
+        """x_t."""
 
     @abstractmethod
-    def target(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    def target(self, clean: Sample, noise: Sample, timestep: int) -> Sample:
         """The denoiser's target at x_t, shaped as `clean`."""
 
     @abstractmethod
@@ -52,7 +56,7 @@ class Noising(ABC):
         """The factor by which the squared error of a prediction gives that of the x_0 it implies."""
 
     @abstractmethod
-    def given(self, timestep: int, rows: int, device: torch.device) -> Tensor:
+    def given(self, timestep: int, items: int, device: torch.device) -> Timesteps:
         """The timestep of each row, as the pipeline holds it."""
 
     @abstractmethod
@@ -80,10 +84,10 @@ class Diffusion(Noising):
         self._stock = require("diffusers", "diffusers").DDPMScheduler.from_config(scheduler.config)
         self.timesteps = range(int(scheduler.config.num_train_timesteps))
 
-    def add(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    def add(self, clean: Sample, noise: Sample, timestep: int) -> Sample:
         return self._stock.add_noise(clean, noise, self.given(timestep, len(clean), clean.device))
 
-    def target(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    def target(self, clean: Sample, noise: Sample, timestep: int) -> Sample:
         if self._kind == "epsilon":
             return noise
         if self._kind == "v_prediction":
@@ -103,8 +107,8 @@ class Diffusion(Noising):
             return 1.0 - alpha_bar
         return (1.0 - alpha_bar) / alpha_bar if alpha_bar > 0 else math.inf
 
-    def given(self, timestep: int, rows: int, device: torch.device) -> Tensor:
-        return torch.full((rows,), timestep, device=device)
+    def given(self, timestep: int, items: int, device: torch.device) -> Timesteps:
+        return torch.full((items,), timestep, device=device)
 
     def sampler(self) -> Any:
         return require("diffusers", "diffusers").DDIMScheduler.from_config(self._config)
@@ -133,11 +137,11 @@ class FlowMatching(Noising):
     def sigma(self, timestep: int) -> float:
         return timestep / self.timesteps[-1]
 
-    def add(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    def add(self, clean: Sample, noise: Sample, timestep: int) -> Sample:
         sigma = self.sigma(timestep)
         return (1.0 - sigma) * clean + sigma * noise
 
-    def target(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    def target(self, clean: Sample, noise: Sample, timestep: int) -> Sample:
         return noise - clean
 
     def log_snr(self, timestep: int) -> float:
@@ -147,8 +151,8 @@ class FlowMatching(Noising):
     def x0_factor(self, timestep: int) -> float:
         return self.sigma(timestep) ** 2
 
-    def given(self, timestep: int, rows: int, device: torch.device) -> Tensor:
-        return torch.full((rows,), float(timestep), device=device)
+    def given(self, timestep: int, items: int, device: torch.device) -> Timesteps:
+        return torch.full((items,), float(timestep), device=device)
 
     def sampler(self) -> Any:
         euler = require("diffusers", "diffusers").FlowMatchEulerDiscreteScheduler

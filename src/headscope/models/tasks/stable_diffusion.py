@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
+from headscope._shapes import Conditioning
 from headscope.models.tasks.latent import LatentTask
 
 
@@ -24,7 +23,7 @@ class StableDiffusionTask(LatentTask):
         plain = pipeline.unet.config.get("addition_embed_type") is None
         return plain and getattr(pipeline, "text_encoder_2", None) is None
 
-    def _conditioning(self, prompts: list[str]) -> Mapping[str, Tensor]:
+    def _conditioning(self, prompts: list[str]) -> Mapping[str, Conditioning]:
         embeddings, _ = self.pipeline.encode_prompt(
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

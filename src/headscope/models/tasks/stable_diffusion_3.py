@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
+from headscope._shapes import Conditioning, Sample
 from headscope.models.tasks.latent import ShiftedLatentTask
-from headscope.models.tasks.noising import FlowMatching
-from headscope.models.tasks.task import parameters
+from headscope.models.tasks.noising import FlowMatching, Timesteps
+from headscope.models.tasks.task import Answer, parameters
 
 
 class StableDiffusion3Task(ShiftedLatentTask):
@@ -33,11 +32,11 @@ class StableDiffusion3Task(ShiftedLatentTask):
     def _noise_process(self, scheduler: Any) -> FlowMatching:
         return FlowMatching(scheduler)
 
-    def _conditioning(self, prompts: list[str]) -> Mapping[str, Tensor]:
+    def _conditioning(self, prompts: list[str]) -> Mapping[str, Conditioning]:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, None, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
-    def _answer(self, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    def _answer(self, sample: Sample, timesteps: Timesteps, conditioning: Mapping[str, Conditioning]) -> Answer:
         return self.denoiser(hidden_states=sample, timestep=timesteps, **conditioning, return_dict=False)[0]

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope._shapes import Conditioning, Sample
 from headscope.models.tasks.latent import LatentTask
+from headscope.models.tasks.noising import Timesteps
+from headscope.models.tasks.task import Answer
 
 
 class StableDiffusionXLTask(LatentTask):
@@ -26,7 +29,7 @@ class StableDiffusionXLTask(LatentTask):
             return False
         return pipeline.unet.config.get("addition_embed_type") == "text_time"
 
-    def _conditioning(self, prompts: list[str]) -> Mapping[str, Tensor]:
+    def _conditioning(self, prompts: list[str]) -> Mapping[str, Conditioning]:
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -40,12 +43,12 @@ class StableDiffusionXLTask(LatentTask):
             "time_ids": time_ids.to(self.device).expand(len(prompts), -1),
         }
 
-    def _answer(self, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    def _answer(self, sample: Sample, timesteps: Timesteps, conditioning: Mapping[str, Conditioning]) -> Answer:
         added = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
         text = conditioning["encoder_hidden_states"]
         return self.denoiser(sample, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
 
-    def _scaled(self, latents: Tensor) -> Tensor:
+    def _scaled(self, latents: Sample) -> Sample:
         config = self.pipeline.vae.config
         mean, deviation = config.get("latents_mean"), config.get("latents_std")
         if mean is None or deviation is None:

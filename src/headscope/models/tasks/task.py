@@ -8,11 +8,16 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from headscope._shapes import Conditioning, Images, ItemScore, Sample
 from headscope.counter import counter_normal
 from headscope.models.structure.sites import find_denoiser
-from headscope.models.tasks.noising import Diffusion, Noising
+from headscope.models.tasks.noising import Diffusion, Noising, Timesteps
+
+# a learned variance makes it twice the sample's channels
+Answer = Float[Tensor, "items _channels height width"]
 
 
 @runtime_checkable
@@ -39,13 +44,13 @@ class Prepared:
 
     Attributes:
         keys: the items' keys, for their noise.
-        clean: the images or latents without noise, [items, channels, height, width].
-        conditioning: further inputs of the denoiser; their tensors are [items, ...].
+        clean: the images or latents without noise.
+        conditioning: further inputs of the denoiser.
     """
 
     keys: tuple[str, ...]
-    clean: Tensor
-    conditioning: Mapping[str, Tensor]
+    clean: Sample
+    conditioning: Mapping[str, Conditioning]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -59,12 +64,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class NoisyInputs:
-    """A denoiser's inputs at one timestep, and what it should answer; all [items, channels, height, width]."""
+    """A denoiser's inputs at one timestep, and what it should answer."""
 
-    sample: Tensor
+    sample: Sample
     timestep: int
-    conditioning: Mapping[str, Tensor]
-    target: Tensor
+    conditioning: Mapping[str, Conditioning]
+    target: Sample
 
     def rows(self, indices: Tensor) -> "NoisyInputs":
         """The items at these indices, repeats allowed."""
@@ -188,7 +193,7 @@ class Task(ABC):
             ValueError: an item lacks what the model needs.
         """
 
-    def noise(self, prepared: Prepared, timestep: int, replicate: int = 0) -> Tensor:
+    def noise(self, prepared: Prepared, timestep: int, replicate: int = 0) -> Sample:
         """Standard normal noise like `prepared.clean`, float32, keyed by (item, timestep, replicate)."""
         shape = tuple(prepared.clean.shape[1:])
         drawn = [counter_normal("noise", key, timestep, replicate, shape=shape) for key in prepared.keys]
@@ -203,20 +208,20 @@ class Task(ABC):
         sample = self.noising.add(clean, noise, timestep).to(self.dtype)
         return NoisyInputs(sample, timestep, prepared.conditioning, self.noising.target(clean, noise, timestep))
 
-    def predict(self, inputs: NoisyInputs) -> Tensor:
-        """The denoiser's answer [items, channels, height, width]; a learned variance is left out."""
+    def predict(self, inputs: NoisyInputs) -> Sample:
+        """The denoiser's answer; a learned variance is left out."""
         timesteps = self.noising.given(inputs.timestep, len(inputs.sample), self.device)
         answer = self._answer(inputs.sample, timesteps, inputs.conditioning)
         return answer[:, : inputs.target.shape[1]]
 
-    def loss(self, inputs: NoisyInputs) -> Tensor:
-        """The teacher-forced loss: mean squared error of the prediction over its elements, float64 [items]."""
+    def loss(self, inputs: NoisyInputs) -> ItemScore:
+        """The teacher-forced loss: mean squared error of the prediction over its elements."""
         error = self.predict(inputs).double() - inputs.target.double()
         return error.square().flatten(1).mean(1)
 
     @abstractmethod
-    def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> np.ndarray:
-        """Images from each item's prompt and initial noise, uint8 [items, height, width, 3].
+    def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> Images:
+        """Images from each item's prompt and initial noise.
 
         The noise is keyed by (item, seed), so an edited run starts where the clean one did; the sampler is
         deterministic. Wrap the call in `scope.edit(..., steps=range(a, b))` to edit a window of its steps.
@@ -225,17 +230,15 @@ class Task(ABC):
     def _noise_process(self, scheduler: Any) -> Noising:
         return Diffusion(scheduler)
 
-    def _answer(self, sample: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """The denoiser's output, [items, channels, height, width].
+    def _answer(self, sample: Sample, timesteps: Timesteps, conditioning: Mapping[str, Conditioning]) -> Answer:
+        """The denoiser's output, with a learned variance if it has one.
 
         Args:
-            sample: [items, channels, height, width].
-            timesteps: [items], as the pipeline holds them.
-            conditioning: as in `Prepared`.
+            timesteps: as the pipeline holds them.
         """
         return self.denoiser(sample, timesteps, **conditioning, return_dict=False)[0]
 
-    def _initial_noise(self, items: Sequence[TaskItem], channels: int, seed: int) -> Tensor:
+    def _initial_noise(self, items: Sequence[TaskItem], channels: int, seed: int) -> Sample:
         shape = (channels, self.sample_size, self.sample_size)
         drawn = [counter_normal("generate", item.key, seed, shape=shape) for item in items]
         return torch.from_numpy(np.stack(drawn).astype(np.float32)).to(self.device, self.dtype)

@@ -7,23 +7,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from headscope._extras import require
+from headscope._shapes import Images, ItemScore, Sample
 from headscope.sweep.compute.fitting import is_out_of_memory
 from headscope.sweep.plan.functions import imported
 
 ImageScore = Callable[[np.ndarray, np.ndarray], Any]
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """The mean squared difference over a row's elements, float64 [rows], on their device."""
+def squared_error(prediction: Sample, target: Sample) -> ItemScore:
+    """The mean squared difference over each row's elements, on their device."""
     # in place: fresh memory costs more than the arithmetic
     return prediction.to(torch.float64, copy=True).sub_(target).square_().flatten(1).mean(1)
 
 
-def image_distance(edited: np.ndarray, clean: np.ndarray) -> np.ndarray:
-    """Mean squared difference of uint8 images, on a scale from 0 to 1, float64 [images]."""
+def image_distance(edited: Images, clean: Images) -> Float64[np.ndarray, " items"]:
+    """Mean squared difference of images, on a scale from 0 to 1."""
     difference = (edited.astype(np.float64) - clean) / 255.0
     return np.square(difference).reshape(len(edited), -1).mean(1)
 
