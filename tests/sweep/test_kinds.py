@@ -1,13 +1,17 @@
 """A unit kind is one class: defining it is all that plans, run directories, status and estimates need to know of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
 from headscope.cli import app
+from headscope.demonstration import report_sweep
 from headscope.sweep import Execution, Run, SweepConfig, run_sweep
 from headscope.sweep.compute.estimate import estimate_sweep
+from headscope.sweep.compute.opened import Opened
 from headscope.sweep.plan.units import KINDS, Planned, UnitKind
 from headscope.sweep.store.rows import labels
 from headscope.sweep.store.store import Results
@@ -56,6 +60,26 @@ def test_a_kind_that_is_defined_is_swept(predictions, ddpm_directory, tmp_path):
     victim.unlink()
     assert not Run.open(run.path).complete
     assert run_sweep(config, tmp_path / "run", progress=False, batch=4).complete
+
+
+def test_an_optional_kind_runs_where_it_is_named(predictions, ddpm_directory, tmp_path):
+    """Sweeps that don't name it have the units and ids of before."""
+    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60,), fills=())
+    del KINDS["predictions"]
+    before = Opened(config, Execution()).plan
+    type("Predictions", (predictions,), {"name": "predictions", "optional": True, "__module__": predictions.__module__})
+    assert Opened(config, Execution()).plan.units == before.units
+    named = replace(config, kinds=("predictions",), observe=False)
+    run = run_sweep(named, tmp_path / "run", progress=False)
+    assert run.tables == ("predictions",)
+    assert SweepConfig.from_json(run.manifest["config"]).kinds == ("predictions",)
+    # the page says that it says nothing of it
+    text = report_sweep(run.path).read_text()
+    assert "Tables of the run that this page doesn&#39;t show: predictions." in text
+    with pytest.raises(ValueError, match="kinds: got 'observations', expected some of predictions"):
+        Opened(replace(config, kinds=("observations",)), Execution())
+    with pytest.raises(ValueError, match="kinds: got predictions, predictions, expected each once"):
+        replace(config, kinds=("predictions", "predictions"))
 
 
 def test_a_kind_that_can_t_be_is_refused(predictions):

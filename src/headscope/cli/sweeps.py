@@ -32,6 +32,7 @@ PLANNED = (
     "score",
     "no_ablation",
     "attribute",
+    "kind",
     "items",
     "generate_steps",
     "device",
@@ -63,6 +64,9 @@ def sweep(
     attribute: Annotated[
         bool, typer.Option("--attribute", help="Every head's importance from a few backwards, beside the ablations.")
     ] = False,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="A further table, of a kind of unit that must be named; may be repeated.")
+    ] = None,
     items: Annotated[
         int | None,
         typer.Option(help="Items of each group and split, all of which must be there; default: 20, or what there is."),
@@ -120,6 +124,7 @@ def sweep(
             scores=() if no_ablation else tuple(score or ("loss",)),
             generate_steps=generate_steps,
             attribute=attribute,
+            kinds=tuple(kind or ()),
             seed=seed,
             device=device,
             dtype=dtype,

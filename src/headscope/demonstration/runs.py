@@ -1,6 +1,7 @@
 """The page of a plain sweep, and what every page says of a run: its settings, groups, sample images and tables."""
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from headscope._files import is_utf8
 from headscope._machine import memory_bytes
 from headscope.counter import check_seed
 from headscope.report.naming import listed
-from headscope.report.page import GroupInfo, write_sweep_report
+from headscope.report.page import SECTIONS, GroupInfo, write_sweep_report
 from headscope.sweep import Run
 from headscope.sweep.store.run import as_written
 from headscope.zoo import open_group
@@ -61,9 +62,9 @@ def report_sweep(path: Path) -> Path:
             groups=group_infos(run.manifest),
             sites=sites_of(run),
             seed=run.manifest["config"]["seed"],
-            others={kind: table for kind, table in tables.items() if kind not in run.kinds},
-            caveats=_unfinished(run),
-            **{kind: table for kind, table in tables.items() if kind in run.kinds},
+            others={kind: table for kind, table in tables.items() if kind not in SECTIONS},
+            caveats=[*_unfinished(run), *_not_shown(tables)],
+            **{kind: table for kind, table in tables.items() if kind in SECTIONS},
         )
 
 
@@ -73,6 +74,12 @@ def _unfinished(run: Run) -> list[str]:
     if not lacking:
         return []
     return [f"This run is not finished: every number here will change. Units that are done: {', '.join(lacking)}."]
+
+
+def _not_shown(tables: Mapping[str, pl.DataFrame]) -> list[str]:
+    """The caveat of tables that the page says nothing of: those of no edits, but for the observations."""
+    lacking = [kind for kind, table in tables.items() if kind not in SECTIONS and "fill" not in table.columns]
+    return [f"Tables of the run that this page doesn't show: {', '.join(lacking)}."] if lacking else []
 
 
 def check_described(run: Run) -> None:

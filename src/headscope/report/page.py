@@ -89,6 +89,10 @@ def write_report(
     return path
 
 
+# the tables with a section of their own
+SECTIONS = ("observations", "ablations", "generations")
+
+
 def write_sweep_report(
     path: str | Path,
     *,

@@ -42,6 +42,7 @@ class Fields(TypedDict, total=False):
     image_scores: Sequence[str]
     attribute: bool
     cotangents: int
+    kinds: Sequence[str]
     seed: int
     device: str
     dtype: str

@@ -119,6 +119,7 @@ class SweepConfig:
             and returns a number for each image.
         attribute: every head's importance g and c at every item and timestep, from a few backwards, for each fill.
         cotangents: random vectors that c is estimated from.
+        kinds: further kinds of unit, and so tables: those that run only where they are named (`UnitKind.optional`).
         seed: the noise replicate, 0 to 2**31 - 1.
         device: where the model runs.
         dtype: the denoiser's dtype.
@@ -150,6 +151,7 @@ class SweepConfig:
     image_scores: tuple[str, ...] = ()
     attribute: bool = False
     cotangents: int = 4
+    kinds: tuple[str, ...] = ()
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
@@ -189,7 +191,9 @@ class SweepConfig:
         check_seed(self.seed)
         if self.attribute and not self.fills:
             raise ValueError("fills: got none to attribute to, expected some")
-        if not self.observe and not (self.fills and (self.scores or self.attribute)):
+        if len(set(self.kinds)) != len(self.kinds):
+            raise ValueError(f"kinds: got {', '.join(self.kinds)}, expected each once")
+        if not self.observe and not self.kinds and not (self.fills and (self.scores or self.attribute)):
             raise ValueError(
                 "fills: got nothing to observe and nothing to ablate, expected observe, or fills and scores"
             )
@@ -285,7 +289,9 @@ class SweepConfig:
         return replace(self, model=model, groups=tuple(groups), prompts=prompts)
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        """Every field but `kinds` where none is named: plans and runs without any are what they were before it."""
+        values = asdict(self)
+        return values if self.kinds else {name: value for name, value in values.items() if name != "kinds"}
 
     @classmethod
     def from_dict(cls, values: Any) -> "SweepConfig":
@@ -331,8 +337,9 @@ class SweepConfig:
             ValueError: a value that can't be, or a field that this version doesn't know or that it lacks.
         """
         known = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != known:
-            different = sorted(known ^ set(values)) if isinstance(values, dict) else [type(values).__name__]
+        found = set(values) | {"kinds"} if isinstance(values, dict) else set()
+        if found != known:
+            different = sorted(known ^ found) if found else [type(values).__name__]
             raise ValueError(
                 "run: its manifest holds no configuration of this version's sweeps, which differs in "
                 + ", ".join(different)

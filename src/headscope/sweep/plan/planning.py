@@ -19,9 +19,10 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
     """Work a sweep out, by asking every kind of unit, in running order, for its units of each group.
 
     Raises:
-        ValueError: a head that the model doesn't have, a fill that a site can't have, or more sampling steps than the
-            scheduler has timesteps.
+        ValueError: a kind of unit that can't be named, a head that the model doesn't have, a fill that a site can't
+            have, or more sampling steps than the scheduler has timesteps.
     """
+    _check_kinds(config)
     asked = Asked(config, task, choose_timesteps(config, task), chosen_heads(config, sites), chosen_sets(config, sites))
     attributed = attributed_sites(config, sites) if config.attribute else ()
     check_identity_fill(config, {name for name, _ in asked.heads} | set(attributed), asked.sets, sites)
@@ -29,6 +30,8 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
     identity = _identity(config, task, asked.timesteps, groups)
     units: list[Unit] = []
     for name, kind in KINDS.items():
+        if kind.optional and name not in config.kinds:
+            continue
         for group in groups:
             keys = _item_keys(kind.members(group))
             for one in kind.plan(asked, group):
@@ -36,6 +39,14 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
                 digest = _sha({**identity, "unit": content})
                 units.append(Unit(name, group.name, tuple(one.items), one.timestep, one.score, one.forwards, digest))
     return Plan(**vars(asked), identity=identity, units=tuple(units))
+
+
+def _check_kinds(config: SweepConfig) -> None:
+    optional = [name for name, kind in KINDS.items() if kind.optional]
+    for name in config.kinds:
+        if name not in optional:
+            expected = f"some of {', '.join(optional)}" if optional else "none: every kind runs where it is needed"
+            raise ValueError(f"kinds: got {name!r}, expected {expected}")
 
 
 def _check_steps(config: SweepConfig, task: Task, groups: list[GroupItems]) -> None:

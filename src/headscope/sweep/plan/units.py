@@ -104,7 +104,8 @@ class UnitKind:
         files: the suffixes of the files that a unit writes, `TABLE` and `TENSORS`. The first one is written last, and
             makes the unit done.
         images: its tensors are images, "clean" and "edited", the latter with one for each row of the table.
-        reported: a report of the run shows its table.
+        optional: it runs only in sweeps whose `SweepConfig.kinds` names it; else wherever `plan` has units.
+        reported: a section of the report is about its table.
         reads: the kinds whose files, of the same group, its units read; they run earlier.
         reference_score: the score of the reference units among those that it reads.
         shares: its edited forwards may take over what a clean one computed, so they take less time and more memory.
@@ -117,6 +118,7 @@ class UnitKind:
     name: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = (TABLE,)
     images: ClassVar[bool] = False
+    optional: ClassVar[bool] = False
     reported: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
     reference_score: ClassVar[str] = "loss"

@@ -1,8 +1,13 @@
 """The kinds of unit, one file each, in the order they run: what a later kind reads, an earlier one has written.
 
 A new kind is a file here with a subclass of `UnitKind`, and a line below, after the kinds that it reads. Plans, the run
-directory, status, estimates and progress know it from then on. If it is to run only when it is asked for, its `plan`
-looks at a field of `SweepConfig`, a new one if none fits.
+directory, status, estimates and progress know it from then on. One with `optional = True` runs only where it is named:
+`SweepConfig.kinds`, `headscope sweep --kind NAME`. That changes no ids of other sweeps; a new field of `SweepConfig`
+would change all of them.
+
+`Context` has the items, the model and what else units need; `observations` is a plain example. Two rules: a piece of
+work that ran out of memory is computed again with fewer rows, so write a result to its place, never append it; and read
+from the device once, at the end.
 """
 
 from headscope.sweep.plan.units import KINDS as KINDS
