@@ -1,8 +1,8 @@
 """Tiny configurations of every diffusers class that reaches scaled_dot_product_attention, and their checks.
 
 Reading order: case (an entry); unets, joint_images, images, wan, videos, controls, sounds and autoencoders (the
-entries); reach (the classes that must have one), examine (the checks of an entry), hooks (diffusers' hooks, caches and guiders), perturbed (its perturbed-attention pipelines),
-watched (a spy on those), table (docs/coverage.md).
+entries); reach (the classes that must have one), examine (the checks of an entry), hooks (diffusers' hooks, caches and
+guiders), perturbed (its perturbed-attention pipelines), watched (a spy on those), table (docs/coverage.md).
 """
 
 from configurations import autoencoders, controls, images, joint_images, sounds, unets, videos, wan
