@@ -7,11 +7,7 @@ import torch
 from diffusers import PNDMScheduler
 
 from headscope import HeadEdit, Patch, Recording, Scope, Where, attention
-
-
-def run(unet, sample, timestep=7):
-    with torch.inference_mode():
-        return unet(sample, timestep, return_dict=False)[0]
+from models.running import run
 
 
 def draw(pipeline, prompts=("a red fox", "a blue boat"), **options):

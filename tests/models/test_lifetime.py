@@ -10,6 +10,7 @@ import torch.nn.functional as functional
 import tiny
 from headscope import Scope
 from headscope.models.hooks import routing
+from models.running import run
 
 SITES = ["down_blocks.1.attentions.0", "mid_block.attentions.0"]
 
@@ -17,11 +18,6 @@ SITES = ["down_blocks.1.attentions.0", "mid_block.attentions.0"]
 @pytest.fixture
 def unet():
     return tiny.ddpm().unet
-
-
-def run(unet, sample, timestep=7):
-    with torch.inference_mode():
-        return unet(sample, timestep, return_dict=False)[0]
 
 
 def entropies(recording):

@@ -9,11 +9,7 @@ import torch
 import torch.nn.functional as functional
 
 from headscope import GroupMass, Recording, Scope
-
-
-def run(unet, sample, timestep=7):
-    with torch.inference_mode():
-        return unet(sample, timestep, return_dict=False)[0]
+from models.running import run
 
 
 def test_every_query_on_request(unet, sample):
