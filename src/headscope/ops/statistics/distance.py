@@ -1,4 +1,4 @@
-"""How far attention reaches over an image."""
+"""The reach of attention over an image."""
 
 import torch
 from jaxtyping import Float

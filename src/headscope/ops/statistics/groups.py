@@ -1,4 +1,4 @@
-"""How attention divides over groups of keys: text tokens, image regions, frames."""
+"""The attention of groups of keys: text tokens, image regions, frames."""
 
 from typing import Any
 
