@@ -266,7 +266,7 @@ def make_inputs(case: Case, dtype: torch.dtype) -> Inputs:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the contract says, float64, and what is needed to say how far a result may be from it.
+    """The contract's results in float64, and the quantities that its tolerances are made of.
 
     Attributes:
         output_tolerance: for each output.

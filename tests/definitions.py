@@ -54,7 +54,7 @@ def scores(
     factor = scale_of(scale, query.shape[-1], temperature)
     products = factor * torch.einsum("bhqd,bhkd->bhqk", query.double(), for_every_head(key, query.shape[1]))
     allowed, added = _mask_parts(attn_mask, is_causal, products)
-    # what is added on the way, whatever it comes to
+    # all that is added on the way, whatever it comes to
     sizes = torch.where(added > 0.5 * FINFO_MIN, added.abs(), 0.0)
     if key_bias is not None:
         bias = key_bias.double()[:, :, None]
@@ -68,7 +68,7 @@ def scores(
 
 
 def _mask_parts(mask: Tensor | None, is_causal: bool, products: Tensor) -> tuple[Tensor, Tensor]:
-    allowed = torch.ones(products.shape, dtype=torch.bool)
+    allowed = torch.ones(products.shape, dtype=torch.bool, device=products.device)
     if is_causal:
         allowed = allowed.tril()
     if mask is None:
@@ -125,8 +125,8 @@ def key_mass(probabilities: Tensor) -> Tensor:
 def distance(probabilities: Tensor, width: int, key_width: int) -> Tensor:
     """The mean distance of keys from their query, on grids of these widths."""
     queries, keys = probabilities.shape[-2:]
-    apart = (_positions(queries, width)[:, None] - _positions(keys, key_width)).norm(dim=-1)
-    return (probabilities * apart).sum(-1)
+    apart = _positions(queries, width)[:, None] - _positions(keys, key_width)
+    return (probabilities * apart.norm(dim=-1).to(probabilities.device)).sum(-1)
 
 
 def _positions(count: int, width: int) -> Tensor:

@@ -4,6 +4,9 @@ An import hook wraps the functions of the packages in CHECKED. When a call retur
 compared with their annotations, so that bad arguments get the function's own error first and whatever it lets through
 is an error here. The fields of named tuples and dataclasses count as arguments of the functions that take them. Outside
 of the tests nothing is wrapped, and beartype isn't imported.
+
+jaxtyping has an import hook, too: it checks arguments before the call, wraps every function, and torch.compile can't
+trace its wrappers.
 """
 
 import dataclasses
@@ -11,16 +14,16 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from io import StringIO
 from types import FunctionType, ModuleType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import torch
 from beartype.door import is_bearable
-from jaxtyping import AbstractArray, jaxtyped
-from jaxtyping._storage import get_shape_memo
+from jaxtyping import AbstractArray, jaxtyped, print_bindings
 
 CHECKED = ("headscope.ops", "headscope.models.tasks", "headscope.sweep.compute.scores")
 
@@ -97,8 +100,10 @@ _signature = functools.cache(inspect.signature)
 
 @functools.cache
 def _annotations(owner: Any) -> dict[str, Any]:
-    """The annotations of a function, or of a class's fields, that name dimensions."""
-    return {name: hint for name, hint in get_type_hints(owner).items() if _names_dimensions(hint)}
+    """The annotations of a function, or of a class's fields, that name dimensions; quoted ones don't."""
+    kinds = reversed(owner.__mro__) if isinstance(owner, type) else [owner]
+    hints = {name: hint for kind in kinds for name, hint in inspect.get_annotations(kind).items()}
+    return {name: hint for name, hint in hints.items() if _names_dimensions(hint)}
 
 
 def _names_dimensions(hint: Any) -> bool:
@@ -134,5 +139,7 @@ def _described(value: Any) -> str:
 
 def _sizes() -> str:
     """The sizes that the call's dimensions have so far."""
-    sizes = get_shape_memo()[0]
-    return f" with {', '.join(f'{name} {size}' for name, size in sizes.items())}" if sizes else ""
+    with redirect_stdout(StringIO()) as printed:
+        print_bindings()
+    _, *sizes = printed.getvalue().split("\n")
+    return f" with {', '.join(filter(None, sizes))}" if sizes else ""

@@ -13,7 +13,7 @@ from shapes import ShapeError
 
 def test_a_wrong_shape_between_functions_is_an_error():
     """torch would broadcast a gate of one head over all of them."""
-    with pytest.raises(ShapeError, match=r"edits.blend: gate: got torch.float32 \[1, 1\].* with batch 2, heads 3"):
+    with pytest.raises(ShapeError, match=r"edits.blend: gate: got torch.float32 \[1, 1\].* with batch=2, heads=3"):
         blend(torch.ones(2, 3, 5, 8), torch.ones(1, 1), None)
 
 
@@ -26,7 +26,7 @@ def test_a_wrong_shape_from_a_backend_is_an_error(monkeypatch):
 
     monkeypatch.setattr(portable, "forward", transposed)
     query = torch.ones(2, 3, 5, 8)
-    with pytest.raises(ShapeError, match=r"schema._forward: return: got a tuple, annotated .* with batch 2, heads 3"):
+    with pytest.raises(ShapeError, match=r"schema._forward: return: got a tuple, annotated .* with batch=2, heads=3"):
         attention(query, query, query, statistics=["entropy"], backend="portable")
 
 

@@ -31,10 +31,13 @@ PerKey = Float[Tensor, "#batch #heads keys"]
 FillTensor = Float[Tensor, "#batch #heads #queries #dim_v"]
 # a number for each query
 RowValue = Float[Tensor, "batch heads queries"]
+# a number for each query and group of keys
+GroupValue = Float[Tensor, "batch heads queries groups"]
 # a statistic's result: a number or a vector for each row, or a number for each key
 StatisticValue = Float[Tensor, "batch heads ..."]
 # what a statistic's formula reads beside the probabilities
 StatisticTensor = Int32[Tensor, "#batch #heads _length"] | Float[Tensor, "#batch #heads _length"]
+StatisticTensors = tuple[StatisticTensor, ...]
 # images or latents, with or without noise, and what a denoiser answers
 Sample = Float[Tensor, "items channels height width"]
 # images for people to look at

@@ -11,7 +11,7 @@ from headscope.ops import cpu_library
 
 # no result that a test expects, and not a NaN, which some do expect
 POISON = 777.0
-# what needs no constants
+# statistics without constants
 ROW_STATISTICS = ("entropy", "logsumexp", "max_logit", "max_prob")
 
 

@@ -1,4 +1,4 @@
-"""What the contract's cases leave out: what NaN and infinity reach, strides, threads, processes, and refusals."""
+"""The edges of the contract: the reach of NaN and infinity, strides, threads, processes, and refusals."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""What the operator's tests share."""
+"""A backend that a test needs."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Who serves a call: what each backend is, whether it is here, and what it can take."""
+"""The backends: their names, the reasons why one isn't available or can't take a call, and the choice of one."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from headscope.ops.statistics import CLASSES, STATISTICS, KeyMass, Statistic
 
 @dataclass(frozen=True)
 class Problem:
-    """What a call asks for, as far as choosing a backend needs to know."""
+    """The properties of a call that the choice of a backend depends on."""
 
     device: torch.device
     dtype: torch.dtype
@@ -29,10 +29,10 @@ class Backend:
     """A way to compute the operator.
 
     Attributes:
-        name: what `backend=` takes.
+        name: its name as `backend=` takes it.
         description: one line for `headscope doctor`.
-        unavailable: why it can't run on this machine, or None.
-        rejects: why it can't take a problem, or None.
+        unavailable: returns the reason why it can't run on this machine, or None.
+        rejects: returns the reason why it can't take a problem, or None.
     """
 
     name: str

@@ -139,7 +139,7 @@ def _integers(name: str, constants: Sequence[int | float], least: Sequence[int])
 def _group_sizes(
     name: str, constants: Sequence[int | float], tensors: Sequence[Int32[Tensor, "#batch #heads keys"]]
 ) -> tuple[int, ...]:
-    """How many groups, and the id of the first one."""
+    """The number of groups and the id of the first one, and zeros."""
     sizes = _integers(name, constants, (0, 0))
     if not constants or len(tensors) != 1:
         raise ValueError(f"statistics: got {len(tensors)} tensors for {name}, expected its count and its groups")

@@ -27,8 +27,8 @@ class HeadEdit:
         gate: 1 keeps a head, 0 removes it. A gate of exactly 0 or 1 selects instead of multiplying, so NaN in the
             branch that isn't selected stays out. None keeps every head.
         fill: takes a removed head's place: None (zeros), "uniform" (attention with q . k set to zero and masks,
-            key_bias and key_scale kept: the mean of the values a row may see), "identity" (each query's own value, as
-            if attention were the identity; self-attention only), or a tensor broadcastable to
+            key_bias and key_scale unchanged: the mean of the values a row may see), "identity" (each query's own
+            value, as if attention were the identity; self-attention only), or a tensor broadcastable to
             [batch, heads, queries, dim_v] (a mean, a patch, another sample's output).
         temperature: positive (not checked: that would wait for the device); above 1 flattens a head's attention, below
             1 sharpens it.

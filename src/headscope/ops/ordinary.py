@@ -1,4 +1,4 @@
-"""Whether torch's dispatcher would only hand a call on to its implementation, which then may be called directly.
+"""Checks that torch's dispatcher would only hand a call on to its implementation, which then may be called directly.
 
 An operator in Python takes the dispatcher through several Python functions: some 60 microseconds for a call without
 gradients, 300 with them (bench/NOTES.md), where a small kernel takes ten. They are for nothing where nobody listens: no
@@ -22,7 +22,7 @@ def _key_set(*keys: Any) -> int:
     return found.raw_repr()
 
 
-# what a dense tensor on a CPU or GPU is to the dispatcher, and what it is if it was made in inference mode. Whatever
+# the dispatch keys of a dense tensor on a CPU or GPU, and of one that was made in inference mode. Whatever
 # isn't just that (a fake or functional one, one with its sign pending, a transform's) has other keys
 _ORDINARY = frozenset(
     _key_set(*keys)
@@ -30,14 +30,14 @@ _ORDINARY = frozenset(
     for own in [(getattr(_KEY, device), getattr(_KEY, f"Autocast{device}"))]
     for keys in (own, (*own, _KEY.ADInplaceOrView, getattr(_KEY, f"Autograd{device}")))
 )
-# what the dispatcher looks at beside a call's tensors while no mode is active, outside and inside inference mode
+# the dispatch keys beside those of a call's tensors while no mode is active, outside and inside inference mode
 _QUIET = frozenset((_key_set(_KEY.BackendSelect), _key_set(_KEY.BackendSelect, _KEY.ADInplaceOrView)))
 _AUTOGRAD = _KEY.AutogradFunctionality
 _CLASSES = (Tensor, torch.nn.Parameter)
 
 
 def unobserved() -> bool:
-    """Whether no mode, transform or profiler of torch is active, nor anything that traces."""
+    """True if no mode, transform or profiler of torch is active, nor anything that traces."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _QUIET
@@ -49,7 +49,7 @@ def unobserved() -> bool:
 
 
 def looks(tensors: Iterable[Any]) -> Hashable | None:
-    """What checks and choices may depend on, of each tensor (or None); None if one isn't an ordinary tensor."""
+    """All of each tensor (or None) that checks and choices may depend on; None if one isn't an ordinary tensor."""
     found = []
     for tensor in tensors:
         if tensor is None:

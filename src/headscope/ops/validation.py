@@ -1,6 +1,7 @@
 """Checks of the operator's arguments. Each error names the argument, what came and what was expected."""
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from headscope.ops.edits import HeadEdit
@@ -21,8 +22,13 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: got a {kind} tensor, expected a dense one")
 
 
-def check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """query [batch, heads, queries, dim], key [batch, kv_heads, keys, dim], value [batch, kv_heads, keys, dim_v].
+def check_inputs(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys dim_v"],
+    enable_gqa: bool,
+) -> None:
+    """Check query, key and value against each other.
 
     Raises:
         TypeError: not a tensor, or a dtype that isn't floating or differs from query's.
@@ -55,7 +61,12 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
         raise ValueError(f"key: got {kv_heads} heads, expected a divisor of query's {heads}")
 
 
-def check_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> None:
+def check_mask(
+    attn_mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None,
+    is_causal: bool,
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+) -> None:
     """Each of the mask's dimensions is 1 or that of [batch, heads, queries, keys], leading ones may be missing.
 
     Raises:
@@ -80,8 +91,8 @@ def check_mask(attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Te
         )
 
 
-def four_dimensional(tensor: Tensor) -> Tensor:
-    """With leading dimensions of 1 where it has fewer than four."""
+def four_dimensional(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The tensor, with leading dimensions of 1 where it has fewer than four."""
     return tensor[(None,) * (4 - tensor.ndim)] if tensor.ndim < 4 else tensor
 
 
@@ -93,9 +104,13 @@ def check_scale(scale: float | None, default: float) -> float:
     return float(scale)
 
 
-def check_edit(edit: HeadEdit | None, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """gate and temperature [batch or 1, heads]; key_bias and key_scale [batch or 1, heads or 1, keys]; fill None,
-    "uniform", "identity" or broadcastable to [batch, heads, queries, dim_v].
+def check_edit(
+    edit: HeadEdit | None,
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch kv_heads keys dim"],
+    value: Float[Tensor, "batch kv_heads keys dim_v"],
+) -> None:
+    """Check an edit's tensors against query, key and value.
 
     Raises:
         TypeError: an edit, or a tensor of it, of another type, or not floating.

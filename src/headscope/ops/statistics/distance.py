@@ -1,10 +1,10 @@
-"""How far attention reaches over an image."""
+"""The reach of attention over an image."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensor
+from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensors
 from headscope.ops.statistics.statistic import BuiltIn
 
 
@@ -49,9 +49,7 @@ class Distance(BuiltIn):
                     f"{self.name}: {argument} {size} has {size[0] * size[1]} tokens, the call has {tokens}"
                 )
 
-    def formula(
-        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
-    ) -> RowValue:
+    def formula(self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors) -> RowValue:
         width, key_width = self.constants[1], self.constants[3]
         columns = torch.arange(probabilities.shape[-1], device=rows.device)
         down = rows[:, None] // width - columns // key_width

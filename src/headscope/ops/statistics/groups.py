@@ -1,4 +1,4 @@
-"""How attention divides over groups of keys: text tokens, image regions, frames."""
+"""The attention of groups of keys: text tokens, image regions, frames."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int32, Integer
 from torch import Tensor
 
-from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensor
+from headscope._shapes import GroupValue, RowIndices, RowValue, Scores, StatisticTensors
 from headscope.ops.statistics.statistic import Statistic
 
 # group statistics of one fused pass: wider accumulators would not fit a program's registers
@@ -96,14 +96,10 @@ class GroupMass(_Groups):
     description = "sum of p over the keys of each group"
     differentiable = True
 
-    def formula(
-        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
-    ) -> Float[Tensor, "batch heads queries groups"]:
+    def formula(self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors) -> GroupValue:
         return probabilities @ self.members(tensors[0], probabilities.dtype)
 
-    def row_constant(
-        self, grad: Float[Tensor, "batch heads queries groups"], value: Float[Tensor, "batch heads queries groups"]
-    ) -> RowValue:
+    def row_constant(self, grad: GroupValue, value: GroupValue) -> RowValue:
         # gradient_j is the cotangent of j's group
         return (grad * value).sum(-1)
 
@@ -122,9 +118,7 @@ class GroupEntropy(_Groups):
     unit = "nats"
     description = "entropy of p renormalised within each group"
 
-    def formula(
-        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
-    ) -> Float[Tensor, "batch heads queries groups"]:
+    def formula(self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors) -> GroupValue:
         if not logits.shape[-1]:
             return logits.new_zeros((*logits.shape[:-1], int(self.constants[0])))
         # weights relative to the row's largest, and their logarithms: small probabilities have few digits

@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import RowIndices, Scores, StatisticTensor
+from headscope._shapes import RowIndices, Scores, StatisticTensors
 from headscope.ops.statistics.statistic import Statistic
 
 
@@ -22,6 +22,6 @@ class KeyMass(Statistic):
         return (batch, heads, keys)
 
     def formula(
-        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors
     ) -> Float[Tensor, "batch heads keys"]:
         return probabilities.sum(-2)

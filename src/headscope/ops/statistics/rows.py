@@ -2,7 +2,7 @@
 
 import torch
 
-from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensor
+from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensors
 from headscope.ops.statistics.statistic import BuiltIn, dead_rows
 
 
@@ -14,9 +14,7 @@ class Entropy(BuiltIn):
     description = "-sum_j p ln p"
     differentiable = True
 
-    def formula(
-        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
-    ) -> RowValue:
+    def formula(self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors) -> RowValue:
         logarithm = torch.where(probabilities == 0, 1, probabilities).log()
         return -(probabilities * logarithm).sum(-1)
 
@@ -34,9 +32,7 @@ class LogSumExp(BuiltIn):
     differentiable = True
     constant_gradient = True
 
-    def formula(
-        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
-    ) -> RowValue:
+    def formula(self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors) -> RowValue:
         dead = dead_rows(logits)
         finite = torch.where(dead.unsqueeze(-1), 0, logits)
         return torch.where(dead, -torch.inf, finite.logsumexp(-1)) if logits.shape[-1] else finite.logsumexp(-1)
@@ -53,9 +49,7 @@ class MaxLogit(BuiltIn):
     unit = "nats"
     description = "max_j logit"
 
-    def formula(
-        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
-    ) -> RowValue:
+    def formula(self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors) -> RowValue:
         if logits.shape[-1] == 0:
             return logits.new_full(logits.shape[:-1], -torch.inf)
         return logits.amax(-1)
@@ -68,9 +62,7 @@ class MaxProb(BuiltIn):
     unit = "probability"
     description = "max_j p"
 
-    def formula(
-        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
-    ) -> RowValue:
+    def formula(self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors) -> RowValue:
         return _largest(probabilities)
 
 
@@ -81,9 +73,7 @@ class CollisionEntropy(BuiltIn):
     unit = "nats"
     description = "-ln sum_j p^2"
 
-    def formula(
-        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
-    ) -> RowValue:
+    def formula(self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors) -> RowValue:
         # relative to the largest, so that small probabilities don't underflow
         largest = _largest(probabilities)
         dead = largest == 0

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensor, StatisticValue
+from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensor, StatisticTensors, StatisticValue
 
 # every statistic there is, by key
 CLASSES: dict[str, type["Statistic"]] = {}
@@ -53,7 +53,7 @@ class Statistic:
     def __init__(
         self,
         constants: tuple[int | float, ...] = (),
-        tensors: tuple[StatisticTensor, ...] = (),
+        tensors: StatisticTensors = (),
         name: str | None = None,
     ) -> None:
         self.constants = constants
@@ -82,7 +82,7 @@ class Statistic:
         return (batch, heads, queries)
 
     def formula(
-        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: tuple[StatisticTensor, ...]
+        self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors
     ) -> StatisticValue:
         """The statistic in plain torch.
 
