@@ -35,7 +35,7 @@ def run_tests(report: Report, device: Card, tests: Tests, seconds: float) -> Non
     report.facts.setdefault("outcomes", []).append(outcomes)
     lost: dict[str, str] = {}
     failed: set[str] = set()
-    told_at, ends = time.monotonic(), time.monotonic() + seconds
+    reported_at, ends = time.monotonic(), time.monotonic() + seconds
     # the rest of the time is for those that lost the card
     for test in outcomes_of(device, tests, 0.75 * seconds, device.processes):
         name, reason = test["test"], test["reason"]
@@ -52,13 +52,13 @@ def run_tests(report: Report, device: Card, tests: Tests, seconds: float) -> Non
             report.tell(f"FAILED {short(name)}: {first_line(reason)}", **row)
         else:
             outcomes[test["outcome"]] += 1
-        if time.monotonic() - told_at > TELL_EVERY:
-            told_at = time.monotonic()
+        if time.monotonic() - reported_at > TELL_EVERY:
+            reported_at = time.monotonic()
             report.tell(f"so far {outcomes}")
     report.facts["output"] = _last.copy()
     report.tell(f"all: {outcomes}; pytest: {_last[-1] if _last else 'nothing'}")
     if not any(outcomes.values()):
-        raise RuntimeError("pytest told of no test: " + " / ".join(_last[-12:]))
+        raise RuntimeError("pytest reported no test: " + " / ".join(_last[-12:]))
     again(report, device, tests, lost, ends)
 
 

@@ -23,10 +23,6 @@ def _case(name: str, *shape: int, **changes: Any) -> Case:
     return dataclasses.replace(CASES[0], name=name, shape=shape, **changes)
 
 
-def _normal(*shape: int) -> torch.Tensor:
-    return torch.randn(shape)
-
-
 @dataclasses.dataclass(frozen=True)
 class Check:
     """One call: a case of the contract, a dtype, the statistics asked for, and how it is made."""

@@ -15,7 +15,7 @@ from headscope.report import GroupInfo, write_report, write_sweep_report
 from headscope.report.findings import findings
 from headscope.report.images import sheet
 from headscope.report.naming import Names, fitted, number, percent, probability, significant
-from headscope.study import analyse, inference, select_heads
+from headscope.study import analyse, select_heads
 from headscope.study.analysis import analyse_sweep
 from study import simulated
 
@@ -54,9 +54,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Fewer draws: what is tested here does not hang on them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "RESAMPLES", 999)
+    with simulated.fewer_draws(999):
         yield
 
 

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from headscope.report import write_report
-from headscope.study import analyse, inference, select_heads
+from headscope.study import analyse, select_heads
 from study import simulated
 
 STEPS = (100, 500)
@@ -71,8 +71,7 @@ def tables():
 
 @pytest.fixture(scope="module")
 def page(tables, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "RESAMPLES", 99)
+    with simulated.fewer_draws(99):
         result = analyse(*tables, selected_heads=SELECTED, count_per_group=OF_GROUP, sites=ORDER)
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_report(path, title="t", run_info={}, groups=[], result=result)

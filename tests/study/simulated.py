@@ -1,7 +1,13 @@
 """Tables like those of a study's sweeps, from a random number generator: plausible, quick, and without a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import polars as pl
+import pytest
+
+from headscope.study import inference
 
 SITES = (
     ("down_blocks.1.attentions.0", 256),
@@ -14,6 +20,14 @@ SITES = (
 )
 TIMESTEPS = (103, 251, 500, 748, 896)
 SHIFTS = {"faces": 0.0, "faces_grey": 0.01, "lfw": 0.03, "photographs": 0.06}
+
+
+@contextmanager
+def fewer_draws(count: int) -> Iterator[None]:
+    """Of the resampling, for tests that don't depend on how many there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "RESAMPLES", count)
+        yield
 
 
 def items(groups=tuple(SHIFTS), splits=("discover", "confirm"), sources=20, crops=4):

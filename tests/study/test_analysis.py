@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from headscope.study import analyse, analyse_sweep, inference, select_heads
+from headscope.study import analyse, analyse_sweep, select_heads
 from headscope.study.entropy import entropy_by_head, pooled_items
 from study import simulated
 
@@ -14,9 +14,7 @@ STEPS = (100, 500)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Fewer draws: what is tested here does not hang on them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "RESAMPLES", 999)
+    with simulated.fewer_draws(999):
         yield
 
 

@@ -10,16 +10,14 @@ import pytest
 from headscope.demonstration import report_sweep
 from headscope.report import GroupInfo, write_sweep_report
 from headscope.report.naming import percent, significant
-from headscope.study import inference
 from headscope.study.further import further_scores
 from headscope.sweep import HeadSet, SweepConfig, run_sweep
+from study import simulated
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Fewer draws: what is tested here does not hang on them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "RESAMPLES", 99)
+    with simulated.fewer_draws(99):
         yield
 
 
