@@ -1,4 +1,4 @@
-"""What a statistic of one attention row is to the kernels: a few jit functions, and how much they carry along.
+"""A statistic of one attention row, as the kernels take it: a few jit functions, and the accumulators they need.
 
 The forward holds, for every query row, the exponents x = logit * log2(e) - offset of the keys of one tile, where
 offset is the running maximum (in base 2), and the sum l of the weights w = 2^x. A statistic adds accumulators of its
@@ -67,7 +67,7 @@ class BoundStatistic(NamedTuple):
 
 
 class StatisticSet(NamedTuple):
-    """What the forward takes: tuples that run in parallel, and a key that changes when any function does."""
+    """The forward's statistics: tuples that run in parallel, and a key that changes when any function does."""
 
     accumulators: tuple[tuple[int, ...], ...]
     updates: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""What the online softmax knows anyway: its normaliser and its maximum. Nothing to accumulate."""
+"""Statistics that the online softmax has anyway, from its normaliser and its maximum. Nothing to accumulate."""
 
 import triton
 import triton.language as tl

@@ -40,7 +40,7 @@ def padded_groups(constants):
 
 @triton.jit
 def memberships(columns, keys, groups_ptr, CONSTANTS: tl.constexpr):
-    """Whether key j is in group g: bool [keys, padded groups]. A group id outside of the range is in none."""
+    """True where key j is in group g: bool [keys, padded groups]. A group id outside of the range is in none."""
     ids = tl.load(groups_ptr + columns, mask=columns < keys, other=-1)  # [keys]
     groups = first_group(CONSTANTS) + tl.arange(0, padded_groups(CONSTANTS))  # [groups]
     return ids[:, None] == groups[None, :]
