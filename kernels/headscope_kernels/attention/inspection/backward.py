@@ -223,7 +223,7 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
         problem.keys,
         target_key(gpu),
         exact=float32_precision() == "ieee",
-        laden=problem.edits or problem.mask != "none" or "group_mass" in problem.statistics,
+        extra_terms=problem.edits or problem.mask != "none" or "group_mass" in problem.statistics,
     )
     kernel, arguments, configuration = problem_arguments(problem, configurations)
     options = configuration.options

@@ -224,7 +224,7 @@ def chosen_configuration(problem: Problem, gpu: GPUTarget) -> ForwardConfigurati
             target,
             exact=exact,
             masked=problem.mask != "none",
-            carried=sum(sum(bound.statistic.accumulators) for bound in statistics),
+            accumulated=sum(sum(bound.statistic.accumulators) for bound in statistics),
             features=features,
         )
     refusal = unserved(problem.configuration, problem.dtype, problem.dim, dim_v, problem.keys, target, features)

@@ -39,7 +39,7 @@ class RowStatistic:
     Attributes:
         finish, update, gradient: jit functions, see above; update is None where there is nothing to carry, gradient
             where the statistic isn't differentiable with respect to single probabilities.
-        accumulators: what is carried from tile to tile, float32: one entry each, 0 for [queries], or a power of two of
+        accumulators: sums that each tile adds to, float32: one entry each, 0 for [queries], or a power of two of
             at least 16 for [queries, entry].
         empty: the value of a row without any valid key.
         width: 0 for a result [queries], else the last dimension of a result [queries, width].

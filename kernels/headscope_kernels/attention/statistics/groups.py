@@ -71,7 +71,7 @@ def group_mass_update(
 ):
     """The weights' sum in every group, [queries, groups]."""
     own = one_hot_product(weights, memberships(columns, keys, tensors[0], CONSTANTS), 2)
-    # an FMA, or the compiler would make the carried sum the product's starting point
+    # an FMA, or the compiler would make the sum so far the product's starting point
     return (tl.fma(accumulators[0], tl.broadcast_to(rescale[:, None], own.shape), own),)
 
 
