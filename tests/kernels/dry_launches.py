@@ -98,7 +98,7 @@ def launch(
         ("cuda", 90),
         exact=True,
         masked="mask" in asked,
-        carried=sum(sum(bound.statistic.accumulators) for bound in statistics),
+        accumulated=sum(sum(bound.statistic.accumulators) for bound in statistics),
     )
     before = len(_LAUNCHES._known)
     attention_forward(
@@ -168,7 +168,7 @@ def launch_backward(own: dict[str, Tensor], needed: tuple[str, ...] = DIFFERENTI
         "statistic_grads": [own["entropy_grad"], own["mass_grad"]],
         "needed": {name: name in needed for name in DIFFERENTIABLE},
         "configurations": backward_configurations(
-            query.dtype, dim, dim, query.shape[2], key.shape[2], ("cuda", 90), exact=True, laden=True
+            query.dtype, dim, dim, query.shape[2], key.shape[2], ("cuda", 90), exact=True, extra_terms=True
         ),
     }
     return observed(lambda: attention_backward(**{**given, **options, **changes}), own, BACKWARD)
@@ -283,7 +283,7 @@ def backward(kernel: str, dim: int) -> dict[str, int]:
     """The binaries of one backward kernel, as a launch compiles it and as its report does."""
     problem = BackwardProblem(kernel=kernel, dim=dim)
     configurations = backward_configurations(
-        problem.dtype, dim, dim, problem.queries, problem.keys, ("cuda", 90), exact=True, laden=False
+        problem.dtype, dim, dim, problem.queries, problem.keys, ("cuda", 90), exact=True, extra_terms=False
     )
     query, key, value, attention = (torch.zeros(1, 8, 4096, dim, dtype=problem.dtype) for _ in range(4))
     rows = torch.zeros(1, 8, 4096)

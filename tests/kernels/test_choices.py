@@ -74,7 +74,7 @@ def test_an_entry_decides():
         {"queries": 2047},
         {"queries": 8193},
         {"masked": True},
-        {"carried": 16},
+        {"accumulated": 16},
         {"features": frozenset({"is_causal"})},
         {"features": frozenset({"entropy", "another statistic"})},
         {"features": frozenset({"unaligned key"})},

@@ -1,4 +1,4 @@
-"""What the launchers read off tensors and settings: strides, alignment, precision, device. Nothing touches data."""
+"""Strides, alignment, precision and device, read off tensors and settings. Nothing touches data."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -64,7 +64,7 @@ def tile_descriptors(
 
 
 def addressable(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor can tell where [batch, heads, rows, columns] lie.
+    """True if a tensor descriptor can address this [batch, heads, rows, columns].
 
     Addresses must be multiples of 16 bytes, rows contiguous, and nothing expanded or empty.
     """
@@ -87,7 +87,7 @@ def _used_strides(tensor: Tensor) -> list[int]:
 
 
 def float32_precision() -> str:
-    """Whether torch's matrix products of float32 may round their inputs, as tl.dot names it."""
+    """ "tf32" if torch's matrix products of float32 may round their inputs, else "ieee": tl.dot's names."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

@@ -89,7 +89,7 @@ class _Launch:
 
 
 class Launches:
-    """What calls of one kernel have come to.
+    """The launches of one kernel, remembered by what they depend on.
 
     Args:
         kernel: the jit function.

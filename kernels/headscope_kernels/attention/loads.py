@@ -39,7 +39,7 @@ class Source(NamedTuple):
         rows: where they lie.
         descriptor, tail: tensor descriptors of [batch, heads, rows, columns], one for each chunk; None where there
             are none.
-        batch, head: what the descriptors are asked for.
+        batch, head: the head's place in the descriptors.
     """
 
     rows: Any
@@ -114,7 +114,7 @@ def chunk_start(widths, index):
 
 @triton.constexpr_function
 def data_place(counts, index, number):
-    """Where tensor `number` of statistic `index` stands in the row of all statistics' tensors."""
+    """The position of tensor `number` of statistic `index` in the row of all statistics' tensors."""
     return sum(counts[:index]) + number
 
 

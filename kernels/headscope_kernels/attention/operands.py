@@ -1,4 +1,4 @@
-"""Whether the matrix products of a compiled kernel read their operands from where the kernel put them.
+"""A check that the matrix products of a compiled kernel read their operands from where the kernel put them.
 
 On Hopper a matrix product (PTX `wgmma`, machine code `HGMMA`) finds an operand in shared memory by a descriptor of 64
 bits, which the assembler keeps in uniform registers. The assembler of CUDA 12.8, which Triton 3.6 and 3.7 ship, loses
@@ -94,7 +94,7 @@ class _Undefined(Exception):
 
 
 def misplaced_operands(ptx: str, assembly: str) -> list[str]:
-    """What is wrong with the operands' places, a sentence each; empty where nothing is.
+    """The faults of the operands' places, a sentence each; empty if there are none.
 
     Args:
         ptx: the kernel as Triton hands it to the assembler.

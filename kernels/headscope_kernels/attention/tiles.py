@@ -149,7 +149,7 @@ def masked_logits(
     MASK_ROWS: tl.constexpr,
     BORDER: tl.constexpr,
 ):
-    """What the softmax runs over: products [queries, keys], or logits where there is a mask to add; -inf if masked."""
+    """The softmax's input: products [queries, keys], or logits where there is a mask to add; -inf if masked."""
     rows, columns, first_query, first_key, queries, keys = place
     if MASK != "none":
         tile_base = advance(advance(mask.base, first_query, mask.row_stride), first_key, mask.column_stride)
@@ -179,7 +179,7 @@ def masked_logits(
 
 @triton.jit
 def offset_of(running_max, exponent_scale, ADDITIVE: tl.constexpr):
-    """What is subtracted to keep the exponents <= 0: the maximum, rounded once, or 0 where the maximum isn't finite.
+    """The offset that keeps exponents <= 0: the maximum, rounded once, or 0 where the maximum isn't finite.
 
     With an additive mask it stays in natural units (the mask may hold the lowest float), else it is in base 2.
     """

@@ -12,7 +12,7 @@ from headscope_kernels.attention.configuration import Tile, covering_block
 from headscope_kernels.attention.statistics import BoundStatistic, functions_key
 
 
-def is_laden(
+def has_extra_terms(
     attn_mask: Tensor | None, key_bias: Tensor | None, key_scale: Tensor | None, statistics: Sequence[BoundStatistic]
 ) -> bool:
     """True if scores take more registers than the plain ones do, which the configurations depend on."""

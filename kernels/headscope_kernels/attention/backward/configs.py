@@ -65,7 +65,7 @@ def backward_configurations(
     target: tuple[str, int] | None,
     *,
     exact: bool = True,
-    laden: bool = False,
+    extra_terms: bool = False,
 ) -> BackwardConfigurations:
     """The configurations for this problem.
 
@@ -75,7 +75,7 @@ def backward_configurations(
         queries, keys: sequence lengths.
         target: ("cuda", 90), ("hip", 942), ...: backend and architecture; None under the interpreter.
         exact: float32 products are not rounded to TensorFloat-32.
-        laden: every score takes more than the plain ones do, and registers with it: a mask, an edit of keys, a
+        extra_terms: every score takes more than the plain ones do, and registers with it: a mask, an edit of keys, a
             statistic of groups.
     """
     if target is None:
@@ -88,7 +88,7 @@ def backward_configurations(
     elif backend == "hip":
         chosen = _cdna(width)
     elif architecture // 10 in (9, 10):
-        chosen = _hopper(width, laden, architecture)
+        chosen = _hopper(width, extra_terms, architecture)
     else:
         chosen = _ampere(width, large_shared_memory=architecture == 80)
     return replace(
@@ -115,32 +115,34 @@ def _tensor_float(width: int) -> BackwardConfigurations:
     return BackwardConfigurations(both, both, both, separate=width > 128)
 
 
-def _hopper(width: int, laden: bool, architecture: int) -> BackwardConfigurations:
+def _hopper(width: int, extra_terms: bool, architecture: int) -> BackwardConfigurations:
     mask = BackwardConfiguration(64, 32, num_warps=4, num_stages=1)
     if width <= 128:
         # two warp groups of 64 rows each
-        key_value = BackwardConfiguration(32 if laden else 64, 128, num_warps=8, num_stages=2)
-        query = BackwardConfiguration(128, 64 if laden else 128, num_warps=8, num_stages=2, descriptors=True)
+        key_value = BackwardConfiguration(32 if extra_terms else 64, 128, num_warps=8, num_stages=2)
+        query = BackwardConfiguration(128, 64 if extra_terms else 128, num_warps=8, num_stages=2, descriptors=True)
         if architecture >= 100:
             # tensor memory has 512 columns for all products
             query = replace(query, block_keys=64)
         if width > 80:
             # both results take half of a thread's registers: with an entropy's cotangent this spills 30 of them, and
             # still issues 16 instructions per score where tiles of 32 queries, which don't spill, issue 20
-            key_value = replace(key_value, descriptors=not laden)
+            key_value = replace(key_value, descriptors=not extra_terms)
             query = replace(query, block_keys=64)
         return BackwardConfigurations(key_value, query, mask)
     if width <= 256:
         # one result at a time; tiles whose rows fill both warp groups issue less than smaller ones. With descriptors
         # 28 of 632 instructions spill at d 256 (20 per score), with pointers 122 of 771 (24); tiles of 32 x 64 don't
         # spill, and issue 26
-        key_value = BackwardConfiguration(32 if laden else 64, 128, num_warps=8, num_stages=1, descriptors=not laden)
+        key_value = BackwardConfiguration(
+            32 if extra_terms else 64, 128, num_warps=8, num_stages=1, descriptors=not extra_terms
+        )
         # with edits and statistics tiles of 64 keys spill on sm_90; sm_100 keeps products in tensor memory
-        few = laden and architecture < 100
+        few = extra_terms and architecture < 100
         query = BackwardConfiguration(128, 32 if few else 64, num_warps=8, num_stages=1, descriptors=True)
         return BackwardConfigurations(key_value, query, mask, separate=True)
     key_value = BackwardConfiguration(16, 64, num_warps=8, num_stages=1)
-    query = BackwardConfiguration(64, 16 if laden else 32, num_warps=8, num_stages=1)
+    query = BackwardConfiguration(64, 16 if extra_terms else 32, num_warps=8, num_stages=1)
     mask = BackwardConfiguration(32, 32, num_warps=4, num_stages=1)
     return BackwardConfigurations(key_value, query, mask, separate=True)
 

@@ -1,5 +1,10 @@
 """dk and dv, and what is summed over queries: one program owns a tile of keys and goes over the queries.
 
+With p, dP and dS as in launch.py, c the key scales, g the gate, T the temperature, G the output's gradient:
+
+    dk_j = (scale / T) sum_i dS_ij q_i,   dv_j = c_j g sum_i p_ij G_i
+    column sum_j = sum_i dS_ij,           d c_j = g sum_i p_ij (G_i . v_j)
+
 Tiles are [keys, queries]: probabilities and their gradients are left operands of products as they stand, out of
 registers. The output's products are launched before the exponentials, which they then run beside.
 """
@@ -118,7 +123,6 @@ def key_value_gradient_kernel(
 ):
     """BLOCK_KEYS keys of one head against `split_queries` queries of every query head that shares them.
 
-    Tiles are [keys, queries]: probabilities and their gradients leave the registers only as operands of products.
     Queries may be split among `splits` programs; each writes sums of its own, as if they were further samples.
     """
     key_tiles = tl.cdiv(keys, BLOCK_KEYS)

@@ -1,4 +1,4 @@
-"""The backward of attention with statistics and edits: the gradients of query, key and value, and what rides along.
+"""The backward of attention with statistics and edits: the gradients of everything that the forward takes.
 
 Row i, key j, with p the probabilities, g a head's gate, c_j its key scales, G_i the output's gradient:
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope_kernels.attention.backward.arguments import is_laden, shared_arguments
+from headscope_kernels.attention.backward.arguments import has_extra_terms, shared_arguments
 from headscope_kernels.attention.backward.configs import BackwardConfigurations, backward_configurations
 from headscope_kernels.attention.backward.passes import DIFFERENTIABLE, Kind, Pass
 from headscope_kernels.attention.host import device_target, float32_precision, launch_context
@@ -124,7 +124,7 @@ def attention_backward(
                 key.shape[2],
                 device_target(query),
                 exact=float32_precision() == "ieee",
-                laden=is_laden(attn_mask, key_bias, key_scale, statistics),
+                extra_terms=has_extra_terms(attn_mask, key_bias, key_scale, statistics),
             )
         arguments = partial(
             shared_arguments,

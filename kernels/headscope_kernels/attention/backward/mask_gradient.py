@@ -1,5 +1,7 @@
 """The gradient of an additive mask with a number for every query and key: dS, summed over what the mask repeats for.
 
+    d mask_ij = sum over the samples and heads that share the mask of dS_ij, which is as in launch.py
+
 A mask that is the same for all queries, or for all keys, gets its gradient from column or row sums that the other
 backward kernels have; only this one writes a matrix, as large as the mask itself.
 """

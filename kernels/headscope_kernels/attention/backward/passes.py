@@ -125,7 +125,7 @@ class Pass:
         launches.first(key, pointers, programs, arguments, options)
 
     def row_terms(self, scores: bool) -> dict[str, Tensor]:
-        """What the other kernels read for every row, and the gate's gradient."""
+        """The kernel that owns rows: what the others read of every row, and the gate's gradient."""
         tiles = cdiv(self.queries, self.configurations.block_rows)
         gate_parts = self.empty(self.batch, self.heads, tiles) if "gate" in self.wanted else None
         if scores:
@@ -149,7 +149,7 @@ class Pass:
         split_queries = cdiv(cdiv(self.queries, configuration.block_queries), splits)
 
         def buffer(tensor: Tensor) -> Tensor:
-            """What a program writes: the gradient itself, or its share."""
+            """The tensor that programs write: the gradient itself, or a share of it for each split."""
             if splits == 1:
                 return torch.empty_like(tensor)
             return self.empty(splits * self.batch, *tensor.shape[1:])

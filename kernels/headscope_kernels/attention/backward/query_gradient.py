@@ -1,4 +1,9 @@
-"""dq, and what is summed over keys: one program owns a tile of queries and goes over the keys."""
+"""dq, and what is summed over keys: one program owns a tile of queries and goes over the keys.
+
+With p, dP and dS as in launch.py, T the temperature:
+
+    dq_i = (scale / T) sum_j dS_ij k_j,   row sum_i = sum_j dS_ij,   d T = -1/T sum_i q_i . dq_i
+"""
 
 # tl.static_range exists for the compiler only
 # pyright: reportGeneralTypeIssues=false

@@ -1,4 +1,11 @@
-"""What the backward kernels read for every row, and the gate's gradient: a pass over the output's gradient."""
+"""The terms of every row that the other backward kernels read, and the gate's gradient.
+
+With G_i the output's gradient, A_i the output before gate and fill, F_i the fill, g the gate, c_i the row's constant:
+
+    delta_i  = g * (G_i . A_i) + c_i
+    offset_i = row_max_i * log2(e) + log2_sum_i, without row_max_i where something is added to the logits
+    d gate   = sum_i G_i . (A_i - F_i)
+"""
 
 # tl.static_range exists for the compiler only
 # pyright: reportGeneralTypeIssues=false

@@ -22,7 +22,7 @@ EMPTY_ROW = tl.constexpr(1.0e10)
 
 
 class Features(NamedTuple):
-    """What the pass is compiled for, as the kernels' arguments of these names: constants all of them."""
+    """The constants that the pass is compiled for: the kernels' arguments of these names."""
 
     CAUSAL: Any
     MASK: Any
@@ -69,9 +69,9 @@ def load_head_scalar(pointer, batch, head, strides, HAS: tl.constexpr):
 def load_key_terms(
     key_bias, key_scale, mask, gate, first_key, columns, keys, FEATURES: tl.constexpr, CHECK: tl.constexpr
 ):
-    """What is the same for all queries of a head, each [keys] or a number:
+    """The terms that are the same for all queries of a head, each [keys] or a number.
 
-    what multiplies grad_output . value, what is added to the logits, and whether a key is attended to.
+    Returns the factor of grad_output . value, the term added to the logits, and 0 where a key is masked.
     """
     weight = gate
     if FEATURES.HAS_KEY_SCALE:

@@ -85,7 +85,7 @@ def statistic_arguments(
 def forward_features(
     pointers: Mapping[str, Any], is_causal: bool, scale: float, statistics: Sequence[BoundStatistic]
 ) -> frozenset[str]:
-    """What a call asks for beside attention's output, and what of it stands in a schedule's way (hopper/schedules.py).
+    """The features of a call beside attention's output, and what of it some schedules can't serve.
 
     Args:
         pointers: the call's tensors by the kernel's parameters.

@@ -22,7 +22,7 @@ def forward_configuration(
     *,
     exact: bool = True,
     masked: bool = False,
-    carried: int = 0,
+    accumulated: int = 0,
     features: frozenset[str] | None = None,
     choices: tuple[Choice, ...] | None = None,
 ) -> ForwardConfiguration:
@@ -35,7 +35,7 @@ def forward_configuration(
         target: ("cuda", 90), ("hip", 942), ...: backend and architecture; None under the interpreter.
         exact: float32 products are not rounded to TensorFloat-32.
         masked: there is a mask to load.
-        carried: columns of the statistics' accumulators, beside the output's.
+        accumulated: columns of the statistics' accumulators, beside the output's.
         features: what the call asks for (`forward_features`); None: unknown, and only the rule decides.
         choices: what was measured to be better than the rule; None: the package's table, (): nothing.
 
@@ -44,14 +44,14 @@ def forward_configuration(
     """
     if target is None:
         return INTERPRETER
-    if features is not None and not masked and not carried and dim == dim_v and features <= LIGHT:
+    if features is not None and not masked and not accumulated and dim == dim_v and features <= LIGHT:
         table = measured.packaged() if choices is None else choices
         for configuration in measured.nearest(table, dtype, dim, queries, keys, target):
             if configuration.schedule == "plain":
                 return _shrink(configuration, queries, keys)
             if unserved(configuration, dtype, dim, dim_v, keys, target, features) is None:
                 return configuration
-    return _by_rule(dtype, dim, dim_v, queries, keys, target, exact, masked, carried)
+    return _by_rule(dtype, dim, dim_v, queries, keys, target, exact, masked, accumulated)
 
 
 def _by_rule(
@@ -63,7 +63,7 @@ def _by_rule(
     target: tuple[str, int],
     exact: bool,
     masked: bool,
-    carried: int,
+    accumulated: int,
 ) -> ForwardConfiguration:
     backend, architecture = target
     width = max(sum(chunk_widths(dim)), sum(chunk_widths(dim_v)))
@@ -75,8 +75,8 @@ def _by_rule(
         configuration = _hopper(width, masked)
     else:
         configuration = _ampere(width, large_shared_memory=architecture == 80)
-    if carried:
-        configuration = _beside_groups(configuration, width + carried)
+    if accumulated:
+        configuration = _beside_groups(configuration, width + accumulated)
     return _shrink(configuration, queries, keys)
 
 

@@ -106,7 +106,7 @@ def attention_forward(
                 device_target(query),
                 exact=float32_precision() == "ieee",
                 masked=attn_mask is not None,
-                carried=sum(sum(bound.statistic.accumulators) for bound in statistics),
+                accumulated=sum(sum(bound.statistic.accumulators) for bound in statistics),
                 features=features,
             )
         elif configuration.schedule != "plain":

@@ -1,4 +1,4 @@
-"""What the kernel of pingpong.py is called with. Reads shapes, strides and dtypes only."""
+"""The arguments of the kernel in pingpong.py. Reads shapes, strides and dtypes only."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the schedules for Hopper serve."""
+"""The schedules for Hopper, and the calls that each can serve."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -28,12 +28,12 @@ _SHARED_BYTES = 226 * 1024
 
 
 class _Limits(NamedTuple):
-    """What a schedule for Hopper serves, in 16 bits and through descriptors.
+    """The calls that a schedule for Hopper serves, in 16 bits and through descriptors.
 
     Attributes:
         dims: head dimensions.
         warps, block_queries: the configurations it is written for.
-        features: what a call may ask for.
+        features: the features that a call may have (`forward_features`).
         gluon: the kernel of pingpong.py, which takes a last tile of keys that isn't full.
     """
 

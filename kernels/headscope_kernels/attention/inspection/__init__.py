@@ -1,1 +1,1 @@
-"""What the compiler makes of the kernels, found out without a GPU. No launch imports this."""
+"""Reports on what the compiler makes of the kernels, without a GPU. No launch imports this."""

@@ -1,4 +1,4 @@
-"""What the compiler makes of the backward kernels, without a GPU: see inspection/forward.py for the forward's.
+"""Reports on what the compiler makes of the backward's kernels, without a GPU, as forward.py of the forward's.
 
 `python -m headscope_kernels.attention.inspection.backward --help`.
 """
@@ -49,7 +49,7 @@ TENSOR_MEMORY = 512
 
 @dataclass(frozen=True)
 class BackwardProblem:
-    """What is compiled: [1, heads, queries, dim] against [1, kv_heads, keys, dim], contiguous; all gradients needed.
+    """A kernel to compile: [1, heads, queries, dim] against [1, kv_heads, keys, dim], contiguous; all gradients needed.
 
     Attributes:
         kernel: one of KERNELS.
@@ -223,7 +223,7 @@ def backward_report(problem: BackwardProblem, target: str = "sm_90") -> Backward
         problem.keys,
         target_key(gpu),
         exact=float32_precision() == "ieee",
-        laden=problem.edits or problem.mask != "none" or "group_mass" in problem.statistics,
+        extra_terms=problem.edits or problem.mask != "none" or "group_mass" in problem.statistics,
     )
     kernel, arguments, configuration = problem_arguments(problem, configurations)
     options = configuration.options

@@ -30,7 +30,7 @@ TARGETS = {
 
 
 def ast_source(kernel: Any, arguments: dict[str, Any], kind: type[ASTSource] = ASTSource) -> ASTSource:
-    """What a launch with these arguments would compile: aligned pointers, strides specialised by value."""
+    """The source that a launch with these arguments compiles: aligned pointers, strides specialised by value."""
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of the attention kernels, without a GPU.
+"""Reports on what the compiler makes of the forward and of key_mass, without a GPU.
 
 Compiles for a target, disassembles, and counts: registers, spills, shared memory, and what the loop over full key
 tiles issues per logit. `python -m headscope_kernels.attention.inspection.forward --help`.
@@ -42,7 +42,7 @@ HEADS = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """What is compiled: [1, heads, queries, dim] against [1, heads, keys, dim], contiguous.
+    """A kernel to compile: [1, heads, queries, dim] against [1, heads, keys, dim], contiguous.
 
     Attributes:
         groups: how many the group statistics have.
@@ -114,7 +114,7 @@ class StaticReport:
 
     @property
     def name(self) -> str:
-        """What of the problem isn't a default."""
+        """The settings of the problem that aren't defaults."""
         problem = self.problem
         statistics = "key_mass" if problem.key_mass else ",".join(problem.statistics) or "-"
         if any(name.startswith("group_") for name in problem.statistics):
@@ -224,7 +224,7 @@ def chosen_configuration(problem: Problem, gpu: GPUTarget) -> ForwardConfigurati
             target,
             exact=exact,
             masked=problem.mask != "none",
-            carried=sum(sum(bound.statistic.accumulators) for bound in statistics),
+            accumulated=sum(sum(bound.statistic.accumulators) for bound in statistics),
             features=features,
         )
     refusal = unserved(problem.configuration, problem.dtype, problem.dim, dim_v, problem.keys, target, features)

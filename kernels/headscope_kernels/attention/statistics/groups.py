@@ -39,7 +39,7 @@ def padded_groups(constants):
 
 @triton.jit
 def memberships(columns, keys, groups_ptr, CONSTANTS: tl.constexpr):
-    """Whether key j is in group g: bool [keys, padded groups]. A group id outside of the range is in none."""
+    """True where key j is in group g: bool [keys, padded groups]. A group id outside of the range is in none."""
     ids = tl.load(groups_ptr + columns, mask=columns < keys, other=-1)  # [keys]
     groups = first_group(CONSTANTS) + tl.arange(0, padded_groups(CONSTANTS))  # [groups]
     return ids[:, None] == groups[None, :]
@@ -70,7 +70,7 @@ def group_mass_update(
 ):
     """The weights' sum in every group, [queries, groups]."""
     own = one_hot_product(weights, memberships(columns, keys, tensors[0], CONSTANTS), 2)
-    # an FMA, or the compiler would make the carried sum the product's starting point
+    # an FMA, or the compiler would make the sum so far the product's starting point
     return (tl.fma(accumulators[0], tl.broadcast_to(rescale[:, None], own.shape), own),)
 
 
