@@ -182,6 +182,7 @@ def test_outputs_and_data_are_checked():
 
 
 def test_every_simple_statistic_is_registered():
-    assert set(ALL) == set(STATISTICS)
+    # others than these have tests of their own in tests/ops
+    assert set(ALL) <= set(STATISTICS)
     assert all(STATISTICS[name](()).width == 0 for name in SIMPLE)
     assert math.isinf(STATISTICS["logsumexp"](()).empty)

@@ -436,3 +436,15 @@ def test_bad_items_get_one_clear_error(pixel):
         pixel.prepare(pictures(1, size=8))
     with pytest.raises(ValueError, match="timestep: got 1000, expected 0 to 999"):
         pixel.noisy_inputs(pixel.prepare(pictures(1)), 1000)
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, DDIMScheduler])
+def test_latents_are_clipped_only_where_the_scheduler_says_so(scheduler):
+    """DDIM clips the clean image that it predicts to [-1, 1] by default; Euler and DPM-Solver have no such setting."""
+    pipeline = tiny.stable_diffusion()
+    plain = {name: pipeline.scheduler.config[name] for name in ("beta_schedule", "beta_start", "beta_end")}
+    plain |= {"clip_sample": False} if scheduler is DDIMScheduler else {}
+    pipeline.scheduler = scheduler(**plain)
+    assert not Task.of(pipeline).noising.sampler().config.clip_sample
+    pipeline.scheduler = DDIMScheduler(**{**plain, "clip_sample": True})
+    assert Task.of(pipeline).noising.sampler().config.clip_sample

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headscope._shapes import Conditioning, Images, Sample
 from headscope.models.tasks.images import check_pixels, to_signed
+from headscope.models.tasks.noising import Diffusion, Noising
 from headscope.models.tasks.task import Prepared, Task, TaskItem, parameters
 
 # parts of a pipeline that change its images after they are made, which no distance should see: a checker that blackens
@@ -92,9 +93,17 @@ class LatentTask(Task):
                 width=self.image_size,
                 num_inference_steps=steps,
                 output_type="np",
+                **self._call_options(),
             ).images
         check_pixels(images, self.dtype)
         return np.rint(images * 255).astype(np.uint8)
+
+    def _call_options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's call when it draws images: none unless overridden."""
+        return {}
+
+    def _noise_process(self, scheduler: Any) -> Noising:
+        return Diffusion(scheduler, clip_sample=False)
 
     @abstractmethod
     def _conditioning(self, prompts: list[str]) -> Mapping[str, Conditioning]:

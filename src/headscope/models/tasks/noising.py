@@ -67,11 +67,15 @@ class Noising(ABC):
 class Diffusion(Noising):
     """DDPM's noise process, whichever sampler the pipeline holds.
 
+    Args:
+        clip_sample: False if the clean images it implies may go beyond [-1, 1], as latents do. Schedulers without a
+            setting of it (Euler, DPM-Solver) don't clip, but the DDIM sampler made from their settings would.
+
     Raises:
         TypeError, ValueError: the scheduler is of another kind.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, *, clip_sample: bool = True) -> None:
         if not hasattr(scheduler, "alphas_cumprod"):
             raise TypeError(
                 f"scheduler: got {type(scheduler).__name__}, expected one with alphas_cumprod (DDPM, DDIM, Euler, ...)"
@@ -80,6 +84,7 @@ class Diffusion(Noising):
         if self._kind not in PREDICTIONS:
             raise ValueError(f"prediction_type: got {self._kind!r}, expected one of {', '.join(PREDICTIONS)}")
         self._config = scheduler.config
+        self._clip_sample = scheduler.config.get("clip_sample", clip_sample)
         # add_noise means something else in every sampler; models are trained by this one's formula
         self._stock = require("diffusers", "diffusers").DDPMScheduler.from_config(scheduler.config)
         self.timesteps = range(int(scheduler.config.num_train_timesteps))
@@ -111,7 +116,7 @@ class Diffusion(Noising):
         return torch.full((items,), timestep, device=device)
 
     def sampler(self) -> Any:
-        return require("diffusers", "diffusers").DDIMScheduler.from_config(self._config)
+        return require("diffusers", "diffusers").DDIMScheduler.from_config(self._config, clip_sample=self._clip_sample)
 
 
 class FlowMatching(Noising):

@@ -1,0 +1,69 @@
+"""The patches of docs/extending.md: each still applies, is two files of code beside its tests, and passes them."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headscope.ops import cpu_library
+
+PROJECT = Path(__file__).parents[1]
+PATCHES = sorted((PROJECT / "docs" / "extending").glob("*.patch"))
+# what a patched copy needs to run its tests
+COPIED = ("src", "kernels", "tests", "docs", "pyproject.toml", "README.md")
+# of the copy, whatever is installed
+PYTEST = """
+import sys
+from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
+sys.meta_path[:] = [BuiltinImporter, FrozenImporter, PathFinder]
+sys.path[:0] = ["src", "kernels"]
+import headscope, pytest
+assert headscope.__file__.startswith(sys.argv[1]), headscope.__file__
+sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", "-m", "", *sys.argv[2:]]))
+"""
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """A copy of what is needed, with the C++ library where there is one."""
+    for name in COPIED:
+        source, target = PROJECT / name, folder / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    library = cpu_library.library_path()
+    if library is not None:
+        native = folder / "src" / "headscope" / "_native"
+        native.mkdir(exist_ok=True)
+        if not (native / Path(library).name).exists():
+            shutil.copy(library, native)
+    return folder
+
+
+def test_there_is_a_patch_of_each():
+    assert [patch.stem for patch in PATCHES] == ["family", "statistic", "unit_kind"]
+    page = (PROJECT / "docs" / "extending.md").read_text()
+    assert all(f"(extending/{patch.name})" in page for patch in PATCHES)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_a_patch_applies_and_is_two_files_of_code(patch: Path, tmp_path: Path):
+    copy = copy_of_the_project(tmp_path)
+    subprocess.run(["git", "apply", "--check", str(patch)], cwd=copy, check=True)
+    changed = re.findall(r"^\+\+\+ b/(.*)$", patch.read_text(), re.M)
+    code = [name for name in changed if name.startswith(("src/", "kernels/", "csrc/"))]
+    assert 1 <= len(code) <= 2
+    assert all(name.startswith(("tests/", "docs/")) for name in set(changed) - set(code))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
+def test_a_patch_passes_the_tests_that_it_brings(patch: Path, tmp_path: Path):
+    copy = copy_of_the_project(tmp_path)
+    subprocess.run(["git", "apply", str(patch)], cwd=copy, check=True)
+    tests = list(re.findall(r"^\+\+\+ b/(tests/.*test_\w+\.py)$", patch.read_text(), re.M))
+    assert tests
+    subprocess.run([sys.executable, "-c", PYTEST, str(copy), *tests], cwd=copy, check=True)
