@@ -134,7 +134,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def _described(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    return f"{value.dtype} {list(value.shape)}" if hasattr(value, "shape") else f"a {type(value).__name__}"
 
 
 def _sizes() -> str:
