@@ -141,5 +141,5 @@ def _sizes() -> str:
     """The sizes that the call's dimensions have so far."""
     with redirect_stdout(StringIO()) as printed:
         print_bindings()
-    _, *sizes = printed.getvalue().split("\n")
-    return f" with {', '.join(filter(None, sizes))}" if sizes else ""
+    _, *sizes = printed.getvalue().rstrip("\n").split("\n")
+    return f" with {', '.join(sizes)}" if sizes else ""

@@ -120,7 +120,7 @@ def call_arguments(
     kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
     return {
         **arguments,
-        "mask_ptr": mask.view(torch.uint8) if kind == "bool" else mask,
+        "mask_ptr": mask if mask is None or kind == "additive" else mask.view(torch.uint8),
         "heads": heads,
         "heads_per_group": heads // max(kv_heads, 1),
         "queries": queries,

@@ -7,7 +7,6 @@ import struct
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Int32
 from torch import Tensor
 
 from headscope._shapes import PerHead, PerKey, StatisticTensor, StatisticValue
@@ -136,9 +135,7 @@ def _integers(name: str, constants: Sequence[int | float], least: Sequence[int])
     return (*(int(value) for value in constants), *(0,) * (4 - len(constants)))
 
 
-def _group_sizes(
-    name: str, constants: Sequence[int | float], tensors: Sequence[Int32[Tensor, "#batch #heads keys"]]
-) -> tuple[int, ...]:
+def _group_sizes(name: str, constants: Sequence[int | float], tensors: Sequence[Tensor]) -> tuple[int, ...]:
     """The number of groups and the id of the first one, and zeros."""
     sizes = _integers(name, constants, (0, 0))
     if not constants or len(tensors) != 1:

@@ -160,7 +160,7 @@ def query_gradient_kernel(
     if CAUSAL:
         limit = tl.minimum(keys, first_query + BLOCK_QUERIES)
         full = tl.minimum(full, (first_query + 1) // BLOCK_KEYS * BLOCK_KEYS)
-    # a removed head's output says nothing about it: see the kernel above
+    # a removed head's output says nothing about it: see key_value_gradient.py
     output_limit = query_limit
     value_limit = keys
     if HAS_GATE:
