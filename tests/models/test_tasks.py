@@ -138,6 +138,12 @@ def test_a_family_of_ones_own_can_be_swept(own_family, tmp_path):
         inputs = task.noisy_inputs(task.prepare([item]), 60)
         with torch.inference_mode():
             assert loss == pytest.approx(float(task.loss(inputs)), rel=1e-5)
+    # a run belongs to the task that it was made with
+    named = f"code of {own_family.__module__}.{own_family.__qualname__}"
+    assert named in run.manifest["identity"]
+    task_module._FAMILIES.remove(own_family)
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        headscope.sweep(tmp_path / "run", model=pipeline, progress=False, observe=False, **asked)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

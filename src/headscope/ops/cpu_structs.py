@@ -114,8 +114,7 @@ def statistic_struct(
             raise ValueError(f"statistics: got constants {tuple(constants)} for distance, expected four grid sizes")
     elif name in ("group_mass", "group_entropy"):
         sizes = _group_sizes(name, constants, tensors)
-        ids = _broadcast("groups", tensors[0], (batch, heads, keys), (torch.int32,))
-        groups = (ids.data_ptr(), *ids.stride())
+        groups = _group_ids(tensors, (batch, heads, keys))
         shape = (batch, heads, queries, sizes[0])
     if output.shape != shape or output.dtype != torch.float32 or not output.is_contiguous() or output.is_meta:
         check(f"statistic_outputs[{name!r}]", output, shape, (torch.float32,))
@@ -133,6 +132,12 @@ def _integers(name: str, constants: Sequence[int | float], least: Sequence[int])
             f"statistics: got constants {tuple(constants)} for {name}, expected integers >= {tuple(least)}"
         )
     return (*(int(value) for value in constants), *(0,) * (4 - len(constants)))
+
+
+def _group_ids(tensors: Sequence[StatisticTensor], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The fields of a headscope_statistic that hold the group of each key."""
+    ids = _broadcast("groups", tensors[0], sizes, (torch.int32,))
+    return (ids.data_ptr(), *ids.stride())
 
 
 def _group_sizes(name: str, constants: Sequence[int | float], tensors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -50,6 +50,15 @@ def code_of(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def code_of_class(kind: type) -> dict[str, str]:
+    """A class of the user's by its name, with a digest of its module's code or, from a notebook, of its own; nothing
+    for headscope's classes, which the version stands for."""
+    if kind.__module__.partition(".")[0] == "headscope":
+        return {}
+    source = _source(inspect.getmodule(kind)) or _source(kind) or ""
+    return {f"{CODE}{kind.__module__}.{kind.__qualname__}": hashlib.sha256(source.encode()).hexdigest()}
+
+
 def _source(code: Any) -> str | None:
     """The source of a module or function, None where there isn't any."""
     try:

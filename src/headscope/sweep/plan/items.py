@@ -14,7 +14,7 @@ import torch
 
 from headscope._extras import require
 from headscope._machine import checked_device
-from headscope.models import PixelTask, Task
+from headscope.models import Task
 from headscope.sweep.plan.choosing import Choice, choose_items
 from headscope.sweep.plan.config import IN_MEMORY, SPLITS, SweepConfig
 from headscope.sweep.plan.in_memory import modules_of
@@ -205,7 +205,7 @@ def open_items(config: SweepConfig, task: Task) -> list[GroupItems]:
     """
     opened = [_open_group(text, config, task.image_size) for text in config.groups]
     if config.prompts is not None:
-        if isinstance(task, PixelTask):
+        if not task.takes_prompts:
             raise ValueError("prompts: got a prompts file, expected none: the model takes no text")
         opened.append(_open_prompts(Path(config.prompts), config))
     names = [group.name for group in opened]

@@ -8,7 +8,7 @@ from headscope._version import __version__
 from headscope.models import Site, Task
 from headscope.sweep.plan.choosing import ITEMS, REFERENCE_ITEMS
 from headscope.sweep.plan.config import IN_MEMORY, SweepConfig
-from headscope.sweep.plan.functions import CODE, code_of
+from headscope.sweep.plan.functions import CODE, code_of, code_of_class
 from headscope.sweep.plan.heads import attributed_sites, check_identity_fill, chosen_heads, chosen_sets
 from headscope.sweep.plan.in_memory import structure
 from headscope.sweep.plan.items import GroupItems, choose_timesteps, model_fingerprint
@@ -80,6 +80,8 @@ def _identity(
         "groups": [[group.name, _sha(_item_keys(group.swept)), _sha(_item_keys(group.reference))] for group in groups],
         **{CODE + name: digest for name, digest in code_of((*config.scores, *config.image_scores)).items()},
     }
+    # another task may ask the same weights for something else
+    identity |= code_of_class(type(task))
     if config.model == IN_MEMORY:
         identity["structure"] = structure(task.pipeline)
     return json.loads(json.dumps(identity))
