@@ -102,7 +102,7 @@ def statistic_struct(
     spec: StatisticSpec, output: StatisticValue, batch: int, heads: int, queries: int, keys: int
 ) -> bytes:
     """One headscope_statistic."""
-    name, constants, tensors = (spec, (), ()) if isinstance(spec, str) else spec
+    name, constants, tensors = (spec, (), []) if isinstance(spec, str) else spec
     kind = _KINDS.get(name)
     if kind is None:
         raise ValueError(f"statistics: got {name!r}, expected some of {', '.join(STATISTICS)}")
