@@ -44,6 +44,11 @@ def test_layers_are_kept():
         ("src/headscope/ops/edits.py", "import headscope.models.scope", "What both need belongs into the lower"),
         ("src/headscope/models/structure/sites.py", "import headscope.models.scope", "a smaller class in the lower"),
         ("src/headscope/sweep/plan/config.py", "import headscope.sweep.store.run", "A plan says what to do"),
+        (
+            "src/headscope/sweep/compute/kinds/images.py",
+            "import headscope.sweep.compute.kinds.ablations",
+            "What two kinds share stands beside",
+        ),
         ("src/headscope/report/naming.py", "import headscope.report.page", "into a third one below them"),
         ("kernels/headscope_kernels/__init__.py", "import headscope.ops", "The kernels serve people who"),
         ("kernels/headscope_kernels/__init__.py", "import numpy", "The kernels serve people who"),
