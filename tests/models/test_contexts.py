@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 import tiny
 from headscope import Scope
 from headscope.models.hooks import attachment, routing
-from models.running import hooks, run
+from running import hooks, run
 
 
 def test_an_exception_leaves_nothing_behind(unet, sample):

@@ -7,7 +7,7 @@ import torch
 from diffusers import PNDMScheduler
 
 from headscope import HeadEdit, Patch, Recording, Scope, Where, attention
-from models.running import run
+from running import run
 
 
 def draw(pipeline, prompts=("a red fox", "a blue boat"), **options):

@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 import tiny
 from headscope import Scope
 from headscope.models.hooks import routing
-from models.running import run
+from running import run
 
 SITES = ["down_blocks.1.attentions.0", "mid_block.attentions.0"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 
 from headscope import GroupMass, Recording, Scope
-from models.running import run
+from running import run
 
 
 def test_every_query_on_request(unet, sample):

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor as EagerProcessor
 import headscope
 import tiny
 from headscope import HeadEdit, Scope
-from models.running import hooks, run
+from running import hooks, run
 
 
 class SelfAttention(torch.nn.Module):
