@@ -1,5 +1,6 @@
 """Contexts of a Scope: they nest, and leave nothing behind."""
 
+import contextlib
 import threading
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch.nn.functional as functional
 
 import tiny
 from headscope import Scope
-from headscope.models.hooks import attachment, routing
+from headscope.models.hooks import attachment, caches, routing
 from running import hooks, run
 
 
@@ -181,7 +182,87 @@ def test_hooks_stay_in_place_between_contexts(unet, sample):
 
 
 def test_a_scope_shows_sites_and_contexts_alone(unet):
-    """The state of its contexts is hidden."""
-    contexts = {"record", "record_tokens", "edit", "keep_hooks"}
+    """How they act is hidden."""
+    contexts = {"record", "record_tokens", "edit", "keep_hooks", "recordings", "token_maps", "edits"}
     shown = {name for name in dir(Scope(unet)) if not name.startswith("_")}
     assert shown == {"denoiser", "sites", "unseen", "site", "matching", "refresh", "timestep", "attribute"} | contexts
+
+
+@pytest.mark.parametrize("maps_first", [True, False])
+def test_an_error_of_one_context_leaves_no_forward_of_another_unfinished(diffusion, maps_first):
+    """Token maps refuse a forward with another number of text tokens when it ends; a recording has it all the same."""
+    unet = diffusion.unet
+    scope = Scope(unet)
+    size, width = unet.config.sample_size, unet.config.cross_attention_dim
+    picture = torch.randn(2, unet.config.in_channels, size, size)
+
+    def forward(timestep, tokens):
+        with torch.inference_mode():
+            unet(picture, timestep, torch.randn(2, tokens, width))
+
+    with contextlib.ExitStack() as stack:
+        opened = [lambda: scope.record_tokens("a b"), lambda: scope.record("entropy")]
+        contexts = [stack.enter_context(enter()) for enter in (opened if maps_first else reversed(opened))]
+        recording = contexts[1 if maps_first else 0]
+        forward(10, 5)
+        with pytest.raises(ValueError, match="token maps"):
+            forward(900, 6)
+    with scope.record("entropy", into=recording):
+        forward(30, 5)
+    table = recording.to_polars()
+    found = table.select("forward", "timestep").unique().sort("forward").rows()
+    assert found == [(0, 10.0), (1, 900.0), (2, 30.0)]
+
+
+def test_an_interrupt_at_a_forward_s_end_leaves_none_of_its_numbers(unet, sample, monkeypatch):
+    scope = Scope(unet)
+    with scope.record("entropy") as first, scope.record("max_prob") as second, torch.inference_mode():
+        end = first.end_forward
+
+        def interrupted(forward):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as moment:
+            moment.setattr(first, "end_forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(unet, sample, 5)
+        assert first.end_forward == end
+        run(unet, sample, 9)
+    for recording in (first, second):
+        assert recording.to_polars()["timestep"].unique().to_list() == [9.0]
+        assert len(recording) == 2
+
+
+def test_every_context_hears_of_what_a_cache_left_out(unet, sample, monkeypatch):
+    """Also those inside of an edit that it makes impossible."""
+    scope = Scope(unet)
+    name = scope.sites[0].name
+    monkeypatch.setattr(caches.HookWatch, "missing", lambda *_: [caches.Missing(name, None, "some cache")])
+    refused = pytest.raises(RuntimeError, match="took its attention from a cache")
+    with scope.edit({name: [0]}), scope.record("entropy") as recording, refused:
+        run(unet, sample)
+    assert [entry.site for entry in recording.reused] == [name]
+
+
+def test_a_context_hears_of_steps_even_where_another_refuses_the_forward(diffusion):
+    scope = Scope(diffusion.unet)
+    size, width = diffusion.unet.config.sample_size, diffusion.unet.config.cross_attention_dim
+    picture = torch.randn(2, diffusion.unet.config.in_channels, size, size)
+    name = scope.sites[0].name
+
+    def refuse(forward):
+        raise ValueError("planned")
+
+    unmet = pytest.raises(ValueError, match="steps: got range")
+    with unmet, scope.record_tokens("a b") as maps, scope.edit({name: [0]}, steps=range(5, 6)):
+        maps.begin_forward = refuse
+        with pytest.raises(ValueError, match="planned"), torch.inference_mode():
+            diffusion.unet(picture, 10, torch.randn(2, 5, width))
+
+
+def test_open_contexts_are_listed(unet):
+    scope = Scope(unet)
+    with scope.record("entropy") as recording, scope.edit({scope.sites[0].name: [0]}):
+        assert [context.recording for context in scope.recordings] == [recording]
+        assert (len(scope.edits), len(scope.token_maps)) == (1, 0)
+    assert (scope.recordings, scope.edits) == ((), ())

@@ -19,8 +19,8 @@ from rich.console import Console
 
 from headscope.sweep import Run, SweepConfig, Workers, run_sweep
 from headscope.sweep.compute.opened import Execution, Opened
+from headscope.sweep.plan.units import CLAIMS
 from headscope.sweep.store.claims import Claims
-from headscope.sweep.store.store import CLAIMS
 
 # a script that runs the sweep of a model directory into a run directory, with so many processes (of a Ray cluster)
 SWEEP = """

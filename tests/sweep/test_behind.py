@@ -10,8 +10,9 @@ from polars.testing import assert_frame_equal
 from headscope.sweep import Run, SweepConfig, SweepFailed, run_sweep
 from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan import items as items_module
+from headscope.sweep.plan.units import CLAIMS
 from headscope.sweep.store.claims import Claims
-from headscope.sweep.store.store import CLAIMS, RunStore
+from headscope.sweep.store.store import RunStore
 from headscope.sweep.work import worker
 from headscope.sweep.work.executors.member import Silent
 from headscope.sweep.work.worker import work

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from headscope.sweep import SweepConfig, run_sweep
 from headscope.sweep.compute.opened import Execution, Opened
+from headscope.sweep.plan.units import CLAIMS
 from headscope.sweep.store import claims as module
 from headscope.sweep.store.claims import Claims
-from headscope.sweep.store.store import CLAIMS
 from headscope.sweep.work.worker import TRIES, given_up
 
 

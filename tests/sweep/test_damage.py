@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from headscope.cli import app
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.plan.units import KINDS, TABLE
+from headscope.sweep.plan.units import CLAIMS, FAILURES, KINDS, TABLE
 from headscope.sweep.store.claims import Claims
 from headscope.sweep.store.manifest import MANIFEST
 from headscope.sweep.store.sheet import write_contact_sheets
-from headscope.sweep.store.store import CLAIMS, EXECUTION, FAILURES, RunStore
+from headscope.sweep.store.store import EXECUTION, RunStore
 from headscope.sweep.work.worker import TRIES
 
 TABLES = tuple(name for name, kind in KINDS.items() if TABLE in kind.files)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from headscope.sweep import Run, SweepConfig, Workers, run_sweep
-from headscope.sweep.store.store import CLAIMS, JOBS
+from headscope.sweep.plan.units import CLAIMS, JOBS
 from sweep.faults import assert_same, awaited, claimants, undisturbed
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]

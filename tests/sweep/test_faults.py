@@ -16,7 +16,7 @@ import pytest
 
 from headscope._signals import AGAIN, terminable
 from headscope.sweep import DiskFull, Run, SweepConfig, SweepFailed, run_sweep
-from headscope.sweep.store.store import CLAIMS, FAILURES
+from headscope.sweep.plan.units import CLAIMS, FAILURES
 from headscope.sweep.work import worker
 from sweep.faults import Destroyed, assert_same, script, undisturbed
 

@@ -23,10 +23,10 @@ from headscope.cli import app
 from headscope.demonstration import runs
 from headscope.study import inference
 from headscope.sweep import Run
-from headscope.sweep.plan.units import KINDS
+from headscope.sweep.plan.units import CLAIMS, FAILURES, JOBS, KINDS
 from headscope.sweep.store import store as files
 from headscope.sweep.store.manifest import MANIFEST
-from headscope.sweep.store.store import CLAIMS, FAILURES, JOBS, RunStore
+from headscope.sweep.store.store import RunStore
 
 READERS = (("sweep", "status"), ("sweep", "verify"), ("sweep", "sheet"), ("report",))
 EVIL = '</script><script>alert("&")</script><img src=x onerror=alert(1)>'

@@ -1,5 +1,7 @@
 """A unit kind is one class: defining it is all that plans, run directories, status and estimates need to know of it."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +11,10 @@ from typer.testing import CliRunner
 
 from headscope.cli import app
 from headscope.demonstration import report_sweep
-from headscope.sweep import Execution, Run, SweepConfig, run_sweep
+from headscope.sweep import Execution, Run, SweepConfig, SweepFailed, run_sweep
 from headscope.sweep.compute.estimate import estimate_sweep
 from headscope.sweep.compute.opened import Opened
-from headscope.sweep.plan.units import KINDS, Planned, UnitKind
+from headscope.sweep.plan.units import KINDS, TABLE, TENSORS, Planned, UnitKind
 from headscope.sweep.store.rows import labels
 from headscope.sweep.store.store import Results
 
@@ -89,7 +91,69 @@ def test_a_kind_that_can_t_be_is_refused(predictions):
         type("Up", (UnitKind,), {"name": "../up"})
     with pytest.raises(ValueError, match=r"Mine\.name: 'ablations' is another kind's"):
         type("Mine", (UnitKind,), {"name": "ablations"})
+    with pytest.raises(ValueError, match=r"Jobs\.name: 'jobs' is a folder of the run's own"):
+        type("Jobs", (UnitKind,), {"name": "jobs"})
     assert list(KINDS)[-1] == "predictions"
     # a notebook's cell that runs again
     again = type("Predictions", (predictions,), {"name": "predictions", "__module__": predictions.__module__})
     assert type(KINDS["predictions"]) is again
+
+
+def test_a_run_with_a_kind_that_is_gone_is_left_alone(predictions, ddpm_directory, tmp_path):
+    """Its manifest is whole: neither is it said to be damaged, nor written anew without the kind's units."""
+    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=1, timesteps=(60,), fills=())
+    run = run_sweep(config, tmp_path / "run", progress=False)
+    before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    gone = KINDS.pop("predictions")
+    for attempt in (lambda: Run.open(run.path), lambda: run_sweep(config, tmp_path / "run", progress=False)):
+        with pytest.raises(ValueError, match="has units of the kind 'predictions', expected those that this headscope"):
+            attempt()
+    KINDS["predictions"] = gone
+    assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
+    assert Run.open(run.path).complete
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"reads": ()}, "predictions.reads: no unit of 'images' for 'prompts' to read, expected one"),
+        ({"files": (TABLE, TENSORS)}, r"predictions: compute gave nothing for its \.safetensors file"),
+    ],
+)
+def test_a_kind_that_forgets_something_is_told(predictions, diffusion_directory, tmp_path, wrong, message):
+    type("Predictions", (predictions,), {"name": "predictions", "__module__": predictions.__module__, **wrong})
+    (tmp_path / "prompts.txt").write_text("a red fox\na house\n")
+    config = SweepConfig(
+        model=diffusion_directory, prompts=str(tmp_path / "prompts.txt"), splits=("confirm",), items=1,
+        timesteps=(100,), fills=(), generate_steps=1,
+    )  # fmt: skip
+    with pytest.raises(SweepFailed, match=message):
+        run_sweep(config, tmp_path / "run", progress=False)
+
+
+OWN_TASK = """
+import sys
+from headscope.models import PixelTask
+from headscope.sweep import SweepConfig, Workers, run_sweep
+
+class Mine(PixelTask):
+    expects = "mine"
+
+    @classmethod
+    def fits(cls, pipeline):
+        return PixelTask.fits(pipeline)
+
+if __name__ == "__main__":
+    config = SweepConfig(model=sys.argv[1], groups=("faces",), items=1, timesteps=(60,), fills=())
+    run = run_sweep(config, sys.argv[2], progress=False, workers=Workers("processes", 2))
+    print([name for name in run.manifest["identity"] if name.startswith("code of")], run.complete)
+"""
+
+
+@pytest.mark.full
+def test_a_task_of_a_script_is_the_same_in_the_processes_it_starts(ddpm_directory, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(OWN_TASK)
+    command = [sys.executable, str(script), ddpm_directory, str(tmp_path / "run")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "['code of __main__.Mine'] True"

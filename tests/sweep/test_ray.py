@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from headscope.sweep import Run, SweepConfig, Workers, run_sweep
-from headscope.sweep.store.store import CLAIMS
+from headscope.sweep.plan.units import CLAIMS
 from sweep.faults import assert_same, awaited, claimants, script, undisturbed
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")

@@ -1,9 +1,8 @@
 """How fast denoisers run with headscope watching them, beside what else one could do.
 
 Reading order: timing, memory and records (the measuring core, which the scripts of the repository's bench/ share),
-configurations (models and their inputs), denoisers (pipelines around them), ways
-(stock, headscope and its peers), measure (seconds, bytes and operations of a way), results (the file of a run),
-throughput (its table and plot).
+configurations (models and their inputs), denoisers (pipelines around them), ways (stock, headscope and its peers),
+measure (seconds, bytes and operations of a way), results (the file of a run), throughput (its table and plot).
 
 The core needs torch and NumPy alone, so the names below are loaded when they are first used.
 """

@@ -1,7 +1,7 @@
 """The command line: study, sweep, report, train, bench, doctor.
 
-Reading order: common (options and errors), then a file for each group of commands: studies, sweeps, models. Packages
-that take long to import are imported by the command that needs them.
+Reading order: common (options and errors), then a file for each group of commands: studies, sweeps, models,
+and examination (doctor). Packages that take long to import are imported by the command that needs them.
 """
 
 from typing import Annotated

@@ -7,11 +7,11 @@ A site is an attention module of the denoiser. Reading order, each importing onl
 - recording: statistics and tensors of the attention, as tables, maps and plots.
 - editing: changes to the attention of some heads.
 - attending: one attention call, edited and recorded.
+- tasks: what a model is asked to do with an image; each family of pipelines has a file.
 - attribution: what the model's loss says of every head, from gradients.
 - scope: `Scope`, which opens the contexts.
 
-Beside them: processor (the drop-in attention processor), and tasks (what a model is asked to do with an image; each
-family of pipelines has a file).
+Beside them: processor (the drop-in attention processor).
 """
 
 from headscope.models import tasks

@@ -43,6 +43,7 @@ class Scope:
         sites: what can be recorded and edited, in the order in which a forward runs them.
         unseen: attention modules that can't be, with the reason. Recording with unseen sites raises unless
             `sites=` leaves them out.
+        recordings, token_maps, edits: the open contexts, outer ones first.
 
     Warns:
         UserWarning: the pipeline has a second denoiser (Wan 2.2 has one for its later steps), which isn't seen.
@@ -86,6 +87,18 @@ class Scope:
     @property
     def unseen(self) -> tuple[Unseen, ...]:
         return self._index.unseen
+
+    @property
+    def recordings(self) -> tuple[RecordingContext, ...]:
+        return self._contexts.of_kind(RecordingContext)
+
+    @property
+    def token_maps(self) -> tuple[TokenMapContext, ...]:
+        return self._contexts.of_kind(TokenMapContext)
+
+    @property
+    def edits(self) -> tuple[EditContext, ...]:
+        return self._contexts.of_kind(EditContext)
 
     def site(self, name: str) -> Site:
         """The site of that name.

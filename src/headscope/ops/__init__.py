@@ -2,7 +2,7 @@
 
 Reading order: api (the call), edits and statistics (what it takes), validation, backends (who serves it), call (what
 they are told), schema (registration with torch), attend and gradients (the formula in plain torch), then one file per
-backend.
+backend; cpu_library and cpu_structs are the C++ kernel behind ctypes.
 """
 
 from headscope.ops.api import AttentionResult, attention, scaled_dot_product_attention

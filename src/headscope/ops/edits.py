@@ -21,7 +21,8 @@ class HeadEdit:
         attention = sum_j p_j * key_scale_j * value_j
         output = gate * attention + (1 - gate) * fill
 
-    Gradients flow into every tensor of it.
+    Gradients flow into every tensor of it. gate and temperature are [batch or 1, heads], key_bias and key_scale
+    [batch or 1, heads or 1, keys]; all are floating-point.
 
     Attributes:
         gate: 1 keeps a head, 0 removes it. A gate of exactly 0 or 1 selects instead of multiplying, so NaN in the

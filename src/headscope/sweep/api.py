@@ -42,7 +42,6 @@ class Fields(TypedDict, total=False):
     image_scores: Sequence[str]
     attribute: bool
     cotangents: int
-    kinds: Sequence[str]
     seed: int
     device: str
     dtype: str
@@ -50,6 +49,7 @@ class Fields(TypedDict, total=False):
     channels_last: bool | None
     compile: bool
     graphs: bool
+    kinds: Sequence[str]
 
 
 def sweep(

@@ -157,7 +157,7 @@ def key_value_gradient_kernel(
     key = cast_chunks(key, 1, DOT_DTYPE)
     value_rows = from_row(head_rows(value_ptr, batch, kv_head, value_strides), first_key)
 
-    # this split's queries: [begin, first_border) cross the diagonal or may, [first_full, last_full) are free of any
+    # this split's queries: [begin, first_full) cross the diagonal or may, [first_full, last_full) are free of any
     # border, and one tile may reach past the last query
     begin = split * split_queries
     end = tl.minimum(begin + split_queries, queries)

@@ -73,7 +73,12 @@ def register(name: str, statistic: RowStatistic | Callable[[Constants], RowStati
 
     Args:
         statistic: its functions, or a function that makes them from its constants.
+
+    Raises:
+        ValueError: the name is taken.
     """
+    if name in STATISTICS:
+        raise ValueError(f"name: {name!r} is registered already, expected another one")
     STATISTICS[name] = (lambda constants: statistic) if isinstance(statistic, RowStatistic) else statistic
 
 

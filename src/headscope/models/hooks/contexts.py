@@ -8,6 +8,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -63,11 +64,14 @@ class Context:
     def acts_in(self, forward: Forward) -> bool:
         return self.steps is None or self.step_of(forward) in self.steps
 
-    def begin_forward(self, forward: Forward) -> None:
-        """A forward begins inside the context."""
+    def see(self, forward: Forward) -> None:
+        """Note the step and the branches of a forward that begins inside the context."""
         self._steps_seen[self.step_of(forward)] = None
         if self.acts_in(forward):
             self._branches_seen.update(dict.fromkeys(forward.branches))
+
+    def begin_forward(self, forward: Forward) -> None:
+        """A forward begins inside the context; what an error stopped in the middle of an earlier one is forgotten."""
 
     def end_forward(self, forward: Forward, completed: bool) -> None:
         """A forward has ended, by itself or (not `completed`) with an exception."""
@@ -125,6 +129,10 @@ class ActiveContexts:
         """The open contexts of a kind that concern a site, outermost first."""
         return [context for context in self._open if isinstance(context, kind) and site in context.sites]
 
+    def of_kind(self, kind: type[Kind]) -> tuple[Kind, ...]:
+        """The open contexts of a kind, outermost first."""
+        return tuple(context for context in self._open if isinstance(context, kind))
+
     @contextmanager
     def opened(self, context: Context, attach: Callable[[], Attachment]) -> Iterator[None]:
         """Open a context; what `attach` puts into the model and torch stays there while any is open."""
@@ -172,6 +180,8 @@ class ActiveContexts:
         if self._attachment is not None:
             self._attachment.hooks.begin(forward, arguments, self._named_arguments)
         for context in self._open:
+            context.see(forward)
+        for context in self._open:
             context.begin_forward(forward)
         routing.watch(self)
 
@@ -203,12 +213,11 @@ class ActiveContexts:
             return
         # what runs again in a backward belongs to this forward still
         forward.totals = dict(forward.calls)
-        for context in self._open:
-            context.end_forward(forward, completed)
+        told = [partial(context.end_forward, forward, completed) for context in self._open]
         if completed and self._attachment is not None:
-            for missing in self._attachment.hooks.missing(forward, self._attachment.sites):
-                for context in self._open:
-                    context.note_missing(missing, forward)
+            found = self._attachment.hooks.missing(forward, self._attachment.sites)
+            told += [partial(context.note_missing, missing, forward) for missing in found for context in self._open]
+        _tell_all(told)
 
     @contextmanager
     def repeat(self, forward: Forward | None, calls: dict[str, Progress]) -> Iterator[None]:
@@ -237,3 +246,15 @@ class ActiveContexts:
                 " recording of all would miss it; name the sites to record ([site.name for site in scope.sites] are all"
                 " that can be seen)"
             )
+
+
+def _tell_all(calls: Iterable[Callable[[], None]]) -> None:
+    """Make every call, then raise the first error: one context's must not leave another's forward unfinished."""
+    errors = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]

@@ -232,7 +232,6 @@ class TokenMapContext(Context):
         self.maps = maps
 
     def begin_forward(self, forward: Forward) -> None:
-        super().begin_forward(forward)
         self.maps.begin_forward(forward)
 
     def end_forward(self, forward: Forward, completed: bool) -> None:

@@ -156,6 +156,12 @@ class Recording:
                 for segment, piece in split_queries(whole, layout):
                     add(column, segment, piece, heads, piece.shape[2])
 
+    def begin_forward(self) -> None:
+        """Forget what is left of a forward that neither ended nor was dropped: an interrupt came in between."""
+        self._pending = []
+        self._calls_in_forward = 0
+        self.tensors.begin_forward()
+
     def end_forward(self, forward: Forward) -> None:
         """Reduce what the forward gave: calls of one shape in one go."""
         self._forwards = self._number_of(forward) + 1
@@ -413,6 +419,12 @@ class RecordingContext(Context):
     def leave(self) -> None:
         self.recording.leave()
 
+    def step_of(self, forward: Forward) -> int:
+        return self.recording.step_of(forward)
+
+    def begin_forward(self, forward: Forward) -> None:
+        self.recording.begin_forward()
+
     def end_forward(self, forward: Forward, completed: bool) -> None:
         if completed:
             self.recording.end_forward(forward)
@@ -421,5 +433,4 @@ class RecordingContext(Context):
 
     def note_missing(self, missing: Missing, forward: Forward) -> None:
         if missing.site in self.sites:
-            step = self.recording.step_of(forward)
-            self.recording.reused.append(Reused(missing.site, step, missing.branch))
+            self.recording.reused.append(Reused(missing.site, self.step_of(forward), missing.branch))

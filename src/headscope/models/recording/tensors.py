@@ -110,6 +110,10 @@ class HeadTensors:
                 chosen = chosen.clone()
             self._pending.append(_Pending(forward, start, quantity, site.name, number, branch, chosen, len(samples)))
 
+    def begin_forward(self) -> None:
+        """Forget what is left of a forward that never ended."""
+        self._pending = [pending for pending in self._pending if pending.forward.totals is not None]
+
     def end_forward(self, forward: Forward) -> None:
         forwards = len({id(pending.forward) for pending in self._pending})
         if forward.timestep.device.type == "cpu" or forwards >= _FORWARDS_AT_ONCE:

@@ -34,7 +34,7 @@ class Statistic:
             shape has no queries in it), and comes from a second pass.
         tensor_count: how many tensors it works with.
         constants: ints and floats that the formula depends on; part of what is compiled.
-        tensors: its data, int32 or float32.
+        tensors: its data, int32 or float32, each [batch or 1, heads or 1, length].
         name: the key it has in `result.statistics`; its own `key` unless told otherwise.
         spec: key and constants as a string, by which the torch operator knows it.
 

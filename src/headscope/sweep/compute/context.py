@@ -101,7 +101,10 @@ class Context:
 
     def _needed(self, unit: Unit, kind: str) -> Unit:
         """The unit of a kind whose results this one reads."""
-        return next(other for other in self.plan.needs(unit) if other.kind == kind)
+        found = next((other for other in self.plan.needs(unit) if other.kind == kind), None)
+        if found is None:
+            raise ValueError(f"{unit.kind}.reads: no unit of {kind!r} for {unit.group!r} to read, expected one")
+        return found
 
     def noisy_inputs(self, prepared: Prepared, timestep: int) -> NoisyInputs:
         """Prepared items with the sweep's noise."""

@@ -195,11 +195,13 @@ class Opened:
         found = []
         for kind in {unit.kind for unit in self._sharing_units}:
             edited = frozenset(edit.sites for edit in KINDS[kind].edits(self.plan))
+            if not edited:
+                continue
             with torch.inference_mode(), self.prefix.clean(edited) as cache:
                 self.forward(1)
             copied = max(self.prefix.copied_bytes(cache, sites) for sites in edited)
             found.append(Sharing(cache.nbytes, copied))
-        return Sharing(max(each.cached for each in found), max(each.copied for each in found))
+        return Sharing(max((each.cached for each in found), default=0), max((each.copied for each in found), default=0))
 
     def context(self, store: RunStore) -> Context:
         """The context that the units of a run are computed with."""

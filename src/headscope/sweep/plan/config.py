@@ -119,7 +119,6 @@ class SweepConfig:
             and returns a number for each image.
         attribute: every head's importance g and c at every item and timestep, from a few backwards, for each fill.
         cotangents: random vectors that c is estimated from.
-        kinds: further kinds of unit, and so tables: those that run only where they are named (`UnitKind.optional`).
         seed: the noise replicate, 0 to 2**31 - 1.
         device: where the model runs.
         dtype: the denoiser's dtype.
@@ -130,6 +129,7 @@ class SweepConfig:
             it runs uncompiled.
         graphs: replay teacher-forced forwards from CUDA graphs, which spares small models the launching of kernels one
             by one. Each kind of forward (clean, and one for every edited site and number of rows) is captured once.
+        kinds: further kinds of unit, and so tables: those that run only where they are named (`UnitKind.optional`).
     """
 
     model: str = "builtin"
@@ -151,7 +151,6 @@ class SweepConfig:
     image_scores: tuple[str, ...] = ()
     attribute: bool = False
     cotangents: int = 4
-    kinds: tuple[str, ...] = ()
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
@@ -159,6 +158,7 @@ class SweepConfig:
     channels_last: bool | None = None
     compile: bool = False
     graphs: bool = False
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""

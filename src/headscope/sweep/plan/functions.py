@@ -1,4 +1,4 @@
-"""Functions that a user names as "module:function": found by name, and known by a digest of their code."""
+"""Functions that a user names as "module:function", and classes of a user's: known by a digest of their code."""
 
 import hashlib
 import importlib
@@ -56,7 +56,9 @@ def code_of_class(kind: type) -> dict[str, str]:
     if kind.__module__.partition(".")[0] == "headscope":
         return {}
     source = _source(inspect.getmodule(kind)) or _source(kind) or ""
-    return {f"{CODE}{kind.__module__}.{kind.__qualname__}": hashlib.sha256(source.encode()).hexdigest()}
+    # a script's classes have this module in the processes that it starts
+    module = "__main__" if kind.__module__ == "__mp_main__" else kind.__module__
+    return {f"{CODE}{module}.{kind.__qualname__}": hashlib.sha256(source.encode()).hexdigest()}
 
 
 def _source(code: Any) -> str | None:

@@ -66,6 +66,9 @@ def _identity(
     asked = config.as_dict()
     for name in ("model", "groups", "prompts", "device", "timesteps", "bands"):
         del asked[name]
+    # they run in an order of their own
+    if config.kinds:
+        asked["kinds"] = sorted(config.kinds)
     scheduler = {name: value for name, value in task.scheduler.config.items() if not name.startswith("_")}
     identity = {
         **asked,

@@ -20,6 +20,8 @@ from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
 UNITS_PER_GROUP = 2000
 # suffixes of the files that units write
 TABLE, TENSORS = ".parquet", ".safetensors"
+# in a run directory beside the folders of kinds: records of failures, claims on units, what Slurm writes of jobs
+FOLDERS = FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
 # the kinds that others read: images drawn for prompts, and mean head outputs for the mean fill
 IMAGES, REFERENCE = "images", "reference"
 
@@ -105,7 +107,7 @@ class UnitKind:
             makes the unit done.
         images: its tensors are images, "clean" and "edited", the latter with one for each row of the table.
         optional: it runs only in sweeps whose `SweepConfig.kinds` names it; else wherever `plan` has units.
-        reported: a section of the report is about its table.
+        reported: its table is one of the report's sections (`report.page.SECTIONS`).
         reads: the kinds whose files, of the same group, its units read; they run earlier.
         reference_score: the score of the reference units among those that it reads.
         shares: its edited forwards may take over what a clean one computed, so they take less time and more memory.
@@ -133,6 +135,8 @@ class UnitKind:
             return
         if not re.fullmatch(r"[a-z]\w*", name):
             raise ValueError(f"{cls.__name__}.name: got {name!r}, expected lower-case letters, digits and underscores")
+        if name in FOLDERS:
+            raise ValueError(f"{cls.__name__}.name: {name!r} is a folder of the run's own, expected another name")
         if name in KINDS and type(KINDS[name]).__module__ != cls.__module__:
             raise ValueError(f"{cls.__name__}.name: {name!r} is another kind's, expected a name of its own")
         for other in cls.reads:
@@ -186,9 +190,18 @@ class Plan(Asked):
 
     def needs(self, unit: Unit) -> list[Unit]:
         """The units whose files this one reads."""
-        kind = KINDS[unit.kind]
-        found = (other for name in kind.reads for other in self._by_kind_and_group.get((name, unit.group), ()))
-        return [other for other in found if other.kind != REFERENCE or other.score == kind.reference_score]
+        key = unit.kind, unit.group
+        if key not in self._needs:
+            kind = KINDS[unit.kind]
+            found = (other for name in kind.reads for other in self._by_kind_and_group.get((name, unit.group), ()))
+            self._needs[key] = [
+                other for other in found if other.kind != REFERENCE or other.score == kind.reference_score
+            ]
+        return self._needs[key]
+
+    @cached_property
+    def _needs(self) -> dict[tuple[str, str], list[Unit]]:
+        return {}
 
     @cached_property
     def _by_kind_and_group(self) -> dict[tuple[str, str], list[Unit]]:

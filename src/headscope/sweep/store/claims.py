@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from headscope._files import read_plain, write_first
+from headscope.sweep.plan.units import CLAIMS
 from headscope.sweep.store import seals
-from headscope.sweep.store.store import CLAIMS
 
 # seconds
 COUNTED_EVERY = 10.0

@@ -44,6 +44,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"run: {str(path)!r} has format {found!r}, this headscope writes and reads {FORMAT}; use the version"
                 " that wrote it, or begin a new run"
             )
+        if problem is None:
+            _check_kinds(path, manifest)
         if problem is None and _is_manifest(manifest):
             return manifest
     what = "is missing" if problem == "missing" else "is damaged: it isn't what headscope wrote"
@@ -51,6 +53,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
         f"run: {str(file)!r} {what}. The command that began the run writes it anew and keeps all results that are"
         " whole; status, verify, report and retry can't, as only the manifest told them what the run is"
     )
+
+
+def _check_kinds(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises ValueError where a run has units of a kind that isn't there: its results are whole, and not to be lost."""
+    units = manifest.get("units")
+    for unit in units if isinstance(units, list) else []:
+        kind = unit.get("kind") if isinstance(unit, dict) else None
+        if isinstance(kind, str) and kind.isidentifier() and kind not in KINDS:
+            raise ValueError(
+                f"run: {str(path)!r} has units of the kind {kind!r}, expected those that this headscope has:"
+                f" {', '.join(KINDS)}"
+            )
 
 
 def _is_manifest(manifest: dict[str, Any]) -> bool:

@@ -16,12 +16,10 @@ from safetensors.numpy import load_file
 
 from headscope._extras import require
 from headscope._files import local_path
-from headscope.sweep.plan.units import KINDS, TABLE
+from headscope.sweep.plan.units import CLAIMS, FAILURES, KINDS, TABLE
 from headscope.sweep.store.claims import Claims
 from headscope.sweep.store.manifest import read_manifest
 from headscope.sweep.store.store import (
-    CLAIMS,
-    FAILURES,
     check_folders,
     check_whole,
     damaged_failures,

@@ -30,12 +30,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from headscope._files import read_plain, write_atomic, write_first
-from headscope.sweep.plan.units import KINDS, TABLE, TENSORS, Unit
+from headscope.sweep.plan.units import FAILURES, FOLDERS, KINDS, TABLE, TENSORS, Unit
 from headscope.sweep.store import seals
 from headscope.sweep.store.manifest import FORMAT, MANIFEST, DamagedManifest, check_identity, read_manifest
 
 EXECUTION = "execution.json"
-FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
 _SEAL = "headscope.seal"
 
 
@@ -139,6 +138,10 @@ class RunStore:
         # the first file comes last: it is what makes the unit done
         for suffix in reversed(KINDS[unit.kind].files):
             write, content = writers[suffix]
+            if content is None:
+                raise ValueError(
+                    f"{unit.kind}: compute gave nothing for its {suffix} file, expected what `files` names"
+                )
             write(unit.kind, unit.id, content)
 
     def write_table(self, kind: str, unit_id: str, table: pa.Table) -> None:
@@ -215,7 +218,7 @@ class RunStore:
 
 def check_folders(run: Path) -> None:
     """Raises ValueError where a folder of a run is a link: what is written or dropped there would be elsewhere."""
-    for name in (*KINDS, FAILURES, CLAIMS, JOBS):
+    for name in (*KINDS, *FOLDERS):
         if (run / name).is_symlink():
             raise ValueError(f"run: {str(run / name)!r} is a link, expected a folder of the run's own")
 

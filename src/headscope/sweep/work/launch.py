@@ -19,9 +19,9 @@ from headscope.counter import whole
 from headscope.sweep.compute.opened import Execution, Opened
 from headscope.sweep.plan.config import SweepConfig
 from headscope.sweep.plan.in_memory import borrowed
-from headscope.sweep.plan.units import Unit
+from headscope.sweep.plan.units import CLAIMS, Unit
 from headscope.sweep.store.run import Run
-from headscope.sweep.store.store import CLAIMS, RunStore, damaged_failures, unit_files
+from headscope.sweep.store.store import RunStore, damaged_failures, unit_files
 from headscope.sweep.work.executors import EXECUTORS
 from headscope.sweep.work.executors.processes import run_processes
 from headscope.sweep.work.executors.ray import run_ray

@@ -5,9 +5,8 @@ directory, status, estimates and progress know it from then on. One with `option
 `SweepConfig.kinds`, `headscope sweep --kind NAME`. That changes no ids of other sweeps; a new field of `SweepConfig`
 would change all of them.
 
-`Context` has the items, the model and what else units need; `observations` is a plain example. Two rules: a piece of
-work that ran out of memory is computed again with fewer rows, so write a result to its place, never append it; and read
-from the device once, at the end.
+`Context` has the items, the model and what else units need; `observations` is a plain example. Work that goes through
+`context.rows.run` is done again with fewer rows where memory ran out, so write a result to its place, never append it.
 """
 
 from headscope.sweep.plan.units import KINDS as KINDS

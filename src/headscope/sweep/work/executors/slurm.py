@@ -11,8 +11,8 @@ from typing import Any
 
 from headscope._extras import require
 from headscope._signals import Once
-from headscope.sweep.plan.units import Unit
-from headscope.sweep.store.store import JOBS, RunStore
+from headscope.sweep.plan.units import JOBS, Unit
+from headscope.sweep.store.store import RunStore
 from headscope.sweep.work.executors.member import take_part
 from headscope.sweep.work.progress import Progress
 from headscope.sweep.work.worker import WorkOrder
