@@ -170,6 +170,7 @@ def key_mass_arguments(
     shape = (*query.shape[:2], key.shape[2])
     if output.shape != shape or not output.is_contiguous():
         raise ValueError(f"output must be contiguous {shape}, got {tuple(output.shape)}")
+    # not the attention's output, whose place in the description it would take
     read = {name: tensor for name, tensor in pointers.items() if name != "output_ptr"}
     arguments = call_arguments(read, is_causal, configuration, configuration.dim_widths)
     arguments |= {"output_ptr": output, **scale_arguments(scale)}

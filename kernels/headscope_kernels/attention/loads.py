@@ -5,6 +5,8 @@ A head dimension is a tuple of chunks, each a power of two wide (Triton's tiles 
 
 Kernels take flat lists of arguments, and group them for their helpers: in tuples with names, which hold what is known
 when they run. Triton turns constants in such a tuple into tensors when it is assigned, so flags stay out of them.
+Its cache on disk knows a helper by its own source and not by the order of a tuple's fields: whoever changes that order,
+here or in tiles.py, changes the helpers that unpack the tuple as well.
 """
 
 # ruff: noqa: RUF005 (the kernel language joins tuples with + only)
