@@ -70,7 +70,8 @@ def attention_forward(
     Raises:
         ValueError: a dtype, head dimension, statistic or combination that the kernel, or the configuration's schedule,
             has no code for.
-        RuntimeError: Triton compiled the kernel wrongly (operands.py) or not as the schedule says (hopper/specialised.py).
+        RuntimeError: Triton compiled the kernel wrongly (operands.py), or not as the schedule says
+            (hopper/specialised.py).
     """
     pointers = {
         "query_ptr": query,
