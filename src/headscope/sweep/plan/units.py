@@ -20,6 +20,8 @@ from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
 UNITS_PER_GROUP = 2000
 # suffixes of the files that units write
 TABLE, TENSORS = ".parquet", ".safetensors"
+# a kind's name, which is also its folder's
+KIND_NAME = re.compile(r"[a-z]\w*", re.ASCII)
 # in a run directory beside the folders of kinds: records of failures, claims on units, what Slurm writes of jobs
 FOLDERS = FAILURES, CLAIMS, JOBS = "failures", "claims", "jobs"
 # the kinds that others read: images drawn for prompts, and mean head outputs for the mean fill
@@ -133,7 +135,7 @@ class UnitKind:
         if name is None:
             # a base of others
             return
-        if not re.fullmatch(r"[a-z]\w*", name):
+        if not KIND_NAME.fullmatch(name):
             raise ValueError(f"{cls.__name__}.name: got {name!r}, expected lower-case letters, digits and underscores")
         if name in FOLDERS:
             raise ValueError(f"{cls.__name__}.name: {name!r} is a folder of the run's own, expected another name")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope.sweep.plan.functions import CODE
-from headscope.sweep.plan.units import KINDS
+from headscope.sweep.plan.units import KIND_NAME, KINDS
 from headscope.sweep.store import seals
 
 MANIFEST = "manifest.json"
@@ -60,7 +60,7 @@ def _check_kinds(path: Path, manifest: dict[str, Any]) -> None:
     units = manifest.get("units")
     for unit in units if isinstance(units, list) else []:
         kind = unit.get("kind") if isinstance(unit, dict) else None
-        if isinstance(kind, str) and kind.isidentifier() and kind not in KINDS:
+        if isinstance(kind, str) and KIND_NAME.fullmatch(kind) and kind not in KINDS:
             raise ValueError(
                 f"run: {str(path)!r} has units of the kind {kind!r}, expected those that this headscope has:"
                 f" {', '.join(KINDS)}"
