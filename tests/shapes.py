@@ -25,7 +25,13 @@ import torch
 from beartype.door import is_bearable
 from jaxtyping import AbstractArray, jaxtyped, print_bindings
 
-CHECKED = ("headscope.ops", "headscope.models.tasks", "headscope.sweep.compute.scores")
+CHECKED = (
+    "headscope.ops",
+    "headscope.models.attending",
+    "headscope.models.editing.combining",
+    "headscope.models.tasks",
+    "headscope.sweep.compute.scores",
+)
 
 
 class ShapeError(Exception):

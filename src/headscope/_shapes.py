@@ -10,6 +10,7 @@ of dimensions. Annotations cost nothing when the code runs; the tests check them
     keys        tokens that are attended to
     dim         channels of each query and key; dim_v: of each value
     groups      groups of keys
+    rows        of a batch inside a Scope: samples, times guidance branches, times frames where each attends by itself
     items       images with their prompts; channels, height, width: of images, or of latents
 """
 
@@ -38,6 +39,12 @@ StatisticValue = Float[Tensor, "batch heads ..."]
 # what a statistic's formula reads beside the probabilities
 StatisticTensor = Int32[Tensor, "#batch #heads _length"] | Float[Tensor, "#batch #heads _length"]
 StatisticTensors = tuple[StatisticTensor, ...]
+# queries, keys and values of a site's attention call; keys have a head for each group of heads, or one for each that is
+# patched
+SiteQuery = Float[Tensor, "rows heads queries dim"]
+SiteKey = Float[Tensor, "rows _key_heads keys dim"]
+SiteValue = Float[Tensor, "rows _key_heads keys dim_v"]
+SiteOutput = Float[Tensor, "rows heads queries dim_v"]
 # images or latents, with or without noise, and what a denoiser answers
 Sample = Float[Tensor, "items channels height width"]
 # images for people to look at

@@ -5,8 +5,10 @@ from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from headscope._shapes import SiteKey, SiteOutput, SiteQuery
 from headscope.models.editing.combining import Combined, combine
 from headscope.models.editing.editing import EditContext
 from headscope.models.hooks.calls import SiteCall, SiteCalls
@@ -177,7 +179,7 @@ def _attend(call: SiteCall, interest: _Interest, arguments: AttentionArguments) 
 
 
 def _token_masses(
-    call: SiteCall, contexts: Sequence[TokenMapContext], key: Tensor
+    call: SiteCall, contexts: Sequence[TokenMapContext], key: SiteKey
 ) -> list[tuple[TokenMaps, GroupMass]]:
     """The statistic of each token map that takes something from this call."""
     acting = [context.maps for context in contexts if context.acts_in(call.forward)]
@@ -187,7 +189,7 @@ def _token_masses(
 
 def _compute(
     combined: Combined, statistics: tuple[Statistic, ...], arguments: AttentionArguments
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[SiteOutput, dict[str, Float[Tensor, "rows _heads ..."]]]:
     """The edited output, and the statistics by name."""
     _, _, _, attn_mask, _, is_causal, scale, enable_gqa = arguments
     options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
@@ -205,9 +207,9 @@ def _compute(
 
 
 def count_valid_keys(
-    attn_mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor, edit: HeadEdit | None = None
-) -> Tensor | int:
-    """The number of keys that each row may see: an int, or broadcastable to [batch, heads, queries]."""
+    attn_mask: Tensor | None, is_causal: bool, query: SiteQuery, key: SiteKey, edit: HeadEdit | None = None
+) -> Int64[Tensor, "..."] | int:
+    """The number of keys that each query may see: an int, or broadcastable to [rows, heads, queries]."""
     queries, keys = query.shape[2], key.shape[2]
     bias = None if edit is None else edit.key_bias
     if attn_mask is None and bias is None:

@@ -5,8 +5,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from headscope._shapes import SiteKey, SiteQuery, SiteValue
 from headscope.models.editing.edits import FACTORS
 from headscope.models.editing.rows import Change
 from headscope.ops import HeadEdit
@@ -21,14 +23,14 @@ class Combined(NamedTuple):
         later: gates, each with its fill, that come after the operator.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    query: SiteQuery
+    key: SiteKey
+    value: SiteValue
     edit: HeadEdit | None = None
     later: tuple[HeadEdit, ...] = ()
 
 
-def combine(changes: Sequence[Change], query: Tensor, key: Tensor, value: Tensor) -> Combined:
+def combine(changes: Sequence[Change], query: SiteQuery, key: SiteKey, value: SiteValue) -> Combined:
     """Apply the changes' patches, and merge their gates and factors as far as that is the same.
 
     Raises:
@@ -89,8 +91,10 @@ def _gates(changes: Sequence[Change]) -> list[HeadEdit]:
     return [HeadEdit(gate, fill) for gate, fill in merged]
 
 
-def _for_every_head(tensor: Tensor, heads: int) -> Tensor:
-    """Keys or values [rows, groups, tokens, dim], which grouped heads share, as each head's own."""
+def _for_every_head(
+    tensor: Float[Tensor, "rows _heads tokens dim"], heads: int
+) -> Float[Tensor, "rows _each_head tokens dim"]:
+    """Keys or values that groups of heads share, as each head's own."""
     if tensor.shape[1] == 1:
         return tensor.expand(-1, heads, -1, -1)
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
