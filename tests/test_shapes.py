@@ -48,3 +48,22 @@ print(hasattr(blend, "__wrapped__"), "beartype" in sys.modules)
 def test_outside_of_the_tests_nothing_is_checked():
     printed = subprocess.run([sys.executable, "-c", UNCHECKED], capture_output=True, text=True, check=True).stdout
     assert printed.split() == ["False", "False"]
+
+
+WITHOUT = """
+import sys
+sys.modules["jaxtyping"] = sys.modules["beartype"] = None
+import torch
+import headscope.models, headscope.sweep
+
+query = torch.ones(1, 2, 5, 8)
+result = headscope.attention(query, query, query, statistics=["entropy"], edit=headscope.HeadEdit(torch.ones(1, 2)))
+print(tuple(result.statistics["entropy"].shape), headscope.HeadEdit.__annotations__["gate"])
+"""
+
+
+def test_users_need_no_jaxtyping():
+    printed = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True).stdout
+    assert printed.strip().splitlines()[-1] == (
+        "(1, 2, 5) typing.Optional[typing.Annotated[torch.Tensor, '#batch heads']]"
+    )

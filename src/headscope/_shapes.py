@@ -2,7 +2,8 @@
 
 `Float[Tensor, "batch heads queries dim"]` is a floating-point tensor of four dimensions. Within the arguments and the
 result of one function a name stands for one size. `#batch` is that size or 1, `_length` any size, and `...` any number
-of dimensions. Annotations cost nothing when the code runs; the tests check them (tests/shapes.py).
+of dimensions. Annotations cost nothing when the code runs; the tests check them (tests/shapes.py), and they alone need
+jaxtyping.
 
     batch       samples
     heads       attention heads; kv_heads: those of keys and values, a divisor of heads
@@ -14,9 +15,25 @@ of dimensions. Annotations cost nothing when the code runs; the tests check them
     items       images with their prompts; channels, height, width: of images, or of latents
 """
 
+from typing import TYPE_CHECKING, Annotated, Any
+
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int32, Int64, Shaped, UInt8
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float64, Int32, Int64, Integer, Shaped, UInt8
+else:
+    try:
+        from jaxtyping import Bool, Float, Float64, Int32, Int64, Integer, Shaped, UInt8
+    except ImportError:
+
+        class _Noted:
+            """A shape as a note for people, where jaxtyping isn't installed."""
+
+            def __class_getitem__(cls, shape: tuple[Any, str]) -> Any:
+                return Annotated[shape]
+
+        Bool = Float = Float64 = Int32 = Int64 = Integer = Shaped = UInt8 = _Noted
 
 # logits, probabilities and gradients with respect to them
 Scores = Float[Tensor, "batch heads queries keys"]

@@ -5,10 +5,9 @@ from dataclasses import replace
 from typing import NamedTuple, NoReturn
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
 
-from headscope._shapes import SiteKey, SiteOutput, SiteQuery
+from headscope._shapes import Float, Int64, SiteKey, SiteOutput, SiteQuery
 from headscope.models.editing.combining import Combined, combine
 from headscope.models.editing.editing import EditContext
 from headscope.models.hooks.calls import SiteCall, SiteCalls

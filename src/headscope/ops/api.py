@@ -6,11 +6,10 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from headscope._shapes import FillTensor, Mask, StatisticValue
+from headscope._shapes import Bool, FillTensor, Float, Mask, StatisticValue
 from headscope.ops.attend import for_every_head
 from headscope.ops.backends import Problem, select
 from headscope.ops.call import DIFFERENTIABLE, Call, autocasts

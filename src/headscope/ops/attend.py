@@ -1,10 +1,9 @@
 """The formula itself in plain torch, in whatever dtype the tensors have. It materialises [queries, keys]."""
 
 import torch
-from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from headscope._shapes import RowIndices, Scores, StatisticValue
+from headscope._shapes import Float, RowIndices, Scores, Shaped, StatisticValue
 from headscope.ops.call import Call
 from headscope.ops.edits import blend
 

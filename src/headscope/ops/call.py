@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import FillTensor, Mask, PerHead, PerKey, RowValue, StatisticTensor, StatisticValue
+from headscope._shapes import FillTensor, Float, Mask, PerHead, PerKey, RowValue, StatisticTensor, StatisticValue
 from headscope.ops.statistics import Statistic, restore_statistics
 
 # the tensors that gradients flow into, in the order in which a backward is asked for them

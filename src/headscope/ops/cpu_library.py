@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import FillTensor, Mask, PerHead, PerKey, StatisticValue
+from headscope._shapes import FillTensor, Float, Mask, PerHead, PerKey, StatisticValue
 from headscope.ops.cpu_structs import (
     ATTENTION,
     FILL_DTYPES,

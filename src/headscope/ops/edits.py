@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import FillTensor, PerHead, PerKey
+from headscope._shapes import FillTensor, Float, PerHead, PerKey
 
 Fill = Float[Tensor, "..."] | Literal["uniform", "identity"] | None
 

@@ -12,10 +12,9 @@ need nothing more.
 from collections.abc import Collection, Sequence
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headscope._shapes import RowIndices, Scores, StatisticValue
+from headscope._shapes import Bool, Float, RowIndices, Scores, StatisticValue
 from headscope.ops.attend import for_every_head, scale_of, scores, weights_of
 from headscope.ops.call import Call
 

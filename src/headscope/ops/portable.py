@@ -7,9 +7,9 @@ for float64 inputs). The backward recomputes each chunk, so training needs no mo
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor
 
+from headscope._shapes import Shaped
 from headscope.ops.attend import attend
 from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, Results
 from headscope.ops.gradients import gradients

@@ -12,10 +12,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import StatisticValue
+from headscope._shapes import Float, StatisticValue
 from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, Results, autocasts
 from headscope.ops.ordinary import looks, unobserved
 

@@ -1,9 +1,9 @@
 """Checks of the operator's arguments. Each error names the argument, what came and what was expected."""
 
 import torch
-from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from headscope._shapes import Bool, Float, Shaped
 from headscope.ops.edits import HeadEdit
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -5,10 +5,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import SiteKey, SiteQuery, SiteValue
+from headscope._shapes import Float, SiteKey, SiteQuery, SiteValue
 from headscope.models.editing.edits import FACTORS
 from headscope.models.editing.rows import Change
 from headscope.ops import HeadEdit

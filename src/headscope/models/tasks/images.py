@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import Images, Sample
+from headscope._shapes import Float, Images, Sample
 from headscope.models.tasks.task import TaskItem
 
 

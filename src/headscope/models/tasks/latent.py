@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import Conditioning, Images, Sample
+from headscope._shapes import Conditioning, Float, Images, Sample
 from headscope.models.tasks.images import check_pixels, to_signed
 from headscope.models.tasks.noising import Diffusion, Noising
 from headscope.models.tasks.task import Prepared, Task, TaskItem, parameters

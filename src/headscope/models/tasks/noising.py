@@ -19,11 +19,10 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor
 
 from headscope._extras import require
-from headscope._shapes import Sample
+from headscope._shapes import Sample, Shaped
 
 # one for each item, as the scheduler counts them
 Timesteps = Shaped[Tensor, " items"]

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import Conditioning, Images, ItemScore, Sample
+from headscope._shapes import Conditioning, Float, Images, ItemScore, Sample
 from headscope.counter import counter_normal
 from headscope.models.structure.sites import find_denoiser
 from headscope.models.tasks.noising import Diffusion, Noising, Timesteps

@@ -1,10 +1,9 @@
 """The reach of attention over an image."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensors
+from headscope._shapes import Float, RowIndices, RowValue, Scores, StatisticTensors
 from headscope.ops.statistics.statistic import BuiltIn
 
 

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int32, Integer
 from torch import Tensor
 
-from headscope._shapes import GroupValue, RowIndices, RowValue, Scores, StatisticTensors
+from headscope._shapes import Float, GroupValue, Int32, Integer, RowIndices, RowValue, Scores, StatisticTensors
 from headscope.ops.statistics.statistic import Statistic
 
 # group statistics of one fused pass: wider accumulators would not fit a program's registers

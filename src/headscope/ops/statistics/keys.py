@@ -1,9 +1,8 @@
 """The attention that each key receives."""
 
-from jaxtyping import Float
 from torch import Tensor
 
-from headscope._shapes import RowIndices, Scores, StatisticTensors
+from headscope._shapes import Float, RowIndices, Scores, StatisticTensors
 from headscope.ops.statistics.statistic import Statistic
 
 

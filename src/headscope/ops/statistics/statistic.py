@@ -10,10 +10,18 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensor, StatisticTensors, StatisticValue
+from headscope._shapes import (
+    Bool,
+    Float,
+    RowIndices,
+    RowValue,
+    Scores,
+    StatisticTensor,
+    StatisticTensors,
+    StatisticValue,
+)
 
 # every statistic there is, by key
 CLASSES: dict[str, type["Statistic"]] = {}

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64
 from torch import Tensor
 
 from headscope._extras import require
-from headscope._shapes import Images, ItemScore, Sample
+from headscope._shapes import Float64, Images, ItemScore, Sample
 from headscope.sweep.compute.fitting import is_out_of_memory
 from headscope.sweep.plan.functions import imported
 
