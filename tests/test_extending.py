@@ -3,23 +3,17 @@
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from headscope.ops import cpu_library
+from source import PROJECT, copied, run_from_source
 
-PROJECT = Path(__file__).parents[1]
 PATCHES = sorted((PROJECT / "docs" / "extending").glob("*.patch"))
 # what a patched copy needs to run its tests
 COPIED = ("src", "kernels", "tests", "docs", "pyproject.toml", "README.md")
-# of the copy, whatever is installed
 PYTEST = """
-import sys
-from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
-sys.meta_path[:] = [BuiltinImporter, FrozenImporter, PathFinder]
-sys.path[:0] = ["src", "kernels"]
 import headscope, pytest
 assert headscope.__file__.startswith(sys.argv[1]), headscope.__file__
 sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", "-m", "", *sys.argv[2:]]))
@@ -28,12 +22,7 @@ sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", "-m", "", *sys.
 
 def copy_of_the_project(folder: Path) -> Path:
     """A copy of what is needed, with the C++ library where there is one."""
-    for name in COPIED:
-        source, target = PROJECT / name, folder / name
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target)
+    copied(COPIED, folder)
     library = cpu_library.library_path()
     if library is not None:
         native = folder / "src" / "headscope" / "_native"
@@ -66,4 +55,4 @@ def test_a_patch_passes_the_tests_that_it_brings(patch: Path, tmp_path: Path):
     subprocess.run(["git", "apply", str(patch)], cwd=copy, check=True)
     tests = list(re.findall(r"^\+\+\+ b/(tests/.*test_\w+\.py)$", patch.read_text(), re.M))
     assert tests
-    subprocess.run([sys.executable, "-c", PYTEST, str(copy), *tests], cwd=copy, check=True)
+    run_from_source(PYTEST, copy, str(copy), *tests, check=True)

@@ -2,24 +2,14 @@
 broken."""
 
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import grimp
 import pytest
 
-PROJECT = Path(__file__).parents[1]
-PACKAGES = {"headscope": PROJECT / "src" / "headscope", "headscope_kernels": PROJECT / "kernels" / "headscope_kernels"}
+from source import PACKAGES, PROJECT, copied, run_from_source
 
-
-# `lint-imports` finds packages as Python does: here those of a folder, whatever is installed
 LINT = """
-import sys
-from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
-sys.meta_path[:] = [BuiltinImporter, FrozenImporter, PathFinder]
-sys.path[:0] = ["src", "kernels"]
 from importlinter.cli import lint_imports
 sys.exit(lint_imports(no_cache=True, no_logo=True))
 """
@@ -27,9 +17,7 @@ sys.exit(lint_imports(no_cache=True, no_logo=True))
 
 def lint(project: Path) -> tuple[int, str]:
     """The exit code and output of `lint-imports` on a project laid out as this one."""
-    environment = {**os.environ, "COLUMNS": "200"}
-    command = [sys.executable, "-c", LINT]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    done = run_from_source(LINT, project, env={**os.environ, "COLUMNS": "200"}, capture_output=True)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -56,10 +44,7 @@ def test_layers_are_kept():
     ],
 )
 def test_a_broken_layer_is_an_error_with_a_sentence(tmp_path: Path, module: str, line: str, sentence: str):
-    shutil.copy(PROJECT / "pyproject.toml", tmp_path)
-    for folder in PACKAGES.values():
-        ignored = shutil.ignore_patterns("*.so", "__pycache__", "weights")
-        shutil.copytree(folder, tmp_path / folder.relative_to(PROJECT), ignore=ignored)
+    copied(("pyproject.toml", *PACKAGES), tmp_path, "*.so", "weights")
     changed = tmp_path / module
     before = changed.read_text() if changed.exists() else ""
     # imports for types alone count as well
@@ -70,7 +55,7 @@ def test_a_broken_layer_is_an_error_with_a_sentence(tmp_path: Path, module: str,
 
 
 def test_no_module_imports_the_front_of_its_own_package():
-    graph = grimp.build_graph(*PACKAGES)
+    graph = grimp.build_graph(*(Path(folder).name for folder in PACKAGES))
     # other packages' fronts are there to be imported from; its own is imported before it is complete
     found = [
         f"{module} imports {front}"

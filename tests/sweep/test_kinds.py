@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from headscope.cli import app
 from headscope.demonstration import report_sweep
+from headscope.report.page import SECTIONS
 from headscope.sweep import Execution, Run, SweepConfig, SweepFailed, run_sweep
 from headscope.sweep.compute.estimate import estimate_sweep
 from headscope.sweep.compute.opened import Opened
@@ -157,3 +158,7 @@ def test_a_task_of_a_script_is_the_same_in_the_processes_it_starts(ddpm_director
     command = [sys.executable, str(script), ddpm_directory, str(tmp_path / "run")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "['code of __main__.Mine'] True"
+
+
+def test_reported_kinds_are_the_report_s_sections():
+    assert {name for name, kind in KINDS.items() if kind.reported} == set(SECTIONS)

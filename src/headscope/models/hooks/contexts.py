@@ -127,7 +127,7 @@ class ActiveContexts:
 
     def of(self, kind: type[Kind], site: str) -> list[Kind]:
         """The open contexts of a kind that concern a site, outermost first."""
-        return [context for context in self._open if isinstance(context, kind) and site in context.sites]
+        return [context for context in self.of_kind(kind) if site in context.sites]
 
     def of_kind(self, kind: type[Kind]) -> tuple[Kind, ...]:
         """The open contexts of a kind, outermost first."""

@@ -112,7 +112,9 @@ class HeadTensors:
 
     def begin_forward(self) -> None:
         """Forget what is left of a forward that never ended."""
-        self._pending = [pending for pending in self._pending if pending.forward.totals is not None]
+        # its tensors came last, and as a rule there are none
+        if self._pending and self._pending[-1].forward.totals is None:
+            self.drop(self._pending[-1].forward)
 
     def end_forward(self, forward: Forward) -> None:
         forwards = len({id(pending.forward) for pending in self._pending})
