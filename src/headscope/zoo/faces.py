@@ -16,7 +16,7 @@ import numpy as np
 
 from headscope.counter import counter_uniform
 
-__all__ = ["HAIR_STYLES", "PART_NAMES", "face_attributes", "render_face"]
+__all__ = ["HAIR_STYLES", "PART_NAMES", "eye_centres", "face_attributes", "render_face"]
 
 PART_NAMES = ("background", "clothes", "skin", "hair", "brows", "eyes", "nose", "mouth", "glasses")
 HAIR_STYLES = ("bald", "short", "parted", "fringe", "bob", "long", "curly", "bun")
@@ -117,7 +117,8 @@ def face_attributes(identity: int) -> dict[str, Any]:
 def render_face(attributes: dict[str, Any], size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """Paint a face: the image, uint8 [size, size, 3], and its part mask, uint8 [size, size], indices of PART_NAMES.
 
-    `attributes` has the keys of `face_attributes`. A pixel's part is the one that covers most of it, counting only
+    `attributes` has the keys of `face_attributes`, and may have `right_eye_colour` (the image's right; that of the left
+    otherwise) and `iris` (its radius, in the eye's; 0.54 otherwise). A pixel's part is the one that covers most of it, counting only
     what is visible. Raises ValueError for a missing attribute or an unknown style.
     """
     missing = set(face_attributes(0)) - set(attributes)
@@ -143,6 +144,20 @@ def render_face(attributes: dict[str, Any], size: int = 32) -> tuple[np.ndarray,
     painting.brows()
     painting.glasses()
     return painting.finish()
+
+
+def eye_centres(attributes: dict[str, Any]) -> list[tuple[float, float]]:
+    """The places (x, y) of the left and the right eye in the image, in half image widths from its middle."""
+    painting = _Painting(attributes, 1)
+    cosine, sine = _turn(attributes["roll"])
+    centres = []
+    for side in (-1.0, 1.0):
+        x, y, _ = painting.eye(side)
+        across, down = cosine * x - sine * y, cosine * y + sine * x
+        centres.append(
+            (across * attributes["scale"] + attributes["shift"][0], down * attributes["scale"] + attributes["shift"][1])
+        )
+    return centres
 
 
 def _ellipse(x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
@@ -337,18 +352,24 @@ class _Painting:
             beard = np.maximum(np.maximum(self.face, -opening), 0.05 - y)
             self._paint(0.92 * self._inside(beard), self._hair_colour(0.9 * self.shade), "hair")
 
+    def eye(self, side: float) -> tuple[float, float, float]:
+        """The place of an eye (-1 the left one, 1 the right), as `_place` gives it."""
+        return self._place(side * self.a["eye_spacing"], -0.07)
+
     def eyes(self) -> None:
         x, y, size = self.x, self.y, self.a["eye_size"]
         for side in (-1.0, 1.0):
-            eye_x, eye_y, narrow = self._place(side * self.a["eye_spacing"], -0.07)
+            eye_x, eye_y, narrow = self.eye(side)
             width, height = size * narrow, size * self.a["eye_openness"]
             socket = _ellipse(x - eye_x, y - eye_y + 0.02, width * 1.55, size * 1.15)
             self._paint(0.35 * (1.0 - _smooth(-0.08, 0.05, socket)), self._lit(self.skin * 0.58), None)
             eye = _ellipse(x - eye_x, y - eye_y, width, height)
             self._paint(self._inside(eye), self._lit(np.array([0.97, 0.96, 0.95]), 0.35 + 0.62 * self.shade), "eyes")
             iris_x = eye_x + self.a["gaze"] * width * 0.6 + 0.02 * self.yaw[1]
-            iris = np.maximum(_ellipse(x - iris_x, y - eye_y, size * 0.54 * narrow, size * 0.54), eye)
-            self._paint(self._inside(iris), self._lit(np.array(self.a["eye_colour"])), "eyes")
+            radius = size * self.a.get("iris", 0.54)
+            iris = np.maximum(_ellipse(x - iris_x, y - eye_y, radius * narrow, radius), eye)
+            colour = self.a["eye_colour"] if side < 0 else self.a.get("right_eye_colour", self.a["eye_colour"])
+            self._paint(self._inside(iris), self._lit(np.array(colour)), "eyes")
             pupil = np.maximum(_ellipse(x - iris_x, y - eye_y, size * 0.27, size * 0.27), eye)
             self._paint(self._inside(pupil), np.array([0.03, 0.03, 0.04]), "eyes")
             glint = _ellipse(x - iris_x + 0.03, y - eye_y + 0.03, 0.024, 0.024)

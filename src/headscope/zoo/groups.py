@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,18 @@ from headscope._files import is_utf8, local_path, read_plain
 from headscope._images import read_image, read_square, resized
 from headscope.counter import counter_permutation, counter_uniform, whole
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
+from headscope.zoo.structure import (
+    EYE_PARTS,
+    GLYPH_PARTS,
+    MIRROR_PARTS,
+    SIZE,
+    TILE_PARTS,
+    Drawing,
+    draw_eyes,
+    draw_glyphs,
+    draw_mirrored,
+    draw_tiles,
+)
 
 __all__ = [
     "GROUPS",
@@ -39,6 +51,7 @@ __all__ = [
     "Item",
     "Lfw",
     "Photographs",
+    "Tied",
     "open_group",
 ]
 
@@ -59,6 +72,8 @@ class Item:
     caption: str = ""
     attributes: dict[str, Any] | None = field(default=None, repr=False)
     part_mask: np.ndarray | None = field(default=None, repr=False)  # uint8 [size, size], indices of part_names
+    # int32 [size, size, n]: of each pixel, the pixels that its group's tie is to (row * size + column), then -1
+    counterparts: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def key(self) -> str:
@@ -227,6 +242,51 @@ def _lfw_patches() -> np.ndarray:
     return patches
 
 
+class Tied(ImageGroup):
+    """Images with far parts that are tied to each other, or the control without the tie; see `headscope.zoo.structure`.
+
+    One source is one image. A group and its control share no image and no identity.
+
+    Attributes:
+        control: the name of the group's control; of a control, "".
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        draw: Callable[[str, int, bool], Drawing],
+        part_names: tuple[str, ...],
+        control: str = "",
+        caption: str = "",
+        length: int = 2000,
+        size: int = 32,
+    ) -> None:
+        self.name, self.description, self.part_names, self.control = name, description, part_names, control
+        self._draw, self._caption = draw, caption
+        super().__init__(length, size)
+
+    def _source(self, index: int) -> tuple[str, str]:
+        return f"{self.name}-{index:05d}", _split_of_source(self.name, index)
+
+    def _load(self, index: int) -> Item:
+        source, split = self._source(index)
+        image, mask, counterparts, attributes = self._draw(self.name, index, bool(self.control))
+        if self.size != SIZE:
+            image, mask, counterparts = resized(image, self.size), *_nearest(mask, counterparts, self.size)
+        return Item(self.name, index, source, split, image, self._caption, attributes, mask, counterparts)
+
+
+def _nearest(mask: np.ndarray, counterparts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A mask and counterparts of SIZE at another size: each pixel's are those of the nearest one."""
+    # the old pixel of each new one, and the new pixel in the middle of each old one
+    old = np.arange(size) * SIZE // size
+    middle = (2 * np.arange(SIZE) + 1) * size // (2 * SIZE)
+    moved = middle[counterparts // SIZE] * size + middle[counterparts % SIZE]
+    found = np.where(counterparts < 0, -1, moved).astype(np.int32)
+    return mask[old][:, old], found[old][:, old]
+
+
 _PHOTOGRAPHS = (
     ("chelsea", "chelsea.png", "train", "a cat"),
     ("coffee", "coffee.png", "train", "a cup of coffee"),
@@ -385,11 +445,38 @@ def check_names(names: list[str]) -> None:
             raise ValueError(f"path: the name of the file {os.fsencode(name)!r} isn't UTF-8, expected it renamed")
 
 
+# of each tied group: its control, how it is drawn, its parts, what it and its control are
+_TIES: tuple[tuple[str, str, Callable[[str, int, bool], Drawing], tuple[str, ...], str, str], ...] = (
+    ("twins", "distinct", draw_glyphs, GLYPH_PARTS, "Four copies of one random glyph", "Four different random glyphs"),
+    (
+        *("mirrored", "unmirrored", draw_mirrored, MIRROR_PARTS),
+        *("A random texture and its mirror image about an upright axis", "A random texture without symmetry"),
+    ),
+    (
+        *("tiled", "untiled", draw_tiles, TILE_PARTS),
+        *("A random tile, repeated", "A random texture of a tile's grain that never repeats"),
+    ),
+    (
+        *("eyes", "odd_eyes", draw_eyes, EYE_PARTS),
+        *("Drawn faces with large eyes of one random colour", "Drawn faces with large eyes of two random colours"),
+    ),
+)
+
+
+def _tied() -> dict[str, Callable[[], ImageGroup]]:
+    groups: dict[str, Callable[[], ImageGroup]] = {}
+    for name, control, draw, parts, tied, untied in _TIES:
+        groups[name] = partial(Tied, name, f"{tied} (control: {control})", draw, parts, control, tied.lower())
+        groups[control] = partial(Tied, control, f"{untied} (control of {name})", draw, parts, "", untied.lower())
+    return groups
+
+
 GROUPS: dict[str, Callable[[], ImageGroup]] = {
     "faces": Faces,
     "faces_grey": FacesGrey,
     "lfw": Lfw,
     "photographs": Photographs,
+    **_tied(),
 }
 
 
