@@ -13,17 +13,18 @@ def train(
     out: Annotated[
         Path, typer.Option(help="The training run's directory; an unfinished run there is gone on with.")
     ] = (Path("headscope-train")),
+    model: Annotated[str, typer.Option(help="pixeldit (a transformer) or unet.")] = "pixeldit",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 8000,
     minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes, at the end of a step.")] = None,
     seed: Annotated[int, typer.Option(help="Of the initial weights, the batches and the noise.")] = 0,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the forward pass: bfloat16 (autocast) or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Of the forward pass: float32, or bfloat16 by autocast.")] = "float32",
     export: Annotated[
         Path | None, typer.Option(help="Write the weights and the model card there when training is done.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train the bundled model on the zoo's image groups; resumable."""
+    """Train a bundled model on the zoo's image groups; resumable."""
     with clear_errors():
         need("study", "diffusers", "skimage", "PIL")
         if export is not None:
@@ -33,7 +34,14 @@ def train(
 
         result = run_training(
             TrainConfig(
-                out=out, steps=steps, minutes=minutes, seed=seed, device=device, dtype=dtype, progress=not quiet
+                out=out,
+                model=model,
+                steps=steps,
+                minutes=minutes,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                progress=not quiet,
             )
         )
         console.print(f"trained {result.step} of {steps} steps  {escaped(str(out))}", highlight=False)

@@ -45,7 +45,9 @@ PLANNED = (
 def sweep(
     context: typer.Context,
     plan: Annotated[Path | None, typer.Option(help="A TOML file that says it all, in place of the options.")] = None,
-    model: Annotated[str, typer.Option(help='"builtin", or a directory with a diffusers pipeline.')] = "builtin",
+    model: Annotated[
+        str, typer.Option(help="pixeldit or unet, which are bundled, or a directory with a diffusers pipeline.")
+    ] = "pixeldit",
     prompts: Annotated[str | None, typer.Option(help="A text file with a prompt per line.")] = None,
     group: Annotated[
         list[str] | None, typer.Option(help="A zoo group, or NAME=DIR for a folder of images; may be repeated.")

@@ -15,7 +15,7 @@ from headscope.report.naming import listed
 from headscope.report.page import SECTIONS, GroupInfo, write_sweep_report
 from headscope.sweep import Run
 from headscope.sweep.store.run import as_written
-from headscope.zoo import open_group
+from headscope.zoo import MODELS, open_group
 
 REPORT = "report.html"
 # the edits of a set of heads that are shown where they were made
@@ -168,7 +168,7 @@ def sites_of(run: Run) -> list[str]:
 
 def _model_name(manifest: dict[str, Any]) -> str:
     model = manifest["config"]["model"]
-    return "the bundled 2.6 M-parameter UNet (32 x 32 pixels)" if model == "builtin" else Path(model).name
+    return f"{MODELS[model].title} (32 x 32 pixels)" if model in MODELS else Path(model).name
 
 
 def work_of(manifest: dict[str, Any]) -> str:

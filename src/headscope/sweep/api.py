@@ -19,6 +19,7 @@ from headscope.sweep.plan.config import IN_MEMORY, HeadSet, SweepConfig
 from headscope.sweep.plan.in_memory import check_pipeline
 from headscope.sweep.store.run import Run
 from headscope.sweep.work.launch import Workers, run_sweep
+from headscope.zoo import DEFAULT_MODEL
 
 
 class Fields(TypedDict, total=False):
@@ -55,7 +56,7 @@ class Fields(TypedDict, total=False):
 def sweep(
     out: str | Path,
     *,
-    model: Any = "builtin",
+    model: Any = DEFAULT_MODEL,
     executor: str | None = None,
     workers: int = 1,
     address: str | None = None,
@@ -72,8 +73,8 @@ def sweep(
 
     Args:
         out: the run directory; new, or one of the same configuration, which is then gone on with.
-        model: "builtin", a directory with a diffusers pipeline, or a pipeline in memory. That one stays on its device
-            and in its dtype, is told from others by its weights, classes and settings, and is given back as it was.
+        model: a bundled model ("pixeldit", "unet"), a directory with a diffusers pipeline, or a pipeline in memory.
+            That one stays on its device and in its dtype, is told from others by its weights, classes and settings, and is given back as it was.
         executor: "local" (this process), "processes" (of this machine), "ray" or "slurm"; None is local for one worker
             and processes for several.
         workers: how many processes.

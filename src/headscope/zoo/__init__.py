@@ -1,4 +1,4 @@
-"""The bundled demonstration model and image groups, none of which needs a download.
+"""The bundled models and image groups, none of which needs a download.
 
 Training and exporting live in `headscope.zoo.train` and `headscope.zoo.card`, which import torch and are therefore not
 imported here.
@@ -6,15 +6,18 @@ imported here.
 
 from headscope.counter import counter_normal, counter_uniform
 from headscope.zoo.faces import face_attributes, render_face
-from headscope.zoo.groups import GROUPS, SPLITS, FolderGroup, ImageGroup, Item, open_group
-from headscope.zoo.model import load_pipeline
+from headscope.zoo.groups import GROUPS, SPLITS, FolderGroup, ImageGroup, Item, Tied, open_group
+from headscope.zoo.model import DEFAULT_MODEL, MODELS, load_pipeline
 
 __all__ = [
+    "DEFAULT_MODEL",
     "GROUPS",
+    "MODELS",
     "SPLITS",
     "FolderGroup",
     "ImageGroup",
     "Item",
+    "Tied",
     "counter_normal",
     "counter_uniform",
     "face_attributes",

@@ -18,7 +18,7 @@ from safetensors.torch import save as serialise
 from headscope._files import local_path, write_atomic
 from headscope.zoo.card_pictures import PALETTE, Series, image_sheet, line_charts
 from headscope.zoo.groups import open_group
-from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, load_pipeline
+from headscope.zoo.model import MODELS, SCHEDULER_CONFIG, BundledModel, load_pipeline
 from headscope.zoo.train import TrainConfig, evaluate
 
 __all__ = ["export"]
@@ -26,6 +26,8 @@ __all__ = ["export"]
 # the middles of ten equal intervals: their mean estimates the loss over all timesteps
 _TIMESTEPS = tuple(range(50, 1000, 100))
 _HELD_OUT = ("discover", "confirm")
+# of each group and split, evaluated; of each group, pictured
+_EVALUATED, _PICTURED = 60, 40
 
 
 def export(
@@ -34,16 +36,16 @@ def export(
     *,
     samples: int = 40,
     sampling_steps: int = 250,
-    items: int | None = None,
+    items: int = _EVALUATED,
     timesteps: tuple[int, ...] = _TIMESTEPS,
 ) -> Path:
     """Export the averaged weights of a run in half precision, with a model card computed from them.
 
-    run_dir: what `train` wrote. destination: the folder to fill (model.safetensors, unet/ and scheduler/config.json,
-    MODEL_CARD.md, evaluation.json, three PNG figures). samples, sampling_steps: how many images the card shows and
-    the DDPM steps of each. items: evaluate only so many per split (None: all). Every number on the card is computed in
-    float32 from the half-precision weights, loaded back. Returns the destination. Raises FileNotFoundError where
-    run_dir holds no checkpoint.
+    run_dir: what `train` wrote. destination: the folder to fill (model.safetensors, unet/ or transformer/ and
+    scheduler/config.json, MODEL_CARD.md, evaluation.json, three PNG figures). samples, sampling_steps: how many images
+    the card shows and the DDPM steps of each. items: evaluate at most so many of a group's split. Every number on the
+    card is computed in float32 from the half-precision weights, loaded back. Returns the destination. Raises
+    FileNotFoundError where run_dir holds no checkpoint.
     """
     run, folder = local_path("run_dir", run_dir), local_path("destination", destination)
     for name in ("recipe.json", "checkpoint.safetensors", "log.jsonl"):
@@ -52,18 +54,22 @@ def export(
     recipe = json.loads((run / "recipe.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     folder.mkdir(parents=True, exist_ok=True)
-    step = _write_weights(run / "checkpoint.safetensors", folder)
+    bundled = MODELS[recipe["model"]]
+    step = _write_weights(run / "checkpoint.safetensors", folder, bundled)
     pipeline = load_pipeline(folder)
+    denoiser = getattr(pipeline, bundled.part)
     losses = {
         name: {
-            split: evaluate(pipeline.unet, pipeline.scheduler, open_group(name), split, timesteps, items)
+            split: evaluate(bundled, denoiser, pipeline.scheduler, open_group(name), split, timesteps, items)
             for split in ("train", *_HELD_OUT)
         }
         for name in recipe["groups"]
     }
     images = _sample(pipeline, samples, sampling_steps)
     training = {name: _images(name, "train") for name in recipe["groups"]}
-    held_out = {name: np.concatenate([_images(name, split) for split in _HELD_OUT]) for name in recipe["groups"]}
+    held_out = {
+        name: np.concatenate([_images(name, split, _PICTURED // 2) for split in _HELD_OUT]) for name in recipe["groups"]
+    }
     nearest, distances = _nearest(images, np.concatenate(list(training.values())), recipe["shift"])
     _, reference = _nearest(
         np.concatenate(list(held_out.values())), np.concatenate(list(training.values())), recipe["shift"]
@@ -74,9 +80,11 @@ def export(
     summary = {
         "step": step,
         "samples": samples,
-        "unique_training_images": {name: int(min(map(len, training.values()))) for name in training},
+        "unique_training_images": {name: len(images) for name, images in training.items()},
         "sampling_steps": sampling_steps,
-        "held_out_images": {name: len(images) for name, images in held_out.items()},
+        "held_out_images": {
+            name: sum(min(len(open_group(name).indices(split)), items) for split in _HELD_OUT) for name in held_out
+        },
         "losses": losses,
         "nearest_training_image": {"samples": _median(distances), "held_out_items": _median(reference)},
     }
@@ -85,7 +93,7 @@ def export(
     return folder
 
 
-def _write_weights(checkpoint: Path, folder: Path) -> int:
+def _write_weights(checkpoint: Path, folder: Path, bundled: BundledModel) -> int:
     """Write the averaged weights in float16 and the two configurations; returns the checkpoint's step."""
     with safe_open(checkpoint, framework="pt") as stored:
         step = int(stored.metadata()["step"])
@@ -97,7 +105,7 @@ def _write_weights(checkpoint: Path, folder: Path) -> int:
     content = serialise(weights, metadata={"format": "pt", "step": str(step)})
     write_atomic(folder / "model.safetensors", content)
     for part, config in (
-        ("unet", {"_class_name": "UNet2DModel", **UNET_CONFIG}),
+        (bundled.part, {"_class_name": bundled.class_name, **bundled.config}),
         ("scheduler", {"_class_name": "DDPMScheduler", **SCHEDULER_CONFIG}),
     ):
         (folder / part).mkdir(exist_ok=True)
@@ -105,9 +113,9 @@ def _write_weights(checkpoint: Path, folder: Path) -> int:
     return step
 
 
-def _images(name: str, split: str) -> np.ndarray:
+def _images(name: str, split: str, most: int | None = None) -> np.ndarray:
     group = open_group(name)
-    return np.stack([group.item(index).image for index in group.indices(split)])
+    return np.stack([group.item(index).image for index in group.indices(split)[:most]])
 
 
 def _sample(pipeline: Any, count: int, steps: int) -> np.ndarray:
@@ -195,19 +203,17 @@ def _mean(values: dict[int, float]) -> float:
 
 
 def _held_out(losses: dict[str, dict[int, float]]) -> dict[int, float]:
-    """Both held-out splits together: they have the same number of items in every group."""
+    """Both held-out splits together: of each group they have equally many items."""
     return {step: (losses["discover"][step] + losses["confirm"][step]) / 2 for step in losses["discover"]}
 
 
 def _loss_table(losses: dict[str, dict[str, dict[int, float]]]) -> str:
-    header = "| timestep | " + " | ".join(f"{name}: training | held out" for name in losses) + " |"
-    rows = [header, "|---:" * (1 + 2 * len(losses)) + "|"]
-    both = {name: (splits["train"], _held_out(splits)) for name, splits in losses.items()}
-    for step in next(iter(both.values()))[0]:
-        cells = [f"{part[step]:.4f}" for pair in both.values() for part in pair]
-        rows.append(f"| {step} | " + " | ".join(cells) + " |")
-    means = [f"**{_mean(part):.4f}**" for pair in both.values() for part in pair]
-    rows.append("| **mean** | " + " | ".join(means) + " |")
+    steps = next(iter(losses.values()))["train"]
+    rows = [f"| group | items | {' | '.join(map(str, steps))} | mean |", "|---|---" + "|---:" * (len(steps) + 1) + "|"]
+    for name, splits in losses.items():
+        for title, part in (("training", splits["train"]), ("held out", _held_out(splits))):
+            cells = " | ".join(f"{value:.4f}" for value in part.values())
+            rows.append(f"| {name} | {title} | {cells} | **{_mean(part):.4f}** |")
     return "\n".join(rows)
 
 
@@ -258,41 +264,34 @@ def _parameter_count(weights: Path) -> int:
 def _card(recipe: dict[str, Any], log: list[dict[str, Any]], summary: dict[str, Any], folder: Path) -> str:
     step, losses = summary["step"], summary["losses"]
     near, draws, sampling = summary["nearest_training_image"], summary["samples"], summary["sampling_steps"]
-    trained_on = sum(summary["unique_training_images"].values())
+    bundled, trained_on = MODELS[recipe["model"]], sum(summary["unique_training_images"].values())
     weights = folder / "model.safetensors"
     millions, megabytes = _parameter_count(weights) / 1e6, weights.stat().st_size / 1e6
-    return f"""# headscope demonstration model
+    return f"""# headscope's bundled model {bundled.name}
 
 **This is a demonstration model.** It is here so that every command of headscope runs at once, offline and on a CPU.
-It was trained on {trained_on} images. Nothing found in its heads says anything about other diffusion models.
+It was trained on {trained_on:,} small images. Nothing found in its heads says anything about other diffusion models.
 
 ## What it is
 
-An unconditional DDPM for 32 x 32 colour images: diffusers' `UNet2DModel`, {millions:.2f} M parameters,
-7 self-attention sites (3 at 16 x 16, 4 at 8 x 8) with 8 heads of 12 channels each; 1,000 timesteps under the cosine
-schedule; it predicts the noise. The weights are the run's moving average, stored in half precision
-({megabytes:.1f} MB) and used in float32.
+An unconditional DDPM for 32 x 32 colour images: diffusers' `{bundled.class_name}`, {millions:.2f} M parameters,
+{bundled.sites}; 1,000 timesteps under the cosine schedule; it predicts the noise.
+The weights are the run's moving average, stored in half precision ({megabytes:.1f} MB) and used in float32.
 
 ```python
 from headscope.zoo import load_pipeline
 
-images = load_pipeline()(batch_size=4, num_inference_steps=250).images
+images = load_pipeline("{bundled.name}")(batch_size=4, num_inference_steps=250).images
 ```
 
 ## Data
 
 {_data_table(recipe, summary)}
 
-Every group has the same number of unique training images and of presentations, and the same augmentation: a flip with
-probability 1/2 and a shift of up to {recipe["shift"]} pixels. A training source is never in a held-out split.
+Every group has an equal share of the presentations. Images of groups that aren't drawn for their ties are flipped with
+probability 1/2 and shifted by up to {recipe["shift"]} pixels. A training source is never in a held-out split.
 
-- `faces`: procedurally generated, colour; a source is an identity.
-- `faces_grey`: the same faces, made grey and resampled through 25 x 25 exactly as the LFW patches are.
-- `lfw`: 100 patches of Labeled Faces in the Wild, from scikit-image's `lfw_subset`. Whose faces they are is not
-  recorded there, so a patch counts as its source; a person may appear in two splits.
-- `photographs`: crops of scikit-image's colour photographs; training on the cat, the cup and the motorcycle,
-  `discover` on the rocket, `confirm` on the astronaut. A held-out loss here is that of two photographs, which may be
-  easier or harder than the three trained on: the difference is not a measure of overfitting alone.
+{_described(recipe["groups"])}
 
 ![Training and held-out items](items.png)
 
@@ -314,9 +313,10 @@ The same versions on the same kind of processor give the same run, bit by bit; o
 
 ## Losses
 
-Mean squared error in the predicted noise (1 is what predicting nothing gives), in float32 from the half-precision
-weights, without augmentation, one noise draw per item and timestep. The held-out columns are the mean of `discover`
-and `confirm`. The last step was taken as it came: no checkpoint was selected on any loss.
+Mean squared error in the predicted noise, by timestep (1 is what predicting nothing gives), in float32 from the
+half-precision weights, without augmentation, one noise draw per item and timestep, over at most {_EVALUATED} items of a
+split. The held-out rows are the mean of `discover` and `confirm`. The last step was taken as it came: no checkpoint was
+selected on any loss.
 
 {_loss_table(losses)}
 
@@ -334,16 +334,31 @@ short and the training set small.
 """
 
 
+def _described(names: list[str]) -> str:
+    """A line on each group, and what a reader must know of those made from photographs."""
+    notes = {
+        "lfw": "whose faces they are is not recorded: a patch counts as its source, a person may appear in two splits",
+        "photographs": "training on the cat, the cup and the motorcycle, `discover` on the rocket, `confirm` on the"
+        " astronaut: a held-out loss is that of two photographs, which may be easier or harder than the three trained"
+        " on",
+    }
+    lines = [f"- `{name}`: {open_group(name).description}" for name in names]
+    return "\n".join(
+        line + (f"; {notes[name]}" if name in notes else "") for name, line in zip(names, lines, strict=True)
+    )
+
+
 def _training_facts(recipe: dict[str, Any], log: list[dict[str, Any]], step: int) -> str:
     sittings = [row["sitting"] for row in log if "sitting" in row]
     first, batch = sittings[0], recipe["batch"]
     rate = float(np.median([row["images_per_second"] for row in log if "images_per_second" in row]))
     threads = f"{first['threads']} thread" + ("" if first["threads"] == 1 else "s")
     count = f"{len(sittings)} sitting" + ("" if len(sittings) == 1 else "s")
+    precision = "float32" if recipe["dtype"] == "float32" else f"autocast to {recipe['dtype']}"
     share, hours = batch // len(recipe["groups"]), _training_hours(log, batch)
     lines = [
         f"- {step} steps with a batch of {batch} ({share} per group), {step * batch:,} images in all",
-        f"- on {first['device']} ({threads}, autocast to {recipe['dtype']}), {hours:.2f} hours in"
+        f"- on {first['device']} ({threads}, {precision}), {hours:.2f} hours in"
         f" {count} begun on {first['started']}, {rate:.1f} images per second",
         f"- AdamW, learning rate {recipe['learning_rate']:g} after {recipe['warmup_steps']} steps of warm-up,"
         f" weight decay {recipe['weight_decay']:g}, unweighted noise loss,"
@@ -357,6 +372,8 @@ def _training_facts(recipe: dict[str, Any], log: list[dict[str, Any]], step: int
 def _training_call(recipe: dict[str, Any], step: int) -> str:
     """The call that repeats the run, with whatever differs from the defaults."""
     defaults = {field.name: field.default for field in fields(TrainConfig)}
+    own = MODELS[recipe["model"]]
+    defaults |= {name: getattr(own, name) for name in ("batch", "learning_rate", "ema", "groups")}
     changed = {name: recipe[name] for name in defaults if name in recipe and name != "groups"}
     changed = {name: value for name, value in changed.items() if value != defaults[name]}
     if tuple(recipe["groups"]) != defaults["groups"]:

@@ -118,8 +118,8 @@ def render_face(attributes: dict[str, Any], size: int = 32) -> tuple[np.ndarray,
     """Paint a face: the image, uint8 [size, size, 3], and its part mask, uint8 [size, size], indices of PART_NAMES.
 
     `attributes` has the keys of `face_attributes`, and may have `right_eye_colour` (the image's right; that of the left
-    otherwise) and `iris` (its radius, in the eye's; 0.54 otherwise). A pixel's part is the one that covers most of it, counting only
-    what is visible. Raises ValueError for a missing attribute or an unknown style.
+    otherwise) and `iris` (its radius, in the eye's; 0.54 otherwise). A pixel's part is the one that covers most of it,
+    counting only what is visible. Raises ValueError for a missing attribute or an unknown style.
     """
     missing = set(face_attributes(0)) - set(attributes)
     if missing:

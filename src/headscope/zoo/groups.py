@@ -87,12 +87,14 @@ class ImageGroup(ABC):
     Attributes:
         name: the group's name.
         description: what it is, in a line.
+        augmented: True if training may flip and shift its images.
         note: what lies beside its images and isn't read, for a person to know; "" where nothing does.
     """
 
     name: str
     description: str
     note: str = ""
+    augmented: bool = True
     part_names: tuple[str, ...] = ()
 
     def __init__(self, length: int, size: int = 32) -> None:
@@ -250,6 +252,8 @@ class Tied(ImageGroup):
     Attributes:
         control: the name of the group's control; of a control, "".
     """
+
+    augmented = False
 
     def __init__(
         self,

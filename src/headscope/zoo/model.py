@@ -1,8 +1,9 @@
-"""The bundled demonstration model: a small unconditional diffusion model with 8 heads at each of 7 attention sites."""
+"""The bundled models: small unconditional diffusion models of 32 x 32 pixels, with 8 heads at each attention site."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,10 @@ from typing import Any
 from headscope._extras import require
 from headscope._files import local_path
 
-__all__ = ["SCHEDULER_CONFIG", "UNET_CONFIG", "build_model", "build_scheduler", "load_pipeline"]
+__all__ = ["DEFAULT_MODEL", "MODELS", "SCHEDULER_CONFIG", "BundledModel", "build_scheduler", "load_pipeline"]
 
-# 96 channels in heads of 12: 8 heads, at 16 x 16 and at 8 x 8
-UNET_CONFIG: dict[str, Any] = {
-    "sample_size": 32,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [48, 96, 96],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "attention_head_dim": 12,
-    "dropout": 0.1,
-}
+_FACES = ("faces", "faces_grey", "lfw", "photographs")
+_TIES = ("twins", "distinct", "mirrored", "unmirrored", "tiled", "untiled", "eyes", "odd_eyes")
 
 # the cosine schedule: a linear one destroys images as small as these in its first half
 SCHEDULER_CONFIG: dict[str, Any] = {
@@ -35,43 +25,159 @@ SCHEDULER_CONFIG: dict[str, Any] = {
 }
 
 
-def build_model() -> Any:
-    """An untrained diffusers UNet2DModel in float32: images [batch, 3, 32, 32] in, noise of the same shape out."""
-    return require("diffusers", "study").UNet2DModel(**UNET_CONFIG)
+@dataclass(frozen=True)
+class BundledModel:
+    """A bundled model: what it is, and how it is trained.
+
+    Attributes:
+        name: what it is asked for by.
+        title: what it is, in a line.
+        part: the pipeline's part that denoises, "unet" or "transformer".
+        class_name: its class in diffusers.
+        config: the settings of that class.
+        sites: its attention sites, in words.
+        groups: the image groups it is trained on.
+        batch, learning_rate, ema: see `headscope.zoo.train.TrainConfig`.
+    """
+
+    name: str
+    title: str
+    part: str
+    class_name: str
+    config: dict[str, Any]
+    sites: str
+    groups: tuple[str, ...]
+    batch: int
+    learning_rate: float
+    ema: float
+
+    def build(self) -> Any:
+        """The untrained denoiser in float32: images [batch, 3, 32, 32] in, noise of the same shape out."""
+        model = getattr(require("diffusers", "study"), self.class_name)(**self.config)
+        if self.part == "transformer":
+            _start_as_nothing(model)
+        return model
+
+    def denoise(self, model: Any, noisy: Any, timesteps: Any) -> Any:
+        """The denoiser's answer to noisy images, [batch, 3, 32, 32]; timesteps are whole numbers, [batch]."""
+        if self.part == "unet":
+            return model(noisy, timesteps).sample
+        # the label that stands for no class
+        labels = timesteps.new_full((len(noisy),), self.config["num_embeds_ada_norm"])
+        return model(noisy, timesteps, class_labels=labels).sample
+
+
+def _start_as_nothing(model: Any) -> None:
+    """Let every block begin as the identity, and the answer as zero: DiT's "adaLN-Zero" (arXiv 2212.09748)."""
+    linear = [block.norm1.linear for block in model.transformer_blocks]
+    for layer in (*linear, model.proj_out_1, model.proj_out_2):
+        layer.weight.data.zero_()
+        layer.bias.data.zero_()
+
+
+_BUNDLED = (
+    BundledModel(
+        name="pixeldit",
+        title="the bundled transformer (DiT in pixel space)",
+        part="transformer",
+        class_name="DiTTransformer2DModel",
+        config={
+            "num_attention_heads": 8,
+            "attention_head_dim": 24,
+            "in_channels": 3,
+            "out_channels": 3,
+            "num_layers": 6,
+            "sample_size": 32,
+            "patch_size": 4,
+            # a label for images of one kind, and beside it the one for no class, which is used
+            "num_embeds_ada_norm": 1,
+            "norm_type": "ada_norm_zero",
+        },
+        sites="6 self-attention sites over 8 x 8 patches of 4 x 4 pixels, with 8 heads of 24 channels each",
+        groups=(*_FACES, *_TIES),
+        batch=48,
+        learning_rate=1e-3,
+        ema=0.9995,
+    ),
+    BundledModel(
+        name="unet",
+        title="the bundled UNet",
+        part="unet",
+        class_name="UNet2DModel",
+        # 96 channels in heads of 12: 8 heads, at 16 x 16 and at 8 x 8
+        config={
+            "sample_size": 32,
+            "in_channels": 3,
+            "out_channels": 3,
+            "block_out_channels": [48, 96, 96],
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+            "attention_head_dim": 12,
+            "dropout": 0.1,
+        },
+        sites="7 self-attention sites (3 at 16 x 16, 4 at 8 x 8) with 8 heads of 12 channels each",
+        groups=_FACES,
+        batch=16,
+        learning_rate=3e-4,
+        ema=0.999,
+    ),
+)
+MODELS: dict[str, BundledModel] = {model.name: model for model in _BUNDLED}
+DEFAULT_MODEL = "pixeldit"
 
 
 def build_scheduler() -> Any:
-    """The diffusers DDPMScheduler that the model is trained under."""
+    """The diffusers DDPMScheduler that the models are trained under."""
     return require("diffusers", "study").DDPMScheduler(**SCHEDULER_CONFIG)
 
 
-def load_pipeline(path: str | Path | None = None) -> Any:
-    """The bundled model as a diffusers DDPMPipeline, on the CPU, in float32 and evaluation mode.
+def load_pipeline(model: str | Path = DEFAULT_MODEL) -> Any:
+    """A bundled model as a diffusers pipeline, on the CPU, in float32 and evaluation mode.
 
-    path: a folder that `headscope train` exported (model.safetensors, unet/config.json, scheduler/config.json);
-    None is the one in the package. The stored weights are half precision. Raises FileNotFoundError naming what is
-    missing, ValueError when the weights don't belong to the configuration.
+    model: a bundled model's name ("pixeldit", "unet"), or a folder that `headscope train` exported
+    (model.safetensors, unet/ or transformer/config.json, scheduler/config.json). The stored weights are half precision.
+    Raises ValueError for what is neither, or when the weights don't belong to the configuration, and FileNotFoundError
+    naming what is missing.
     """
     # imported here: the package itself must stay light
     from safetensors.torch import load_file
 
     diffusers = require("diffusers", "study")
-    folder = Path(str(files("headscope.zoo"))) / "weights" if path is None else local_path("path", path)
-    parts = {name: folder / name for name in ("unet/config.json", "scheduler/config.json", "model.safetensors")}
+    bundled = str(model) in MODELS
+    folder = Path(str(files("headscope.zoo"))) / "weights" / str(model) if bundled else local_path("model", model)
+    if not folder.is_dir():
+        raise ValueError(
+            f"model: got {str(model)!r}, expected one of {', '.join(MODELS)} or an exported model's folder"
+        )
+    spec = next((known for known in _BUNDLED if (folder / known.part).is_dir()), MODELS[DEFAULT_MODEL])
+    parts = {name: folder / name for name in (f"{spec.part}/config.json", "scheduler/config.json", "model.safetensors")}
     missing = [name for name, file in parts.items() if not file.is_file()]
     if missing:
-        where = "the installed package" if path is None else repr(str(path))
+        where = "the installed package" if bundled else repr(str(model))
         raise FileNotFoundError(
-            f"path: {where} lacks {', '.join(missing)}, expected a folder that headscope.zoo.train.export wrote"
+            f"model: {where} lacks {', '.join(missing)}, expected a folder that headscope.zoo.card.export wrote"
         )
-    model = diffusers.UNet2DModel.from_config(json.loads(parts["unet/config.json"].read_text()))
+    settings, scheduling, _ = (
+        json.loads(file.read_text()) if file.suffix == ".json" else None for file in parts.values()
+    )
+    denoiser = getattr(diffusers, spec.class_name).from_config(settings)
     weights = {name: tensor.float() for name, tensor in load_file(parts["model.safetensors"]).items()}
     try:
-        model.load_state_dict(weights)
+        denoiser.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"path: the weights in {str(folder)!r} don't fit unet/config.json: {error}") from error
-    model.eval().requires_grad_(False)
-    scheduler = diffusers.DDPMScheduler.from_config(json.loads(parts["scheduler/config.json"].read_text()))
-    pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
+        raise ValueError(f"model: the weights in {str(folder)!r} don't fit {spec.part}/config.json: {error}") from error
+    pipeline = _pipeline(
+        spec.part, denoiser.eval().requires_grad_(False), diffusers.DDPMScheduler.from_config(scheduling)
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _pipeline(part: str, denoiser: Any, scheduler: Any) -> Any:
+    if part == "unet":
+        return require("diffusers", "study").DDPMPipeline(unet=denoiser, scheduler=scheduler)
+    from headscope.zoo.pixel_pipeline import PixelDiTPipeline
+
+    return PixelDiTPipeline(denoiser, scheduler)

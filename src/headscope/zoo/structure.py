@@ -4,8 +4,8 @@ Each tied group has a control that is drawn by the same process without the tie:
 the same mean power spectrum within the bounds that the tests state, and the same parts and counterparts. What a model
 does on the one and not on the other, it does because of the tie.
 
-Images are 32 x 32 and drawn with additions, multiplications and roundings alone, in a fixed order, so that every machine
-gets the same bytes; at other sizes they are these, resampled.
+Images are 32 x 32 and drawn with additions, multiplications and roundings alone, in a fixed order, so that every
+machine gets the same bytes; at other sizes they are these, resampled.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def _repeats(periods: np.ndarray) -> np.ndarray:
 def draw_eyes(name: str, index: int, alike: bool) -> Drawing:
     """A drawn face with large eyes of one random colour, or of two.
 
-    Parts: those of drawn faces without glasses, each eye its own. The counterparts of an eye's pixel are all pixels of the
-    other eye: it is their colour that is tied.
+    Parts: those of drawn faces without glasses, each eye its own. The counterparts of an eye's pixel are all pixels
+    of the other eye: it is their colour that is tied.
     """
     key = ("structure", name, index)
     colours = counter_uniform(*key, "eyes", shape=(2, 3))

@@ -1,4 +1,4 @@
-"""Training of the bundled model: counter-based, so that a killed run continues with the numbers it would have had.
+"""Training of the bundled models: counter-based, so that a killed run continues with the numbers it would have had.
 
 Step s draws its images, flips, shifts, timesteps, noise and dropout from streams keyed by the seed and s, never from
 a running generator. What a checkpoint must hold is therefore the weights, their moving average and the optimiser's
@@ -30,7 +30,7 @@ from headscope._machine import checked_device, device_name
 from headscope._signals import terminable
 from headscope.counter import check_seed, counter_integers, counter_normal, counter_permutation, counter_uniform, whole
 from headscope.zoo.groups import GROUPS, ImageGroup, open_group
-from headscope.zoo.model import SCHEDULER_CONFIG, UNET_CONFIG, build_model, build_scheduler
+from headscope.zoo.model import DEFAULT_MODEL, MODELS, SCHEDULER_CONFIG, BundledModel, build_scheduler
 
 __all__ = ["TrainConfig", "TrainResult", "evaluate", "images_to_tensor", "train"]
 
@@ -40,21 +40,25 @@ _NOT_RECIPE = ("out", "steps", "minutes", "device", "progress", "checkpoint_ever
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run; those that determine its numbers are recorded, and compared on resuming."""
+    """The settings of a run; those that determine its numbers are recorded, and compared on resuming.
+
+    What is None is the model's own (`headscope.zoo.model.MODELS`).
+    """
 
     out: str | Path
+    model: str = DEFAULT_MODEL
     steps: int = 8000
     minutes: float | None = None  # stop after so much time, at the end of a step
-    batch: int = 16  # a multiple of the number of groups, which get equal shares
+    batch: int | None = None  # a multiple of the number of groups, which get equal shares
     seed: int = 0
     device: str = "cpu"
-    dtype: str = "bfloat16"  # of the autocast forward: "bfloat16" or "float32"; weights are float32 throughout
-    learning_rate: float = 3e-4
+    dtype: str = "float32"  # of the forward: "float32", or "bfloat16" by autocast; weights are float32 throughout
+    learning_rate: float | None = None
     warmup_steps: int = 200
     weight_decay: float = 0.01
-    ema: float = 0.999
+    ema: float | None = None
     shift: int = 2  # pixels, the largest random translation
-    groups: tuple[str, ...] = ("faces", "faces_grey", "lfw", "photographs")
+    groups: tuple[str, ...] | None = None
     checkpoint_every: int = 250
     log_every: int = 20
     evaluate_every: int = 500  # 0: never
@@ -65,6 +69,11 @@ class TrainConfig:
         # frozen for everybody else
         object.__setattr__(self, "seed", whole("seed", self.seed))
         check_seed(self.seed)
+        if self.model not in MODELS:
+            raise ValueError(f"model: got {self.model!r}, expected one of {', '.join(MODELS)}")
+        for name in ("batch", "learning_rate", "ema", "groups"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self.bundled, name))
         if not self.groups or any(name not in GROUPS for name in self.groups):
             raise ValueError(f"groups: got {self.groups}, expected names among {', '.join(GROUPS)}")
         if self.dtype not in ("bfloat16", "float32"):
@@ -84,10 +93,15 @@ class TrainConfig:
         if self.minutes is not None and not self.minutes >= 0:
             raise ValueError(f"minutes: got {self.minutes}, expected at least 0")
 
+    @property
+    def bundled(self) -> BundledModel:
+        return MODELS[self.model]
+
     def recipe(self) -> dict[str, Any]:
         """The settings that determine the numbers, as JSON values: no path, no limit."""
         chosen = {name: value for name, value in asdict(self).items() if name not in _NOT_RECIPE}
-        return {**chosen, "groups": list(self.groups), "unet": UNET_CONFIG, "scheduler": SCHEDULER_CONFIG}
+        described = {"architecture": self.bundled.config, "scheduler": SCHEDULER_CONFIG}
+        return {**chosen, "groups": list(self.groups), **described}
 
 
 @dataclass(frozen=True)
@@ -101,7 +115,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train, or continue, the bundled model in the folder `config.out`, until `steps` or `minutes`.
+    """Train, or continue, a bundled model in the folder `config.out`, until `steps` or `minutes`.
 
     Writes recipe.json, checkpoint.safetensors and log.jsonl there. An existing run is continued from its last
     checkpoint. Raises ValueError when the folder holds a run of another recipe. SIGTERM ends it as Ctrl-C does, where
@@ -218,45 +232,42 @@ def _progress_bar(config: TrainConfig, step: int) -> Iterator[Any]:
 
 
 class _TrainingImages:
-    """The unique training images of each group and the batch of any step.
+    """The training images of each group and the batch of any step.
 
-    Every group has as many images as the smallest, and every image is shown equally often: a group's images are gone
-    through in one permutation after another.
+    Every group has an equal share of a batch, and every image of a group is shown equally often: they are gone through
+    in one permutation after another.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         groups = [open_group(name) for name in config.groups]
-        chosen = [group.indices("train") for group in groups]
-        count = min(len(indices) for indices in chosen)
-        # [groups, count, 32, 32, 3]
-        self.images = np.stack(
-            [
-                np.stack([group.item(index).image for index in indices[:count]])
-                for group, indices in zip(groups, chosen, strict=True)
-            ]
-        )
+        # of each group, [images, 32, 32, 3]
+        self.images = [np.stack([group.item(index).image for index in group.indices("train")]) for group in groups]
+        self.augmented = [group.augmented for group in groups]
         self.config = config
         self.permutations: dict[tuple[int, int], np.ndarray] = {}
 
     def _permutation(self, group: int, epoch: int) -> np.ndarray:
         if (group, epoch) not in self.permutations:
-            self.permutations = {key: value for key, value in self.permutations.items() if key[1] >= epoch - 1}
+            # the epoch before is over
+            self.permutations.pop((group, epoch - 2), None)
             key = ("train", self.config.seed, "order", self.config.groups[group], epoch)
-            self.permutations[group, epoch] = counter_permutation(*key, count=self.images.shape[1])
+            self.permutations[group, epoch] = counter_permutation(*key, count=len(self.images[group]))
         return self.permutations[group, epoch]
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images from -1 to 1, noise (both float32 [batch, 3, 32, 32]) and timesteps (int64 [batch]) of a step."""
-        config, count = self.config, self.images.shape[1]
+        config = self.config
         share = config.batch // len(config.groups)
-        rows = []
-        for group in range(len(config.groups)):
-            for position in range(step * share, (step + 1) * share):
-                rows.append(self.images[group, self._permutation(group, position // count)[position % count]])
         key = ("train", config.seed, step)
         flips = counter_uniform(*key, "flip", shape=config.batch) < 0.5
         shifts = counter_integers(*key, "shift", high=2 * config.shift + 1, shape=(config.batch, 2))
-        images = np.stack([_augment(*row, config.shift) for row in zip(rows, flips, shifts, strict=True)])
+        rows = []
+        for group, (members, augmented) in enumerate(zip(self.images, self.augmented, strict=True)):
+            for position in range(step * share, (step + 1) * share):
+                epoch, place = divmod(position, len(members))
+                image, row = members[self._permutation(group, epoch)[place]], len(rows)
+                rows.append(_augment(image, flips[row], shifts[row], config.shift) if augmented else image)
+        images = np.stack(rows)
         # one timestep from each of `batch` equal intervals, dealt out at random: less variance than free draws
         strata = counter_permutation(*key, "strata", count=config.batch)
         offsets = counter_uniform(*key, "timestep", shape=config.batch)
@@ -287,7 +298,7 @@ class _State:
         self.config = config
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
-        self.model = build_model().to(self.device).train()
+        self.model = config.bundled.build().to(self.device).train()
         self.scheduler = build_scheduler()
         self.parameters = dict(self.model.named_parameters())
         self.average = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -303,7 +314,7 @@ class _State:
         images, noise, timesteps = (tensor.to(self.device) for tensor in (images, noise, timesteps))
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            prediction = self.model(noisy, timesteps).sample
+            prediction = config.bundled.denoise(self.model, noisy, timesteps)
         loss = torch.nn.functional.mse_loss(prediction.float(), noise)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -320,7 +331,7 @@ class _State:
 
     def averaged_model(self) -> Any:
         """A copy of the model with the moving average for weights, in evaluation mode."""
-        model = build_model().to(self.device).eval().requires_grad_(False)
+        model = self.config.bundled.build().to(self.device).eval().requires_grad_(False)
         model.load_state_dict(self.average)
         return model
 
@@ -350,9 +361,17 @@ class _State:
 
 
 def evaluate(
-    model: Any, scheduler: Any, group: ImageGroup, split: str, timesteps: tuple[int, ...], items: int | None = None
+    bundled: BundledModel,
+    model: Any,
+    scheduler: Any,
+    group: ImageGroup,
+    split: str,
+    timesteps: tuple[int, ...],
+    items: int | None = None,
 ) -> dict[int, float]:
     """Mean squared error in the noise at each timestep, over a split's items (the first `items`), in float32.
+
+    bundled: what the denoiser `model` is.
 
     The noise of an item is the sweep's: counter_normal("noise", item.key, timestep, 0).
     """
@@ -366,7 +385,7 @@ def evaluate(
         steps = torch.full((len(chosen),), timestep)
         noisy = scheduler.add_noise(images, noise, steps)
         with torch.no_grad():
-            prediction = model(noisy.to(device), steps.to(device)).sample.float().cpu()
+            prediction = bundled.denoise(model, noisy.to(device), steps.to(device)).float().cpu()
         losses[timestep] = float((prediction - noise).square().mean())
     return losses
 
@@ -378,6 +397,6 @@ def _quick_evaluation(state: _State, config: TrainConfig) -> dict[str, dict[str,
     for name in config.groups:
         result[name] = {}
         for split in ("train", "discover"):
-            losses = evaluate(model, state.scheduler, open_group(name), split, timesteps, items=10)
+            losses = evaluate(config.bundled, model, state.scheduler, open_group(name), split, timesteps, items=10)
             result[name][split] = round(sum(losses.values()) / len(losses), 5)
     return result

@@ -9,7 +9,7 @@ from typing import Any
 from headscope._fields import from_table, settle
 from headscope._files import local_path, read_plain
 from headscope.counter import check_seed
-from headscope.zoo import GROUPS
+from headscope.zoo import DEFAULT_MODEL, GROUPS, MODELS
 
 FILLS = ("mean", "zero", "uniform", "identity")
 # those of the teacher-forced forward, then those of whole generations
@@ -87,7 +87,8 @@ class SweepConfig:
     """Everything that decides a sweep's numbers. A run directory belongs to one configuration.
 
     Attributes:
-        model: "builtin", or a directory with a diffusers pipeline (model_index.json); "in memory" where
+        model: a bundled model's name ("pixeldit", "unet"), or a directory with a diffusers pipeline (model_index.json);
+            "in memory" where
             headscope.sweep was given a pipeline.
         groups: names of zoo groups, or NAME=PATH for a folder of images, a Hugging Face dataset on disk, or WebDataset
             tars (a file or a pattern with * or {000..009}).
@@ -132,7 +133,7 @@ class SweepConfig:
         kinds: further kinds of unit, and so tables: those that run only where they are named (`UnitKind.optional`).
     """
 
-    model: str = "builtin"
+    model: str = DEFAULT_MODEL
     groups: tuple[str, ...] = ()
     prompts: str | None = None
     splits: tuple[str, ...] = SPLITS
@@ -205,11 +206,11 @@ class SweepConfig:
         if self.prompts is not None:
             local_path("prompts", self.prompts)
         if (
-            self.model not in ("builtin", IN_MEMORY)
+            self.model not in (*MODELS, IN_MEMORY)
             and not (local_path("model", self.model) / "model_index.json").is_file()
         ):
             raise ValueError(
-                f'model: got {self.model!r}, expected "builtin" or a directory with a diffusers pipeline'
+                f"model: got {self.model!r}, expected {', '.join(MODELS)} or a directory with a diffusers pipeline"
                 " (model_index.json)"
             )
 
@@ -284,7 +285,7 @@ class SweepConfig:
         for text in self.groups:
             name, equals, path = text.partition("=")
             groups.append(f"{name}={Path(path).absolute()}" if equals else text)
-        model = self.model if self.model in ("builtin", IN_MEMORY) else str(Path(self.model).absolute())
+        model = self.model if self.model in (*MODELS, IN_MEMORY) else str(Path(self.model).absolute())
         prompts = self.prompts and str(Path(self.prompts).absolute())
         return replace(self, model=model, groups=tuple(groups), prompts=prompts)
 

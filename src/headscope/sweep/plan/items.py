@@ -15,12 +15,13 @@ import torch
 from headscope._extras import require
 from headscope._machine import checked_device
 from headscope.models import Task
+from headscope.models.structure.sites import find_denoiser
 from headscope.sweep.plan.choosing import Choice, choose_items
 from headscope.sweep.plan.config import IN_MEMORY, SPLITS, SweepConfig
 from headscope.sweep.plan.in_memory import modules_of
 from headscope.sweep.plan.sources import open_source
 from headscope.sweep.plan.texts import read_prompts
-from headscope.zoo import ImageGroup, load_pipeline, open_group
+from headscope.zoo import MODELS, ImageGroup, load_pipeline, open_group
 
 PROMPTS = "prompts"
 # images of a group stay in memory up to so many bytes; those of a larger group are read again when needed
@@ -111,10 +112,10 @@ def load_task(config: SweepConfig, pipeline: Any = None) -> Task:
         raise ValueError("model: this run's was in memory; call headscope.sweep with that pipeline and the same fields")
     device = checked_device(config.device)
     dtype = getattr(torch, config.dtype)
-    if config.model == "builtin":
-        pipeline = load_pipeline()
+    if config.model in MODELS:
+        pipeline = load_pipeline(config.model)
         if dtype != torch.float32:
-            pipeline.unet.to(dtype)
+            find_denoiser(pipeline).to(dtype)
     else:
         pipeline = _loaded(Path(config.model), dtype)
     pipeline.to(device)
