@@ -12,6 +12,7 @@ def study(
     out: Annotated[Path, typer.Option(help="The study's directory; an unfinished study there is gone on with.")] = Path(
         "headscope-study"
     ),
+    model: Annotated[str, typer.Option(help="pixeldit (a transformer) or unet, which are bundled.")] = "pixeldit",
     items: Annotated[int, typer.Option(help="Items of each group and split whose entropies are observed.")] = 20,
     discover_items: Annotated[int, typer.Option(help="Items on which every head is ablated, to select some.")] = 16,
     confirm_items: Annotated[int, typer.Option(help="Items on which the selected heads are tested.")] = 20,
@@ -21,12 +22,13 @@ def study(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """The whole study on the bundled model: entropies, ablations, statistics, and a page to read."""
+    """The whole study on a bundled model: entropies, ablations, statistics, and a page to read."""
     with clear_errors():
         need("study", "scipy", "skimage", "plotly", "jinja2", "PIL", "polars", "diffusers")
         from headscope.demonstration import StudyConfig, run_study
 
         config = StudyConfig(
+            model=model,
             items=items,
             discover_items=discover_items,
             confirm_items=confirm_items,

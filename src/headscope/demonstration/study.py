@@ -1,7 +1,7 @@
 """`headscope study`: three sweeps, the analysis, and the page, with what was selected on one split tested on the other.
 
 observe/    every head's entropy, all groups, both splits
-discover/   every head ablated (mean fill), the contrast's groups, discover split
+discover/   every head ablated (mean fill), the contrast's groups and a tied pair's, discover split
 confirm/    the heads selected there, mean and zero fill, confirm split
 tables/     the numbers of the page, as CSV
 report.html
@@ -32,10 +32,11 @@ from headscope.study.ablation import select_heads
 from headscope.study.analysis import NATURAL, SYNTHETIC, analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.plan.config import SPLITS
-from headscope.zoo import GROUPS, open_group
+from headscope.zoo import DEFAULT_MODEL, GROUPS, MODELS, open_group
 
 STUDY = "study.json"
 TITLE = "Attention heads of a small diffusion model"
+TIED = ("twins", "distinct")
 STAGES = ("observe", "discover", "confirm")
 TRAINING_CAVEAT = (
     "The model was trained on equally many sources and presentations of each group, none of them observed here; but the"
@@ -49,17 +50,23 @@ class StudyConfig:
     """The settings of a study. The defaults take about two minutes on two cores.
 
     Attributes:
-        groups: the zoo groups whose entropies are observed; the contrast's two are always among them.
+        model: the bundled model's name.
+        groups: the zoo groups whose entropies are observed, and the contrast's two besides; none given are those that
+            the model was trained on.
+        ablate_groups: the groups on which heads are ablated; none given are the contrast's, and of a model that was
+            trained on them "twins" and "distinct": images whose far parts are tied, and their untied control.
         items: items of each group and split, observed.
-        discover_items: items of each of the contrast's groups on which every head is ablated, to select some.
-        confirm_items: items of each of the contrast's groups on which the selected heads are tested.
+        discover_items: items of each group on which every head is ablated, to select some.
+        confirm_items: items of each group on which the selected heads are tested.
         heads_per_group: how many heads each group selects.
         observe_bands, ablate_bands: how many log-SNR bands, one timestep each.
         seed: the noise replicate, and the resampling's seed.
         device, dtype: where and in what the model runs.
     """
 
-    groups: tuple[str, ...] = ("faces", "faces_grey", "lfw", "photographs")
+    model: str = DEFAULT_MODEL
+    groups: tuple[str, ...] = ()
+    ablate_groups: tuple[str, ...] = ()
     items: int = 20
     discover_items: int = 16
     confirm_items: int = 20
@@ -72,16 +79,25 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.model not in MODELS:
+            raise ValueError(f"model: got {self.model!r}, expected one of {', '.join(MODELS)}")
+        taught = MODELS[self.model].groups
+        # frozen for everybody else
+        if not self.groups:
+            object.__setattr__(self, "groups", taught)
+        if not self.ablate_groups:
+            object.__setattr__(self, "ablate_groups", (*self.contrast, *(name for name in TIED if name in taught)))
         for name in ("items", "discover_items", "confirm_items", "heads_per_group", "observe_bands", "ablate_bands"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        unknown = [name for name in self.groups if name not in GROUPS]
-        if unknown:
-            raise ValueError(f"groups: got {', '.join(unknown)}, expected some of {', '.join(GROUPS)}")
+        for field in ("groups", "ablate_groups"):
+            unknown = [name for name in getattr(self, field) if name not in GROUPS]
+            if unknown:
+                raise ValueError(f"{field}: got {', '.join(unknown)}, expected some of {', '.join(GROUPS)}")
         # the later stages', too, before the first begins
         asked = [
             ("items", (*self.groups, *self.contrast)),
-            *((f"{s}_items", self.contrast) for s in ("discover", "confirm")),
+            *((f"{s}_items", self.ablate_groups) for s in ("discover", "confirm")),
         ]
         for name, groups in asked:
             least = min(len(open_group(group).indices(split)) for group in groups for split in SPLITS)
@@ -109,10 +125,10 @@ class StudyConfig:
         )
 
     def _ablate(self, **fields: Any) -> SweepConfig:
-        return self._sweep(groups=self.contrast, bands=self.ablate_bands, observe=False, **fields)
+        return self._sweep(groups=self.ablate_groups, bands=self.ablate_bands, observe=False, **fields)
 
     def _sweep(self, **fields: Any) -> SweepConfig:
-        return SweepConfig(seed=self.seed, device=self.device, dtype=self.dtype, **fields)
+        return SweepConfig(model=self.model, seed=self.seed, device=self.device, dtype=self.dtype, **fields)
 
 
 def run_study(

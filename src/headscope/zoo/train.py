@@ -34,6 +34,8 @@ from headscope.zoo.model import DEFAULT_MODEL, MODELS, SCHEDULER_CONFIG, Bundled
 
 __all__ = ["TrainConfig", "TrainResult", "evaluate", "images_to_tensor", "train"]
 
+# a setting that the model brings
+_ITS_OWN: Any = None
 # limits and places, which leave the numbers of every step as they are
 _NOT_RECIPE = ("out", "steps", "minutes", "device", "progress", "checkpoint_every", "log_every", "evaluate_every")
 
@@ -49,16 +51,16 @@ class TrainConfig:
     model: str = DEFAULT_MODEL
     steps: int = 8000
     minutes: float | None = None  # stop after so much time, at the end of a step
-    batch: int | None = None  # a multiple of the number of groups, which get equal shares
+    batch: int = _ITS_OWN  # a multiple of the number of groups, which get equal shares
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"  # of the forward: "float32", or "bfloat16" by autocast; weights are float32 throughout
-    learning_rate: float | None = None
+    learning_rate: float = _ITS_OWN
     warmup_steps: int = 200
     weight_decay: float = 0.01
-    ema: float | None = None
+    ema: float = _ITS_OWN
     shift: int = 2  # pixels, the largest random translation
-    groups: tuple[str, ...] | None = None
+    groups: tuple[str, ...] = _ITS_OWN
     checkpoint_every: int = 250
     log_every: int = 20
     evaluate_every: int = 500  # 0: never
@@ -72,7 +74,7 @@ class TrainConfig:
         if self.model not in MODELS:
             raise ValueError(f"model: got {self.model!r}, expected one of {', '.join(MODELS)}")
         for name in ("batch", "learning_rate", "ema", "groups"):
-            if getattr(self, name) is None:
+            if getattr(self, name) is _ITS_OWN:
                 object.__setattr__(self, name, getattr(self.bundled, name))
         if not self.groups or any(name not in GROUPS for name in self.groups):
             raise ValueError(f"groups: got {self.groups}, expected names among {', '.join(GROUPS)}")
