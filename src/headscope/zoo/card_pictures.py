@@ -12,7 +12,7 @@ import numpy as np
 
 from headscope._extras import require
 
-__all__ = ["Series", "image_sheet", "line_charts"]
+__all__ = ["PALETTE", "Series", "heat_map", "image_sheet", "line_charts"]
 
 _INK = (40, 44, 52)
 _GRID = (226, 229, 234)
@@ -138,3 +138,43 @@ def image_sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], scale: int = 2
             picture = pil.fromarray(image).resize((size, size), pil.Resampling.NEAREST)
             sheet.paste(picture, (margin + gap + column * (size + gap), y))
     return sheet
+
+
+def heat_map(rows: Sequence[str], columns: Sequence[tuple[str, int]], values: np.ndarray) -> Any:
+    """Fractions as coloured cells, a Pillow image: red above 0, blue below, on a scale from 0.1 % to 100 %.
+
+    rows: their labels. columns: label and width of each block of columns. values: [rows, columns], 0.25 is 25 %.
+    """
+    pil, draw_module = require("PIL.Image", "study"), require("PIL.ImageDraw", "study")
+    scale, cell, gap, margin, top = _SUPERSAMPLING, 15, 8, max(map(len, rows)) * 7 + 16, 30
+    width = margin + len(columns) * gap + values.shape[1] * cell + 8
+    height = top + len(rows) * (cell + 2) + 30
+    canvas = pil.new("RGB", (width * scale, height * scale), "white")
+    draw = draw_module.Draw(canvas)
+    for row, label in enumerate(rows):
+        _text(draw, (margin - 8, top + row * (cell + 2) + cell / 2), label, 11, _INK, "rm")
+    x, column = margin, 0
+    for label, count in columns:
+        _text(draw, (x, 8), label, 10, _MUTED, "la")
+        for _ in range(count):
+            for row in range(len(rows)):
+                y = top + row * (cell + 2)
+                box = [side * scale for side in (x, y, x + cell - 2, y + cell)]
+                draw.rectangle(box, fill=_shade(float(values[row, column])))
+            x, column = x + cell, column + 1
+        x += gap
+    x, y = margin, height - 22
+    for value in (-0.1, -0.01, 0.0, 0.01, 0.03, 0.1, 0.3, 1.0):
+        draw.rectangle([side * scale for side in (x, y, x + cell - 2, y + cell)], fill=_shade(value))
+        _text(draw, (x + cell + 2, y + cell / 2), f"{100 * value:+g} %" if value else "0", 10, _MUTED, "lm")
+        x += 58
+    return canvas.resize((width, height), pil.Resampling.LANCZOS)
+
+
+def _shade(value: float) -> tuple[int, int, int]:
+    """White at 0.1 % and below; the full colour at 100 %."""
+    if not math.isfinite(value):
+        return _GRID
+    strength = min(max(1.0 + math.log10(max(abs(value), 1e-9)) / 3.0, 0.0), 1.0)
+    full = (178, 24, 43) if value > 0 else (33, 102, 172)
+    return tuple(round(255 + (channel - 255) * strength) for channel in full)  # type: ignore[return-value]

@@ -55,7 +55,7 @@ class BundledModel:
         """The untrained denoiser in float32: images [batch, 3, 32, 32] in, noise of the same shape out."""
         model = getattr(require("diffusers", "study"), self.class_name)(**self.config)
         if self.part == "transformer":
-            _start_as_nothing(model)
+            _begin_as_identity(model)
         return model
 
     def denoise(self, model: Any, noisy: Any, timesteps: Any) -> Any:
@@ -67,12 +67,31 @@ class BundledModel:
         return model(noisy, timesteps, class_labels=labels).sample
 
 
-def _start_as_nothing(model: Any) -> None:
-    """Let every block begin as the identity, and the answer as zero: DiT's "adaLN-Zero" (arXiv 2212.09748)."""
-    linear = [block.norm1.linear for block in model.transformer_blocks]
-    for layer in (*linear, model.proj_out_1, model.proj_out_2):
+def _begin_as_identity(model: Any) -> None:
+    """Let every block begin as the identity (DiT's "adaLN-Zero", arXiv 2212.09748), and the answer as the input.
+
+    A patch's pixels are embedded along orthonormal directions that the position embedding leaves alone, and read off
+    along the same: what noise there is passes from the start, where an answer that begins as zero learns only slowly to
+    let faint noise pass.
+    """
+    import torch
+
+    for layer in (*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_1, model.proj_out_2):
         layer.weight.data.zero_()
         layer.bias.data.zero_()
+    patches = model.pos_embed.proj
+    width, pixels = patches.weight.shape[0], patches.weight[0].numel()
+    # the last layer norm takes the mean off
+    taken = torch.cat([model.pos_embed.pos_embed[0], torch.ones(1, width)]).double()
+    _, sizes, directions = torch.linalg.svd(taken, full_matrices=True)
+    free = directions[int((sizes > 1e-3 * sizes[0]).sum()) :]
+    drawn = torch.linalg.qr(torch.randn(len(free), pixels, dtype=torch.float64)).Q
+    # [width, channels, patch, patch]
+    embedding = (free.T @ drawn).reshape(patches.weight.shape)
+    patches.weight.data.copy_(embedding)
+    patches.bias.data.zero_()
+    # answers are laid out with the channels last
+    model.proj_out_2.weight.data.copy_(embedding.permute(2, 3, 1, 0).reshape(pixels, width))
 
 
 _BUNDLED = (

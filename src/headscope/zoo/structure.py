@@ -33,12 +33,14 @@ __all__ = [
 Drawing = tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
 
 SIZE = 32
+# what is tied stands whole patches apart: the bundled transformer sees patches, of so many pixels
+_PATCH = 4
 GLYPHS = 4
-# a glyph is 4 x 4 cells of 2 x 2 pixels
-_CELLS, _CELL = 4, 2
+# a glyph is 3 x 3 cells of 2 x 2 pixels
+_CELLS, _CELL = 3, 2
 _EDGE = _CELLS * _CELL
-# pixels between two glyphs, at least
-_GAP = 3
+# from one glyph's corner to another's, across or down, at least
+_APART = 12
 GLYPH_PARTS = ("background", *(f"glyph {number}" for number in range(1, GLYPHS + 1)))
 MIRROR_PARTS = ("unpaired", *(f"{side} {ring}" for side in ("left", "right") for ring in ("near", "middle", "far")))
 TILE_PARTS = ("upper left", "upper right", "lower left", "lower right")
@@ -49,6 +51,8 @@ _FIRST_IDENTITY = {True: 1_000_000, False: 2_000_000}
 
 def draw_glyphs(name: str, index: int, alike: bool) -> Drawing:
     """Four random glyphs at random places on one colour: four times the same one, or four different ones.
+
+    The first stands anywhere; from glyph to glyph it is a multiple of 4 pixels, and at least 12 across or down.
 
     Parts: 0 the background, 1 to 4 the glyphs. The counterparts of a glyph's pixel are the pixels at the same place of
     the three others.
@@ -74,13 +78,14 @@ def draw_glyphs(name: str, index: int, alike: bool) -> Drawing:
 
 def _places(key: tuple[str | int, ...]) -> np.ndarray:
     """The glyphs' upper left corners (row, column), integers [glyphs, 2], far enough apart, in a random order."""
-    room = SIZE - _EDGE + 1
-    for attempt in range(1000):
-        drawn = counter_integers(*key, "places", attempt, high=room, shape=(GLYPHS, 2))
-        apart = np.abs(drawn[:, None] - drawn[None]).max(-1) + (_EDGE + _GAP) * np.eye(GLYPHS, dtype=np.int64)
-        if apart.min() >= _EDGE + _GAP:
-            return drawn
-    # one in 10^40 or so
+    offset = counter_integers(*key, "offset", high=_PATCH, shape=2)
+    room = (SIZE - _EDGE - offset) // _PATCH + 1
+    for attempt in range(10_000):
+        drawn = np.floor(counter_uniform(*key, "places", attempt, shape=(GLYPHS, 2)) * room).astype(np.int64) * _PATCH
+        apart = np.abs(drawn[:, None] - drawn[None]).max(-1) + _APART * np.eye(GLYPHS, dtype=np.int64)
+        if apart.min() >= _APART:
+            return drawn + offset
+    # less often than once in 10^40
     raise RuntimeError(f"structure: found no place for the glyphs of {key}")
 
 
@@ -106,13 +111,13 @@ def _as_image(values: np.ndarray) -> np.ndarray:
 def draw_mirrored(name: str, index: int, alike: bool) -> Drawing:
     """A random texture that is its own mirror image about an upright axis, or one that isn't.
 
-    The axis stands on a pixel's middle or edge, at most 4 pixels from the image's. Parts: 0 what has no counterpart in
-    the image, then three rings to each side of the axis, of 4, 4 and the remaining pixels. A pixel's counterpart is its
+    The axis stands in the middle of the image, or 2 or 4 pixels from it to either side. Parts: 0 what has no counterpart
+    in the image, then three rings to each side of the axis, of 4, 4 and the remaining pixels. A pixel's counterpart is its
     mirror image.
     """
     key = ("structure", name, index)
     # in half pixels: a pixel and its mirror image add up to it
-    axis = SIZE - 1 + int(counter_integers(*key, "axis", high=17)) - 8
+    axis = SIZE - 1 + _PATCH * (int(counter_integers(*key, "axis", high=5)) - 2)
     columns = np.arange(SIZE)
     mirrored = axis - columns
     paired = (mirrored >= 0) & (mirrored < SIZE) & (mirrored != columns)
@@ -135,11 +140,11 @@ def draw_mirrored(name: str, index: int, alike: bool) -> Drawing:
 def draw_tiles(name: str, index: int, alike: bool) -> Drawing:
     """A random tile that is repeated over the image, or a texture of the same grain that never repeats.
 
-    The periods are 7 to 11 pixels, upright and across, and the tiles begin anywhere. Parts: the quarters of a tile. A
+    The periods are 8 or 12 pixels, upright and across, and the tiles begin anywhere. Parts: the quarters of a tile. A
     pixel's counterparts are the pixels that are whole periods away.
     """
     key = ("structure", name, index)
-    periods = counter_integers(*key, "periods", high=5, shape=2) + 7
+    periods = _PATCH * (counter_integers(*key, "periods", high=2, shape=2) + 2)
     start = np.floor(counter_uniform(*key, "start", shape=2) * periods).astype(np.int64)
     points = 4
     # the control's lattice repeats far outside of the image

@@ -36,8 +36,8 @@ def check_pipeline(pipeline: Any) -> None:
     """
     if not isinstance(getattr(pipeline, "components", None), dict):
         raise TypeError(
-            f"model: got {type(pipeline).__name__}, expected a bundled model's name, a directory with a diffusers pipeline,"
-            " or such a pipeline"
+            f"model: got {type(pipeline).__name__}, expected a bundled model's name, a directory with a diffusers"
+            " pipeline, or such a pipeline"
         )
     for part, component in modules_of(pipeline).items():
         for name, module in component.named_modules():
