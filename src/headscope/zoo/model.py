@@ -102,7 +102,7 @@ _BUNDLED = (
         class_name="DiTTransformer2DModel",
         config={
             "num_attention_heads": 8,
-            "attention_head_dim": 24,
+            "attention_head_dim": 16,
             "in_channels": 3,
             "out_channels": 3,
             "num_layers": 6,
@@ -112,10 +112,10 @@ _BUNDLED = (
             "num_embeds_ada_norm": 1,
             "norm_type": "ada_norm_zero",
         },
-        sites="6 self-attention sites over 8 x 8 patches of 4 x 4 pixels, with 8 heads of 24 channels each",
+        sites="6 self-attention sites over 8 x 8 patches of 4 x 4 pixels, with 8 heads of 16 channels each",
         groups=(*_FACES, *_TIES),
-        batch=48,
-        learning_rate=1e-3,
+        batch=24,
+        learning_rate=1.5e-3,
         ema=0.9995,
     ),
     BundledModel(

@@ -5,7 +5,9 @@ the same mean power spectrum within the bounds that the tests state, and the sam
 does on the one and not on the other, it does because of the tie.
 
 Images are 32 x 32 and drawn with additions, multiplications and roundings alone, in a fixed order, so that every
-machine gets the same bytes; at other sizes they are these, resampled.
+machine gets the same bytes; at other sizes they are these, resampled. What is tied stands whole patches of 4 pixels
+apart, wherever in the image it begins: a transformer over such patches sees copies of a patch, where it would have to
+shift and cut them otherwise.
 """
 
 from __future__ import annotations
@@ -111,9 +113,9 @@ def _as_image(values: np.ndarray) -> np.ndarray:
 def draw_mirrored(name: str, index: int, alike: bool) -> Drawing:
     """A random texture that is its own mirror image about an upright axis, or one that isn't.
 
-    The axis stands in the middle of the image, or 2 or 4 pixels from it to either side. Parts: 0 what has no counterpart
-    in the image, then three rings to each side of the axis, of 4, 4 and the remaining pixels. A pixel's counterpart is its
-    mirror image.
+    The axis stands in the middle of the image, or 2 or 4 pixels from it to either side. Parts: 0 what has no
+    counterpart in the image, then three rings to each side of the axis, of 4, 4 and the remaining pixels. A pixel's
+    counterpart is its mirror image.
     """
     key = ("structure", name, index)
     # in half pixels: a pixel and its mirror image add up to it
