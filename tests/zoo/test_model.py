@@ -1,4 +1,4 @@
-"""The bundled model: its form, its weights, and the errors when they are missing or don't fit."""
+"""The bundled models: their form, its weights, and the errors when they are missing or don't fit."""
 
 from pathlib import Path
 
@@ -12,25 +12,40 @@ from headscope.zoo import model as zoo_model
 WEIGHTS = Path(zoo_model.__file__).parent / "weights"
 
 
-def test_architecture():
-    model = zoo_model.build_model()
-    assert sum(parameter.numel() for parameter in model.parameters()) == 2_611_923
+@pytest.mark.parametrize(("name", "parameters", "sites"), [("pixeldit", 2_000_000, 6), ("unet", 2_611_923, 7)])
+def test_architecture(name, parameters, sites):
+    model = zoo.MODELS[name].build()
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     attention = [module for module in model.modules() if type(module).__name__ == "Attention"]
-    assert [module.heads for module in attention] == [8] * 7
+    assert [module.heads for module in attention] == [8] * sites
     assert zoo_model.build_scheduler().config.prediction_type == "epsilon"
 
 
-def test_bundled_weights_are_small_and_half_precision():
-    file = WEIGHTS / "model.safetensors"
+def test_the_untrained_transformer_answers_with_its_input():
+    bundled = zoo.MODELS["pixeldit"]
+    images = torch.from_numpy(zoo.counter_normal("test", shape=(2, 3, 32, 32))).float()
+    with torch.no_grad():
+        answer = bundled.denoise(bundled.build().eval(), images, torch.tensor([10, 900]))
+    scale = (answer * images).sum((1, 2, 3)) / images.square().sum((1, 2, 3))
+    # the last layer norm divides each patch by its own size
+    assert (answer / scale[:, None, None, None] - images).square().mean() < 0.05
+    assert (scale > 0.5).all()
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_bundled_weights_are_small_and_half_precision(name):
+    file = WEIGHTS / name / "model.safetensors"
     assert file.stat().st_size < 10_000_000
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
-    assert (WEIGHTS / "MODEL_CARD.md").exists()
+    assert (WEIGHTS / name / "MODEL_CARD.md").exists()
 
 
-def test_bundled_pipeline_denoises():
-    pipeline = zoo.load_pipeline()
-    assert not pipeline.unet.training
-    assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.float32}
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_bundled_pipeline_denoises(name):
+    pipeline, bundled = zoo.load_pipeline(name), zoo.MODELS[name]
+    denoiser = getattr(pipeline, bundled.part)
+    assert not denoiser.training
+    assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}
     group = zoo.open_group("faces")
     index = group.indices("discover")[0]
     image = torch.from_numpy(group.item(index).image).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -38,27 +53,30 @@ def test_bundled_pipeline_denoises():
     timestep = torch.tensor([500])
     noisy = pipeline.scheduler.add_noise(image, noise, timestep)
     with torch.no_grad():
-        prediction = pipeline.unet(noisy, timestep).sample
+        prediction = bundled.denoise(denoiser, noisy, timestep)
     # predicting nothing gives 1
     assert float((prediction - noise).square().mean()) < 0.06
 
 
-def test_bundled_pipeline_samples():
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_bundled_pipeline_samples(name):
     generator = torch.Generator().manual_seed(0)
-    result = zoo.load_pipeline()(batch_size=2, num_inference_steps=4, generator=generator, output_type="np")
+    result = zoo.load_pipeline(name)(batch_size=2, num_inference_steps=4, generator=generator, output_type="np")
     assert result.images.shape == (2, 32, 32, 3)
 
 
 def test_a_folder_without_the_model_is_an_error(tmp_path):
-    expected = r"path: '.*' lacks unet/config.json, scheduler/config.json, model.safetensors, expected a folder"
+    expected = r"model: '.*' lacks transformer/config.json, scheduler/config.json, model.safetensors, expected a folder"
     with pytest.raises(FileNotFoundError, match=expected):
         zoo.load_pipeline(tmp_path)
+    with pytest.raises(ValueError, match=r"model: got 'vit', expected one of pixeldit, unet or an exported"):
+        zoo.load_pipeline("vit")
 
 
 def test_weights_of_another_model_are_an_error(tmp_path):
     for part in ("unet", "scheduler"):
         (tmp_path / part).mkdir()
-    zoo_model.build_model().save_config(tmp_path / "unet")
+    zoo.MODELS["unet"].build().save_config(tmp_path / "unet")
     zoo_model.build_scheduler().save_config(tmp_path / "scheduler")
     (tmp_path / "scheduler" / "scheduler_config.json").rename(tmp_path / "scheduler" / "config.json")
     save_file({"unknown": torch.zeros(1)}, tmp_path / "model.safetensors")

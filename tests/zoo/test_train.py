@@ -17,7 +17,7 @@ from headscope.zoo.card import export
 from headscope.zoo.train import TrainConfig, train
 
 TINY = TrainConfig(
-    out="unset", steps=4, batch=2, groups=("lfw",), checkpoint_every=2, log_every=1, evaluate_every=0, progress=False
+    out="unset", model="unet", steps=4, batch=2, groups=("lfw",), checkpoint_every=2, log_every=1, evaluate_every=0, progress=False
 )
 
 
@@ -99,6 +99,7 @@ def test_the_record_holds_no_path_and_no_pickle(finished):
     ("change", "message"),
     [
         ({"batch": 3, "groups": ("lfw", "faces")}, "batch: got 3, expected a multiple of 2"),
+        ({"model": "vit"}, "model: got 'vit', expected one of pixeldit, unet"),
         ({"groups": ("cats",)}, r"groups: got \('cats',\)"),
         ({"dtype": "float16"}, "dtype: got 'float16'"),
         ({"steps": 0}, "steps: got 0"),
@@ -116,9 +117,9 @@ def test_wrong_configurations(change, message):
 def test_groups_and_images_are_presented_equally_often():
     config = replace(TINY, groups=("lfw", "photographs"), batch=20, shift=0)
     data = training._TrainingImages(config)
-    assert data.images.shape == (2, 60, 32, 32, 3)
+    assert [images.shape for images in data.images] == [(60, 32, 32, 3)] * 2
     whole, mirrored = Counter(), {}
-    for number, image in enumerate(data.images.reshape(120, 32, 32, 3)):
+    for number, image in enumerate(np.concatenate(data.images)):
         mirrored[image.tobytes()] = mirrored[image[:, ::-1].tobytes()] = number
     # 12 steps with 10 images of each group: twice through the 60
     for step in range(12):
@@ -129,6 +130,31 @@ def test_groups_and_images_are_presented_equally_often():
         for image in ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).numpy():
             whole[mirrored[image.tobytes()]] += 1
     assert whole == Counter(dict.fromkeys(range(120), 2))
+
+
+def test_tied_images_are_shown_as_they_are():
+    data = training._TrainingImages(replace(TINY, groups=("twins", "lfw"), batch=4))
+    assert [len(images) for images in data.images] == [1200, 60]
+    shown = ((data.batch(0)[0][:2].permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    known = {image.tobytes() for image in data.images[0]}
+    assert all(image.tobytes() in known for image in shown)
+
+
+def test_the_transformer_is_trained_and_exported(tmp_path):
+    config = replace(TINY, out=tmp_path / "run", model="pixeldit", groups=("twins", "lfw"), batch=2, steps=2)
+    assert train(config).finished
+    folder = export(tmp_path / "run", tmp_path / "weights", samples=2, sampling_steps=2, items=2, timesteps=(300, 700))
+    pipeline = zoo.load_pipeline(folder)
+    average = weights(tmp_path / "run")
+    for name, parameter in pipeline.transformer.named_parameters():
+        assert torch.equal(parameter, average[f"average.{name}"].half().float())
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "DiTTransformer2DModel" in card
+    assert "| twins | held out |" in card
+    assert "model=" not in card.partition("```python\nfrom headscope.zoo.card")[2].partition("```")[0]
+    # the recipe of the one is not the other's
+    with pytest.raises(ValueError, match="model: recorded 'pixeldit', now 'unet'"):
+        train(replace(config, model="unet", batch=2))
 
 
 def test_augmentation_flips_and_shifts():
