@@ -282,7 +282,7 @@ def test_memory_that_runs_out_halves_the_rows(device, tmp_path, monkeypatch):
     )
 
     def losses(name: str, rows: int, prepare) -> tuple[np.ndarray, int]:
-        opened = Opened(copy.deepcopy(config), Execution(rows=rows), load_pipeline().to(device))
+        opened = Opened(copy.deepcopy(config), Execution(rows=rows), load_pipeline("unet").to(device))
         context = opened.context(opened.store(tmp_path / name))
         (unit,) = (unit for unit in opened.plan.units if unit.kind == "ablations")
         prepare(opened)

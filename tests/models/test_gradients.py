@@ -164,7 +164,7 @@ def test_attribution_ranks_heads_as_exact_ablation_does():
     """On the bundled model, zero ablation; the first order alone does not."""
     from scipy.stats import spearmanr
 
-    pipeline = load_pipeline()
+    pipeline = load_pipeline("unet")
     task, scope = Task.of(pipeline), Scope(pipeline.unet)
     group = open_group("faces")
     items = [group.item(index) for index in group.indices("discover")[:8]]

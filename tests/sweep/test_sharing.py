@@ -15,7 +15,7 @@ from headscope.zoo import load_pipeline
 
 def bundled():
     images = torch.randn(3, 3, 32, 32, generator=torch.manual_seed(1))
-    return load_pipeline().unet, lambda rows: (images[rows], torch.full((len(rows),), 400))
+    return load_pipeline("unet").unet, lambda rows: (images[rows], torch.full((len(rows),), 400))
 
 
 def conditional_unet():

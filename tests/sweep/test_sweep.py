@@ -37,7 +37,7 @@ def zeroed_by_hand(unet, site, head):
 @pytest.mark.parametrize("pipeline", ["bundled", "ddpm_directory"])
 def test_ablations_equal_the_plain_loop(pipeline, tmp_path, request):
     """Every head of models in pixel space: batched and with shared clean work. (Other families: test_families.)"""
-    model = "builtin" if pipeline == "bundled" else request.getfixturevalue(pipeline)
+    model = "unet" if pipeline == "bundled" else request.getfixturevalue(pipeline)
     config = SweepConfig(
         model=model, groups=("faces",), splits=("confirm",), items=1, timesteps=(60, 500), fills=("zero",)
     )

@@ -44,7 +44,7 @@ def bundled(full: bool, device: str, dtype: torch.dtype) -> Denoiser:
     """The zoo's model, as it is."""
     from headscope.zoo import load_pipeline
 
-    pipeline = load_pipeline()
+    pipeline = load_pipeline("unet")
     images, steps = (256, 20) if full else (4, 2)
     config = pipeline.unet.config
     built = configurations.Configuration(

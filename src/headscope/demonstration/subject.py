@@ -140,8 +140,10 @@ def _clean_losses(ablations: pl.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def _percent(estimate: dict[str, Any]) -> str:
-    numbers = [f"{100 * estimate[name]:+.1f}" for name in ("value", "low", "high")]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+    value = f"{100 * estimate['value']:+.1f}"
+    if estimate["low"] is None:
+        return f"{value} [one source]"
+    return f"{value} [{100 * estimate['low']:+.1f}, {100 * estimate['high']:+.1f}]"
 
 
 def _picture(summary: dict[str, Any], sites: Sequence[str], groups: Sequence[str], file: Path) -> None:
