@@ -1,4 +1,4 @@
-"""`headscope study` on the bundled model: small, whole, and the same after any number of kills."""
+"""`headscope study` on the bundled models: small, whole, and the same after any number of kills."""
 
 import json
 import re
@@ -16,16 +16,20 @@ from headscope.sweep import Run
 from headscope.zoo import load_pipeline
 from kills import finish, kill_then_finish
 
-# the bundled model's sites, by hand
-EXECUTED = [
-    "down_blocks.1.attentions.0",
-    "down_blocks.2.attentions.0",
-    "mid_block.attentions.0",
-    "up_blocks.0.attentions.0",
-    "up_blocks.0.attentions.1",
-    "up_blocks.1.attentions.0",
-    "up_blocks.1.attentions.1",
-]
+# the bundled models' sites in the order of execution, by hand, and on how many groups heads are ablated
+EXECUTED = {
+    "pixeldit": [f"transformer_blocks.{block}.attn1" for block in range(6)],
+    "unet": [
+        "down_blocks.1.attentions.0",
+        "down_blocks.2.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.0.attentions.0",
+        "up_blocks.0.attentions.1",
+        "up_blocks.1.attentions.0",
+        "up_blocks.1.attentions.1",
+    ],
+}
+ABLATED = {"pixeldit": {"lfw", "faces_grey", "twins", "distinct"}, "unet": {"lfw", "faces_grey"}}
 SMALL = {
     "items": 3,
     "discover_items": 2,
@@ -47,35 +51,40 @@ def tables(out):
     return found
 
 
-def test_a_whole_study(tmp_path):
-    page = run_study(StudyConfig(**SMALL), tmp_path / "study", progress=False)
+@pytest.mark.parametrize("model", EXECUTED)
+def test_a_whole_study(model, tmp_path):
+    config = StudyConfig(**SMALL, model=model)
+    assert StudyConfig() == StudyConfig(model="pixeldit")
+    page = run_study(config, tmp_path / "study", progress=False)
     assert is_study(tmp_path / "study")
     text = page.read_text()
     assert "Demonstration" in text
     for group in ("faces_grey", "lfw", "photographs"):
         assert group in text
-    executed = [site.name for site in Scope(load_pipeline()).sites]
-    assert executed == EXECUTED
+    executed = [site.name for site in Scope(load_pipeline(model)).sites]
+    assert executed == EXECUTED[model]
+    heads = 8 * len(executed)
     figure = json.loads(re.search(r'data-figure="entropy_maps">(.*?)</script>', text).group(1))  # type: ignore[union-attr]
     assert figure[0]["layout"]["yaxis"]["ticktext"] == list(Names(executed, []).sites.values())
     found = tables(tmp_path / "study")
     observed = found["observe", "observations"]
-    assert observed.height == 4 * 2 * 3 * 2 * 56
+    assert observed.height == len(config.groups) * 2 * 3 * 2 * heads
     assert observed.select(pl.struct("group", "item", "timestep", "site", "head").n_unique()).item() == observed.height
     discover, confirm = found["discover", "ablations"], found["confirm", "ablations"]
     assert set(discover["split"]) == {"discover"}
-    assert discover.height == 2 * 2 * 56
+    assert set(discover["group"]) == set(confirm["group"]) == ABLATED[model]
+    assert discover.height == len(ABLATED[model]) * 2 * heads
     assert set(confirm["split"]) == {"confirm"}
     assert set(confirm["fill"]) == {"mean", "zero"}
     assert not set(discover["source_id"]) & set(confirm["source_id"])
     # the heads tested are among those that lose most on discover, and no others
-    assert 2 <= confirm.select(pl.struct("site", "head").n_unique()).item() <= 4
+    assert 2 <= confirm.select(pl.struct("site", "head").n_unique()).item() <= 2 * len(ABLATED[model])
     assert {path.name for path in (tmp_path / "study" / "tables").iterdir()} >= {
         "entropy_heads.csv",
         "ablation_confirm.csv",
     }
     with pytest.raises(ValueError, match=r"another configuration.*\n  seed: 0 there, 1 now"):
-        run_study(StudyConfig(**{**SMALL, "seed": 1}), tmp_path / "study", progress=False)
+        run_study(StudyConfig(**{**SMALL, "seed": 1}, model=model), tmp_path / "study", progress=False)
     assert "not finished" not in text
     shutil.rmtree(tmp_path / "study" / "confirm")
     assert "This study is not finished (confirm)" in report_study(tmp_path / "study").read_text()
@@ -93,6 +102,10 @@ def test_bad_settings():
         StudyConfig(confirm_items=0)
     with pytest.raises(ValueError, match="groups: got cats"):
         StudyConfig(groups=("cats",))
+    with pytest.raises(ValueError, match="ablate_groups: got cats"):
+        StudyConfig(ablate_groups=("cats",))
+    with pytest.raises(ValueError, match="model: got 'sd15', expected one of pixeldit, unet"):
+        StudyConfig(model="sd15")
 
 
 STUDY = """

@@ -1,5 +1,7 @@
 """Sharing in 16 bits and under autocast: right sharing isn't refused for its rounding, wrong sharing still is."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,10 @@ from headscope.sweep.compute.opened import Opened
 from headscope.sweep.compute.sharing import ROW_TOLERANCE, Prefix
 from headscope.sweep.compute.unit import compute_unit
 from headscope.sweep.plan.config import IN_MEMORY
-from headscope.zoo import load_pipeline
+from headscope.zoo import MODELS, load_pipeline
 
 PIPELINES = {
-    "bundled": load_pipeline,
+    **{name: partial(load_pipeline, name) for name in MODELS},
     "stable_diffusion": tiny.stable_diffusion,
     "stable_diffusion_xl": tiny.stable_diffusion_xl,
     "stable_diffusion_3": lambda: tiny.stable_diffusion_3(layers=12),
@@ -64,7 +66,7 @@ def losses(sweep: Opened, folder) -> tuple[np.ndarray, Prefix | None]:
 
 # float16 is slow on a CPU
 QUICK = {
-    ("bundled", "bfloat16"),
+    ("unet", "bfloat16"),
     ("stable_diffusion_3", "bfloat16"),
     ("stable_diffusion_3", "autocast_float16"),
     ("flux", "float16"),
@@ -94,7 +96,7 @@ def test_sharing_changes_losses_by_rounding_only(family, precision, tmp_path):
 
 def test_bfloat16_differs_between_batches_by_more_than_float32_may():
     """What made a fixed tolerance refuse to share: the bundled model's own rounding, of one row and of two."""
-    unet = load_pipeline().unet.to(torch.bfloat16)
+    unet = load_pipeline("unet").unet.to(torch.bfloat16)
     sample = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(1)).bfloat16()
     with torch.inference_mode():
         alone, both = (unet(sample[:rows], 400, return_dict=False)[0][:1].float() for rows in (1, 2))

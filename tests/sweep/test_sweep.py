@@ -10,6 +10,7 @@ from headscope.models import Scope
 from headscope.sweep import Run, SweepConfig, run_sweep
 from headscope.sweep.plan.items import load_task, open_items
 from headscope.sweep.work import worker
+from headscope.zoo import MODELS
 
 
 def text_columns(frame: pl.DataFrame) -> pl.DataFrame:
@@ -34,10 +35,10 @@ def zeroed_by_hand(unet, site, head):
     return unet.get_submodule(site.name).to_out[0].register_forward_pre_hook(zero)
 
 
-@pytest.mark.parametrize("pipeline", ["bundled", "ddpm_directory"])
+@pytest.mark.parametrize("pipeline", ["pixeldit", "unet", "ddpm_directory"])
 def test_ablations_equal_the_plain_loop(pipeline, tmp_path, request):
     """Every head of models in pixel space: batched and with shared clean work. (Other families: test_families.)"""
-    model = "unet" if pipeline == "bundled" else request.getfixturevalue(pipeline)
+    model = pipeline if pipeline in MODELS else request.getfixturevalue(pipeline)
     config = SweepConfig(
         model=model, groups=("faces",), splits=("confirm",), items=1, timesteps=(60, 500), fills=("zero",)
     )

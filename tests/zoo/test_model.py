@@ -12,7 +12,7 @@ from headscope.zoo import model as zoo_model
 WEIGHTS = Path(zoo_model.__file__).parent / "weights"
 
 
-@pytest.mark.parametrize(("name", "parameters", "sites"), [("pixeldit", 2_000_000, 6), ("unet", 2_611_923, 7)])
+@pytest.mark.parametrize(("name", "parameters", "sites"), [("pixeldit", 2_124_464, 6), ("unet", 2_611_923, 7)])
 def test_architecture(name, parameters, sites):
     model = zoo.MODELS[name].build()
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
