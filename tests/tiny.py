@@ -35,6 +35,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from headscope.zoo.pixel_pipeline import PixelDiTPipeline
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -284,6 +286,22 @@ def flux(double: int = 1, single: int = 1, guidance: bool = False) -> FluxPipeli
             tokenizer_2=letters,
         )
     )
+
+
+def pixel_dit(size: int = 16) -> PixelDiTPipeline:
+    """A transformer in pixel space with random weights that knows three classes."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=3,
+        out_channels=3,
+        num_layers=2,
+        sample_size=size,
+        patch_size=4,
+        num_embeds_ada_norm=3,
+    )
+    return _quiet(PixelDiTPipeline(transformer.eval(), DDPMScheduler(beta_schedule="squaredcos_cap_v2")))
 
 
 def dit() -> DiTPipeline:

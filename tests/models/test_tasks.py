@@ -228,7 +228,7 @@ def test_the_error_of_the_implied_clean_image(name, prediction, request):
 
 
 def test_pipelines_that_are_not_known_are_refused(pixel, latent, sd3):
-    with pytest.raises(TypeError, match="pipeline: got object, expected one of: a unet in pixel space"):
+    with pytest.raises(TypeError, match="pipeline: got object, expected one of: a unet or transformer in pixel space"):
         Task.of(object())
     with pytest.raises(TypeError, match=r"got DiTPipeline \(with scheduler, transformer, vae\), expected one of"):
         Task.of(tiny.dit())
@@ -272,6 +272,29 @@ def test_loss_is_the_mean_squared_error_per_item(pixel):
         answer = pixel.denoiser(inputs.sample, torch.full((3,), 100)).sample
         expected = (answer - inputs.target).double().square().flatten(1).mean(1)
         torch.testing.assert_close(pixel.loss(inputs), expected)
+
+
+def test_a_transformer_that_knows_classes_is_given_none():
+    task = Task.of(tiny.pixel_dit())
+    assert type(task) is PixelTask
+    items = pictures(3)
+    prepared = task.prepare(items)
+    classes = task.denoiser.config.num_embeds_ada_norm
+    assert prepared.conditioning["class_labels"].tolist() == [classes] * 3
+    inputs = task.noisy_inputs(prepared, 100)
+    with torch.inference_mode():
+        labels = torch.full((3,), classes)
+        answer = task.denoiser(inputs.sample, torch.full((3,), 100), class_labels=labels).sample
+        expected = (answer - inputs.target).double().square().flatten(1).mean(1)
+        torch.testing.assert_close(task.loss(inputs), expected)
+        # the label is what dropped labels become in training, and differs from every class's
+        other = task.denoiser(inputs.sample, torch.full((3,), 100), class_labels=torch.zeros(3, dtype=torch.long)).sample
+        assert not torch.allclose(answer, other)
+    two, one = task.generate(items[:2], steps=3), task.generate(items[1:2], steps=3)
+    assert two.shape == (2, 16, 16, 3)
+    np.testing.assert_allclose(two[1].astype(int), one[0].astype(int), atol=1)
+    kinds = [(site.kind, site.heads) for site in Scope(task.pipeline).sites]
+    assert kinds == [("self", 2)] * 2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
