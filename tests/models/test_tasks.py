@@ -288,7 +288,9 @@ def test_a_transformer_that_knows_classes_is_given_none():
         expected = (answer - inputs.target).double().square().flatten(1).mean(1)
         torch.testing.assert_close(task.loss(inputs), expected)
         # the label is what dropped labels become in training, and differs from every class's
-        other = task.denoiser(inputs.sample, torch.full((3,), 100), class_labels=torch.zeros(3, dtype=torch.long)).sample
+        other = task.denoiser(
+            inputs.sample, torch.full((3,), 100), class_labels=torch.zeros(3, dtype=torch.long)
+        ).sample
         assert not torch.allclose(answer, other)
     two, one = task.generate(items[:2], steps=3), task.generate(items[1:2], steps=3)
     assert two.shape == (2, 16, 16, 3)

@@ -17,7 +17,15 @@ from headscope.zoo.card import export
 from headscope.zoo.train import TrainConfig, train
 
 TINY = TrainConfig(
-    out="unset", model="unet", steps=4, batch=2, groups=("lfw",), checkpoint_every=2, log_every=1, evaluate_every=0, progress=False
+    out="unset",
+    model="unet",
+    steps=4,
+    batch=2,
+    groups=("lfw",),
+    checkpoint_every=2,
+    log_every=1,
+    evaluate_every=0,
+    progress=False,
 )
 
 

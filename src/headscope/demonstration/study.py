@@ -37,11 +37,12 @@ from headscope.zoo import DEFAULT_MODEL, GROUPS, MODELS, open_group
 STUDY = "study.json"
 TITLE = "Attention heads of a small diffusion model"
 TIED = ("twins", "distinct")
+OBSERVED = ("faces", "faces_grey", "lfw", "photographs", *TIED)
 STAGES = ("observe", "discover", "confirm")
 TRAINING_CAVEAT = (
-    "The model was trained on equally many sources and presentations of each group, none of them observed here; but the"
-    " drawn faces come in colour and in grey, so it has met their shapes twice as often as photographed faces. These"
-    " differ in more than being photographs, too: sensor noise, varied poses."
+    "The model was trained on as many images and presentations of the drawn faces in grey as of photographed faces, none"
+    " of them observed here; but drawn faces come in other groups, too (in colour), so it has met their shapes more often."
+    " The two differ in more than being photographs: sensor noise, varied poses."
 )
 
 
@@ -51,8 +52,8 @@ class StudyConfig:
 
     Attributes:
         model: the bundled model's name.
-        groups: the zoo groups whose entropies are observed, and the contrast's two besides; none given are those that
-            the model was trained on.
+        groups: the zoo groups whose entropies are observed, and the contrast's two besides; none given are the faces,
+            photographs and one tied pair, as far as the model was trained on them.
         ablate_groups: the groups on which heads are ablated; none given are the contrast's, and of a model that was
             trained on them "twins" and "distinct": images whose far parts are tied, and their untied control.
         items: items of each group and split, observed.
@@ -84,7 +85,7 @@ class StudyConfig:
         taught = MODELS[self.model].groups
         # frozen for everybody else
         if not self.groups:
-            object.__setattr__(self, "groups", taught)
+            object.__setattr__(self, "groups", tuple(name for name in OBSERVED if name in taught))
         if not self.ablate_groups:
             object.__setattr__(self, "ablate_groups", (*self.contrast, *(name for name in TIED if name in taught)))
         for name in ("items", "discover_items", "confirm_items", "heads_per_group", "observe_bands", "ablate_bands"):

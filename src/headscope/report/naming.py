@@ -52,7 +52,9 @@ class Names:
         return COLOURS[self._groups.index(group) % len(COLOURS)]
 
     def symbol(self, group: str) -> str:
-        return SYMBOLS[self._groups.index(group) % len(SYMBOLS)]
+        # shifted where colours begin anew
+        rounds, place = divmod(self._groups.index(group), len(COLOURS))
+        return SYMBOLS[(place + rounds) % len(SYMBOLS)]
 
 
 def _shorten(site: str) -> str:

@@ -14,6 +14,8 @@ from headscope._plots import error_bars
 from headscope.report.naming import Names, plot_text
 
 Figure = dict[str, Any]
+# titles of more panels than these stand aslant: they would overlap
+_UPRIGHT = 6
 _TITLE = {"showarrow": False, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
 
 
@@ -105,7 +107,8 @@ def heat_maps(
             "zeroline": False,
             "ticks": "",
         }
-        layout["annotations"].append({**_TITLE, "text": f"<b>{plot_text(title)}</b>", "x": left, "y": 1.005})
+        slope = {"textangle": -35} if len(panels) > _UPRIGHT else {}
+        layout["annotations"].append({**_TITLE, **slope, "text": f"<b>{plot_text(title)}</b>", "x": left, "y": 1.005})
         layout["shapes"] += [
             {"type": "line", "xref": f"x{number} domain", "x0": 0, "x1": 1, "yref": f"y{number}", "y0": y, "y1": y}
             | {"line": {"width": 2, "color": "page"}}
@@ -113,7 +116,7 @@ def heat_maps(
         ]
     layout["yaxis"]["title"] = {"text": "site (its heads, first to last, downwards)", "standoff": 12}
     layout["coloraxis"] = colour_axis
-    layout["margin"] |= {"t": 40, "b": 60}
+    layout["margin"] |= {"t": 40 if len(panels) <= _UPRIGHT else 90, "b": 60}
     return {"data": data, "layout": layout}
 
 
