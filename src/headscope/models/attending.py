@@ -13,9 +13,10 @@ from headscope.models.editing.editing import EditContext
 from headscope.models.hooks.calls import SiteCall, SiteCalls
 from headscope.models.hooks.contexts import ActiveContexts
 from headscope.models.hooks.routing import AttentionArguments
+from headscope.models.recording.context import RecordingContext
 from headscope.models.recording.maps import TokenMapContext, TokenMaps
 from headscope.models.recording.parts import ENTROPY
-from headscope.models.recording.recording import HEAD_OUTPUT, Recording, RecordingContext
+from headscope.models.recording.recording import HEAD_OUTPUT, Recording
 from headscope.models.recording.regions import Placed, placed, regions_of
 from headscope.models.structure.layout import Given
 from headscope.models.structure.sites import Site

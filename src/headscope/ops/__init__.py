@@ -1,8 +1,8 @@
 """headscope.attention(): one call for the output, its statistics and head edits.
 
-Reading order: api (the call), edits, regions and statistics (what it takes), validation, backends (who serves it), call (what
-they are told), schema (registration with torch), attend and gradients (the formula in plain torch), then one file per
-backend; cpu_library and cpu_structs are the C++ kernel behind ctypes.
+Reading order: api (the call), edits, regions and statistics (what it takes), validation, backends (who serves it), call
+(what they are told), schema (registration with torch), attend and gradients (the formula in plain torch), then one file
+per backend; cpu_library and cpu_structs are the C++ kernel behind ctypes.
 """
 
 from headscope.ops.api import AttentionResult, attention, scaled_dot_product_attention

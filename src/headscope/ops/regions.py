@@ -17,13 +17,14 @@ Relation = Mapping[str, Sequence[str]] | Bool[Tensor, "_samples regions regions"
 class Regions:
     """Regions of the picture, such as the parts of a face, of each sample of a batch.
 
-    A token of a height x width grid covers its rectangle of the picture. It belongs to the region that covers the largest
-    share of it, the pixels of no region counting as one more. Of equal shares the region with the lowest number has it,
-    and any region before none. A region that covers less than the share `least` of a token doesn't get it: 0.5 asks for
-    half of it, 1 for tokens that lie inside of one region. Shares are counted in whole numbers, without rounding.
+    A token of a height x width grid covers its rectangle of the picture. It belongs to the region that covers the
+    largest share of it, the pixels of no region counting as one more. Of equal shares the region with the lowest number
+    has it, and any region before none. A region that covers less than the share `least` of a token doesn't get it: 0.5
+    asks for half of it, 1 for tokens that lie inside of one region. Shares are counted in whole numbers, without
+    rounding.
 
     Args:
-        masks: integers, the region of each pixel, 0 to len(names) - 1, -1: in none. One for each sample, or one for all.
+        masks: integers, the region of each pixel, 0 to len(names) - 1, -1: in none; one for each sample, or for all.
         names: the regions' names, each once.
         counterparts: which regions are the counterparts of each: {name: names}, the same for every sample, or bool
             [samples or 1, regions, regions] (of a region the row). None where nothing is said of counterparts.
@@ -148,9 +149,7 @@ class Regions:
             relation = relation[chosen.to(relation.device)]
         return Regions(self.masks[chosen], self.names, relation, least=self.least)
 
-    def on_grid(
-        self, grid: tuple[int, int], device: torch.device | None = None
-    ) -> Int32[Tensor, "_samples tokens"]:
+    def on_grid(self, grid: tuple[int, int], device: torch.device | None = None) -> Int32[Tensor, "_samples tokens"]:
         """The region of each token of a grid, row by row, -1: in none. Worked out once for each grid and device.
 
         Args:
@@ -230,7 +229,9 @@ def _checked_masks(masks: Any, count: int) -> Tensor:
         kind = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
         raise TypeError(f"masks: got {kind}, expected an integer tensor [samples or 1, height, width]")
     if masks.ndim != 3 or not all(masks.shape):
-        raise ValueError(f"masks: got shape {list(masks.shape)}, expected [samples or 1, height, width], none of them 0")
+        raise ValueError(
+            f"masks: got shape {list(masks.shape)}, expected [samples or 1, height, width], none of them 0"
+        )
     lowest, highest = (int(number) for number in masks.aminmax())
     if lowest < -1 or highest >= count:
         raise ValueError(

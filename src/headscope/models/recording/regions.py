@@ -79,7 +79,7 @@ class Placed:
         return total.masked_fill(~self.own.any(-1), torch.nan)
 
     def of_classes(self, count: int) -> Tensor:
-        """`share` beside so many classes: [1 or samples, classes], or, the same for all, [1 or samples, classes, regions]."""
+        """`share` beside so many classes, [1 or samples, classes, regions], or of a CounterpartMass without regions."""
         return self.share if self.own is not None else self.share[:, None].expand(-1, count, -1)
 
 
