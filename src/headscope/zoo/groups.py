@@ -74,6 +74,7 @@ class Item:
     part_mask: np.ndarray | None = field(default=None, repr=False)  # uint8 [size, size], indices of part_names
     # int32 [size, size, n]: of each pixel, the pixels that its group's tie is to (row * size + column), then -1
     counterparts: np.ndarray | None = field(default=None, repr=False)
+    part_names: tuple[str, ...] = field(default=(), repr=False)  # the group's, where the item has a part mask
 
     @property
     def key(self) -> str:
@@ -184,7 +185,7 @@ class Faces(ImageGroup):
         source, split = self._source(index)
         attributes = face_attributes(index)
         image, mask = self._image(index)
-        return Item(self.name, index, source, split, image, _face_caption(attributes), attributes, mask)
+        return Item(self.name, index, source, split, image, _face_caption(attributes), attributes, mask, None, PART_NAMES)
 
 
 def _face_caption(attributes: dict[str, Any]) -> str:
@@ -274,7 +275,8 @@ class Tied(ImageGroup):
         image, mask, counterparts, attributes = self._draw(self.name, index, bool(self.control))
         if self.size != SIZE:
             image, mask, counterparts = resized(image, self.size), *_nearest(mask, counterparts, self.size)
-        return Item(self.name, index, source, split, image, self._caption, attributes, mask, counterparts)
+        known = (attributes, mask, counterparts, self.part_names)
+        return Item(self.name, index, source, split, image, self._caption, *known)
 
 
 def _nearest(mask: np.ndarray, counterparts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
