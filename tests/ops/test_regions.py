@@ -202,7 +202,7 @@ def test_items_that_do_not_fit_are_named(items, message):
 def test_the_operator_takes_the_groups_of_keys_alone(kind):
     regions = Regions(torch.zeros(1, 2, 2, dtype=torch.uint8), NAMES)
     tensors = [torch.ones(1, 1, 4, 8)] * 3
-    with pytest.raises(ValueError, match="has regions of the picture, .*; expected the group of each key here"):
+    with pytest.raises(ValueError, match=r"has regions of the picture, .*; expected the group of each key here"):
         headscope.attention(*tensors, statistics=[kind(regions)])
     whole = kind(regions).of_keys(torch.zeros(1, 4, dtype=torch.int32))
     assert headscope.attention(*tensors, statistics=[whole]).statistics[whole.name].shape == (1, 1, 4, 3)
