@@ -27,7 +27,7 @@ class PixelTask(Task):
         images = to_signed(items, self.image_size).to(self.device)
         if images.shape[1] != self.denoiser.config.in_channels:
             raise ValueError(f"items: got images of 3 channels, expected {self.denoiser.config.in_channels}")
-        return Prepared(tuple(item.key for item in items), images, {})
+        return Prepared(tuple(item.key for item in items), images, {}, tuple(items))
 
     def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> np.ndarray:
         scheduler = self.noising.sampler()
