@@ -51,6 +51,7 @@ class SweptItem:
         self.content = hashlib.sha256(item.caption.encode() + image.tobytes()).hexdigest()[:16]
         self.pixels = _digest(image)
         self.parts = parts_digest(item)
+        self._masks.see(item)
         self.part_names = item.part_names if item.part_mask is not None else ()
         self.in_memory = keep
         self._image = image if keep else None
@@ -71,7 +72,7 @@ class SweptItem:
 
     @property
     def part_mask(self) -> np.ndarray | None:
-        """uint8 [size, size], indices of part_names, not to be written to; None where the item has none.
+        """uint8 [size, size], indices of part_names; None where the item has none.
 
         Raises:
             ValueError: it is no longer what it was when the run was opened.

@@ -16,7 +16,7 @@ KEPT_BYTES = 64 * 2**20
 
 
 class Parts(NamedTuple):
-    """The part mask of an item and the counterparts of its pixels, None where it has none; not to be written to."""
+    """The part mask of an item and the counterparts of its pixels, None where it has none."""
 
     mask: np.ndarray | None
     counterparts: np.ndarray | None
@@ -28,6 +28,12 @@ class GroupParts:
     def __init__(self, source: ImageGroup, size: int) -> None:
         self._source, self._size = source, size
         self._kept: OrderedDict[int, Parts] = OrderedDict()
+        self._bytes = 0
+
+    def see(self, item: Item) -> None:
+        """An item is read for its image: its parts are kept where they needn't be resized."""
+        if item.part_mask is not None and len(item.part_mask) == self._size:
+            self._keep(item)
 
     def of(self, index: int, digest: str | None) -> Parts:
         """An item's parts.
@@ -47,16 +53,19 @@ class GroupParts:
                     f"groups: the part mask of {item.source_id!r} of {item.group!r} has changed since the run was"
                     " opened"
                 )
-            assert item.part_mask is not None
-            found = Parts(*nearest_parts(item.part_mask, item.counterparts, self._size))
-            for array in found:
-                if array is not None:
-                    array.setflags(write=False)
-            self._kept[index] = found
-            while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > KEPT_BYTES:
-                self._kept.popitem(last=False)
+            self._keep(item)
         self._kept.move_to_end(index)
-        return self._kept[index]
+        # copies: what one score does in place, others would see
+        return Parts(*(None if array is None else array.copy() for array in self._kept[index]))
+
+    def _keep(self, item: Item) -> None:
+        assert item.part_mask is not None
+        found = Parts(*nearest_parts(item.part_mask, item.counterparts, self._size))
+        self._kept[item.index] = found
+        self._bytes += _bytes(found)
+        while len(self._kept) > 1 and self._bytes > KEPT_BYTES:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _bytes(oldest)
 
 
 def parts_digest(item: Item) -> str | None:
