@@ -40,7 +40,7 @@ def config(ddpm_directory):
     )
 
 
-def attention_of(denoiser, sample, timestep) -> list[torch.Tensor]:
+def attention_of(task, inputs) -> list[torch.Tensor]:
     """Every attention call's probabilities [1, heads, queries, keys], float64, in order; by torch alone."""
     found = []
     stock = functional.scaled_dot_product_attention
@@ -53,7 +53,7 @@ def attention_of(denoiser, sample, timestep) -> list[torch.Tensor]:
     functional.scaled_dot_product_attention = spy
     try:
         with torch.inference_mode():
-            denoiser(sample, timestep)
+            task.predict(inputs)
     finally:
         functional.scaled_dot_product_attention = stock
     return found
@@ -120,7 +120,7 @@ def check_table(config: SweepConfig, table: pl.DataFrame, every: int = 1) -> Non
             prepared = task.prepare([item])
             for timestep in TIMESTEPS:
                 inputs = task.noisy_inputs(prepared, timestep)
-                for site, p in zip(sites, attention_of(task.denoiser, inputs.sample, timestep), strict=True):
+                for site, p in zip(sites, attention_of(task, inputs), strict=True):
                     for (head, queries, keys), (tokens, entropy, mass, share) in expected_rows(item, p).items():
                         row = rows[group.name, item.index, timestep, site, head, queries, keys]
                         assert row["tokens"] == tokens
@@ -173,7 +173,8 @@ def test_every_kind_of_parts(config, tmp_path, group):
 
 @pytest.mark.full
 def test_the_bundled_model_at_both_grids(config, tmp_path):
-    config = replace(config, model="builtin", groups=("twins", "eyes"), items=1)
+    bundled = SweepConfig(groups=("twins",)).model
+    config = replace(config, model=bundled, groups=("twins", "eyes"), items=1)
     run = run_sweep(config, tmp_path / "run", progress=False)
     check_table(config, strings(run.table("regions").collect()))
 
