@@ -5,13 +5,14 @@ import os
 import struct
 import tarfile
 import zlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from headscope import zoo
-from headscope._images import as_shown, read_image
+from headscope._images import as_shown, nearest_parts, read_image
 from headscope.models.recording.plots import heatmaps
 from headscope.sweep.plan.sources import TarGroup
 
@@ -243,3 +244,24 @@ def test_pictures_beside_maps_are_shown_as_they_are():
         assert np.asarray(figure.data[0].z)[0, :, 0].tolist() == SHOWN_RAMP
     with pytest.raises(ValueError, match=r"image: got \[1, 4, 3\] of uint16, expected a PIL image, or"):
         heatmaps(maps, "nats", np.repeat(RAMP[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("size", [3, 5, 6, 8, 12, 24])
+def test_parts_at_other_sizes_are_those_of_the_pixel_at_the_middle(size):
+    random = np.random.default_rng(0)
+    mask = random.integers(0, 4, (8, 8), np.uint8)
+    ties = random.integers(-1, 64, (8, 8, 3)).astype(np.int32)
+    found, moved = nearest_parts(mask, ties, size)
+    assert moved is not None
+    assert (found.dtype, moved.dtype) == (np.uint8, np.int32)
+
+    def middle(place: int, edge: int, other: int) -> int:
+        return int((place + Fraction(1, 2)) / edge * other)
+
+    for row, column in np.ndindex(size, size):
+        old = middle(row, size, 8), middle(column, size, 8)
+        assert found[row, column] == mask[old]
+        for tie, now in zip(ties[old].tolist(), moved[row, column].tolist(), strict=True):
+            place = tuple(middle(number, 8, size) for number in divmod(tie, 8))
+            assert now == (-1 if tie < 0 else place[0] * size + place[1])
+    assert nearest_parts(mask, None, size)[1] is None

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 from headscope._version import __version__
 
 if TYPE_CHECKING:
-    from headscope.models import AttnProcessor, Attribution, Patch, Recording, Scope, Site, Task, Where
+    from headscope.models import AttnProcessor, Attribution, CounterpartMass, Patch, Recording, Scope, Site, Task, Where
     from headscope.ops import (
         AttentionResult,
         Distance,
         GroupEntropy,
         GroupMass,
         HeadEdit,
+        Regions,
         Statistic,
         attention,
         backend_status,
@@ -27,12 +28,14 @@ _LAZY = {
     "AttentionResult": "headscope.ops",
     "AttnProcessor": "headscope.models",
     "Attribution": "headscope.models",
+    "CounterpartMass": "headscope.models",
     "Distance": "headscope.ops",
     "GroupEntropy": "headscope.ops",
     "GroupMass": "headscope.ops",
     "HeadEdit": "headscope.ops",
     "Patch": "headscope.models",
     "Recording": "headscope.models",
+    "Regions": "headscope.ops",
     "Scope": "headscope.models",
     "Site": "headscope.models",
     "Statistic": "headscope.ops",
@@ -47,12 +50,14 @@ __all__ = [
     "AttentionResult",
     "AttnProcessor",
     "Attribution",
+    "CounterpartMass",
     "Distance",
     "GroupEntropy",
     "GroupMass",
     "HeadEdit",
     "Patch",
     "Recording",
+    "Regions",
     "Scope",
     "Site",
     "Statistic",

@@ -98,6 +98,28 @@ def as_shown(picture: Any, largest: int | None = None, negative: bool = False, l
     return _on_white(pixels[..., :3], pixels[..., 3])
 
 
+def nearest_parts(mask: np.ndarray, counterparts: np.ndarray | None, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """A square part mask and its counterparts at another size: each pixel's are those of the pixel at its middle.
+
+    Args:
+        mask: uint8 [edge, edge].
+        counterparts: int32 [edge, edge, n], pixels of the image (row * edge + column), -1: none; or None.
+        size: the new edge.
+    """
+    edge = len(mask)
+    if edge == size:
+        return mask, counterparts
+    # the old pixel of each new one, and the new pixel at the middle of each old one
+    old = (2 * np.arange(size) + 1) * edge // (2 * size)
+    mask = mask[old][:, old]
+    if counterparts is None:
+        return mask, None
+    middle = ((2 * np.arange(edge) + 1) * size // (2 * edge)).astype(np.int32)
+    # the last entry is that of -1
+    moved = np.append((middle[:, None] * size + middle).ravel(), -1).astype(np.int32)
+    return mask, moved[counterparts][old][:, old]
+
+
 def _largest(opened: Any) -> int | None:
     """The value of white in an opened file of more than 8 bits of grey; None if its mode alone determines it."""
     if opened.mode.startswith("I;16") and opened.format == "TIFF":

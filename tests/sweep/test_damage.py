@@ -23,8 +23,9 @@ from headscope.sweep.store.sheet import write_contact_sheets
 from headscope.sweep.store.store import EXECUTION, RunStore
 from headscope.sweep.work.worker import TRIES
 
-TABLES = tuple(name for name, kind in KINDS.items() if TABLE in kind.files)
-SHARDS = tuple(KINDS)
+# optional kinds run where they are named, and not in that run
+SHARDS = tuple(name for name, kind in KINDS.items() if not kind.optional)
+TABLES = tuple(name for name in SHARDS if TABLE in KINDS[name].files)
 # the images that the generations are made of
 DRAWN = tuple(f"{kind}, images" for kind in KINDS if KINDS[kind].images)
 

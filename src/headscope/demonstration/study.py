@@ -41,8 +41,8 @@ OBSERVED = ("faces", "faces_grey", "lfw", "photographs", *TIED)
 STAGES = ("observe", "discover", "confirm")
 TRAINING_CAVEAT = (
     "The model was trained on as many images and presentations of the drawn faces in grey as of photographed faces,"
-    " none of them observed here; but drawn faces come in other groups, too (in colour), so it has met their shapes more"
-    " often. The two differ in more than being photographs: sensor noise, varied poses."
+    " none of them observed here; but drawn faces come in other groups, too (in colour), so it has met their shapes"
+    " more often. The two differ in more than being photographs: sensor noise, varied poses."
 )
 
 

@@ -19,10 +19,11 @@ from headscope.models.attribution import Attribution
 from headscope.models.editing.edits import Patch, Where
 from headscope.models.processor import AttnProcessor
 from headscope.models.recording.recording import Recording
+from headscope.models.recording.regions import CounterpartMass
 from headscope.models.scope import Scope
 from headscope.models.structure.sites import Site
 from headscope.models.tasks import *  # noqa: F403
 
-__all__ = ["AttnProcessor", "Attribution", "Patch", "Recording", "Scope", "Site", "Where"]
+__all__ = ["AttnProcessor", "Attribution", "CounterpartMass", "Patch", "Recording", "Scope", "Site", "Where"]
 # every family of tasks
 __all__ += tasks.__all__

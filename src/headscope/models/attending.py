@@ -13,9 +13,11 @@ from headscope.models.editing.editing import EditContext
 from headscope.models.hooks.calls import SiteCall, SiteCalls
 from headscope.models.hooks.contexts import ActiveContexts
 from headscope.models.hooks.routing import AttentionArguments
+from headscope.models.recording.context import RecordingContext
 from headscope.models.recording.maps import TokenMapContext, TokenMaps
 from headscope.models.recording.parts import ENTROPY
-from headscope.models.recording.recording import HEAD_OUTPUT, Recording, RecordingContext
+from headscope.models.recording.recording import HEAD_OUTPUT, Recording
+from headscope.models.recording.regions import Placed, placed, regions_of
 from headscope.models.structure.layout import Given
 from headscope.models.structure.sites import Site
 from headscope.ops import GroupMass, HeadEdit, Statistic, attention
@@ -31,6 +33,7 @@ class _Interest(NamedTuple):
     Attributes:
         version: `ActiveContexts.version` at the time.
         requested: the statistics of all recordings, each once.
+        of_regions: some of them are of regions of the picture.
     """
 
     version: int
@@ -38,16 +41,19 @@ class _Interest(NamedTuple):
     edits: tuple[EditContext, ...]
     token_maps: tuple[TokenMapContext, ...]
     requested: tuple[Statistic, ...]
+    of_regions: bool
 
     @classmethod
     def of(cls, contexts: ActiveContexts, site: str) -> "_Interest":
         recordings = tuple(context.recording for context in contexts.of(RecordingContext, site))
+        requested = _each_once([statistic for recording in recordings for statistic in recording.requested])
         return cls(
             contexts.version,
             recordings,
             tuple(contexts.of(EditContext, site)),
             tuple(contexts.of(TokenMapContext, site)),
-            _each_once([statistic for recording in recordings for statistic in recording.requested]),
+            requested,
+            any(regions_of(statistic) is not None for statistic in requested),
         )
 
     @property
@@ -161,10 +167,15 @@ def _attend(call: SiteCall, interest: _Interest, arguments: AttentionArguments) 
         ]
         combined = combine(changes, query, key, value) if changes else combined
     requested, masses = (() if repeated else interest.requested), []
+    of_regions: dict[str, Placed] = {}
+    if interest.of_regions and not repeated:
+        requested, of_regions = _placed(requested, call, key)
     if interest.token_maps and not repeated:
         masses = _token_masses(call, interest.token_maps, key)
         requested = (*requested, *(mass for _, mass in masses))
     output, values = _compute(combined, requested, arguments)
+    for name, place in of_regions.items():
+        values[name] = place.finished(values[name])
     for maps, mass in masses:
         maps.add(call, values[mass.name])
     valid_keys = 0
@@ -175,6 +186,16 @@ def _attend(call: SiteCall, interest: _Interest, arguments: AttentionArguments) 
         if recording.records_head_output:
             recording.tensors.add(HEAD_OUTPUT, call, output)
     return output
+
+
+def _placed(
+    requested: Sequence[Statistic], call: SiteCall, key: SiteKey
+) -> tuple[tuple[Statistic, ...], dict[str, Placed]]:
+    """The statistics of this call, and those of regions among them, by name; without those that it has no place for."""
+    found = {one.name: placed(one, call, key.shape[2], key.device) for one in requested if regions_of(one) is not None}
+    of_regions = {name: place for name, place in found.items() if place is not None}
+    there = [one for one in requested if one.name in of_regions or one.name not in found]
+    return tuple(of_regions[one.name].statistic if one.name in found else one for one in there), of_regions
 
 
 def _token_masses(
@@ -233,10 +254,15 @@ def _each_once(requested: list[Statistic]) -> tuple[Statistic, ...]:
     found: dict[str, Statistic] = {}
     for statistic in requested:
         other = found.setdefault(statistic.name, statistic)
-        # those without data are equal where their specs are
-        if other is not statistic and (other.spec != statistic.spec or statistic.tensors):
+        if other is not statistic and not _same(other, statistic):
             raise ValueError(
                 f"statistics: {statistic.name!r} means different things in two active recordings, expected name=..."
                 " to tell them apart"
             )
     return tuple(found.values())
+
+
+def _same(one: Statistic, other: Statistic) -> bool:
+    """True if two statistics are equal: those of the same regions, or without data, where their specs are."""
+    alike = type(one) is type(other) and one.spec == other.spec and not other.tensors
+    return alike and regions_of(one) is regions_of(other)

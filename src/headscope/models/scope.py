@@ -13,9 +13,11 @@ from headscope.models.editing.editing import EditContext
 from headscope.models.editing.edits import Edits, Fill
 from headscope.models.hooks.attachment import Attachment
 from headscope.models.hooks.contexts import ActiveContexts, Context
+from headscope.models.recording.context import RecordingContext, requested_recording
 from headscope.models.recording.maps import TokenMapContext, TokenMaps, heads_by_site
 from headscope.models.recording.prompts import Prompts
-from headscope.models.recording.recording import Recording, RecordingContext, requested_recording
+from headscope.models.recording.recording import Recording
+from headscope.models.recording.regions import Queries
 from headscope.models.recording.tensors import Reduce
 from headscope.models.structure.index import SiteIndex
 from headscope.models.structure.sites import Site, Unseen, find_denoiser, find_sites, other_denoisers
@@ -123,6 +125,7 @@ class Scope:
         sites: Sequence[str] | str | None = None,
         reduce: Reduce = "mean",
         into: Recording | None = None,
+        queries: Queries | None = None,
     ) -> Iterator[Recording]:
         """Record statistics of every attention call made inside the context.
 
@@ -134,16 +137,25 @@ class Scope:
             sites: names or patterns of the sites to record; all by default, and then attention that the model calls
                 outside of them is an error.
             reduce: "mean" as said above; None records every query's statistic and every sample's tensors.
-            into: an earlier recording of the same statistics to go on with, made in this session.
+            into: an earlier recording of the same statistics to go on with, made in this session. Masks are those named
+                here, of the samples that come now.
+            queries: classes of image queries per which the mean of statistics is taken besides: `Regions`, or bool
+                masks [samples or 1, height, width] by the classes' names, which may overlap (a token is in a class
+                whose mask covers at least half of it). Masks of as many samples as a guidance branch has serve all
+                branches, and every frame of a video.
+
+        Statistics of regions, as in GroupMass(regions), are of attention to image tokens of known places: self- and
+        joint attention. Text tokens are in no region.
 
         Raises:
             ValueError: an unknown statistic or reduction, nothing to record, a recording that can't be gone on with, or
-                unseen sites when all are asked for.
+                unseen sites when all are asked for; from a forward, masks of another number of samples; at the end of
+                the context, regions or classes that no attention call had a place for.
             KeyError: an unknown site.
             RuntimeError: another Scope is active on the model; from a forward, attention outside of all sites.
         """
         self._look_again()
-        recording = requested_recording(statistics, reduce, into)
+        recording = requested_recording(statistics, reduce, into, queries)
         with self._opened(RecordingContext(recording, self._index.chosen(sites), all_sites=sites is None)):
             yield recording
 

@@ -16,7 +16,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 
 from headscope._extras import require
 from headscope._files import is_utf8, local_path, read_plain
-from headscope._images import read_image, read_square, resized
+from headscope._images import nearest_parts, read_image, read_square, resized
 from headscope.counter import counter_permutation, counter_uniform, whole
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
 from headscope.zoo.structure import (
@@ -74,6 +74,7 @@ class Item:
     part_mask: np.ndarray | None = field(default=None, repr=False)  # uint8 [size, size], indices of part_names
     # int32 [size, size, n]: of each pixel, the pixels that its group's tie is to (row * size + column), then -1
     counterparts: np.ndarray | None = field(default=None, repr=False)
+    part_names: tuple[str, ...] = field(default=(), repr=False)  # the group's, where the item has a part mask
 
     @property
     def key(self) -> str:
@@ -123,7 +124,9 @@ class ImageGroup(ABC):
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"index: got {index}, expected 0 to {len(self) - 1} in the group {self.name!r}")
-        return self._load(index)
+        item = self._load(index)
+        known = item.part_mask is None or item.part_names
+        return item if known else replace(item, part_names=self.part_names)
 
     def indices(self, split: str | None = None) -> list[int]:
         """Indices of one split's items, or of all; ascending. Raises ValueError for an unknown split."""
@@ -277,18 +280,8 @@ class Tied(ImageGroup):
         source, split = self._source(index)
         image, mask, counterparts, attributes = self._draw(self.name, index, bool(self.control))
         if self.size != SIZE:
-            image, mask, counterparts = resized(image, self.size), *_nearest(mask, counterparts, self.size)
+            image, (mask, counterparts) = resized(image, self.size), nearest_parts(mask, counterparts, self.size)
         return Item(self.name, index, source, split, image, self._caption, attributes, mask, counterparts)
-
-
-def _nearest(mask: np.ndarray, counterparts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A mask and counterparts of SIZE at another size: each pixel's are those of the nearest one."""
-    # the old pixel of each new one, and the new pixel in the middle of each old one
-    old = np.arange(size) * SIZE // size
-    middle = (2 * np.arange(SIZE) + 1) * size // (2 * SIZE)
-    moved = middle[counterparts // SIZE] * size + middle[counterparts % SIZE]
-    found = np.where(counterparts < 0, -1, moved).astype(np.int32)
-    return mask[old][:, old], found[old][:, old]
 
 
 _PHOTOGRAPHS = (

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from headscope.models.hooks.forwards import Forward
-from headscope.models.structure.layout import Geometry, Given, Layout, Place, layout_of, place_of
+from headscope.models.structure.layout import IMAGE, Geometry, Given, Layout, Place, layout_of, place_of
 from headscope.models.structure.sites import Site
 
 
@@ -20,6 +20,17 @@ class SiteCall(NamedTuple):
     number: int
     forward: Forward
     layout: Layout
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(height, width) of the picture, or of each frame, in the call's image queries; None where it isn't known.
+
+        One read per forward where the model has places as tensors.
+        """
+        image = next((segment for segment in self.layout.queries if segment.group == IMAGE), None)
+        if image is None:
+            return None
+        return self.layout.grid or self.forward.geometry.grid(image.stop - image.start)
 
 
 class SiteCalls:

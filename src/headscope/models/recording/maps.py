@@ -72,7 +72,7 @@ class TokenMaps:
     def statistic(self, call: SiteCall, keys: int, device: torch.device) -> GroupMass | None:
         """The operator's statistic for a call; None where image queries don't meet text keys."""
         text = next((segment for segment in call.layout.keys if segment.group == TEXT), None)
-        if text is None or _grid(call) is None:
+        if text is None or call.grid is None:
             return None
         place = (text.start, text.stop, keys, device)
         if place not in self._groups:
@@ -108,7 +108,7 @@ class TokenMaps:
         heads = self._heads.get(site.name)
         rows = rows if heads is None else rows[:, list(heads)]
         image = next(segment for segment in layout.queries if segment.group == IMAGE)
-        grid = _grid(call)
+        grid = call.grid
         assert grid is not None
         summed = rows[:, :, image.start : image.stop].sum(1).transpose(1, 2).unflatten(2, grid)
         self._pending.append(_Piece(site.name, forward.samples, samples, summed, rows.shape[1]))
@@ -242,12 +242,6 @@ class TokenMapContext(Context):
         mapped = site in self.sites and site in self.maps.sites
         if mapped and branch in ("cond", None) and self.acts_in(forward):
             self.maps.reused.append(Reused(site, self.step_of(forward), branch))
-
-
-def _grid(call: SiteCall) -> tuple[int, int] | None:
-    """(height, width) of the call's image queries. One read per forward where the model has places as tensors."""
-    image = next((segment for segment in call.layout.queries if segment.group == IMAGE), None)
-    return None if image is None else call.layout.grid or call.forward.geometry.grid(image.stop - image.start)
 
 
 def heads_by_site(

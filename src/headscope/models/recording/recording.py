@@ -1,24 +1,26 @@
 """The recording that a `scope.record(...)` context makes."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import torch
 from torch import Tensor
 
 from headscope._extras import require
 from headscope._files import local_path, write_atomic
-from headscope.models.hooks.caches import Missing, Reused
+from headscope.models.hooks.caches import Reused
 from headscope.models.hooks.calls import SiteCall
-from headscope.models.hooks.contexts import Context
 from headscope.models.hooks.forwards import Forward
 from headscope.models.recording.parts import (
+    COUNT,
     ENTROPY,
     NORMALISED,
+    ClassNumbers,
     Part,
     PartRows,
     Reduced,
@@ -27,16 +29,25 @@ from headscope.models.recording.parts import (
     split_queries,
 )
 from headscope.models.recording.plots import heatmaps
+from headscope.models.recording.regions import (
+    CounterpartMass,
+    Inside,
+    QueryClasses,
+    check_samples,
+    placed,
+    regions_of,
+)
 from headscope.models.recording.tables import build_dataset, build_table, query_maps
-from headscope.models.recording.tensors import QUANTITIES, HeadTensors, Key, Reduce
-from headscope.models.structure.layout import ALL, Segment
-from headscope.ops import STATISTICS, Statistic
-from headscope.ops.statistics import requested_statistics
+from headscope.models.recording.tensors import HeadTensors, Key, Reduce
+from headscope.models.structure.layout import ALL, IMAGE, Segment
+from headscope.ops import STATISTICS, GroupMass, Statistic
 
 if TYPE_CHECKING:
     import pyarrow
 
 HEAD_OUTPUT = "head_output"
+# beside the names of statistics of regions, among what a recording met with
+_CLASSES = "classes of queries"
 TABLE_FILE, TENSOR_FILE = "statistics.parquet", "tensors.safetensors"
 
 
@@ -52,13 +63,26 @@ class Recording:
         statistics: their names.
         quantities: which of head_output, q, k and v are recorded.
         reduce: "mean" (statistics over queries, tensors over samples), or None (each query and each sample).
+        classes: the classes of queries per which statistics are reduced besides; None in one that was loaded.
+        query_classes: their names.
+        regions: of each statistic of regions the regions' names, in the order of its lists.
         reused: the sites that forwards went without, because a cache of diffusers had their attention or their layer
             was skipped: (site, step, branch). Nothing of them is recorded in those forwards.
     """
 
-    def __init__(self, requested: Sequence[Statistic], quantities: Sequence[str] = (), reduce: Reduce = "mean") -> None:
+    def __init__(
+        self,
+        requested: Sequence[Statistic],
+        quantities: Sequence[str] = (),
+        reduce: Reduce = "mean",
+        classes: QueryClasses | None = None,
+    ) -> None:
         self.requested = tuple(requested)
         self.statistics = tuple(statistic.name for statistic in requested)
+        self.classes = classes
+        self.query_classes = () if classes is None else classes.names
+        of_regions = {one.name: regions_of(one) for one in requested if not isinstance(one, CounterpartMass)}
+        self.regions = {name: regions.names for name, regions in of_regions.items() if regions is not None}
         self.quantities = tuple(quantities)
         self.reduce: Reduce = reduce
         self.reused: list[Reused] = []
@@ -71,6 +95,9 @@ class Recording:
         self._active = False
         self.reduced: list[Reduced] = []
         self._pending: list[PartRows] = []
+        self._numbers: list[ClassNumbers] = []
+        # what of regions and classes was met with
+        self._met: set[str] = set()
         self._calls = 0
         self._calls_in_forward = 0
         self._loaded: Any = None
@@ -90,13 +117,18 @@ class Recording:
         return HEAD_OUTPUT in self.quantities
 
     def same_request(self, other: "Recording") -> bool:
-        return (self.statistics, self.quantities, self.reduce) == (other.statistics, other.quantities, other.reduce)
+        return self._request == other._request
+
+    @property
+    def _request(self) -> tuple[Any, ...]:
+        return self.statistics, self.quantities, self.reduce, self.query_classes, self.regions
 
     def check_continues(self, asked: "Recording") -> None:
         """Raises ValueError unless this recording can go on with what another one was asked for."""
         request = ", ".join([*asked.statistics, *asked.quantities])
         if not self.same_request(asked):
-            raise ValueError(f"into: got {self!r}, expected a recording of {request}, reduce={asked.reduce!r}")
+            classes = f", queries of {', '.join(asked.query_classes)}" if asked.query_classes else ""
+            raise ValueError(f"into: got {self!r}, expected a recording of {request}, reduce={asked.reduce!r}{classes}")
         if self._active:
             raise ValueError(f"into: got {self!r}, whose context is active still, expected one that has ended")
         if self._read:
@@ -104,6 +136,11 @@ class Recording:
                 f"into: got {self!r}, which was read from a file and doesn't say how many samples its means are of,"
                 " expected one of this session"
             )
+
+    def go_on(self, asked: "Recording") -> None:
+        """Go on with what another one was asked for: masks are those of the samples to come."""
+        self.check_continues(asked)
+        self.requested, self.classes = asked.requested, asked.classes
 
     def enter(self, first_forward: int) -> None:
         """A context begins, after so many of the scope's forwards."""
@@ -127,38 +164,73 @@ class Recording:
 
         Args:
             values: by name, [rows, heads, queries], or with a last dimension of groups; sums over queries are
-                [rows, heads, keys].
+                [rows, heads, keys]. Statistics of regions are missing where the keys are no image.
             valid_keys: how many keys each row may see, an int or broadcastable to [rows, heads, queries].
         """
         self._calls_in_forward += 1
         site, number, forward, layout = call
         step, forward_number = self.step_of(forward), self._number_of(forward)
 
-        def add(name: str, segment: Segment, piece: Tensor, heads: int, queries: int) -> None:
+        def part_of(segment: Segment, heads: int, queries: int) -> Part:
             place = (len(self._pending), forward, forward_number, step, site.name, number, segment)
-            part = Part(*place, layout.first_sample, layout.samples, heads, queries, keys)
-            self._pending.append(PartRows(part, name, piece))
+            return Part(*place, layout.first_sample, layout.samples, heads, queries, keys)
 
+        # the classes of each piece's queries, and a part of theirs
+        classed: dict[Segment, tuple[Part, Inside]] = {}
         for statistic in self.requested:
-            name, tensor = statistic.name, values[statistic.name]
-            if tensor.requires_grad:
-                tensor = tensor.detach()
-            heads = tensor.shape[1]
+            name = statistic.name
+            if name not in values:
+                continue
+            tensor = values[name].detach() if values[name].requires_grad else values[name]
+            heads, apart = tensor.shape[1], isinstance(statistic, CounterpartMass)
             if statistic.sums_over_queries:
                 # one number per key, of all queries together
                 total = tensor.unflatten(0, (layout.samples, layout.fold)).transpose(1, 2).flatten(2)
-                add(name, Segment(ALL, None, 0, 0), total[:, :, None], heads, 0)
+                self._pending.append(PartRows(part_of(Segment(ALL, None, 0, 0), heads, 0), name, total[:, :, None]))
                 continue
             rows = {name: tensor}
             if name == ENTROPY and isinstance(valid_keys, Tensor):
                 rows[NORMALISED] = normalised(tensor, valid_keys)
             for column, whole in rows.items():
                 for segment, piece in split_queries(whole, layout):
-                    add(column, segment, piece, heads, piece.shape[2])
+                    part = part_of(segment, heads, piece.shape[2])
+                    inside = self._classes_of(call, segment, tensor.device)
+                    if inside is not None:
+                        classed[segment] = part, inside
+                    elif apart:
+                        continue
+                    self._pending.append(PartRows(part, column, piece, inside, apart))
+            self._met.add(name)
+        self._number_classes(call, classed)
 
-    def begin_forward(self) -> None:
-        """Forget what is left of a forward that neither ended nor was dropped: an interrupt came in between."""
-        self._pending = []
+    def _classes_of(self, call: SiteCall, segment: Segment, device: torch.device) -> Inside | None:
+        """The classes of the queries of a group; None where there are none, or nothing is known of their places."""
+        if self.classes is None or segment.group != IMAGE:
+            return None
+        inside = self.classes.at(call, device)
+        return inside if inside is not None and segment.stop - segment.start == inside.tokens else None
+
+    def _number_classes(self, call: SiteCall, classed: Mapping[Segment, tuple[Part, Inside]]) -> None:
+        """Take the sizes of a call's classes, and the shares of its keys that are in each region."""
+        for part, inside in classed.values():
+            self._met.add(_CLASSES)
+            self._numbers.append(ClassNumbers(part, COUNT, inside.counts, inside))
+            for statistic in self.requested:
+                if not isinstance(statistic, GroupMass) or statistic.regions is None:
+                    continue
+                found = placed(statistic, call, part.keys, inside.mask.device)
+                if found is not None:
+                    share = found.of_classes(len(inside.names))
+                    self._numbers.append(ClassNumbers(part, f"{statistic.name}_share", share, inside))
+
+    def begin_forward(self, forward: Forward) -> None:
+        """Forget what is left of a forward that neither ended nor was dropped: an interrupt came in between.
+
+        Raises:
+            ValueError: regions or classes of queries are of other samples than the forward's.
+        """
+        check_samples(self.requested, self.classes, forward)
+        self._pending, self._numbers = [], []
         self._calls_in_forward = 0
         self.tensors.begin_forward()
 
@@ -167,16 +239,30 @@ class Recording:
         self._forwards = self._number_of(forward) + 1
         self._calls += self._calls_in_forward
         self._calls_in_forward = 0
-        pending, self._pending = self._pending, []
-        self.reduced += reduced(pending, keep_rows=self.reduce is None)
+        pending, numbers, self._pending, self._numbers = self._pending, self._numbers, [], []
+        self.reduced += reduced(pending, numbers, keep_rows=self.reduce is None)
         self.tensors.end_forward(forward)
 
     def drop(self, forward: Forward) -> None:
         """Forget a forward that did not end."""
         self._forwards = self._number_of(forward) + 1
-        self._pending = []
+        self._pending, self._numbers = [], []
         self._calls_in_forward = 0
         self.tensors.drop(forward)
+
+    def check_met(self) -> None:
+        """Raises ValueError where statistics of regions, or classes of queries, were met with in no attention call."""
+        for name in [one.name for one in self.requested if regions_of(one) is not None] if self._calls else ():
+            if name not in self._met:
+                raise ValueError(
+                    f"statistics: {name!r} is of regions of the picture, and no attention call of the recorded sites"
+                    " has image tokens of known places as keys; expected sites of self- or joint attention among them"
+                )
+        if self._calls and self.classes is not None and _CLASSES not in self._met:
+            raise ValueError(
+                "queries: no attention call of the recorded sites has image tokens of known places as queries, of which"
+                " there could be classes"
+            )
 
     # means over samples
 
@@ -246,10 +332,16 @@ class Recording:
         logsumexp and max_logit; 0..1 for max_prob). entropy_normalised_mean is the mean of H / ln(valid keys), each row
         divided by its own; null where rows see a single key. Statistics of several numbers are lists. With reduce=None
         a column of the statistic's own name holds the list of every query's value.
+
+        With classes of queries there are further rows for each of them, and a column query_class, their name; it is
+        null in the rows over all queries of a group. Of a class's rows, queries is the number of its tokens, the
+        statistics have their mean over those (null where there are none), and a mass of regions has a column NAME_share
+        besides: of the call's keys, which share is in each region, as its mass would be under uniform attention.
+        Statistics of regions are null in rows of attention to other keys than the image's.
         """
         if self._loaded is not None:
             return self._loaded
-        return build_table(self.reduced)
+        return build_table(self.reduced, self.classes is not None)
 
     def to_polars(self):
         """`to_arrow()` as a polars DataFrame."""
@@ -317,6 +409,8 @@ class Recording:
             "quantities": self.quantities,
             "reduce": self.reduce,
             "reused": self.reused,
+            "query_classes": self.query_classes,
+            "regions": self.regions,
         }
         described = {"headscope": json.dumps(settings), "id": identity}
         tensors = {json.dumps(key): tensor for key, tensor in self.tensors.stored()}
@@ -345,6 +439,8 @@ class Recording:
             recording.statistics = tuple(settings["statistics"])
             # files of earlier versions don't say
             recording.reused = [Reused(*entry) for entry in settings.get("reused", ())]
+            recording.query_classes = tuple(settings.get("query_classes", ()))
+            recording.regions = {name: tuple(names) for name, names in settings.get("regions", {}).items()}
             for name in file.keys():  # noqa: SIM118
                 recording.tensors.put(Key.of(*json.loads(name)), file.get_tensor(name))
         recording._loaded, recording._read = table, True
@@ -379,58 +475,3 @@ class Resampled:
 
     recording: Recording
     chosen: tuple[int, ...]
-
-
-def requested_recording(
-    statistics: Sequence[str | Statistic], reduce: Reduce, into: Recording | None = None
-) -> Recording:
-    """A new recording of some statistics and quantities, or the earlier one to go on with; see `Scope.record`."""
-    if not statistics:
-        raise ValueError("statistics: got none, expected at least one name to record")
-    if reduce not in ("mean", None):
-        raise ValueError(f'reduce: got {reduce!r}, expected "mean" or None')
-    quantities = tuple(name for name in QUANTITIES if name in statistics)
-    requested = requested_statistics([name for name in statistics if name not in QUANTITIES], QUANTITIES)
-    recording = Recording(requested, quantities, reduce)
-    if into is None:
-        return recording
-    if not isinstance(into, Recording):
-        raise TypeError(f"into: got {type(into).__name__}, expected an earlier Recording")
-    into.check_continues(recording)
-    return into
-
-
-class RecordingContext(Context):
-    """An open context that records into a recording.
-
-    Args:
-        all_sites: the sites are all that there are: attention outside of them is an error then.
-    """
-
-    def __init__(self, recording: Recording, sites: Iterable[str], all_sites: bool) -> None:
-        super().__init__(sites)
-        self.recording = recording
-        self.forbids_other_attention = all_sites
-
-    def enter(self, first_forward: int) -> None:
-        super().enter(first_forward)
-        self.recording.enter(first_forward)
-
-    def leave(self) -> None:
-        self.recording.leave()
-
-    def step_of(self, forward: Forward) -> int:
-        return self.recording.step_of(forward)
-
-    def begin_forward(self, forward: Forward) -> None:
-        self.recording.begin_forward()
-
-    def end_forward(self, forward: Forward, completed: bool) -> None:
-        if completed:
-            self.recording.end_forward(forward)
-        else:
-            self.recording.drop(forward)
-
-    def note_missing(self, missing: Missing, forward: Forward) -> None:
-        if missing.site in self.sites:
-            self.recording.reused.append(Reused(missing.site, self.step_of(forward), missing.branch))

@@ -10,39 +10,54 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope.models.hooks.forwards import Forward
-from headscope.models.recording.parts import ENTROPY, NORMALISED, Part, Reduced
+from headscope.models.recording.parts import COUNT, ENTROPY, NORMALISED, Part, Reduced
 from headscope.models.structure.layout import IMAGE
 
 if TYPE_CHECKING:
     import pyarrow
 
 _KEYS = ("forward", "site", "call", "branch", "sample", "head", "query_group", "frame")
+_CLASS = "query_class"
 
 
-def build_table(reduced: Sequence[Reduced]) -> "pyarrow.Table":
-    """See `Recording.to_arrow`."""
+def build_table(reduced: Sequence[Reduced], classes: bool = False) -> "pyarrow.Table":
+    """See `Recording.to_arrow`.
+
+    Args:
+        classes: some parts may be of a class of queries.
+    """
     pa = require("pyarrow", "diffusers")
     blocks = _blocks(reduced)
     if not blocks:
         return pa.table({})
-    columns = _labels(list(blocks), pa)
+    columns = _labels(list(blocks), pa, classes)
     sizes = np.array([part.samples * part.heads for part in blocks])
     for name in dict.fromkeys(name for values in blocks.values() for name in values):
-        columns[name] = _column(name, [values.get(name) for values in blocks.values()], sizes, pa)
+        found = [values.get(name) for values in blocks.values()]
+        if name == COUNT:
+            # of the other rows as the parts have it
+            known = np.split(np.asarray(columns[name]), np.cumsum(sizes)[:-1])
+            counts = [old if new is None else new for old, new in zip(known, found, strict=True)]
+            columns[name] = pa.array(np.concatenate(counts).astype(np.int32))
+        elif classes:
+            absent = [_absent(name, values, size) for values, size in zip(blocks.values(), sizes, strict=True)]
+            columns[name] = _column_with_nulls(found, absent, pa)
+        else:
+            columns[name] = _column(name, found, sizes, pa)
     return pa.table(columns)
 
 
-def _labels(parts: list[Part], pa: Any) -> dict[str, Any]:
+def _labels(parts: list[Part], pa: Any, classes: bool) -> dict[str, Any]:
     """The columns that say what each row is of; a part has a row for each sample and head."""
     sizes = np.array([part.samples * part.heads for part in parts])
 
     def numbers(values: list[int], dtype: type) -> np.ndarray:
         return np.repeat(np.array(values, dtype), sizes)
 
-    def words(values: list[str]) -> Any:
-        names = list(dict.fromkeys(values))
-        codes = np.array([names.index(value) for value in values], np.int32)
-        return pa.DictionaryArray.from_arrays(np.repeat(codes, sizes), pa.array(names, pa.string()))
+    def words(values: Sequence[str | None]) -> Any:
+        names = list(dict.fromkeys(value for value in values if value is not None))
+        codes = np.repeat(np.array([-1 if value is None else names.index(value) for value in values], np.int32), sizes)
+        return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(names, pa.string()))
 
     frames = numbers([-1 if part.segment.frame is None else part.segment.frame for part in parts], np.int16)
     heights, widths = (numbers([grid[axis] for grid in map(_grid, parts)], np.int32) for axis in (0, 1))
@@ -57,6 +72,7 @@ def _labels(parts: list[Part], pa: Any) -> dict[str, Any]:
         "branch": branches,
         "head": pa.array(np.concatenate([np.tile(np.arange(p.heads, dtype=np.int16), p.samples) for p in parts])),
         "query_group": words([part.segment.group for part in parts]),
+        **({_CLASS: words([part.query_class for part in parts])} if classes else {}),
         "frame": pa.array(frames, mask=frames < 0),
         "queries": pa.array(numbers([part.queries for part in parts], np.int32)),
         "keys": pa.array(numbers([part.keys for part in parts], np.int32)),
@@ -93,7 +109,7 @@ def _blocks(reduced: Sequence[Reduced]) -> dict[Part, dict[str, np.ndarray]]:
     )
     parts: dict[tuple, Part] = {}
     # calls of one shape were reduced together, wherever they are in the model
-    order: dict[tuple, tuple[int, int]] = {}
+    order: dict[tuple, tuple[int, int, int]] = {}
     found: dict[tuple, dict[str, np.ndarray]] = defaultdict(dict)
     for entry in reduced:
         names = [entry.name if reduction == "sum" else f"{entry.name}_{reduction}" for reduction in entry.reductions]
@@ -102,12 +118,14 @@ def _blocks(reduced: Sequence[Reduced]) -> dict[Part, dict[str, np.ndarray]]:
             values[entry.name] = next(arrays)
         for index, part in enumerate(entry.parts):
             # a site may attend to one sample after the other
-            place = (part.forward_number, part.site, part.call, part.segment, part.first_sample)
+            place = (part.forward_number, part.site, part.call, part.segment, part.first_sample, part.class_number)
             parts.setdefault(place, part)
-            number = (part.forward_number, part.number)
+            number = (part.forward_number, part.number, part.class_number)
             order[place] = min(number, order.get(place, number))
             for name, array in values.items():
-                found[place][name] = array[index].reshape(part.samples * part.heads, *array.shape[3:])
+                # numbers of classes are those of every head
+                each = np.broadcast_to(array[index], (part.samples, part.heads, *array.shape[3:]))
+                found[place][name] = each.reshape(part.samples * part.heads, *array.shape[3:])
             # recorded, before or after this, where rows see different numbers of keys
             if entry.name == ENTROPY and f"{NORMALISED}_mean" not in found[place]:
                 entropy = found[place]["entropy_mean"]
@@ -118,7 +136,8 @@ def _blocks(reduced: Sequence[Reduced]) -> dict[Part, dict[str, np.ndarray]]:
 
 def _grid(part: Part) -> tuple[int, int]:
     """(height, width) of the part's queries, (0, 0) where it isn't known."""
-    known = part.forward.geometry.grid(part.queries) if part.segment.group == IMAGE else None
+    picture = part.segment.group == IMAGE and part.query_class is None
+    known = part.forward.geometry.grid(part.queries) if picture else None
     return known or (0, 0)
 
 
@@ -151,6 +170,33 @@ def _column(name: str, values: list[np.ndarray | None], sizes: np.ndarray, pa):
     return pa.array([row for block in lists for row in block], pa.list_(pa.float32()))
 
 
+def _absent(name: str, values: dict[str, np.ndarray], size: int) -> np.ndarray:
+    """True where a part's rows have no number of that name: bool [size]."""
+    numbers = values.get(name)
+    if numbers is None:
+        return np.ones(size, bool)
+    absent = np.zeros(size, bool)
+    if COUNT in values and name.endswith("_mean"):
+        absent |= values[COUNT] == 0
+    # a class without counterparts has no share of the keys, and no mass either
+    share = values.get(f"{name.removesuffix('_mean').removesuffix('_share')}_share")
+    if share is not None and share.ndim == 1:
+        absent |= np.isnan(share)
+    return absent | np.isnan(numbers) if name.startswith(NORMALISED) and numbers.ndim == 1 else absent
+
+
+def _column_with_nulls(values: list[np.ndarray | None], absent: list[np.ndarray], pa: Any) -> Any:
+    """One statistic's numbers for all rows; null where they are absent. NaN stays what it is."""
+    mask = np.concatenate(absent)
+    if {array.shape[1:] for array in values if array is not None} == {()}:
+        filled = [np.zeros(len(none), np.float32) if a is None else a for a, none in zip(values, absent, strict=True)]
+        return pa.array(np.concatenate(filled), mask=mask)
+    rows: list[np.ndarray | None] = []
+    for array, none in zip(values, absent, strict=True):
+        rows += [None] * len(none) if array is None else list(array.reshape(len(none), -1))
+    return pa.array([None if none else row for row, none in zip(rows, mask, strict=True)], pa.list_(pa.float32()))
+
+
 def query_maps(
     table: "pyarrow.Table",
     statistic: str,
@@ -165,6 +211,9 @@ def query_maps(
     """See `Recording.plot`: per head [grid_height, grid_width], the mean over the rows that fit."""
     pl = require("polars", "diffusers")
     rows = pl.from_arrow(table).with_columns(pl.col("query_group", "site", "branch").cast(pl.String))
+    if _CLASS in rows.columns:
+        # classes have means alone
+        rows = rows.filter(pl.col(_CLASS).is_null())
     whole = [name for name, kind in rows.schema.items() if isinstance(kind, pl.List)]
     if statistic not in whole:
         listed = ", ".join(whole) or "none here"
@@ -203,7 +252,8 @@ def build_dataset(table: "pyarrow.Table", xarray: Any) -> Any:
     pa = require("pyarrow", "diffusers")
     coordinates: dict[str, list] = {}
     places = []
-    for name in _KEYS:
+    keys = (*_KEYS, _CLASS) if _CLASS in table.column_names else _KEYS
+    for name in keys:
         values = table[name].to_pylist()
         known = list(dict.fromkeys(values))
         # None stands for "no guidance" and "not a video"
@@ -220,7 +270,7 @@ def build_dataset(table: "pyarrow.Table", xarray: Any) -> Any:
             continue
         array = np.full(int(np.prod(shape)), np.nan, np.float32)
         array[flat] = table[name].to_numpy()
-        variables[name] = (_KEYS, array.reshape(shape))
+        variables[name] = (keys, array.reshape(shape))
     for name in ("step", "timestep"):
         values = table[name].to_numpy()
         along = np.zeros(shape[0], values.dtype)

@@ -1,14 +1,15 @@
 """A denoiser's inputs, target and scores for an image, the same for every family of pipelines.
 
 Reading order: noising (the noise and the targets, with the formulas of every score), task (what all families share, and
-`Task.of`, which finds the family of a pipeline), images, then latent (what families in a VAE's latent space share) and
-a file for each family.
+`Task.of`, which finds the family of a pipeline), parts (scores of a part of the image), images, then latent (what
+families in a VAE's latent space share) and a file for each family.
 
 A new family is a file with a subclass of `Task` that defines `fits`, and its name here: all else follows from these.
 """
 
 from headscope.models.tasks.latent import LatentTask
 from headscope.models.tasks.noising import Diffusion, FlowMatching, Noising
+from headscope.models.tasks.parts import part_means
 from headscope.models.tasks.task import NoisyInputs, Prepared, Task, TaskItem
 
 # the families, in the order in which errors list them
@@ -34,4 +35,5 @@ __all__ = [
     "StableDiffusionXLTask",
     "Task",
     "TaskItem",
+    "part_means",
 ]

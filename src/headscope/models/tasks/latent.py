@@ -80,7 +80,7 @@ class LatentTask(Task):
             conditioning = self._conditioning([item.caption for item in items])
         # clones: tensors made in inference mode can't take part in a later backward
         conditioning = {name: tensor.to(self.dtype).clone() for name, tensor in conditioning.items()}
-        return Prepared(tuple(item.key for item in items), latents.clone(), conditioning)
+        return Prepared(tuple(item.key for item in items), latents.clone(), conditioning, tuple(items))
 
     def generate(self, items: Sequence[TaskItem], *, steps: int = 25, seed: int = 0) -> Images:
         latents = self._initial_noise(items, self.latent_channels, seed)

@@ -30,7 +30,7 @@ class PixelTask(Task):
         images = to_signed(items, self.image_size).to(self.device)
         if images.shape[1] != self.denoiser.config.in_channels:
             raise ValueError(f"items: got images of 3 channels, expected {self.denoiser.config.in_channels}")
-        return Prepared(tuple(item.key for item in items), images, self._conditioning(len(items)))
+        return Prepared(tuple(item.key for item in items), images, self._conditioning(len(items)), tuple(items))
 
     def _conditioning(self, count: int) -> dict[str, torch.Tensor]:
         classes = getattr(self.denoiser.config, "num_embeds_ada_norm", None)

@@ -4,7 +4,8 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, overload, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ Answer = Float[Tensor, "items _channels height width"]
 @runtime_checkable
 class TaskItem(Protocol):
     """The parts of an item that a task needs; the zoo's items have them.
+
+    An item may know more of its image, which scores may look at: the zoo's have `part_names`, `part_mask` and
+    `counterparts` (None where there are none; see `headscope.zoo.Item`).
 
     Attributes:
         key: its name, the same on every machine; noise is drawn from it.
@@ -45,11 +49,13 @@ class Prepared:
         keys: the items' keys, for their noise.
         clean: the images or latents without noise.
         conditioning: further inputs of the denoiser.
+        items: the items themselves; none where a task of somebody's own doesn't say.
     """
 
     keys: tuple[str, ...]
     clean: Sample
     conditioning: Mapping[str, Conditioning]
+    items: Sequence[TaskItem] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -58,22 +64,50 @@ class Prepared:
         """The items at these indices, repeats allowed."""
         chosen = indices.tolist()
         conditioning = {name: _rows(tensor, indices) for name, tensor in self.conditioning.items()}
-        return Prepared(tuple(self.keys[i] for i in chosen), _rows(self.clean, indices), conditioning)
+        items = tuple(self.items[i] for i in chosen) if self.items else ()
+        return Prepared(tuple(self.keys[i] for i in chosen), _rows(self.clean, indices), conditioning, items)
 
 
 @dataclass(frozen=True)
 class NoisyInputs:
-    """A denoiser's inputs at one timestep, and what it should answer."""
+    """A denoiser's inputs at one timestep, and what it should answer.
+
+    Attributes:
+        items: the item of each row; none where a task of somebody's own doesn't say.
+    """
 
     sample: Sample
     timestep: int
     conditioning: Mapping[str, Conditioning]
     target: Sample
+    items: Sequence[TaskItem] = ()
 
     def rows(self, indices: Tensor) -> "NoisyInputs":
         """The items at these indices, repeats allowed."""
         conditioning = {name: _rows(tensor, indices) for name, tensor in self.conditioning.items()}
-        return NoisyInputs(_rows(self.sample, indices), self.timestep, conditioning, _rows(self.target, indices))
+        items = ItemRows(self.items, indices) if self.items else ()
+        return NoisyInputs(_rows(self.sample, indices), self.timestep, conditioning, _rows(self.target, indices), items)
+
+
+class ItemRows(Sequence[TaskItem]):
+    """Items at some indices, which are read back from their device when one is looked at, and not before."""
+
+    def __init__(self, items: Sequence[TaskItem], indices: Tensor) -> None:
+        self._items, self._indices = items, indices
+
+    @cached_property
+    def _chosen(self) -> tuple[TaskItem, ...]:
+        return tuple(self._items[index] for index in self._indices.tolist())
+
+    def __len__(self) -> int:
+        return self._indices.numel()
+
+    @overload
+    def __getitem__(self, index: int) -> TaskItem: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TaskItem, ...]: ...
+    def __getitem__(self, index: int | slice) -> TaskItem | tuple[TaskItem, ...]:
+        return self._chosen[index]
 
 
 _FAMILIES: list[type["Task"]] = []
@@ -205,7 +239,8 @@ class Task(ABC):
         noise = self.noise(prepared, timestep, replicate)
         clean = prepared.clean.float()
         sample = self.noising.add(clean, noise, timestep).to(self.dtype)
-        return NoisyInputs(sample, timestep, prepared.conditioning, self.noising.target(clean, noise, timestep))
+        target = self.noising.target(clean, noise, timestep)
+        return NoisyInputs(sample, timestep, prepared.conditioning, target, prepared.items)
 
     def predict(self, inputs: NoisyInputs) -> Sample:
         """The denoiser's answer; a learned variance is left out."""

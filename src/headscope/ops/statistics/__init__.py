@@ -9,7 +9,7 @@ import importlib
 import pkgutil
 
 from headscope.ops.statistics.distance import Distance
-from headscope.ops.statistics.groups import GroupEntropy, GroupMass
+from headscope.ops.statistics.groups import GroupEntropy, GroupMass, GroupStatistic
 from headscope.ops.statistics.keys import KeyMass
 from headscope.ops.statistics.requests import requested_statistics, restore_statistics
 from headscope.ops.statistics.rows import CollisionEntropy, Entropy, LogSumExp, MaxLogit, MaxProb
@@ -23,6 +23,7 @@ __all__ = [
     "Entropy",
     "GroupEntropy",
     "GroupMass",
+    "GroupStatistic",
     "KeyMass",
     "LogSumExp",
     "MaxLogit",

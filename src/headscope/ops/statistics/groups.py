@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from headscope._shapes import Float, GroupValue, Int32, Integer, RowIndices, RowValue, Scores, StatisticTensors
+from headscope.ops.regions import Regions
 from headscope.ops.statistics.statistic import Statistic
 
 # group statistics of one fused pass: wider accumulators would not fit a program's registers
@@ -16,16 +17,30 @@ _INTEGERS = (
 )
 
 
-class _Groups(Statistic):
+class GroupStatistic(Statistic):
+    """A statistic of groups of keys: a number for each row and group.
+
+    Attributes:
+        regions: of the picture, which a Scope brings to the keys of each attention call (`of_keys`); None where the
+            groups of keys are given.
+    """
+
     tensor_count = 1
+    regions: Regions | None = None
 
     def __init__(
         self,
-        groups: Integer[Tensor, " keys"] | Integer[Tensor, "#batch keys"],
-        count: int,
+        groups: Integer[Tensor, " keys"] | Integer[Tensor, "#batch keys"] | Regions,
+        count: int | None = None,
         *,
         name: str | None = None,
     ) -> None:
+        if isinstance(groups, Regions):
+            if count is not None:
+                raise ValueError(f"count: got {count!r} with regions, expected none: there are {len(groups)}")
+            super().__init__((len(groups),), (), name)
+            self.regions = groups
+            return
         if not isinstance(groups, Tensor) or groups.dtype not in _INTEGERS:
             kind = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
             raise TypeError(f"groups: got {kind}, expected an integer tensor of one group id per key")
@@ -50,11 +65,20 @@ class _Groups(Statistic):
     def check(
         self, query: Float[Tensor, "batch heads queries dim"], key: Float[Tensor, "batch kv_heads keys dim"]
     ) -> None:
+        if self.regions is not None:
+            raise ValueError(
+                f"statistics: {self.name!r} has regions of the picture, which scope.record brings to a site's tokens;"
+                " expected the group of each key here"
+            )
         super().check(query, key)
         if self.tensors[0].shape[2] != key.shape[2]:
             raise ValueError(
                 f"statistics: {self.name!r} has groups for {self.tensors[0].shape[2]} keys, expected {key.shape[2]}"
             )
+
+    def of_keys(self, groups: Int32[Tensor, "#batch keys"]) -> "GroupStatistic":
+        """This statistic of regions, of keys whose regions are known."""
+        return type(self)(groups, int(self.constants[0]), name=self.name)
 
     def members(
         self, groups: Int32[Tensor, "#batch #heads keys"], dtype: torch.dtype
@@ -78,12 +102,14 @@ class _Groups(Statistic):
         ]
 
 
-class GroupMass(_Groups):
+class GroupMass(GroupStatistic):
     """sum of p over the keys of each group.
 
     Args:
         groups: integers, the group of each key, 0 to count - 1; -1: in none. One row of them, or one for each sample.
-        count: the number of groups.
+            In a Scope's recording also `Regions` of the picture, which are brought to the keys of each site; attention
+            calls without image keys, such as those to a text, don't have the statistic.
+        count: the number of groups; of regions None.
         name: its key in `result.statistics`.
 
     Raises:
@@ -103,7 +129,7 @@ class GroupMass(_Groups):
         return (grad * value).sum(-1)
 
 
-class GroupEntropy(_Groups):
+class GroupEntropy(GroupStatistic):
     """The entropy of p renormalised within each group. Nats.
 
     0 for a group without mass. In float32 a weight below 2^-126 of the row's largest counts as nothing: a group is

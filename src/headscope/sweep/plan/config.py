@@ -106,8 +106,9 @@ class SweepConfig:
             of the clean image that a prediction implies), "generate" (distance of the edited image to the clean one);
             or "module:function" for a score of your own of the teacher-forced forward. It takes the edited and the
             clean prediction, the target (tensors [rows, ...] on the device) and the inputs (`headscope.models.tasks`'s
-            NoisyInputs: sample, timestep, conditioning, target), and returns a number for each row, which become a
-            column of the function's name.
+            NoisyInputs: sample, timestep, conditioning, target, and items, each row's item with its key, caption, image
+            and, in groups that have them, part_names, part_mask and counterparts), and returns a number for each row,
+            which become a column of the function's name.
         heads: (site, head) pairs to ablate, each in turn; None for all. Attributions are of all heads of their sites.
         sites: patterns of site names (* and ?) to which the heads to ablate or attribute to are limited.
         sets: heads that are edited together, a row each beside the single heads'.
@@ -130,7 +131,8 @@ class SweepConfig:
             it runs uncompiled.
         graphs: replay teacher-forced forwards from CUDA graphs, which spares small models the launching of kernels one
             by one. Each kind of forward (clean, and one for every edited site and number of rows) is captured once.
-        kinds: further kinds of unit, and so tables: those that run only where they are named (`UnitKind.optional`).
+        kinds: further kinds of unit, and so tables: those that run only where they are named (`UnitKind.optional`), as
+            "regions", which says where queries of each part of the image attend to.
     """
 
     model: str = DEFAULT_MODEL

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from headscope.models.structure.sites import find_denoiser
 from headscope.sweep.plan.choosing import Choice, choose_items
 from headscope.sweep.plan.config import IN_MEMORY, SPLITS, SweepConfig
 from headscope.sweep.plan.in_memory import modules_of
+from headscope.sweep.plan.parts import GroupParts, parts_digest
 from headscope.sweep.plan.sources import open_source
 from headscope.sweep.plan.texts import read_prompts
 from headscope.zoo import MODELS, ImageGroup, load_pipeline, open_group
@@ -29,24 +30,30 @@ KEPT_BYTES = 256 * 2**20
 
 
 class SweptItem:
-    """An item as the sweep uses it: its labels, and its image at the model's size, read when it is asked for.
+    """An item as the sweep uses it: its labels, and its image and part mask at the model's size, read when asked for.
 
     Attributes:
-        group, index, source_id, split, caption, key: as the group's item has them.
+        group, index, source_id, split, caption, key, part_names: as the group's item has them.
         content: a hash of its caption and image.
         pixels: one of its image alone.
+        parts: one of its part mask, its parts' names and its counterparts; None without a mask. It belongs to the
+            identity of runs that look at masks, and of no others.
         in_memory: its image stays there.
     """
 
-    def __init__(self, source: ImageGroup, index: int, size: int, keep: bool) -> None:
+    def __init__(self, source: ImageGroup, index: int, size: int, keep: bool, masks: GroupParts | None = None) -> None:
         self._source = source
         self._size = size
+        self._masks = masks or GroupParts(source, size)
         item = source.item(index)
         self.group, self.index, self.source_id = item.group, item.index, item.source_id
         self.split, self.caption, self.key = item.split, item.caption, item.key
         image = _fitted(item.image, size)
         self.content = hashlib.sha256(item.caption.encode() + image.tobytes()).hexdigest()[:16]
         self.pixels = _digest(image)
+        self.parts = parts_digest(item)
+        self._masks.see(item)
+        self.part_names = item.part_names if item.part_mask is not None else ()
         self.in_memory = keep
         self._image = image if keep else None
 
@@ -63,6 +70,25 @@ class SweptItem:
         if _digest(image) != self.pixels:
             raise ValueError(f"groups: image {self.source_id!r} of {self.group!r} has changed since the run was opened")
         return image
+
+    @property
+    def part_mask(self) -> np.ndarray | None:
+        """uint8 [size, size], indices of part_names; None where the item has none.
+
+        Raises:
+            ValueError: it is no longer what it was when the run was opened.
+        """
+        return self._masks.of(self.index, self.parts).mask
+
+    @property
+    def counterparts(self) -> np.ndarray | None:
+        """int32 [size, size, n]: the pixels that each pixel's tie is to (row * size + column), then -1; None where the
+        item's group has no ties.
+
+        Raises:
+            ValueError: they are no longer what they were when the run was opened.
+        """
+        return self._masks.of(self.index, self.parts).counterparts
 
     def fetch(self) -> None:
         """Hold the image in memory until `drop`."""
@@ -222,12 +248,13 @@ def _open_group(text: str, config: SweepConfig, size: int) -> GroupItems:
     except (OSError, ValueError) as error:
         raise ValueError(f"groups: got {text!r}: {str(error).removeprefix('groups: ')}") from error
     opened: dict[int, SweptItem] = {}
+    masks = GroupParts(group, size)
     repeated: list[int] = []
     while True:
         chosen = _chosen(config, group, repeated)
         taken = sorted({*chosen.swept, *chosen.reference})
         keep = len(taken) * size * size * 3 <= KEPT_BYTES
-        opened |= {index: SweptItem(group, index, size, keep) for index in taken if index not in opened}
+        opened |= {index: SweptItem(group, index, size, keep, masks) for index in taken if index not in opened}
         first: dict[str, int] = {}
         again = [index for index in taken if first.setdefault(opened[index].pixels, index) != index]
         if not again:
@@ -287,7 +314,12 @@ def _fitted(image: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PromptItem:
-    """A prompt, later with the image the model itself makes of it."""
+    """A prompt, later with the image the model itself makes of it, whose parts nobody knows."""
+
+    parts: ClassVar[None] = None
+    part_mask: ClassVar[None] = None
+    counterparts: ClassVar[None] = None
+    part_names: ClassVar[tuple[str, ...]] = ()
 
     index: int
     caption: str

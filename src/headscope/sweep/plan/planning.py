@@ -83,6 +83,12 @@ def _identity(
         "groups": [[group.name, _sha(_item_keys(group.swept)), _sha(_item_keys(group.reference))] for group in groups],
         **{CODE + name: digest for name, digest in code_of((*config.scores, *config.image_scores)).items()},
     }
+    # masks may change while images don't; only runs that may look at them are known by them
+    kinds = [kind for name, kind in KINDS.items() if name in config.kinds or not kind.optional]
+    if any(":" in score for score in config.scores) or any(kind.parts for kind in kinds):
+        masks = {group.name: [item.parts for item in group.swept] for group in groups}
+        known = {name: _sha(found) for name, found in masks.items() if any(found)}
+        identity |= {"parts": known} if known else {}
     # another task may ask the same weights for something else
     identity |= code_of_class(type(task))
     if config.model == IN_MEMORY:

@@ -114,6 +114,7 @@ class UnitKind:
         reference_score: the score of the reference units among those that it reads.
         shares: its edited forwards may take over what a clean one computed, so they take less time and more memory.
         differentiates: its forwards are followed by backwards.
+        parts: its units look at the part masks of items, which then decide their numbers, too.
 
     Raises:
         ValueError: a subclass takes the name of another kind, or reads one that isn't there yet.
@@ -128,6 +129,7 @@ class UnitKind:
     reference_score: ClassVar[str] = "loss"
     shares: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
+    parts: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -18,3 +18,4 @@ from headscope.sweep.compute.kinds import observations as observations
 from headscope.sweep.compute.kinds import attributions as attributions
 from headscope.sweep.compute.kinds import ablations as ablations
 from headscope.sweep.compute.kinds import generations as generations
+from headscope.sweep.compute.kinds import regions as regions

@@ -102,4 +102,5 @@ def _prepared(context: Context, items: Sequence[SweptItem | PromptItem]) -> Prep
     found = [pieces[start] for start in sorted(pieces)]
     conditioning = {name: torch.cat([one.conditioning[name] for one in found]) for name in found[0].conditioning}
     keys = tuple(key for one in found for key in one.keys)
-    return Prepared(keys, torch.cat([one.clean for one in found]), conditioning)
+    # a family of somebody's own may not give them
+    return Prepared(keys, torch.cat([one.clean for one in found]), conditioning, tuple(items))
