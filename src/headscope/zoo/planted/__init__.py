@@ -1,7 +1,8 @@
 """Planted models: small denoisers whose heads are written by hand, with known truth for what a study names.
 
-Reading order: designs (the heads and the models, as data), noise, weights (the heads' projections), truth (what they do,
-in float64, without them), module (the model as a module of diffusers, which imports torch and isn't imported here).
+Reading order: designs (the heads and the models, as data), noise, weights (the heads' projections), heads and forward
+(what they do, in float64, without those), truth, module (the model as one of diffusers, which imports torch and isn't
+imported here).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from typing import Any
 
 from headscope._extras import require
 from headscope.zoo.planted.designs import PLANTED, check_name
+from headscope.zoo.planted.forward import PlantedForward
+from headscope.zoo.planted.heads import PlantedHead
 from headscope.zoo.planted.noise import build_scheduler
-from headscope.zoo.planted.truth import PlantedForward, PlantedHead, PlantedPair, PlantedTruth, planted_truth
+from headscope.zoo.planted.truth import PlantedPair, PlantedTruth, planted_truth
 
 __all__ = [
     "PLANTED",

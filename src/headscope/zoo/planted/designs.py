@@ -1,16 +1,16 @@
 """The planted heads and the models made of them, as data.
 
-A model sees 16 x 16 tokens of 2 x 2 pixels. Of a token it knows the place, and the colour of its upper left pixel: that
-one lies in a cell of its own of every 2 x 2 cell of the group `twins`, wherever the glyphs are. A head attends by one of
-ATTENTION, carries one of VALUES, and is the input of one of SLOTS, which make the prediction: each of them has one of
-the token's 12 outputs (4 pixels of 3 channels) to itself.
+A model sees 16 x 16 tokens of 2 x 2 pixels. Of a token it knows the place, and the colour of its upper left pixel; of
+the 2 x 2 pixels of each cell of a glyph (group `twins`) one is such a pixel, wherever the glyph is. A head attends by
+one of ATTENTION, carries one of VALUES, and writes into one of SLOTS, which make the prediction: each of them has one
+of a token's 12 outputs (4 pixels of 3 channels) to itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ATTENTION", "DESIGNS", "MODELS", "PLANTED", "SLOTS", "VALUES", "Design", "Slot", "check_name"]
+__all__ = ["ATTENTION", "DESIGNS", "MODELS", "PLANTED", "ROLES", "SLOTS", "VALUES", "Design", "Slot", "check_name"]
 
 SIZE, PATCH = 32, 2
 GRID = SIZE // PATCH
@@ -30,7 +30,7 @@ THRESHOLDS = (-0.5, 0.0, 0.5)
 ABOVE, BELOW = 1.5, -1.5
 # the fixed key of the one-hot head, and the squared distance of the ring's 16 keys from the image's middle
 FIXED_KEY = (8, 8)
-RING_SQUARED = 32.5
+RING_SQUARED, RING_KEYS = 32.5, 16
 # the pair of which either suffices: u = clamp(STEEP * (o_1 + o_2) - OFFSET, 0, 1); outputs are 0 or 1
 STEEP, OFFSET = 16.0, 14.5
 
@@ -48,6 +48,22 @@ ATTENTION = {
     "random": "a random projection of query i's place and colour code times one of key j's place",
     "code above": "as code where the log-SNR is above 1.5, else 0",
     "ring below": "as ring where the log-SNR is below -1.5, else 0",
+}
+
+# the same in a few words; "none" is what a study should find of the random one
+ROLES = {
+    "uniform": "uniform",
+    "fixed": "fixed key",
+    "left": "previous position",
+    "right": "next position",
+    "up": "position above",
+    "code": "counterpart",
+    "edge": "edge",
+    "luminance": "luminance",
+    "ring": "fixed positions",
+    "random": "none",
+    "code above": "counterpart, gated by noise",
+    "ring below": "fixed positions, gated by noise",
 }
 
 # what a head carries from key j; the channel is that of its slot
@@ -92,7 +108,7 @@ SLOTS = {
     "both": Slot("both", 0.5, 0, 2),
     "duplicate": Slot("sum", 0.25, 1, 0),
     "either": Slot("either", 0.5, 1, 1),
-    "gated": Slot("gated", 0.5, 1, 2),
+    "gated": Slot("gated", 1.0, 1, 2),
     "uniform": Slot("sum", 0.5, 2, 0),
     "ring": Slot("sum", 0.25, 2, 1),
     "random": Slot("sum", 0.5, 2, 2),
@@ -128,7 +144,7 @@ _ROLES = ("uniform", "one_hot", "previous", "counterpart", "edge", "luminance", 
 MODELS = {
     "roles": (_ROLES, ("dead",)),
     "pairs": (("duplicate_1", "either_1", "both_1", "dead"), ("duplicate_2", "either_2", "both_2")),
-    "gated": (("above", "below", "dead"),),
+    "gated": (("previous", "above", "below", "dead"),),
     "all": (
         _ROLES,
         ("duplicate_1", "either_1", "both_1", "above", "dead"),
