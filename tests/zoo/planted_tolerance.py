@@ -19,8 +19,11 @@ CARRIES = 1e-9
 
 
 def _stem_variance(truth: PlantedForward) -> np.ndarray:
-    """Of each head's logits, what the stem's rounding adds, [heads, 1, 1]: luminance is summed in 2 roundings of at most
-    the largest pixel; a gradient is of 6 luminances (one of them twice) with 3 roundings of at most twice that."""
+    """Of each head's logits, what the stem's rounding adds, [heads, 1, 1].
+
+    Luminance is summed in 2 roundings of at most the largest pixel; a gradient is of luminances that count as
+    6 in the variance (one of them twice), with 3 roundings of at most twice that.
+    """
     largest = np.abs(truth.sample).max() ** 2
     variance = {"luminance": 2 * largest, "edge": (6 * 2 + 3 * 4) * largest}
     return FOLLOW**2 * np.array([[[variance.get(DESIGNS[head.name].attends, 0.0)]] for head in truth.heads])

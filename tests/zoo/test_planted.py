@@ -4,7 +4,9 @@ code."""
 import itertools
 import json
 import math
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +64,7 @@ def test_bad_input(tasks):
         truth.at(np.zeros((1, 3, 16, 16)), 0)
     with pytest.raises(ValueError, match="timestep: got 1000, expected 0 to 999"):
         truth.at(sample, 1000)
-    with pytest.raises(ValueError, match="timestep: got 0.5"):
+    with pytest.raises(ValueError, match=r"timestep: got 0\.5"):
         truth.at(sample, 0.5)
     with pytest.raises(ValueError, match=r"removed: got \('blocks.9.attn', 0\), expected some of"):
         truth.at(sample, 0).prediction([("blocks.9.attn", 0)])
@@ -326,6 +328,19 @@ def test_circuits_by_timestep_and_fill():
     assert left_out(132, "zero") == {frozenset({"dead", "below", f"either_{n}"}) for n in (1, 2)}
     assert left_out(495, "zero") == {frozenset({"dead", "below", "above", f"either_{n}"}) for n in (1, 2)}
     assert left_out(858, "mean") == {frozenset({"dead", "above", "one_hot", f"either_{n}"}) for n in (1, 2)}
+
+
+def test_the_code_on_the_page_runs(tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs" / "planted.md"
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(compile(block, page.name, "exec"), names)
+    # the sweep's numbers are those of the truth
+    effects = names["forward"].effect(names["target"], names["pair"].heads[:1])
+    assert names["pair"].name == "either"
+    np.testing.assert_allclose(effects, 0.0, atol=1e-12)
+    assert (tmp_path / "planted-run").is_dir()
 
 
 def test_truth_as_json():

@@ -1,4 +1,4 @@
-"""Attributions and sweeps of planted models find their truths: every head and every pair, whatever takes their place."""
+"""Attributions and sweeps of planted models find their truths: every head and pair, whatever takes their place."""
 
 import itertools
 
@@ -130,8 +130,11 @@ def exhaustive(truth):
 
 
 def check_ablations(pipeline, run, config):
-    """Every row of a run's single heads and sets against the truth; gives by (group, timestep, names, fill) and item what
-    the removal adds to the loss, and what that may err by."""
+    """Every row of a run's single heads and sets against the truth.
+
+    Returns:
+        By (group, timestep, names, fill) and item what the removal adds to the loss, and what that may err by.
+    """
     task = Task.of(pipeline)
     truth = task.denoiser.truth
     names = {head.key: (head.name,) for head in truth.heads}

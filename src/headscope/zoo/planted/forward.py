@@ -1,5 +1,5 @@
-"""What planted heads do in one forward, in float64, from their definitions: no attention code takes part, nor the
-models' weights.
+"""What planted heads do in one forward, in float64, from their definitions: no attention code takes part, and of the
+weights only the random head's.
 
 With o_h the output of head h, u the value of its slot and d = shrinkage * gain * du/do_h * (o_h - fill_h), which its
 removal takes from the prediction p to first order, the loss L = mean (p - target)^2 has
