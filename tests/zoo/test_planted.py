@@ -76,6 +76,8 @@ def test_bad_input(tasks):
         truth.circuits(0, "uniform")
     with pytest.raises(KeyError, match="name: got 'edge', expected one of duplicate_1"):
         truth.head("edge")
+    with pytest.raises(KeyError, match="name: got 'edges', expected one of both, duplicate, either"):
+        truth.pair("edges")
     with pytest.raises(ValueError, match=r"sample: got \[1, 3, 8, 8\]"):
         tasks["pairs"].denoiser(torch.zeros(1, 3, 8, 8), 0)
 
@@ -336,11 +338,10 @@ def test_the_code_on_the_page_runs(tmp_path, monkeypatch):
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(compile(block, page.name, "exec"), names)
-    # the sweep's numbers are those of the truth
-    effects = names["forward"].effect(names["target"], names["pair"].heads[:1])
-    assert names["pair"].name == "either"
-    np.testing.assert_allclose(effects, 0.0, atol=1e-12)
-    assert (tmp_path / "planted-run").is_dir()
+    forward, target, heads = names["forward"], names["target"], names["pair"].heads
+    np.testing.assert_allclose(forward.effect(target, heads[:1]), 0.0, atol=1e-12)
+    assert np.abs(forward.effect(target, heads)).max() > 1e-4
+    assert len(names["run"].table("ablations").collect()) == 2 * 7
 
 
 def test_truth_as_json():

@@ -61,10 +61,15 @@ class PlantedTruth:
         Raises:
             KeyError: the model has none.
         """
-        for found in self.heads:
-            if found.name == name:
-                return found
-        raise KeyError(f"name: got {name!r}, expected one of {', '.join(head.name for head in self.heads)}")
+        return _named(self.heads, name)
+
+    def pair(self, name: str) -> PlantedPair:
+        """The pair of that name.
+
+        Raises:
+            KeyError: the model has none.
+        """
+        return _named(self.pairs, name)
 
     def at(self, sample: np.ndarray, timestep: int) -> PlantedForward:
         """What the heads do in a forward.
@@ -124,6 +129,13 @@ class PlantedTruth:
         }
         pairs = [{**asdict(pair), "heads": list(map(list, pair.heads))} for pair in self.pairs]
         return {"name": self.name, "heads": [asdict(head) for head in self.heads], "pairs": pairs, "circuits": circuits}
+
+
+def _named(members: tuple[Any, ...], name: str) -> Any:
+    for found in members:
+        if found.name == name:
+            return found
+    raise KeyError(f"name: got {name!r}, expected one of {', '.join(found.name for found in members)}")
 
 
 def _checked_timestep(timestep: int) -> int:
