@@ -52,7 +52,7 @@ from headscope.zoo.train import TrainConfig
         ),
         ({"groups": ("lfw=images",)}, "groups: got 'lfw=images', expected another name than the zoo's own"),
         ({"prompts": ""}, "prompts: got '', expected a path"),
-        ({"model": "nowhere"}, "model: got 'nowhere', expected pixeldit, unet or a directory"),
+        ({"model": "nowhere"}, "model: got 'nowhere', expected pixeldit, unet, planted:roles, .* or a directory"),
     ],
 )
 def test_bad_fields(fields, message):

@@ -46,7 +46,8 @@ def sweep(
     context: typer.Context,
     plan: Annotated[Path | None, typer.Option(help="A TOML file that says it all, in place of the options.")] = None,
     model: Annotated[
-        str, typer.Option(help="pixeldit or unet, which are bundled, or a directory with a diffusers pipeline.")
+        str,
+        typer.Option(help="pixeldit, unet, planted:NAME, or a directory with a diffusers pipeline."),
     ] = "pixeldit",
     prompts: Annotated[str | None, typer.Option(help="A text file with a prompt per line.")] = None,
     group: Annotated[

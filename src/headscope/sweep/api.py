@@ -73,9 +73,9 @@ def sweep(
 
     Args:
         out: the run directory; new, or one of the same configuration, which is then gone on with.
-        model: a bundled model ("pixeldit", "unet"), a directory with a diffusers pipeline, or a pipeline in memory.
-            That one stays on its device and in its dtype, is told from others by its weights, classes and settings, and
-            is given back as it was.
+        model: a bundled model ("pixeldit", "unet", "planted:roles", ...), a directory with a diffusers pipeline, or a
+            pipeline in memory. That one stays on its device and in its dtype, is told from others by its weights,
+            classes and settings, and is given back as it was.
         executor: "local" (this process), "processes" (of this machine), "ray" or "slurm"; None is local for one worker
             and processes for several.
         workers: how many processes.

@@ -7,9 +7,11 @@ imported here.
 from headscope.counter import counter_normal, counter_uniform
 from headscope.zoo.faces import face_attributes, render_face
 from headscope.zoo.groups import GROUPS, SPLITS, FolderGroup, ImageGroup, Item, Tied, open_group
-from headscope.zoo.model import DEFAULT_MODEL, MODELS, load_pipeline
+from headscope.zoo.loading import BUNDLED, load_pipeline
+from headscope.zoo.model import DEFAULT_MODEL, MODELS
 
 __all__ = [
+    "BUNDLED",
     "DEFAULT_MODEL",
     "GROUPS",
     "MODELS",

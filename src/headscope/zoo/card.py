@@ -18,7 +18,8 @@ from safetensors.torch import save as serialise
 from headscope._files import local_path, write_atomic
 from headscope.zoo.card_pictures import PALETTE, Series, image_sheet, line_charts
 from headscope.zoo.groups import open_group
-from headscope.zoo.model import MODELS, SCHEDULER_CONFIG, BundledModel, load_pipeline
+from headscope.zoo.loading import load_pipeline
+from headscope.zoo.model import MODELS, SCHEDULER_CONFIG, BundledModel
 from headscope.zoo.train import TrainConfig, evaluate
 
 __all__ = ["export"]

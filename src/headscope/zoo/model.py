@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from headscope._extras import require
-from headscope._files import local_path
 
-__all__ = ["DEFAULT_MODEL", "MODELS", "SCHEDULER_CONFIG", "BundledModel", "build_scheduler", "load_pipeline"]
+__all__ = ["DEFAULT_MODEL", "MODELS", "SCHEDULER_CONFIG", "BundledModel", "build_scheduler"]
 
 _FACES = ("faces", "faces_grey", "lfw", "photographs")
 _TIES = ("twins", "distinct", "mirrored", "unmirrored", "tiled", "untiled", "eyes", "odd_eyes")
@@ -94,7 +90,7 @@ def _begin_as_identity(model: Any) -> None:
     model.proj_out_2.weight.data.copy_(embedding.permute(2, 3, 1, 0).reshape(pixels, width))
 
 
-_BUNDLED = (
+_MODELS = (
     BundledModel(
         name="pixeldit",
         title="the bundled transformer (DiT in pixel space)",
@@ -143,60 +139,10 @@ _BUNDLED = (
         ema=0.999,
     ),
 )
-MODELS: dict[str, BundledModel] = {model.name: model for model in _BUNDLED}
+MODELS: dict[str, BundledModel] = {model.name: model for model in _MODELS}
 DEFAULT_MODEL = "pixeldit"
 
 
 def build_scheduler() -> Any:
     """The diffusers DDPMScheduler that the models are trained under."""
     return require("diffusers", "study").DDPMScheduler(**SCHEDULER_CONFIG)
-
-
-def load_pipeline(model: str | Path = DEFAULT_MODEL) -> Any:
-    """A bundled model as a diffusers pipeline, on the CPU, in float32 and evaluation mode.
-
-    model: a bundled model's name ("pixeldit", "unet"), or a folder that `headscope train` exported
-    (model.safetensors, unet/ or transformer/config.json, scheduler/config.json). The stored weights are half precision.
-    Raises ValueError for what is neither, or when the weights don't belong to the configuration, and FileNotFoundError
-    naming what is missing.
-    """
-    # imported here: the package itself must stay light
-    from safetensors.torch import load_file
-
-    diffusers = require("diffusers", "study")
-    bundled = str(model) in MODELS
-    folder = Path(str(files("headscope.zoo"))) / "weights" / str(model) if bundled else local_path("model", model)
-    if not folder.is_dir():
-        raise ValueError(
-            f"model: got {str(model)!r}, expected one of {', '.join(MODELS)} or an exported model's folder"
-        )
-    spec = next((known for known in _BUNDLED if (folder / known.part).is_dir()), MODELS[DEFAULT_MODEL])
-    parts = {name: folder / name for name in (f"{spec.part}/config.json", "scheduler/config.json", "model.safetensors")}
-    missing = [name for name, file in parts.items() if not file.is_file()]
-    if missing:
-        where = "the installed package" if bundled else repr(str(model))
-        raise FileNotFoundError(
-            f"model: {where} lacks {', '.join(missing)}, expected a folder that headscope.zoo.card.export wrote"
-        )
-    settings, scheduling, _ = (
-        json.loads(file.read_text()) if file.suffix == ".json" else None for file in parts.values()
-    )
-    denoiser = getattr(diffusers, spec.class_name).from_config(settings)
-    weights = {name: tensor.float() for name, tensor in load_file(parts["model.safetensors"]).items()}
-    try:
-        denoiser.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"model: the weights in {str(folder)!r} don't fit {spec.part}/config.json: {error}") from error
-    pipeline = _pipeline(
-        spec.part, denoiser.eval().requires_grad_(False), diffusers.DDPMScheduler.from_config(scheduling)
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _pipeline(part: str, denoiser: Any, scheduler: Any) -> Any:
-    if part == "unet":
-        return require("diffusers", "study").DDPMPipeline(unet=denoiser, scheduler=scheduler)
-    from headscope.zoo.pixel_pipeline import PixelDiTPipeline
-
-    return PixelDiTPipeline(denoiser, scheduler)

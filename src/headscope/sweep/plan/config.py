@@ -9,7 +9,7 @@ from typing import Any
 from headscope._fields import from_table, settle
 from headscope._files import local_path, read_plain
 from headscope.counter import check_seed
-from headscope.zoo import DEFAULT_MODEL, GROUPS, MODELS
+from headscope.zoo import BUNDLED, DEFAULT_MODEL, GROUPS
 
 FILLS = ("mean", "zero", "uniform", "identity")
 # those of the teacher-forced forward, then those of whole generations
@@ -87,9 +87,8 @@ class SweepConfig:
     """Everything that decides a sweep's numbers. A run directory belongs to one configuration.
 
     Attributes:
-        model: a bundled model's name ("pixeldit", "unet"), or a directory with a diffusers pipeline (model_index.json);
-            "in memory" where
-            headscope.sweep was given a pipeline.
+        model: a bundled model's name ("pixeldit", "unet", "planted:roles", ...), or a directory with a diffusers
+            pipeline (model_index.json); "in memory" where headscope.sweep was given a pipeline.
         groups: names of zoo groups, or NAME=PATH for a folder of images, a Hugging Face dataset on disk, or WebDataset
             tars (a file or a pattern with * or {000..009}).
         prompts: a UTF-8 text file with a prompt per line; they form the group "prompts", whose images are the model's
@@ -208,11 +207,11 @@ class SweepConfig:
         if self.prompts is not None:
             local_path("prompts", self.prompts)
         if (
-            self.model not in (*MODELS, IN_MEMORY)
+            self.model not in (*BUNDLED, IN_MEMORY)
             and not (local_path("model", self.model) / "model_index.json").is_file()
         ):
             raise ValueError(
-                f"model: got {self.model!r}, expected {', '.join(MODELS)} or a directory with a diffusers pipeline"
+                f"model: got {self.model!r}, expected {', '.join(BUNDLED)} or a directory with a diffusers pipeline"
                 " (model_index.json)"
             )
 
@@ -287,7 +286,7 @@ class SweepConfig:
         for text in self.groups:
             name, equals, path = text.partition("=")
             groups.append(f"{name}={Path(path).absolute()}" if equals else text)
-        model = self.model if self.model in (*MODELS, IN_MEMORY) else str(Path(self.model).absolute())
+        model = self.model if self.model in (*BUNDLED, IN_MEMORY) else str(Path(self.model).absolute())
         prompts = self.prompts and str(Path(self.prompts).absolute())
         return replace(self, model=model, groups=tuple(groups), prompts=prompts)
 

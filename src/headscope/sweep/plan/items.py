@@ -22,7 +22,7 @@ from headscope.sweep.plan.in_memory import modules_of
 from headscope.sweep.plan.parts import GroupParts, parts_digest
 from headscope.sweep.plan.sources import open_source
 from headscope.sweep.plan.texts import read_prompts
-from headscope.zoo import MODELS, ImageGroup, load_pipeline, open_group
+from headscope.zoo import BUNDLED, ImageGroup, load_pipeline, open_group
 
 PROMPTS = "prompts"
 # images of a group stay in memory up to so many bytes; those of a larger group are read again when needed
@@ -138,7 +138,7 @@ def load_task(config: SweepConfig, pipeline: Any = None) -> Task:
         raise ValueError("model: this run's was in memory; call headscope.sweep with that pipeline and the same fields")
     device = checked_device(config.device)
     dtype = getattr(torch, config.dtype)
-    if config.model in MODELS:
+    if config.model in BUNDLED:
         pipeline = load_pipeline(config.model)
         if dtype != torch.float32:
             find_denoiser(pipeline).to(dtype)
