@@ -4,48 +4,29 @@ from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as functional
 from diffusers import UNetMotionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from polars.testing import assert_frame_equal
 
 import tiny
-from headscope import CounterpartMass, GroupEntropy, GroupMass, Recording, Regions, Scope
+from headscope import CounterpartMass, GroupEntropy, GroupMass, Regions, Scope
 from headscope.models import Site, Task
 from headscope.zoo import load_pipeline, open_group
+from masked import NAMES, TIED, masks, rows_of
 from running import run
 
 # a statistic errs by 1e-5 and a few roundings of its largest logit (the operator's contract); logits here are below 20,
 # and means of float32 round a few times more
 CLOSE = 2e-5
-NAMES = ("left", "right", "sky", "nowhere")
-TIED = {"left": ["right"], "right": ["left", "sky"]}
-
-
-def masks(samples: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Random blocks of regions 0 to 2 and of none; region 3 is empty."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randint(-1, 3, (samples, 1, 3, 4), generator=generator)
-    return functional.interpolate(coarse.float(), (height, width)).long()[:, 0]
 
 
 def probabilities(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """[samples, heads, queries, keys], float64."""
     logits = query.double() @ key.double().transpose(-1, -2) / query.shape[-1] ** 0.5
     return logits.softmax(-1)
-
-
-def rows_of(table: pl.DataFrame, site: str, **labels) -> pl.DataFrame:
-    texts = ("site", "query_group", "query_class", "branch")
-    table = table.with_columns(pl.col(name).cast(pl.String) for name in texts if name in table.columns)
-    table = table.filter(pl.col("site") == site)
-    for name, value in labels.items():
-        table = table.filter(pl.col(name).is_null() if value is None else pl.col(name) == value)
-    return table.sort("sample", "head")
 
 
 def assert_close(found: pl.Series, expected: torch.Tensor) -> None:
@@ -228,44 +209,7 @@ def test_any_masks_and_classes(problem):
     check_classes(recording.to_polars(), scope.sites[0], p, inside, groups)
 
 
-@pytest.mark.parametrize("reduce", ["mean", None])
-def test_rows_over_all_queries_stay_what_they_are(unet, sample, reduce):
-    regions = Regions(masks(3, 9, 9), NAMES, TIED)
-    scope = Scope(unet)
-    wanted = ("entropy", "logsumexp", "key_mass", GroupMass(regions))
-    with scope.record(*wanted, reduce=reduce) as plain:
-        run(unet, sample)
-    with scope.record(*wanted, CounterpartMass(regions), queries=regions, reduce=reduce) as recording:
-        run(unet, sample)
-    table = recording.to_polars()
-    assert table["query_class"].dtype == pl.Categorical
-    whole = table.filter(pl.col("query_class").is_null())
-    assert whole["counterpart_mass_mean"].null_count() == whole["group_mass_share"].null_count() == len(whole)
-    assert_frame_equal(whole.select(plain.to_polars().columns), plain.to_polars(), check_exact=True)
-    of_classes = table.filter(pl.col("query_class").is_not_null())
-    assert len(of_classes) == len(scope.sites) * 3 * 4 * len(NAMES)
-    # classes have means alone
-    for name in ("entropy_std", "entropy_min", "grid_height", "key_mass", *(["entropy"] if reduce is None else [])):
-        assert of_classes[name].null_count() == len(of_classes)
-    assert of_classes["queries"].dtype == pl.Int32
-
-
-def test_the_schema_without_classes_is_as_it_was(unet, sample):
-    with Scope(unet).record("entropy", GroupMass(torch.zeros(64, dtype=torch.int64), 1)) as recording:
-        run(unet, sample)
-    words, number, whole = pa.dictionary(pa.int32(), pa.string()), pa.float32(), pa.int32()
-    masses = {f"group_mass_{reduction}": pa.list_(number) for reduction in ("mean", "std", "min", "max")}
-    expected = {
-        "forward": whole, "step": whole, "timestep": pa.float64(), "site": words, "call": pa.int16(), "sample": whole,
-        "branch": pa.dictionary(pa.int8(), pa.string()), "head": pa.int16(), "query_group": words, "frame": pa.int16(),
-        "queries": whole, "keys": whole, "grid_height": whole, "grid_width": whole, "entropy_mean": number,
-        "entropy_std": number, "entropy_min": number, "entropy_max": number, "entropy_normalised_mean": number,
-        **masses,
-    }  # fmt: skip
-    assert recording.to_arrow().schema == pa.schema(expected.items())
-
-
-def test_not_a_number_stays_in_its_class_and_infinity_counts():
+def test_not_a_number_stays_in_its_class():
     """What is in no class, or in another one, changes nothing: classes are selected, not weighted by 0."""
     sample = torch.randn(1, 8, 2, 2)
     sample[0, :4, 0, 0] = torch.nan
@@ -415,174 +359,3 @@ def test_every_frame_of_a_video_has_its_sample_s_masks():
     temporal = rows_of(table, "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1")
     assert temporal["query_class"].null_count() == len(temporal) > 0
     assert temporal["group_mass_mean"].null_count() == len(temporal)
-
-
-def test_a_recording_goes_on_with_other_samples_masks(unet, sample):
-    first, second = Regions(masks(2, 8, 8, seed=1), NAMES), Regions(masks(1, 8, 8, seed=2), NAMES)
-    scope = Scope(unet)
-    with scope.record("entropy", GroupMass(first), queries=first) as recording:
-        run(unet, sample[:2])
-    with scope.record("entropy", GroupMass(second), queries=second, into=recording) as again:
-        run(unet, sample[2:])
-    assert again is recording
-    tables = []
-    for regions, images in ((first, sample[:2]), (second, sample[2:])):
-        with scope.record("entropy", GroupMass(regions), queries=regions) as alone:
-            run(unet, images)
-        tables.append(alone.to_polars().drop("forward", "step"))
-    table = recording.to_polars().drop("forward", "step")
-    categories = [pl.col(pl.Categorical).cast(pl.String)]
-    assert_frame_equal(
-        table.with_columns(categories), pl.concat([one.with_columns(categories) for one in tables]), check_exact=True
-    )
-    wrong = pytest.raises(ValueError, match=r"into: got .*, expected a recording of entropy, .* queries of left, right")
-    with wrong, scope.record("entropy", queries=Regions(masks(1, 8, 8), NAMES), into=recording):
-        pass
-
-
-def test_saved_and_loaded(unet, sample, tmp_path):
-    regions = Regions(masks(3, 8, 8), NAMES, TIED)
-    wanted = ("entropy", "head_output", GroupMass(regions), CounterpartMass(regions))
-    with Scope(unet).record(*wanted, queries=regions) as recording:
-        run(unet, sample)
-    recording.save(tmp_path)
-    loaded = Recording.load(tmp_path)
-    assert loaded.to_polars().equals(recording.to_polars())
-    assert (loaded.query_classes, loaded.regions) == (NAMES, {"group_mass": NAMES})
-    means = Recording.from_tensors(recording.to_tensors())
-    site = Scope(unet).sites[0].name
-    assert torch.equal(means.mean("head_output", site, 0, 7), recording.mean("head_output", site, 0, 7))
-
-
-def test_xarray_has_a_dimension_of_classes(unet, sample):
-    pytest.importorskip("xarray")
-    regions = Regions(masks(3, 8, 8), NAMES, TIED)
-    with Scope(unet).record("entropy", CounterpartMass(regions), queries=regions) as recording:
-        run(unet, sample)
-    data = recording.to_xarray()
-    assert data["query_class"].values.tolist() == ["none", *NAMES]
-    table = recording.to_polars().with_columns(pl.col(pl.Categorical).cast(pl.String)).fill_null("none")
-    for row in table.sample(8, seed=0).iter_rows(named=True):
-        names = ("forward", "site", "call", "sample", "head", "query_group", "query_class")
-        place = {name: row[name] for name in names}
-        for name in ("entropy_mean", "counterpart_mass_mean"):
-            found = float(data[name].sel(place).squeeze())
-            assert found == row[name] if row[name] is not None else np.isnan(found)
-
-
-def test_a_plot_is_of_all_queries(unet, sample):
-    regions = Regions(masks(3, 8, 8), NAMES)
-    scope = Scope(unet)
-    with scope.record("entropy", queries=regions, reduce=None) as recording:
-        run(unet, sample)
-    assert len(recording.plot("entropy", scope.sites[0].name, heads=[0, 1]).data) == 2
-
-
-def test_edits_and_gradients_inside_the_context(unet, sample):
-    """Statistics are of the edited attention, and masks are ordinary tensors in a backward."""
-    regions = Regions(masks(3, 8, 8), NAMES, TIED)
-    scope = Scope(unet)
-    site = scope.sites[0].name
-    pixels = sample.clone().requires_grad_()
-    with scope.edit({site: [0]}), scope.record("entropy", CounterpartMass(regions), queries=regions) as recording:
-        unet(pixels, 7, return_dict=False)[0].square().sum().backward()
-    assert pixels.grad is not None
-    with scope.record("entropy", CounterpartMass(regions), queries=regions) as plain:
-        run(unet, sample)
-    table, other = recording.to_polars(), plain.to_polars()
-    assert rows_of(table, site).drop("timestep").equals(rows_of(other, site).drop("timestep"))
-
-
-CLASSES = {"all": torch.ones(1, 4, 4, dtype=torch.bool)}
-
-
-@pytest.mark.parametrize(
-    ("statistics", "queries", "error", "message"),
-    [
-        (["entropy"], {}, ValueError, r"queries: got \[\], expected at least one name"),
-        (["entropy"], [1], TypeError, "queries: got list, expected headscope.Regions or a dictionary"),
-        (["entropy"], {"a": torch.ones(1, 4, 4)}, TypeError, r"queries\['a'\]: got torch.float32, expected a bool"),
-        (["entropy"], {"a": CLASSES["all"][0]}, ValueError, r"queries\['a'\]: got shape \[4, 4\], expected \[samples"),
-        (
-            ["entropy"],
-            {"a": CLASSES["all"].expand(3, 4, 4), "b": CLASSES["all"].expand(2, 4, 4)},
-            ValueError,
-            r"queries\['b'\]: got shape \[2, 4, 4\], expected \[3 or 1, height, width\]",
-        ),
-        (["key_mass"], CLASSES, ValueError, "queries: got some beside key_mass, expected a statistic of each query"),
-        (["head_output"], CLASSES, ValueError, "queries: got some beside head_output, expected a statistic"),
-        (["tied"], None, ValueError, "queries: got NoneType, expected the regions of 'counterpart_mass'"),
-        (["tied"], CLASSES, ValueError, "queries: got dict, expected the regions of 'counterpart_mass'"),
-    ],
-)
-def test_requests_that_do_not_fit_are_refused(unet, statistics, queries, error, message):
-    regions = Regions(masks(1, 4, 4), NAMES, TIED)
-    asked = [CounterpartMass(regions) if name == "tied" else name for name in statistics]
-    with pytest.raises(error, match=message), Scope(unet).record(*asked, queries=queries):
-        pass
-
-
-def test_masks_of_another_number_of_samples_are_refused_before_the_model_runs(unet, sample):
-    regions, ran = Regions(masks(2, 8, 8), NAMES), []
-    scope = Scope(unet)
-    handle = unet.conv_in.register_forward_pre_hook(lambda *_: ran.append(1))
-    for statistics, queries, named in (
-        ([GroupMass(regions)], None, "statistics: the regions of 'group_mass'"),
-        (["entropy"], regions, "queries: the masks"),
-    ):
-        wrong = pytest.raises(ValueError, match=f"{named} are of 2 samples, expected 3 or 1: the batch has 3 rows")
-        with wrong, scope.record(*statistics, queries=queries):
-            run(unet, sample)
-    handle.remove()
-    assert ran == []
-
-
-def test_regions_that_nothing_attends_to_are_an_error(diffusion):
-    regions = Regions(masks(2, 8, 8), NAMES)
-    for queries in (None, regions):
-        with pytest.raises(ValueError, match="'group_mass' is of regions of the picture, and no attention call"):
-            guided(diffusion, GroupMass(regions), queries=queries, sites="*attn2")
-    model = Timeless()
-    wrong = pytest.raises(ValueError, match="queries: no attention call of the recorded sites has image tokens")
-    with wrong, torch.inference_mode(), Scope(model).record("entropy", queries=regions):
-        model(torch.randn(2, 5, 8))
-
-
-class Tokens(torch.nn.Module):
-    heads = 2
-
-    def forward(self, tokens):
-        query = tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return functional.scaled_dot_product_attention(query, query, query)
-
-
-class Timeless(torch.nn.Module):
-    """Attention of tokens whose places nothing tells."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention = Tokens()
-
-    def forward(self, tokens):
-        return self.attention(tokens)
-
-
-def test_two_recordings_may_have_regions_of_one_name_if_they_are_the_same(unet, sample):
-    regions, others = (Regions(masks(3, 8, 8, seed), NAMES) for seed in (0, 1))
-    scope = Scope(unet)
-    with scope.record(GroupMass(regions)) as one, scope.record(GroupMass(regions), "entropy") as two:
-        run(unet, sample)
-    assert one.to_polars()["group_mass_mean"].equals(two.to_polars()["group_mass_mean"])
-    wrong = pytest.raises(ValueError, match="'group_mass' means different things in two active recordings")
-    with wrong, scope.record(GroupMass(regions)), scope.record(GroupMass(others)):
-        run(unet, sample)
-    with scope.record(GroupMass(regions), GroupMass(others, name="others")) as both:
-        run(unet, sample)
-    assert both.regions == {"group_mass": NAMES, "others": NAMES}
-
-
-def test_counterparts_are_asked_of_regions_that_have_some():
-    with pytest.raises(ValueError, match="regions: got some without counterparts"):
-        CounterpartMass(Regions(masks(1, 4, 4), NAMES))
-    with pytest.raises(TypeError, match="regions: got Tensor, expected"):
-        CounterpartMass(torch.zeros(4))

@@ -191,10 +191,14 @@ def _column_with_nulls(values: list[np.ndarray | None], absent: list[np.ndarray]
     if {array.shape[1:] for array in values if array is not None} == {()}:
         filled = [np.zeros(len(none), np.float32) if a is None else a for a, none in zip(values, absent, strict=True)]
         return pa.array(np.concatenate(filled), mask=mask)
-    rows: list[np.ndarray | None] = []
-    for array, none in zip(values, absent, strict=True):
-        rows += [None] * len(none) if array is None else list(array.reshape(len(none), -1))
-    return pa.array([None if none else row for row, none in zip(rows, mask, strict=True)], pa.list_(pa.float32()))
+    there = [None if a is None else a.reshape(len(none), -1)[~none] for a, none in zip(values, absent, strict=True)]
+    lengths = np.zeros(len(mask), np.int64)
+    lengths[~mask] = np.concatenate([np.full(len(rows), rows.shape[1]) for rows in there if rows is not None])
+    ends = np.cumsum(lengths)
+    numbers = pa.array(np.concatenate([rows.ravel() for rows in there if rows is not None]).astype(np.float32))
+    # beyond what a list can count, this raises
+    offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, numbers, mask=pa.array(mask))
 
 
 def query_maps(
