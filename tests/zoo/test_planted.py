@@ -246,8 +246,8 @@ def cells(item):
     """Of each token the cell of a glyph that it knows the colour of, and which glyph's it is; -1 outside of them."""
     cell, glyph = np.full((16, 16), -1), np.full((16, 16), -1)
     for number, (top, left) in enumerate(item.attributes["places"]):
-        inside = np.s_[(top + 1) // 2 : (top + 1) // 2 + 4, (left + 1) // 2 : (left + 1) // 2 + 4]
-        cell[inside] = np.arange(16).reshape(4, 4)
+        inside = np.s_[(top + 1) // 2 : (top + 1) // 2 + 3, (left + 1) // 2 : (left + 1) // 2 + 3]
+        cell[inside] = np.arange(9).reshape(3, 3)
         glyph[inside] = number
     return cell.ravel(), glyph.ravel()
 
@@ -263,17 +263,17 @@ def test_the_counterpart_head_finds_the_counterparts(tasks):
         placed = [cells(item) for item in items]
         for item, (cell, _) in zip(items, placed, strict=True):
             colours = item.image[::2, ::2].reshape(256, 3)
-            for number in range(16):
+            for number in range(9):
                 same = colours[cell == number]
                 assert len(same) == 4
                 assert (len(np.unique(same, axis=0)) == 1) == (group == "twins")
         # a group of keys for each cell and glyph
-        groups = np.stack([np.where(cell < 0, -1, 16 * glyph + cell) for cell, glyph in placed])
-        with torch.inference_mode(), scope.record(GroupMass(torch.from_numpy(groups), 64), reduce=None) as recording:
+        groups = np.stack([np.where(cell < 0, -1, 9 * glyph + cell) for cell, glyph in placed])
+        with torch.inference_mode(), scope.record(GroupMass(torch.from_numpy(groups), 36), reduce=None) as recording:
             task.predict(inputs)
         table = recording.to_polars()
         rows = table.filter((table["site"] == head.site) & (table["head"] == head.head)).sort("sample")
-        mass = np.stack([np.asarray(values).reshape(256, 4, 16) for values in rows["group_mass"]])
+        mass = np.stack([np.asarray(values).reshape(256, 4, 9) for values in rows["group_mass"]])
         shares = []
         for row, (cell, glyph) in enumerate(placed):
             tokens = np.flatnonzero(cell >= 0)
