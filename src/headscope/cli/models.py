@@ -49,6 +49,9 @@ def train(
             from headscope.zoo.card import export as export_model
 
             export_model(out, export)
+            from headscope.demonstration import describe_heads
+
+            describe_heads(export, out / "heads", progress=not quiet, console=console)
             console.print(f"model   {escaped(str(export))}", highlight=False)
 
 

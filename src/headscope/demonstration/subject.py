@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from headscope.report.naming import Names
 from headscope.study.ablation import per_group_and_fill
 from headscope.study.inference import degradations
 from headscope.sweep import HeadSet, SweepConfig, run_sweep
+from headscope.sweep.plan.config import IN_MEMORY
 from headscope.zoo import MODELS, Tied, load_pipeline, open_group
 from headscope.zoo.card_pictures import heat_map
 
@@ -34,17 +36,19 @@ def describe_heads(
     folder: str | Path,
     work: str | Path,
     *,
+    groups: Sequence[str] = (),
     items: int = 20,
     bands: int = 3,
     progress: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure what removing heads costs, on every group the model was trained on, and add it to the model's card.
+    """Measure what removing heads costs, and where they attend on tied groups, and add it to the model's card.
 
     Args:
         folder: an exported model (`headscope.zoo.card.export`); gains heads.json, heads.png and a section of
             MODEL_CARD.md, which replaces an earlier one.
         work: a directory for the sweeps; what is finished there isn't done again.
+        groups: the groups to measure on; none given are those that the model was trained on.
         items: items of each group and split.
         bands: timesteps, evenly spaced in log-SNR from 3 to -3.
 
@@ -57,30 +61,27 @@ def describe_heads(
     folder, work = local_path("folder", folder), local_path("work", work)
     pipeline = load_pipeline(folder)
     part = "transformer" if hasattr(pipeline, "transformer") else "unet"
-    groups = next(model.groups for model in MODELS.values() if model.part == part)
+    groups = tuple(groups) or next(model.groups for model in MODELS.values() if model.part == part)
     show: dict[str, Any] = {"progress": progress, "console": console, "pipeline": pipeline}
 
-    def config(split: str, heads: Sequence[tuple[str, int]] | None) -> SweepConfig:
-        return SweepConfig(
-            model="in memory",
-            groups=groups,
-            splits=(split,),
-            items=items,
-            bands=bands,
-            observe=False,
-            fills=("mean",),
-            heads=None if heads is None else tuple(heads),
-            sets=(HeadSet(_ALL, sites=("*",)),),
-        )
-
-    found = run_sweep(config("discover", None), work / "discover", title="every head removed", **show)
+    ties = [(group, control) for group in groups if (control := _control(group)) in groups]
+    base = SweepConfig(model=IN_MEMORY, groups=groups, splits=("discover",), items=items, bands=bands, observe=False)
+    base = replace(base, fills=("mean",), sets=(HeadSet(_ALL, sites=("*",)),))
+    found = run_sweep(base, work / "discover", title="every head removed", **show)
     discover = _effects(table_in_memory(found, "ablations"))
     chosen = {group: _largest(discover, group) for group in groups}
-    heads = list(dict.fromkeys(head for several in chosen.values() for head in several))
-    found = run_sweep(config("confirm", heads), work / "confirm", title="chosen heads removed", **show)
+    heads = tuple(dict.fromkeys(head for several in chosen.values() for head in several))
+    base = replace(base, splits=("confirm",), heads=heads)
+    found = run_sweep(base, work / "confirm", title="chosen heads removed", **show)
     confirm = _effects(table_in_memory(found, "ablations"))
     together = _effects(table_in_memory(found, "set_ablations"))
     clean = _clean_losses(table_in_memory(found, "set_ablations"))
+    attended: dict[str, dict[str, list[float]]] = {}
+    if ties:
+        tied = tuple(group for pair in ties for group in pair)
+        base = replace(base, groups=tied, heads=None, sets=(), fills=(), scores=(), kinds=("regions",))
+        regions = run_sweep(base, work / "regions", title="where tied parts attend", **show)
+        attended = _counterparts(table_in_memory(regions, "regions"))
     sites = [site["name"] for site in found.manifest["sites"]]
     summary = {
         "items_per_split": items,
@@ -97,6 +98,7 @@ def describe_heads(
             ]
             for group in groups
         },
+        "counterparts": attended,
     }
     write_atomic(folder / "heads.json", json.dumps(summary, indent=1).encode())
     _picture(summary, sites, groups, folder / "heads.png")
@@ -139,6 +141,26 @@ def _clean_losses(ablations: pl.DataFrame) -> dict[str, dict[str, float]]:
     return found
 
 
+def _counterparts(regions: pl.DataFrame) -> dict[str, dict[str, list[float]]]:
+    """Of each group and head ("site head"): mass on the counterparts of a query's part and their share of the keys.
+
+    At the first timestep, the least noisy one; means over queries with counterparts, then over items, a source each.
+    """
+    rows = regions.filter((pl.col("keys") == "counterparts") & pl.col("mass").is_not_null())
+    rows = rows.filter(pl.col("timestep") == rows["timestep"].min())
+    mean = [(pl.col(name) * pl.col("tokens")).sum() / pl.col("tokens").sum() for name in ("mass", "share")]
+    table = (
+        rows.group_by("group", "site", "head", "item")
+        .agg(mean)
+        .group_by("group", "site", "head")
+        .agg(pl.col("mass", "share").mean())
+    )
+    found: dict[str, dict[str, list[float]]] = {}
+    for group, site, head, mass, share in table.sort("group", "site", "head").iter_rows():
+        found.setdefault(group, {})[f"{site} {head}"] = [mass, share]
+    return found
+
+
 def _percent(estimate: dict[str, Any]) -> str:
     value = f"{100 * estimate['value']:+.1f}"
     if estimate["low"] is None:
@@ -159,13 +181,13 @@ def _picture(summary: dict[str, Any], sites: Sequence[str], groups: Sequence[str
 
 def _section(summary: dict[str, Any], sites: Sequence[str], groups: Sequence[str]) -> str:
     named = Names(list(sites), []).sites
+    steps, count = ", ".join(map(str, summary["timesteps"])), summary["items_per_split"]
     lines = [
         "",
         "Rise of the denoising loss when a head's output is replaced by its mean output over training images of the",
-        "same group (mean fill), in percent of the loss, averaged over timesteps"
-        f" {', '.join(map(str, summary['timesteps']))} (log-SNR 3 to -3);",
-        f"{summary['items_per_split']} items of each split, one noise draw each; 95 % intervals by source. The three",
-        "largest heads of each group were chosen on `discover`; the numbers are those of `confirm`.",
+        f"same group (mean fill), in percent of the loss, averaged over timesteps {steps} (log-SNR from 3 to -3);",
+        f"{count} items of each split, one noise draw each; 95 % intervals by source. The three largest heads of each",
+        "group were chosen on `discover`; the numbers are those of `confirm`.",
         "",
         "| group | clean loss | all heads together | largest | second | third |",
         "|---|---:|---:|---:|---:|---:|",
@@ -180,28 +202,34 @@ def _section(summary: dict[str, Any], sites: Sequence[str], groups: Sequence[str
     ties = [(group, control) for group in groups if (control := _control(group)) in groups]
     if ties:
         lines += [
-            "The heads chosen on a tied group, on it and on its control (same split, items and noise):",
+            "The heads chosen on a tied group, on it and on its control (same split, number of items and timesteps).",
+            f"Mass, at timestep {summary['timesteps'][0]}: the attention of queries that have counterparts on the parts"
+            " that hold these,",
+            "and in brackets the share of keys there, which is what uniform attention would have:",
             "",
-            "| tied | head | on it | on its control | control over tied |",
-            "|---|---|---:|---:|---:|",
+            "| tied, control | head | on the tied | on the control | control over tied | mass, tied | mass, control |",
+            "|---|---|---:|---:|---:|---:|---:|",
         ]
         for group, control in ties:
             for entry in summary["chosen"][group]:
                 ratio = entry[control]["value"] / entry[group]["value"]
                 head = f"{named[entry['site']]} h{entry['head']}"
                 cells = [_percent(entry[group]), _percent(entry[control]), f"{ratio:+.2f}"]
+                for name in (group, control):
+                    mass, share = summary["counterparts"][name][f"{entry['site']} {entry['head']}"]
+                    cells.append(f"{mass:.2f} ({share:.2f})")
                 lines.append(f"| {group}, {control} | {head} | {' | '.join(cells)} |")
-        steps = list(map(str, summary["timesteps"]))
+        columns = list(map(str, summary["timesteps"]))
         lines += [
             "",
             "Clean loss on a tied group and on its control, by timestep:",
             "",
-            f"| tied, control | {' | '.join(steps)} |",
-            "|---|" + "---:|" * len(steps),
+            f"| tied, control | {' | '.join(columns)} |",
+            "|---|" + "---:|" * len(columns),
         ]
         for group, control in ties:
             one, other = (summary["clean_loss"][name] for name in (group, control))
-            cells = [f"{one[step]:.4f}, {other[step]:.4f} ({one[step] / other[step]:.2f})" for step in steps]
+            cells = [f"{one[step]:.4f}, {other[step]:.4f} ({one[step] / other[step]:.2f})" for step in columns]
             lines.append(f"| {group}, {control} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
