@@ -82,6 +82,7 @@ def test_all_heads_and_counterparts_by_a_plain_loop(described):
     mass, share = [], []
     for row, item in enumerate(items):
         # of each token the part that covers most of it, the lowest of equals
+        assert item.part_mask is not None
         patches = item.part_mask.reshape(8, 4, 8, 4).transpose(0, 2, 1, 3).reshape(64, 16)
         part = np.array([np.bincount(patch, minlength=5).argmax() for patch in patches])
         glyphs = np.flatnonzero(part > 0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headscope.zoo import Tied, open_group
+from headscope.zoo import Item, Tied, open_group
 from headscope.zoo.structure import EYE_PARTS
 
 PAIRS = {"twins": "distinct", "mirrored": "unmirrored", "tiled": "untiled", "eyes": "odd_eyes"}
@@ -17,9 +17,17 @@ EVERY = tuple(name for pair in PAIRS.items() for name in pair)
 indices = st.integers(0, 1999)
 
 
-def tied_pixels(item) -> tuple[np.ndarray, np.ndarray]:
+def masks(item: Item) -> tuple[np.ndarray, np.ndarray]:
+    """Its part mask and counterparts."""
+    assert item.part_mask is not None
+    assert item.counterparts is not None
+    return item.part_mask, item.counterparts
+
+
+def tied_pixels(item: Item) -> tuple[np.ndarray, np.ndarray]:
     """Every pixel that has a counterpart, and that counterpart: flat positions, [pairs]."""
-    flat = item.counterparts.reshape(-1, item.counterparts.shape[-1])
+    _, counterparts = masks(item)
+    flat = counterparts.reshape(-1, counterparts.shape[-1])
     pixel, column = np.nonzero(flat >= 0)
     return pixel, flat[pixel, column]
 
@@ -34,7 +42,8 @@ def test_counterparts_are_of_each_other(name, index):
     assert not np.any(one == other)
     assert set(zip(one, other, strict=True)) == set(zip(other, one, strict=True))
     # -1 only behind the counterparts, each of which comes once
-    flat = item.counterparts.reshape(-1, item.counterparts.shape[-1])
+    _, counterparts = masks(item)
+    flat = counterparts.reshape(-1, counterparts.shape[-1])
     assert np.all(np.diff((flat >= 0).astype(int), axis=1) <= 0)
     assert len(set(zip(one, other, strict=True))) == len(one)
 
@@ -55,11 +64,12 @@ def test_eyes_have_one_colour_or_two():
     apart = {}
     for name in ("eyes", "odd_eyes"):
         items = [open_group(name).item(index) for index in range(24)]
-        alike = [item.attributes["eye_colour"] == item.attributes["right_eye_colour"] for item in items]
+        attributes = [item.attributes or {} for item in items]
+        alike = [each["eye_colour"] == each["right_eye_colour"] for each in attributes]
         assert alike == [name == "eyes"] * 24
         # the median leaves pupils and glints out
         colours = np.array(
-            [[np.median(item.image[item.part_mask == eye], 0) for eye in (left, right)] for item in items]
+            [[np.median(item.image[masks(item)[0] == eye], 0) for eye in (left, right)] for item in items]
         )
         apart[name] = np.median(np.abs(colours[:, 0] - colours[:, 1]).mean(1))
     # light falls from one side and hair casts shadows
@@ -72,12 +82,13 @@ def test_every_pixel_has_a_part_and_glyphs_have_counterparts(name):
     seen = set()
     for index in range(8):
         item = group.item(index)
-        assert item.image.dtype == item.part_mask.dtype == np.uint8
-        assert item.counterparts.dtype == np.int32
-        assert item.part_mask.max() < len(group.part_names)
-        seen |= set(np.unique(item.part_mask).tolist())
-        has = (item.counterparts >= 0).any(-1)
-        named = np.array(group.part_names)[item.part_mask]
+        mask, counterparts = masks(item)
+        assert item.image.dtype == mask.dtype == np.uint8
+        assert counterparts.dtype == np.int32
+        assert mask.max() < len(group.part_names)
+        seen |= set(np.unique(mask).tolist())
+        has = (counterparts >= 0).any(-1)
+        named = np.array(group.part_names)[mask]
         if name in ("twins", "distinct"):
             np.testing.assert_array_equal(has, named != "background")
             assert [(named == f"glyph {number}").sum() for number in range(1, 5)] == [36] * 4
@@ -92,10 +103,14 @@ def test_every_pixel_has_a_part_and_glyphs_have_counterparts(name):
     assert len(seen) == len(group.part_names)
 
 
+def glyph_places(name: str, index: int) -> np.ndarray:
+    return np.array((open_group(name).item(index).attributes or {})["places"])
+
+
 @settings(max_examples=20, deadline=None)
 @given(index=indices, name=st.sampled_from(["twins", "distinct"]))
 def test_glyphs_stand_far_apart_and_begin_anywhere(index, name):
-    places = np.array(open_group(name).item(index).attributes["places"])
+    places = glyph_places(name, index)
     assert places.shape == (4, 2)
     assert (places >= 0).all()
     assert (places <= 26).all()
@@ -105,7 +120,7 @@ def test_glyphs_stand_far_apart_and_begin_anywhere(index, name):
 
 
 def test_glyphs_begin_at_every_offset_from_the_patches():
-    offsets = {tuple(np.array(open_group("twins").item(index).attributes["places"][0]) % 4) for index in range(200)}
+    offsets = {tuple(glyph_places("twins", index)[0] % 4) for index in range(200)}
     assert len(offsets) == 16
 
 
@@ -161,14 +176,15 @@ def test_splits_share_no_source_and_every_hundred_are_divided_alike(name):
 def test_other_sizes(name, size):
     small, item = open_group(name).item(3), open_group(name, size=size).item(3)
     assert item.image.shape == (size, size, 3)
-    assert item.part_mask.shape == (size, size)
-    assert item.counterparts.shape[:2] == (size, size)
+    (small_mask, small_counterparts), (mask, counterparts) = masks(small), masks(item)
+    assert mask.shape == (size, size)
+    assert counterparts.shape[:2] == (size, size)
     # the pixel in the middle of the old one
     for row, column in ((5, 9), (20, 14), (31, 0)):
         at = (2 * row + 1) * size // 64, (2 * column + 1) * size // 64
-        near = (at[0] * 32 // size, at[1] * 32 // size)
-        assert item.part_mask[at] == small.part_mask[near]
-        old, new = small.counterparts[near], item.counterparts[at]
+        near = (2 * at[0] + 1) * 16 // size, (2 * at[1] + 1) * 16 // size
+        assert mask[at] == small_mask[near]
+        old, new = small_counterparts[near], counterparts[at]
         assert (old >= 0).sum() == (new >= 0).sum()
         for before, after in zip(old[old >= 0], new[new >= 0], strict=True):
             assert (2 * (before // 32) + 1) * size // 64 == after // size
@@ -194,7 +210,8 @@ def test_the_bytes_are_the_same_everywhere():
         digest = hashlib.sha256()
         for index in (0, 7, 1234):
             item = open_group(name).item(index)
-            for array in (item.image, item.part_mask, item.counterparts.astype("<i4")):
+            mask, counterparts = masks(item)
+            for array in (item.image, mask, counterparts.astype("<i4")):
                 digest.update(array.tobytes())
         digests[name] = digest.hexdigest()[:12]
     assert digests == DIGESTS

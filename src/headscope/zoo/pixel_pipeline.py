@@ -39,7 +39,8 @@ class PixelDiTPipeline(DiffusionPipeline):
         sample = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         no_class = torch.full((batch_size,), config.num_embeds_ada_norm, device=device)
         self.scheduler.set_timesteps(num_inference_steps)
-        for timestep in self.progress_bar(self.scheduler.timesteps):
+        steps: Any = self.progress_bar(self.scheduler.timesteps)
+        for timestep in steps:
             timesteps = timestep.to(device).expand(batch_size)
             answer = self.transformer(sample, timesteps, class_labels=no_class, return_dict=False)[0]
             sample = self.scheduler.step(answer, timestep, sample, generator=generator).prev_sample

@@ -41,6 +41,9 @@ def _constant(values: np.ndarray | list[float]) -> Tensor:
 class Stem(nn.Module):
     """A token's features: [items, 3, 32, 32] in, [items, tokens, WIDTH + heads] out, zeros where the heads write."""
 
+    places: Tensor
+    thresholds: Tensor
+
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.heads = heads
