@@ -90,7 +90,7 @@ class Regions:
         if not len(items):
             raise ValueError("items: got none, expected at least one")
         every = tuple(names or getattr(items[0], "part_names", ()))
-        first = getattr(items[0], "part_mask", None)
+        first: Any = getattr(items[0], "part_mask", None)
         for index, item in enumerate(items):
             if getattr(item, "part_mask", None) is None:
                 raise ValueError(f"items: {_called(item, index)} has no part mask, expected one of every item")
