@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as functional
-from diffusers import UNetMotionModel
+from diffusers import CogVideoXTransformer3DModel, UNetMotionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -269,7 +269,7 @@ def test_both_guidance_branches_have_their_sample_s_masks(diffusion, given):
     relation = regions.counterparts
     assert relation is not None
     for site in scope.sites:
-        edge = round(rows_of(table, site.name)["queries"].max() ** 0.5)
+        edge = round(max(rows_of(table, site.name)["queries"].to_list()) ** 0.5)
         tokens = Regions(numbers, NAMES).on_grid((edge, edge)).long()
         for branch in ("uncond", "cond"):
             p = probabilities(*(recording.samples(name, site.name, 0, timestep, branch) for name in ("q", "k")))
@@ -359,3 +359,50 @@ def test_every_frame_of_a_video_has_its_sample_s_masks():
     temporal = rows_of(table, "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1")
     assert temporal["query_class"].null_count() == len(temporal) > 0
     assert temporal["group_mass_mean"].null_count() == len(temporal)
+
+
+def test_full_attention_of_a_video_has_the_masks_in_every_frame():
+    """Keys are the image tokens of all frames, and the text's, which are in no region."""
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=8,
+        num_layers=1, sample_width=8, sample_height=6, sample_frames=9, patch_size=2, max_text_seq_length=5,
+    ).eval()  # fmt: skip
+    inputs = (torch.randn(2, 3, 4, 6, 8), torch.randn(2, 5, 8), torch.tensor([7, 7]))
+    regions = Regions(masks(2, 12, 16), NAMES, TIED)
+    scope = Scope(model)
+    wanted = (*STATISTICS, GroupMass(regions), CounterpartMass(regions))
+    with torch.inference_mode(), scope.record(*wanted, queries=regions, reduce=None) as recording:
+        model(*inputs)
+    table = recording.to_polars()
+    (site,) = scope.sites
+    p = probabilities(*(recording.samples(name, site.name, 0, 7) for name in ("q", "k")))
+    tokens = regions.on_grid((3, 4)).long()
+    groups = torch.cat([torch.full((2, 5), -1), *[tokens] * 3], 1)
+    assert regions.counterparts is not None
+    relation = regions.counterparts.expand(2, -1, -1)
+    for frame in range(3):
+        classes = classes_of(regions, (3, 4), 2)
+        check_classes(table, site, p, classes, groups, relation, 5 + 12 * frame, frame=frame)
+
+
+class OneByOne(Pictures):
+    """A model that attends to one sample after the other."""
+
+    def forward(self, sample, timestep=None):
+        return torch.cat([self.attention(one) for one in sample.split(1)])
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_attention_to_one_sample_after_the_other(samples):
+    sample = torch.randn(3, 8, 3, 4, generator=torch.Generator().manual_seed(0))
+    regions, model = Regions(masks(samples, 6, 8), NAMES, TIED), OneByOne()
+    scope = Scope(model)
+    wanted = ("entropy", GroupMass(regions), CounterpartMass(regions))
+    with torch.inference_mode(), scope.record(*wanted, queries=regions) as recording:
+        model(sample)
+    groups = regions.on_grid((3, 4)).expand(3, -1).long()
+    assert regions.counterparts is not None
+    relation = regions.counterparts.expand(3, -1, -1)
+    p = probabilities(*queries_and_keys(sample))
+    check_classes(recording.to_polars(), scope.sites[0], p, classes_of(regions, (3, 4), 3), groups, relation)

@@ -50,6 +50,11 @@ class RegionMasses(UnitKind):
                     f"kinds: got {self.name!r}, which needs the part mask of every item, and {item.key!r} of the group"
                     f" {group.name!r} has none; expected groups with masks alone, such as faces or twins"
                 )
+            if COUNTERPARTS in item.part_names:
+                raise ValueError(
+                    f"kinds: got {self.name!r}, in whose table {COUNTERPARTS!r} are all of a part's counterparts; the"
+                    f" group {group.name!r} has a part of that name, expected another one"
+                )
         for items in chunks(len(group.swept), ITEMS):
             yield Planned(items, len(items) * len(asked.timesteps))
 
