@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 
 from headscope import Distance, GroupMass, HeadEdit, Scope, Task
@@ -78,6 +79,8 @@ def test_bad_input(tasks):
         truth.head("edge")
     with pytest.raises(KeyError, match="name: got 'edges', expected one of both, duplicate, either"):
         truth.pair("edges")
+    with pytest.raises(ValueError, match=r"got \(64, 3, 3, 2\), expected \(32, 3, 3, 2\)"):
+        type(tasks["pairs"].denoiser)("pairs", sample_size=64)
     with pytest.raises(ValueError, match=r"sample: got \[1, 3, 8, 8\]"):
         tasks["pairs"].denoiser(torch.zeros(1, 3, 8, 8), 0)
 
@@ -102,6 +105,18 @@ def test_a_model_of_diffusers(tasks):
         for site in sites:
             assert isinstance(denoiser.get_submodule(site.name), Attention)
             assert (site.kind, site.head_dim) == ("self", 16)
+
+
+def test_a_saved_one_is_loaded_as_it_was(tmp_path):
+    """As `--model DIR` takes it."""
+    pipeline = load_planted("gated")
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved", local_files_only=True)
+    assert loaded.unet.truth is planted_truth("gated")
+    before, after = pipeline.unet.state_dict(), loaded.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert loaded.scheduler.config.prediction_type == "sample"
 
 
 def test_pipelines_sample():

@@ -145,19 +145,29 @@ class PlantedModel(ModelMixin, ConfigMixin):
 
     Args:
         name: one of PLANTED.
+        sample_size, in_channels, out_channels, patch_size: what diffusers and a Scope look for; they can't be others.
 
     Attributes:
         truth: what each head does, in float64.
 
     Raises:
-        ValueError: no such model.
+        ValueError: no such model, or another size.
     """
 
     @register_to_config
-    def __init__(self, name: str = "all") -> None:
+    def __init__(
+        self,
+        name: str = "all",
+        sample_size: int = SIZE,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        patch_size: int = PATCH,
+    ) -> None:
         check_name(name)
+        sizes, expected = (sample_size, in_channels, out_channels, patch_size), (SIZE, 3, 3, PATCH)
+        if sizes != expected:
+            raise ValueError(f"sample_size, in_channels, out_channels, patch_size: got {sizes}, expected {expected}")
         super().__init__()
-        self.register_to_config(sample_size=SIZE, in_channels=3, out_channels=3, patch_size=PATCH)
         sites = MODELS[name]
         names = tuple(head for site in sites for head in site)
         ratios = log_snr()
