@@ -28,8 +28,10 @@ EXECUTED = {
         "up_blocks.1.attentions.0",
         "up_blocks.1.attentions.1",
     ],
+    "planted:pairs": ["blocks.0.attn", "blocks.1.attn"],
 }
-ABLATED = {"pixeldit": {"lfw", "faces_grey", "twins", "distinct"}, "unet": {"lfw", "faces_grey"}}
+TIED = {"lfw", "faces_grey", "twins", "distinct"}
+ABLATED = {"pixeldit": TIED, "unet": {"lfw", "faces_grey"}, "planted:pairs": TIED}
 SMALL = {
     "items": 3,
     "discover_items": 2,
@@ -63,7 +65,7 @@ def test_a_whole_study(model, tmp_path):
         assert group in text
     executed = [site.name for site in Scope(load_pipeline(model)).sites]
     assert executed == EXECUTED[model]
-    heads = 8 * len(executed)
+    heads = sum(site.heads for site in Scope(load_pipeline(model)).sites)
     figure = json.loads(re.search(r'data-figure="entropy_maps">(.*?)</script>', text).group(1))  # type: ignore[union-attr]
     assert figure[0]["layout"]["yaxis"]["ticktext"] == list(Names(executed, []).sites.values())
     found = tables(tmp_path / "study")
@@ -104,7 +106,7 @@ def test_bad_settings():
         StudyConfig(groups=("cats",))
     with pytest.raises(ValueError, match="ablate_groups: got cats"):
         StudyConfig(ablate_groups=("cats",))
-    with pytest.raises(ValueError, match="model: got 'sd15', expected one of pixeldit, unet"):
+    with pytest.raises(ValueError, match="model: got 'sd15', expected one of pixeldit, unet, planted:"):
         StudyConfig(model="sd15")
 
 

@@ -12,7 +12,7 @@ def study(
     out: Annotated[Path, typer.Option(help="The study's directory; an unfinished study there is gone on with.")] = Path(
         "headscope-study"
     ),
-    model: Annotated[str, typer.Option(help="pixeldit (a transformer) or unet, which are bundled.")] = "pixeldit",
+    model: Annotated[str, typer.Option(help="Bundled: pixeldit (a transformer), unet or planted:NAME.")] = "pixeldit",
     items: Annotated[int, typer.Option(help="Items of each group and split whose entropies are observed.")] = 20,
     discover_items: Annotated[int, typer.Option(help="Items on which every head is ablated, to select some.")] = 16,
     confirm_items: Annotated[int, typer.Option(help="Items on which the selected heads are tested.")] = 20,
