@@ -172,14 +172,14 @@ def check_ablations(pipeline, run, config):
     edits = len(truth.heads) * (len(truth.heads) + 1) // 2
     assert len(effects) == edits * len(config.fills) * len(units)
     for (group, timestep), (forward, target, means, places, *_) in units.items():
-        for fill, item in itertools.product(config.fills, places.values()):
-            given = {"zero": None, "mean": means}.get(fill, fill)
+        for fill in config.fills:
+            g, c = forward.importance(target, {"zero": None, "mean": means}.get(fill, fill))
+            for item in places.values():
 
-            def effect(*removed, unit=(group, timestep), fill=fill, item=item):
-                return effects[(*unit, removed, fill)][item]
+                def effect(*removed, unit=(group, timestep), fill=fill, item=item):
+                    return effects[(*unit, removed, fill)][item]
 
-            g, c = (values[item] for values in forward.importance(target, given))
-            check_pairs(truth, effect, fill, g, c)
+                check_pairs(truth, effect, fill, g[item], c[item])
     return effects
 
 
