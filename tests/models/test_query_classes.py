@@ -9,6 +9,7 @@ import torch.nn.functional as functional
 from polars.testing import assert_frame_equal
 
 from headscope import CounterpartMass, GroupMass, Recording, Regions, Scope
+from headscope.models import attending
 from masked import NAMES, TIED, masks, rows_of
 from running import run
 
@@ -224,3 +225,24 @@ def test_counterparts_are_asked_of_regions_that_have_some():
         CounterpartMass(Regions(masks(1, 4, 4), NAMES))
     with pytest.raises(TypeError, match="regions: got Tensor, expected"):
         CounterpartMass(torch.zeros(4))
+
+
+def test_one_mass_serves_both_statistics_of_the_same_regions(unet, sample, monkeypatch):
+    regions, others = (Regions(masks(3, 8, 8, seed), NAMES, TIED) for seed in (0, 1))
+    stock, asked = attending.attention, []
+
+    def spy(*tensors, statistics, **options):
+        asked.append([type(one).__name__ for one in statistics])
+        return stock(*tensors, statistics=statistics, **options)
+
+    monkeypatch.setattr(attending, "attention", spy)
+    scope, tables = Scope(unet), []
+    for wanted in ([], [GroupMass(regions)], [GroupMass(others, name="others")]):
+        asked.clear()
+        with scope.record(CounterpartMass(regions), *wanted, queries=regions) as recording:
+            run(unet, sample)
+        assert asked == [["GroupMass"] * (2 if "others_mean" in recording.to_polars().columns else 1)] * 2
+        tables.append(recording.to_polars().filter(pl.col("query_class").is_not_null())["counterpart_mass_mean"])
+    assert tables[0].null_count() < len(tables[0])
+    assert tables[0].equals(tables[1])
+    assert tables[0].equals(tables[2])

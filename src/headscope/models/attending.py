@@ -17,7 +17,7 @@ from headscope.models.recording.context import RecordingContext
 from headscope.models.recording.maps import TokenMapContext, TokenMaps
 from headscope.models.recording.parts import ENTROPY
 from headscope.models.recording.recording import HEAD_OUTPUT, Recording
-from headscope.models.recording.regions import Placed, placed, regions_of
+from headscope.models.recording.regions import CounterpartMass, Placed, placed, regions_of
 from headscope.models.structure.layout import Given
 from headscope.models.structure.sites import Site
 from headscope.ops import GroupMass, HeadEdit, Statistic, attention
@@ -167,15 +167,14 @@ def _attend(call: SiteCall, interest: _Interest, arguments: AttentionArguments) 
         ]
         combined = combine(changes, query, key, value) if changes else combined
     requested, masses = (() if repeated else interest.requested), []
-    of_regions: dict[str, Placed] = {}
+    of_regions: dict[str, tuple[Placed, str]] = {}
     if interest.of_regions and not repeated:
         requested, of_regions = _placed(requested, call, key)
     if interest.token_maps and not repeated:
         masses = _token_masses(call, interest.token_maps, key)
         requested = (*requested, *(mass for _, mass in masses))
     output, values = _compute(combined, requested, arguments)
-    for name, place in of_regions.items():
-        values[name] = place.finished(values[name])
+    values |= {name: place.finished(values[source]) for name, (place, source) in of_regions.items()}
     for maps, mass in masses:
         maps.add(call, values[mass.name])
     valid_keys = 0
@@ -190,12 +189,26 @@ def _attend(call: SiteCall, interest: _Interest, arguments: AttentionArguments) 
 
 def _placed(
     requested: Sequence[Statistic], call: SiteCall, key: SiteKey
-) -> tuple[tuple[Statistic, ...], dict[str, Placed]]:
-    """The statistics of this call, and those of regions among them, by name; without those that it has no place for."""
+) -> tuple[tuple[Statistic, ...], dict[str, tuple[Placed, str]]]:
+    """What the operator computes at this call: of statistics of regions, those that the call has a place for.
+
+    Returns:
+        The statistics; and by name those of regions, each with the name of the one that it is made of.
+    """
     found = {one.name: placed(one, call, key.shape[2], key.device) for one in requested if regions_of(one) is not None}
-    of_regions = {name: place for name, place in found.items() if place is not None}
-    there = [one for one in requested if one.name in of_regions or one.name not in found]
-    return tuple(of_regions[one.name].statistic if one.name in found else one for one in there), of_regions
+    masses = {regions_of(one): one.name for one in requested if type(one) is GroupMass}
+    computed: list[Statistic] = []
+    of_regions: dict[str, tuple[Placed, str]] = {}
+    for one in requested:
+        place = found.get(one.name)
+        if place is None:
+            computed += [] if one.name in found else [one]
+            continue
+        # the mass on counterparts is made of that on all regions
+        source = masses.get(regions_of(one), one.name) if isinstance(one, CounterpartMass) else one.name
+        of_regions[one.name] = place, source
+        computed += [place.statistic] if source == one.name else []
+    return tuple(computed), of_regions
 
 
 def _token_masses(
