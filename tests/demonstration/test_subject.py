@@ -40,11 +40,15 @@ def test_the_card_and_the_file_say_the_same(described):
     for group in GROUPS:
         (row,) = re.findall(rf"^\| {group} \| .*$", card, re.MULTILINE)
         assert f"{100 * summary['all_heads'][group]['value']:+.1f}" in row
-        for entry in summary["chosen"][group]:
+        for entry in summary["largest"][group]:
             assert f"h{entry['head']}: {100 * entry[group]['value']:+.1f}" in row
     # photographs have one source in a split
     assert "[one source]" in card
-    assert re.search(r"^\| twins, distinct \| block \d\.attn1 h\d \|", card, re.MULTILINE)
+    rows = re.findall(r"^\| twins, distinct \| (?:block \d\.attn1 h\d|all three) \| .*$", card, re.MULTILINE)
+    (tie,) = summary["ties"]
+    for row, entry in zip(rows, (*tie["heads"], tie["together"]), strict=True):
+        for name in ("twins", "distinct"):
+            assert f"{100 * entry[name]['value']:+.1f}" in row
 
 
 def test_heads_were_chosen_on_discover(described):
@@ -53,7 +57,11 @@ def test_heads_were_chosen_on_discover(described):
         every = summary["single_heads_discover"][group]
         assert len(every) == 48
         largest = sorted(every, key=lambda name: -every[name])[:3]
-        assert [f"{entry['site']} {entry['head']}" for entry in summary["chosen"][group]] == largest
+        assert [f"{entry['site']} {entry['head']}" for entry in summary["largest"][group]] == largest
+    (tie,) = summary["ties"]
+    twins, distinct = (summary["single_heads_discover"][name] for name in ("twins", "distinct"))
+    carrying = sorted(twins, key=lambda name: distinct[name] - twins[name])[:3]
+    assert [f"{entry['site']} {entry['head']}" for entry in tie["heads"]] == carrying
 
 
 def test_all_heads_and_counterparts_by_a_plain_loop(described):
@@ -72,9 +80,16 @@ def test_all_heads_and_counterparts_by_a_plain_loop(described):
             edited = task.loss(inputs)
         effect = float((edited - clean).sum() / clean.sum())
         assert summary["all_heads"]["twins"]["value"] == pytest.approx(effect, rel=1e-4)
+        # of a single timestep it is the least noisy, too
+        assert summary["all_heads"]["twins"]["least_noisy"]["value"] == pytest.approx(effect, rel=1e-4)
+        chosen = [(entry["site"], entry["head"]) for entry in summary["ties"][0]["heads"]]
+        edits = {site: [head for other, head in chosen if other == site] for site, _ in chosen}
+        with scope.edit(edits, fill=means):
+            effect = float((task.loss(inputs) - clean).sum() / clean.sum())
+        assert summary["ties"][0]["together"]["twins"]["value"] == pytest.approx(effect, rel=1e-3, abs=1e-5)
         assert summary["clean_loss"]["twins"][str(timestep)] == pytest.approx(float(clean.mean()), rel=1e-5)
         # attention of one chosen head, materialised
-        site, head = (summary["chosen"]["twins"][0][name] for name in ("site", "head"))
+        site, head = (summary["ties"][0]["heads"][0][name] for name in ("site", "head"))
         with scope.record("q", "k", reduce=None) as recording:
             task.predict(inputs)
     query, key = (recording.samples(name, site, 0, timestep)[:, head].double() for name in ("q", "k"))

@@ -62,42 +62,56 @@ def describe_heads(
     pipeline = load_pipeline(folder)
     part = "transformer" if hasattr(pipeline, "transformer") else "unet"
     groups = tuple(groups) or next(model.groups for model in MODELS.values() if model.part == part)
+    ties = {group: control for group in groups if (control := _control(group)) in groups}
     show: dict[str, Any] = {"progress": progress, "console": console, "pipeline": pipeline}
 
-    ties = [(group, control) for group in groups if (control := _control(group)) in groups]
+    everything = HeadSet(_ALL, sites=("*",))
     base = SweepConfig(model=IN_MEMORY, groups=groups, splits=("discover",), items=items, bands=bands, observe=False)
-    base = replace(base, fills=("mean",), sets=(HeadSet(_ALL, sites=("*",)),))
+    base = replace(base, fills=("mean",), sets=(everything,))
     found = run_sweep(base, work / "discover", title="every head removed", **show)
     discover = _effects(table_in_memory(found, "ablations"))
-    chosen = {group: _largest(discover, group) for group in groups}
-    heads = tuple(dict.fromkeys(head for several in chosen.values() for head in several))
-    base = replace(base, splits=("confirm",), heads=heads)
+    singles = {group: _singles(discover, group) for group in groups}
+    largest = {group: _first(singles[group]) for group in groups}
+    carrying = {}
+    for group, control in ties.items():
+        more = {head: effect - singles[control][head] for head, effect in singles[group].items()}
+        carrying[group] = _first(more)
+    heads = tuple(
+        dict.fromkeys(head for chosen in (largest, carrying) for several in chosen.values() for head in several)
+    )
+    sets = (everything, *(HeadSet(_carriers(group), heads=tuple(chosen)) for group, chosen in carrying.items()))
+    base = replace(base, splits=("confirm",), heads=heads, sets=sets)
     found = run_sweep(base, work / "confirm", title="chosen heads removed", **show)
-    confirm = _effects(table_in_memory(found, "ablations"))
-    together = _effects(table_in_memory(found, "set_ablations"))
-    clean = _clean_losses(table_in_memory(found, "set_ablations"))
-    attended: dict[str, dict[str, list[float]]] = {}
+    confirm, together = (_effects(table_in_memory(found, kind)) for kind in ("ablations", "set_ablations"))
+    attended = {}
     if ties:
-        tied = tuple(group for pair in ties for group in pair)
+        tied = tuple(group for pair in ties.items() for group in pair)
         base = replace(base, groups=tied, heads=None, sets=(), fills=(), scores=(), kinds=("regions",))
         regions = run_sweep(base, work / "regions", title="where tied parts attend", **show)
         attended = _counterparts(table_in_memory(regions, "regions"))
+
+    def described(head: tuple[str, int], *of: str) -> dict[str, Any]:
+        return {"site": head[0], "head": head[1], **{group: _estimate(confirm, group, head) for group in of}}
+
     sites = [site["name"] for site in found.manifest["sites"]]
     summary = {
         "items_per_split": items,
         "timesteps": found.manifest["timesteps"],
-        "clean_loss": clean,
-        "all_heads": {group: _estimate(together, group) for group in groups},
+        "clean_loss": _clean_losses(table_in_memory(found, "set_ablations")),
+        "all_heads": {group: _estimate(together, group, _ALL) for group in groups},
         "single_heads_discover": {
-            group: {f"{site} {head}": value for site, head, value in _values(discover, group)} for group in groups
+            group: {f"{site} {head}": effect for (site, head), effect in singles[group].items()} for group in groups
         },
-        "chosen": {
-            group: [
-                {"site": site, "head": head, **{other: _estimate(confirm, other, site, head) for other in groups}}
-                for site, head in chosen[group]
-            ]
-            for group in groups
-        },
+        "largest": {group: [described(head, group) for head in largest[group]] for group in groups},
+        "ties": [
+            {
+                "tied": group,
+                "control": control,
+                "heads": [described(head, group, control) for head in carrying[group]],
+                "together": {name: _estimate(together, name, _carriers(group)) for name in (group, control)},
+            }
+            for group, control in ties.items()
+        ],
         "counterparts": attended,
     }
     write_atomic(folder / "heads.json", json.dumps(summary, indent=1).encode())
@@ -108,28 +122,42 @@ def describe_heads(
     return summary
 
 
+def _carriers(group: str) -> str:
+    return f"carriers of {group}"
+
+
 def _effects(ablations: pl.DataFrame) -> pl.DataFrame:
-    """Of each group and head or set: the relative degradation over timesteps, with its interval by source."""
-    by = ["site", "head"] if "head" in ablations.columns else ["edit"]
-    return per_group_and_fill(ablations, lambda rows: degradations(rows, by, "timestep", test=False)[0])
+    """Of each group and head or set ("edit"): the relative degradation, with its interval by source; at every timestep,
+    and (timestep null) overall, their mean."""
+    single = pl.format("{} {}", "site", "head") if "head" in ablations.columns else pl.col("edit")
+    rows = ablations.with_columns(single.alias("edit"))
+    overall = per_group_and_fill(rows, lambda part: degradations(part, ["edit"], "timestep", test=False)[0])
+    each = per_group_and_fill(rows, lambda part: degradations(part, ["edit", "timestep"], test=False)[0])
+    return pl.concat([overall.with_columns(timestep=pl.lit(None, each.schema["timestep"])), each], how="diagonal")
 
 
-def _largest(effects: pl.DataFrame, group: str) -> list[tuple[str, int]]:
-    return [(site, head) for site, head, _ in _values(effects, group)[:_CHOSEN]]
+def _singles(effects: pl.DataFrame, group: str) -> dict[tuple[str, int], float]:
+    """What each (site, head) costs a group overall."""
+    rows = effects.filter((pl.col("group") == group) & pl.col("timestep").is_null())
+    parted = ((*edit.rsplit(" ", 1), value) for edit, value in rows.select("edit", "value").iter_rows())
+    return {(site, int(head)): value for site, head, value in parted}
 
 
-def _values(effects: pl.DataFrame, group: str) -> list[tuple[str, int, float]]:
-    """(site, head, degradation) of a group's heads, the largest first."""
-    rows = effects.filter(pl.col("group") == group).sort(["value", "site", "head"], descending=[True, False, False])
-    return [(site, int(head), value) for site, head, value in rows.select("site", "head", "value").iter_rows()]
+def _first(effects: dict[tuple[str, int], float]) -> list[tuple[str, int]]:
+    """The heads of the largest effects; ties are broken by name."""
+    return sorted(effects, key=lambda head: (-effects[head], head))[:_CHOSEN]
 
 
-def _estimate(effects: pl.DataFrame, group: str, site: str | None = None, head: int | None = None) -> dict[str, Any]:
-    rows = effects.filter(pl.col("group") == group)
-    if site is not None:
-        rows = rows.filter((pl.col("site") == site) & (pl.col("head") == head))
-    (row,) = rows.iter_rows(named=True)
-    return {name: row[name] for name in ("value", "low", "high", "sources")}
+def _estimate(effects: pl.DataFrame, group: str, edit: str | tuple[str, int]) -> dict[str, Any]:
+    """A head's or set's effect on a group: overall, and at the least noisy timestep."""
+    name = edit if isinstance(edit, str) else f"{edit[0]} {edit[1]}"
+    rows = effects.filter((pl.col("group") == group) & (pl.col("edit") == name))
+    overall, *each = rows.sort("timestep", nulls_last=False).iter_rows(named=True)
+
+    def numbers(row: dict[str, Any]) -> dict[str, Any]:
+        return {column: row[column] for column in ("value", "low", "high", "sources")}
+
+    return {**numbers(overall), "least_noisy": numbers(each[0])}
 
 
 def _clean_losses(ablations: pl.DataFrame) -> dict[str, dict[str, float]]:
@@ -194,31 +222,31 @@ def _section(summary: dict[str, Any], sites: Sequence[str], groups: Sequence[str
     ]
     for group in groups:
         loss = float(np.mean(list(summary["clean_loss"][group].values())))
-        chosen = summary["chosen"][group]
+        chosen = summary["largest"][group]
         cells = [f"{named[entry['site']]} h{entry['head']}: {_percent(entry[group])}" for entry in chosen]
         cells = [f"{loss:.4f}", _percent(summary["all_heads"][group]), *cells]
         lines.append(f"| {group} | {' | '.join(cells)} |")
     lines += ["", "![What removing each head costs on each group](heads.png)", ""]
-    ties = [(group, control) for group in groups if (control := _control(group)) in groups]
-    if ties:
+    if summary["ties"]:
+        first = summary["timesteps"][0]
         lines += [
-            "The heads chosen on a tied group, on it and on its control (same split, number of items and timesteps).",
-            f"Mass, at timestep {summary['timesteps'][0]}: the attention of queries that have counterparts on the parts"
-            " that hold these,",
-            "and in brackets the share of keys there, which is what uniform attention would have:",
+            "The heads that carry a tie: the three whose removal costs a tied group most beyond what it costs its",
+            "control, chosen on `discover` and measured on `confirm` of both (same number of items and timesteps):",
+            f"overall, as above, and at timestep {first} alone, the least noisy. Mass, there: the attention of queries",
+            "that have counterparts on the parts that hold these, tied / control, and in brackets what uniform attention",
+            "would have.",
             "",
-            "| tied, control | head | on the tied | on the control | control over tied | mass, tied | mass, control |",
+            f"| tied, control | head | tied | control | tied at {first} | control at {first} | mass |",
             "|---|---|---:|---:|---:|---:|---:|",
         ]
-        for group, control in ties:
-            for entry in summary["chosen"][group]:
-                ratio = entry[control]["value"] / entry[group]["value"]
-                head = f"{named[entry['site']]} h{entry['head']}"
-                cells = [_percent(entry[group]), _percent(entry[control]), f"{ratio:+.2f}"]
-                for name in (group, control):
-                    mass, share = summary["counterparts"][name][f"{entry['site']} {entry['head']}"]
-                    cells.append(f"{mass:.2f} ({share:.2f})")
-                lines.append(f"| {group}, {control} | {head} | {' | '.join(cells)} |")
+        for tie in summary["ties"]:
+            names = tie["tied"], tie["control"]
+            rows = [(f"{named[entry['site']]} h{entry['head']}", entry) for entry in tie["heads"]]
+            for title, entry in (*rows, ("all three", tie["together"])):
+                cells = [_percent(entry[name]) for name in names]
+                cells += [_percent(entry[name]["least_noisy"]) for name in names]
+                cells.append(_mass(summary["counterparts"], names, entry) if "site" in entry else "")
+                lines.append(f"| {', '.join(names)} | {title} | {' | '.join(cells)} |")
         columns = list(map(str, summary["timesteps"]))
         lines += [
             "",
@@ -227,12 +255,18 @@ def _section(summary: dict[str, Any], sites: Sequence[str], groups: Sequence[str
             f"| tied, control | {' | '.join(columns)} |",
             "|---|" + "---:|" * len(columns),
         ]
-        for group, control in ties:
+        for tie in summary["ties"]:
+            group, control = tie["tied"], tie["control"]
             one, other = (summary["clean_loss"][name] for name in (group, control))
             cells = [f"{one[step]:.4f}, {other[step]:.4f} ({one[step] / other[step]:.2f})" for step in columns]
             lines.append(f"| {group}, {control} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _mass(found: dict[str, dict[str, list[float]]], names: Sequence[str], entry: dict[str, Any]) -> str:
+    parts = [found[name][f"{entry['site']} {entry['head']}"] for name in names]
+    return " / ".join(f"{mass:.2f} ({share:.2f})" for mass, share in parts)
 
 
 def _control(group: str) -> str:
