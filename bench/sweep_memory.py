@@ -1,4 +1,4 @@
-"""How a long sweep's memory grows: resident memory after every unit of work of the bundled model.
+"""How a long sweep's memory grows: resident memory after every unit of work of the bundled UNet.
 
     python bench/sweep_memory.py [--minutes 5] [--out bench/results]
 
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     config = SweepConfig(
+        model="unet",
         # at many timesteps, so that the time is up before the work is done
         groups=("faces",),
         bands=200,
