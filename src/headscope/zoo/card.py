@@ -186,11 +186,11 @@ def _loss_chart(log: list[dict[str, Any]], groups: list[str]) -> Any:
     width = max(1, len(losses) // 150)
     blocks = [losses[start : start + width] for start in range(0, len(losses), width)]
     curve = Series("", [block[-1][0] for block in blocks], [float(np.mean([y for _, y in block])) for block in blocks])
-    panels = [("Training loss (with augmentation and dropout)", "step", [curve])]
+    panels = [("Training loss", "step", [curve])]
     evaluations = [(row["step"], row["evaluation"]) for row in log if "evaluation" in row]
-    if evaluations:
+    for start in range(0, len(groups) if evaluations else 0, len(PALETTE)):
         lines = []
-        for colour, name in zip(PALETTE, groups, strict=False):
+        for colour, name in zip(PALETTE, groups[start : start + len(PALETTE)], strict=False):
             for split, dashed in (("train", False), ("discover", True)):
                 label = f"{name}, {'training' if split == 'train' else 'held out'}"
                 y = [evaluation[name][split] for _, evaluation in evaluations]
