@@ -135,6 +135,8 @@ def dot_panels(
     """
     longest = max(len(labels) for _, labels, _ in panels)
     layout = _layout(height=row_height * max(3, longest) + 150)
+    # narrow panels would cut it off
+    axis_title = axis_title.replace(" of ", "<br>of ", 1) if len(panels) > 3 else axis_title
     data = []
     gap = 0.04 if share_rows or len(panels) == 1 else 0.17
     width = (1 - gap * (len(panels) - 1)) / len(panels)
