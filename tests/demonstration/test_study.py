@@ -53,7 +53,9 @@ def tables(out):
     return found
 
 
-@pytest.mark.parametrize("model", EXECUTED)
+@pytest.mark.parametrize(
+    "model", ["pixeldit", *(pytest.param(name, marks=pytest.mark.full) for name in EXECUTED if name != "pixeldit")]
+)
 def test_a_whole_study(model, tmp_path):
     config = StudyConfig(**SMALL, model=model)
     assert StudyConfig() == StudyConfig(model="pixeldit")

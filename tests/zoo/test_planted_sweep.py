@@ -247,6 +247,7 @@ def test_every_head_and_pair_of_the_whole_model(pipelines, tmp_path):
     check_ablations(pipeline, run, config)
 
 
+@pytest.mark.full
 def test_a_sweep_of_several_groups(pipelines, tmp_path):
     """As a study asks for it: entropies, single heads with both fills, attributions, and the default timesteps."""
     pipeline = pipelines["gated"]

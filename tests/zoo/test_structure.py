@@ -136,7 +136,13 @@ BOUNDS = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
+# a thousand images, or slow ones
+SLOW = ("twins", "eyes")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in SLOW else name for name in PAIRS]
+)
 def test_a_group_and_its_control_have_the_same_statistics_of_pixels(name):
     count, bounds = BOUNDS[name]
     moments, histograms, powers = [], [], []
