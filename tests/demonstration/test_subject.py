@@ -18,6 +18,8 @@ from headscope.zoo import loading, open_group
 WEIGHTS = Path(loading.__file__).parent / "weights" / "pixeldit"
 GROUPS = ("twins", "distinct", "photographs")
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def described(tmp_path_factory):

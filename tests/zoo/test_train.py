@@ -148,6 +148,7 @@ def test_tied_images_are_shown_as_they_are():
     assert all(image.tobytes() in known for image in shown)
 
 
+@pytest.mark.full
 def test_the_transformer_is_trained_and_exported(tmp_path):
     config = replace(TINY, out=tmp_path / "run", model="pixeldit", groups=("twins", "lfw"), batch=2, steps=2)
     assert train(config).finished
