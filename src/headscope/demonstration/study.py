@@ -232,8 +232,8 @@ def report_study(out: Path) -> Path:
         if stage in finished:
             info[f"Ablations, {stage}"] = work_of(finished[stage].manifest)
     unfinished = [stage for stage in STAGES if stage not in runs or not runs[stage].complete]
-    trained = manifest["config"]["model"] in MODELS
-    caveats = [*STUDY_CAVEATS, TRAINING_CAVEAT if trained else PLANTED_CAVEAT]
+    planted = manifest["config"]["model"].startswith("planted:")
+    caveats = [*STUDY_CAVEATS, PLANTED_CAVEAT if planted else TRAINING_CAVEAT]
     if unfinished:
         caveats.insert(0, f"This study is not finished ({', '.join(unfinished)}): every number here will change.")
     return write_report(

@@ -82,7 +82,8 @@ def describe_heads(
     sets = (everything, *(HeadSet(_carriers(group), heads=tuple(chosen)) for group, chosen in carrying.items()))
     base = replace(base, splits=("confirm",), heads=heads, sets=sets)
     found = run_sweep(base, work / "confirm", title="chosen heads removed", **show)
-    confirm, together = (_effects(table_in_memory(found, kind)) for kind in ("ablations", "set_ablations"))
+    of_sets = table_in_memory(found, "set_ablations")
+    confirm, together = _effects(table_in_memory(found, "ablations")), _effects(of_sets)
     attended = {}
     if ties:
         tied = tuple(group for pair in ties.items() for group in pair)
@@ -97,7 +98,7 @@ def describe_heads(
     summary = {
         "items_per_split": items,
         "timesteps": found.manifest["timesteps"],
-        "clean_loss": _clean_losses(table_in_memory(found, "set_ablations")),
+        "clean_loss": _clean_losses(of_sets),
         "all_heads": {group: _estimate(together, group, _ALL) for group in groups},
         "single_heads_discover": {
             group: {f"{site} {head}": effect for (site, head), effect in singles[group].items()} for group in groups

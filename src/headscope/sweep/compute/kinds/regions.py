@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headscope.models import CounterpartMass
+from headscope.models import CounterpartMass, Recording
 from headscope.ops import GroupMass, Regions, Statistic
 from headscope.sweep.compute.context import Context
+from headscope.sweep.compute.observing import ITEMS, Items, observed
 from headscope.sweep.plan.items import GroupItems
 from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, UnitKind, chunks
 from headscope.sweep.store.rows import coded, labels, prepend
 from headscope.sweep.store.store import Results
 
-# items of a unit: they take one forward for each timestep, not one for each head
-ITEMS = 20
 # beside the parts' names, what keys are called that lie in any counterpart of the queries' part
 COUNTERPARTS = "counterparts"
 # of a recording's columns, those that the table has as they are
@@ -59,31 +59,19 @@ class RegionMasses(UnitKind):
             yield Planned(items, len(items) * len(asked.timesteps))
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
-        items = context.items(unit)
-        seed, timesteps = context.config.seed, context.plan.timesteps
-        tables: dict[int, pa.Table] = {}
-
-        def observe(piece: range) -> None:
-            some = [items[index] for index in piece]
-            prepared = context.task.prepare(some)
-            regions = Regions.of(some)
+        def record(items: Items) -> AbstractContextManager[Recording]:
+            regions = Regions.of(items)
             wanted: list[str | Statistic] = ["entropy", GroupMass(regions, name=_MASS)]
             if regions.counterparts is not None:
                 wanted.append(CounterpartMass(regions, name=_TIED))
-            with context.loss_scope.record(*wanted, queries=regions) as recording:
-                for timestep in timesteps:
-                    context.task.predict(context.noisy_inputs(prepared, timestep))
-                    advance(len(some))
-            table = recording.to_arrow()
-            table = table.filter(pc.is_valid(table["query_class"]))
-            # the scheduler's: some models take sigma instead
-            timestep = pa.array(np.array(timesteps, np.int32)[table["step"].to_numpy()])
-            table = table.set_column(table.schema.get_field_index("timestep"), "timestep", timestep)
-            described = labels(some, table["sample"].to_numpy(), seed)
-            tables[piece.start] = _long(prepend(described, table), list(described), regions.names)
+            return context.loss_scope.record(*wanted, queries=regions)
 
-        context.rows.run(len(items), observe)
-        return Results(pa.concat_tables(tables[start] for start in sorted(tables)).unify_dictionaries())
+        def tabulate(table: pa.Table, items: Items) -> pa.Table:
+            table = table.filter(pc.is_valid(table["query_class"]))
+            described = labels(items, table["sample"].to_numpy(), context.config.seed)
+            return _long(prepend(described, table), list(described), items[0].part_names)
+
+        return observed(unit, context, advance, record, tabulate)
 
 
 def _long(table: pa.Table, described: Sequence[str], names: Sequence[str]) -> pa.Table:
