@@ -14,13 +14,15 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from headscope._files import local_path, write_atomic
-from headscope.report import figures, findings, tables
+from headscope.report import findings
 from headscope.report.caveats import STUDY_CAVEATS, caveats_of
 from headscope.report.images import sheet
 from headscope.report.naming import Names, listed
 from headscope.report.panels import Figure, View
-from headscope.study import ablation, entropy, inference
-from headscope.study.ablation import headline_fill
+from headscope.report.section import Section
+from headscope.report.sections import sections_of
+from headscope.report.sites import sites_table
+from headscope.study import inference
 from headscope.study.analysis import StudyResult, analyse_sweep
 
 STUDY_SUMMARY = "A small model on small data: it shows what can be measured and how, not what is true of large models."
@@ -64,8 +66,8 @@ def write_report(
     shown = [info.name for info in groups]
     names = Names(result.sites, [*shown, *(group for group in result.groups if group not in shown)])
     order = [*(group for group in shown if group in result.groups), *(g for g in result.groups if g not in shown)]
-    page = _environment().get_template("template.html")
-    text = page.render(
+    environment = _environment()
+    text = environment.get_template("page.html").render(
         title=title,
         label=label,
         summary=summary,
@@ -73,16 +75,14 @@ def write_report(
         findings=findings.findings(result, names),
         run=[(name, listed(value)) for name, value in run_info.items()],
         groups=[_group_card(info, result) for info in groups],
-        result=result,
-        figures=_figures(result, names, order),
-        tables=_tables(result, names, order),
-        further=[(score.title, score.definition, tables.further_table(score, names)) for score in result.further],
+        unshown=result.unshown,
+        sites=sites_table(result, names),
+        sections=[_rendered(environment, section) for section in sections_of(result, names, order)],
         caveats=[*caveats, *caveats_of(result)],
-        words=_words(),
         example=_example(result, names),
-        fill=_fill(result),
-        fills=ablation.FILLS,
-        drawn="" if result.generation_ranking is None else headline_fill(result.generation_ranking),
+        holm=inference.HOLM,
+        fewest=inference.FEWEST_SOURCES,
+        resamples=inference.RESAMPLES,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
     write_atomic(path, text.encode())
@@ -127,7 +127,7 @@ def write_sweep_report(
 
 
 def _environment() -> jinja2.Environment:
-    folder = files("headscope.report")
+    folder = files("headscope.report") / "templates"
 
     def load(name: str) -> str | None:
         resource = folder / name
@@ -142,57 +142,19 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _figures(result: StudyResult, names: Names, groups: Sequence[str]) -> dict[str, Markup]:
-    """Every figure there are numbers for, as JSON that is safe inside a script element."""
-    found: dict[str, Sequence[View] | Figure | None] = {}
-    if result.entropy_heads is not None and result.entropy_groups is not None:
-        observed = sorted(result.entropy_heads["timestep"].drop_nulls().unique().to_list())
-        found["entropy_groups"] = figures.entropy_by_timestep(result.entropy_groups, names, groups)
-        found["entropy_maps"] = figures.entropy_maps(result.entropy_heads, names, groups, observed)
-    if result.contrast:
-        found["contrast"] = figures.contrast_by_timestep(result.contrast)
-        found["contrast_heads"] = figures.contrast_by_head(result.contrast, names)
-    fill = _fill(result)
-    if result.ablation_ranking is not None and result.ablation_timesteps is not None:
-        ablated = sorted(result.ablation_timesteps["timestep"].unique().to_list())
-        found["ranking"] = figures.degradation_ranking(result.ablation_ranking, names, groups, fill)
-        found["degradation_maps"] = figures.degradation_maps(result.ablation_timesteps, names, groups, ablated, fill)
-    if result.ablation_confirm is not None:
-        found["confirm"] = figures.degradation_confirmed(result.ablation_confirm, names, groups, fill)
-    if result.generation_ranking is not None:
-        drawn = headline_fill(result.generation_ranking)
-        found["distances"] = figures.distance_ranking(result.generation_ranking, names, groups, drawn)
-    return {name: _json(figure) for name, figure in found.items() if figure}
+def _rendered(environment: jinja2.Environment, section: Section) -> dict[str, Any]:
+    """A section as the page takes it: name, title and html."""
+    figures = {name: _json(figure) for name, figure in section.figures.items() if figure}
+    template = environment.get_template(f"sections/{section.name}.html")
+    html = Markup(template.render(**section.values, figures=figures))
+    return {"name": section.name, "title": section.title, "html": html}
 
 
 def _json(figure: Sequence[View] | Figure) -> Markup:
+    """A figure as JSON that is safe inside a script element."""
     views = [View("", figure)] if isinstance(figure, dict) else figure
     text = json.dumps([{"label": view.label, **view.figure} for view in views], allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-
-
-def _tables(result: StudyResult, names: Names, groups: Sequence[str]) -> dict[str, tables.Table]:
-    found = {"sites": tables.sites_table(result, names)}
-    if result.contrast:
-        found["contrast"] = tables.contrast_table(result.contrast)
-        found["contrast_heads"] = tables.contrast_heads_table(result.contrast, names)
-    if result.entropy_heads is not None:
-        present = set(result.entropy_heads["group"])
-        found["entropy"] = tables.entropy_table(result.entropy_heads, names, [g for g in groups if g in present])
-    if result.ablation_confirm is not None:
-        found["confirm"] = tables.confirm_table(result.ablation_confirm, names)
-    if result.ablation_ranking is not None:
-        found["ranking"] = tables.ranking_table(result.ablation_ranking, names)
-    if result.generation_ranking is not None:
-        found["distances"] = tables.distance_table(result.generation_ranking, names)
-    return found
-
-
-def _fill(result: StudyResult) -> str:
-    for table in (result.ablation_ranking, result.ablation_confirm, result.generation_ranking):
-        if table is not None:
-            return headline_fill(table)
-    return ablation.HEADLINE_FILL
 
 
 def _example(result: StudyResult, names: Names) -> tuple[str, int, str] | None:
@@ -212,23 +174,3 @@ def _group_card(info: GroupInfo, result: StudyResult) -> dict[str, Any]:
         uri, width, height = sheet(info.images)
         card |= {"sheet": uri, "width": width, "height": height, "shown": min(len(info.images), 20)}
     return card
-
-
-def _words() -> dict[str, Any]:
-    """The definitions, as the analysis code states them."""
-    return {
-        "mean": inference.MEAN,
-        "difference": inference.DIFFERENCE,
-        "ratio": inference.RATIO,
-        "relative": inference.RELATIVE.format(of="loss"),
-        "absolute": inference.ABSOLUTE.format(of="loss"),
-        "sign_flips": inference.SIGN_FLIPS,
-        "holm": inference.HOLM,
-        "fewest": inference.FEWEST_SOURCES,
-        "resamples": inference.RESAMPLES,
-        "measures": entropy.MEASURES,
-        "pooled": entropy.POOLED,
-        "selection": entropy.SELECTION,
-        "family": ablation.FAMILY,
-        "distance": ablation.DISTANCE,
-    }

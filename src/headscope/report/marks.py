@@ -1,0 +1,77 @@
+"""Parts of figures that several sections draw: dots of estimates, notes, colours."""
+
+from collections.abc import Callable, Sequence
+
+import polars as pl
+
+from headscope.report.naming import Names, fitted, interval, plot_text, probability
+from headscope.report.panels import Dots
+
+# ordered by lightness, for colour-blind readers
+SEQUENTIAL = "Viridis"
+# none of them the colour of one of the first four groups
+BEFORE, FIRST, SECOND = "#8A8F98", "#1F8FA6", "#B8860B"
+SIGNIFICANT = 0.05
+
+
+def by_group(table: pl.DataFrame, groups: Sequence[str]) -> list[tuple[str, pl.DataFrame]]:
+    """The rows of every group that has some."""
+    panels = [(group, table.filter(pl.col("group") == group)) for group in groups]
+    return [(group, panel) for group, panel in panels if len(panel)]
+
+
+def heads_of(table: pl.DataFrame, names: Names) -> list[tuple[str, int]]:
+    """Heads in the order of execution."""
+    return sorted(table.select("site", "head").unique().iter_rows(), key=lambda row: (names.place(row[0]), row[1]))
+
+
+def notes_of(names: Names, step: str, write: Callable[..., str] | None) -> pl.Expr:
+    """The text that is shown while hovering over a cell; step: the column of timesteps."""
+
+    def note(row: dict) -> str:
+        head = plot_text(names.head(row["site"], row["head"]))
+        return f"<b>{head}</b>, {when(row[step])}<br>{estimate_note(row, write)}"
+
+    return pl.struct("site", "head", step, "value", "low", "high", "sources").map_elements(note, return_dtype=pl.String)
+
+
+def head_notes(titles: Sequence[str], rows: Sequence[dict | None], write: Callable[..., str]) -> list[str]:
+    return [
+        "" if row is None else f"<b>{plot_text(title)}</b><br>{estimate_note(row, write)}"
+        for title, row in zip(titles, rows, strict=True)
+    ]
+
+
+def when(timestep: int | None) -> str:
+    return "mean over timesteps" if timestep is None else f"timestep {timestep}"
+
+
+def estimate_note(row: dict, write: Callable[..., str] | None = None) -> str:
+    sources = row["sources"]
+    counted = " and ".join(map(str, sources)) if isinstance(sources, list) else str(sources)
+    write = write or fitted((row["low"], row["high"]))
+    text = f"{write(row['value'])} ({interval(row['low'], row['high'], write)}), sources: {counted}"
+    if row.get("p_holm") is not None:
+        text += f"<br>p = {probability(row['p_value'])}, corrected {probability(row['p_holm'])}"
+    elif row.get("p_value") is not None:
+        text += f"<br>p = {probability(row['p_value'])}"
+    return text
+
+
+def read_as(row: dict, value: str, low: str, high: str) -> dict:
+    """The row with the estimate of other columns as its value and interval."""
+    return row | {"value": row[value], "low": row[low], "high": row[high]}
+
+
+def dots_of(
+    name: str, rows: Sequence[dict | None], notes: Sequence[str | None], colour: str, symbol: str = "circle"
+) -> Dots:
+    """One series; a hollow marker is an exploratory estimate."""
+    columns = {column: [None if row is None else row[column] for row in rows] for column in ("value", "low", "high")}
+    filled = [row is not None and not row["exploratory"] for row in rows]
+    written = [note or "" for note in notes]
+    return Dots(name, columns["value"], columns["low"], columns["high"], filled, written, colour, symbol)
+
+
+def colour_bar(title: str) -> dict:
+    return {"title": {"text": title, "side": "top"}, "thickness": 12, "outlinewidth": 0, "len": 0.6, "y": 0.7}
