@@ -129,7 +129,8 @@ def match(first: Side, second: Side) -> Matched:
         _list_lacking(kind, columns, kept[0], kept[1], differing)
         pairs = _joined(kept[0], kept[1], columns)
         if len(pairs):
-            tables[kind] = pairs
+            order = {name: place for place, name in enumerate(groups)}
+            tables[kind] = pairs.sort(pl.col("group").replace_strict(order), maintain_order=True)
         else:
             differing.append(Differing(f"table of {kind}", "there", "there", "no row of one has its pair in the other"))
     if not tables:
