@@ -120,7 +120,8 @@ def write_sweep_report(
 
 def _example(result: StudyResult, names: Names) -> tuple[str, int, str] | None:
     """A head's label, number and site, to explain labels by."""
-    for table in (result.ablation_ranking, result.entropy_heads, result.generation_ranking):
+    attributed = None if result.attributions is None else result.attributions.heads
+    for table in (result.ablation_ranking, result.entropy_heads, attributed, result.generation_ranking):
         if table is not None and len(table):
             site, head = table.select("site", "head").row(0)
             return names.head(site, head), head, site
