@@ -85,13 +85,15 @@ def _contrast_tile(result: StudyResult, contrast: Comparison) -> list[Tile]:
 
 
 def _contrast_sentences(contrast: Comparison, names: Names) -> list[str]:
-    sentences = [f"Entropy of attention on {contrast.first} (natural) and {contrast.second} (synthetic). {answer(contrast)}"]
+    sentences = [
+        f"Entropy of attention on {contrast.first} (natural) and {contrast.second} (synthetic). {answer(contrast)}"
+    ]
     found = contrast.different.sort(pl.col("value").abs(), descending=True)
     if len(found):
         row = found.row(0, named=True)
         sentences.append(
-            f"Of the heads that differ, the one that differs most is {names.head(row['site'], row['head'])}: {_value(row)} nats"
-            f" more on {contrast.first} than on {contrast.second} ({_interval(row)}, corrected p ="
+            f"Of the heads that differ, the one that differs most is {names.head(row['site'], row['head'])}:"
+            f" {_value(row)} nats more on {contrast.first} than on {contrast.second} ({_interval(row)}, corrected p ="
             f" {probability(row['p_family'])}, {_pair(row['sources'])} confirm sources)."
         )
     return sentences

@@ -96,11 +96,12 @@ def analyse(
 ) -> StudyResult:
     """All numbers of a study, from its three sweeps; a table that is None or empty leaves its section out.
 
-    observations: entropies of all heads, discover and confirm split, and, for a control, the train split. discover: paired losses of all heads on the discover split.
-    confirm: paired losses of the heads that were selected on discover, on the confirm split. untrained:
-    entropies of the same groups in the model with random weights, for another control. natural, synthetic: the groups to
-    compare. count_per_group: what `select_heads` was called with, to mark the selected heads in the ranking. sites: the
-    model's, in the order of execution, which the tables' own rows don't follow. seed: of the resampling.
+    observations: entropies of all heads, discover and confirm split, and, for a control, the train split. discover:
+    paired losses of all heads on the discover split. confirm: paired losses of the heads that were selected on
+    discover, on the confirm split. untrained: entropies of the same groups in the model with random weights, for
+    another control. natural, synthetic: the groups to compare. count_per_group: what `select_heads` was called with, to
+    mark the selected heads in the ranking. sites: the model's, in the order of execution, which the tables' own rows
+    don't follow. seed: of the resampling.
     """
     observations, discover, confirm, untrained = map(_filled, (observations, discover, confirm, untrained))
     if discover is not None:
@@ -179,7 +180,7 @@ def analyse_sweep(
 
 
 def _entropies(observations: pl.DataFrame | None, seed: int) -> dict[str, pl.DataFrame]:
-    """The entropies of every head and group, over the held-out sources; training items only where there are no others."""
+    """The entropies of heads and groups over the held-out sources; over training items where there are no others."""
     if observations is None:
         return {}
     held_out = observations.filter(pl.col("split") != TRAINED)

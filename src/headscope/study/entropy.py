@@ -1,15 +1,14 @@
 """Experiment one: how spread out is the attention of every head? (Whether groups of images differ in it: `contrast`.)
 
 Entropy of a query's attention: H = -sum_j p_j ln p_j over the K keys it may attend to, in nats; 0 where it attends to a
-single key, ln K where it attends to all alike. An item's number for a head is the mean over its queries, calls, guidance
-branches and draws of noise; a source's is the mean over its items.
+single key, ln K where it attends to all alike. An item's number for a head is the mean over its queries, calls,
+guidance branches and draws of noise; a source's is the mean over its items.
 
 Heads of sites with different K are never pooled in nats, where K alone would decide. Three measures stand side by side:
 normalised H / ln K (0 to 1), H in nats, and ln K - H in nats, the distance from uniform attention. Means over heads are
 taken of the normalised entropy only, each head with equal weight, within one query group.
 """
 
-import numpy as np
 import polars as pl
 
 from headscope.study.inference import MEAN, means
@@ -20,16 +19,18 @@ MEASURES = {
     "deficit": "ln K − H, in nats: how far a head's attention is from uniform, 0 or more.",
 }
 POOLED = (
-    "Normalised entropy H / ln K, averaged over queries (those of the image, where there are others) and draws of noise,"
-    " then over all heads with equal weight. " + MEAN + " Overall = mean over the timesteps, each with equal weight."
+    "Normalised entropy H / ln K, averaged over queries (those of the image, where there are others) and draws of"
+    " noise, then over all heads with equal weight. "
+    + MEAN
+    + " Overall = mean over the timesteps, each with equal weight."
 )
 VARIANCE = (
-    "Variance of a head's entropy (nats²) between sources, between the items of a source and between the noise draws of an"
-    " item, estimated by moments so that each is unbiased: the variance between the draws of an item; the variance between"
-    " the items' means less what draws add to it; the variance between the sources' means less what items and draws add."
-    " Averaged over heads and timesteps with equal weight. Where every source has one item, the variance between sources"
-    " includes that between items; where every item has one draw, it includes that between draws, too. An estimate below"
-    " 0, which chance can give, is shown as it is."
+    "Variance of a head's entropy (nats²) between sources, between the items of a source and between the noise draws"
+    " of an item, estimated by moments so that each is unbiased: the variance between the draws of an item; the"
+    " variance between the items' means less what draws add to it; the variance between the sources' means less what"
+    " items and draws add. Averaged over heads and timesteps with equal weight. What the data can't tell apart is in"
+    " the part above it: items in sources where every source has one, draws in items or sources where every item has"
+    " one. An estimate below 0, which chance can give, is shown as it is."
 )
 HEAD = ["site", "head", "query_group", "keys"]
 ENTROPIES = ("entropy_mean", "entropy_normalised_mean")
@@ -45,8 +46,8 @@ def query_groups(table: pl.DataFrame) -> list[str]:
 def item_means(observations: pl.DataFrame) -> pl.DataFrame:
     """One row per item, timestep, head and query group: its mean over noise draws, calls and guidance branches.
 
-    Returns a table: group, split, source_id, item, timestep, site, head, query_group, keys, nats, normalised. A mean with
-    a number in it that isn't finite, or is absent, is NaN; normalised is NaN, too, where there is a single key.
+    Returns a table: group, split, source_id, item, timestep, site, head, query_group, keys, nats, normalised. A mean
+    with a number in it that isn't finite, or is absent, is NaN; normalised is NaN, too, where there is a single key.
     """
     means_of_items = observations.group_by([*_ITEM, "timestep", *HEAD], maintain_order=True).agg(
         _void(name).mean().alias(short) for name, short in zip(ENTROPIES, ("nats", "normalised"), strict=True)
@@ -105,8 +106,8 @@ def entropy_by_group(items: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
 def variance_components(observations: pl.DataFrame) -> pl.DataFrame:
     """What the entropies of a group's heads vary with: see `VARIANCE`.
 
-    Returns a table: group, heads, sources, items, draws (the most of an item), between_sources, between_items (null where
-    every source has one item), between_draws (null where every item has one draw), all in nats^2, void (how many
+    Returns a table: group, heads, sources, items, draws (the most of an item), between_sources, between_items (null
+    where every source has one item), between_draws (null where every item has one draw), all in nats^2, void (how many
     heads at a timestep have a number that isn't finite, and are in none of the means).
     """
     quantity = ["group", "timestep", *HEAD]
@@ -147,7 +148,9 @@ def variance_components(observations: pl.DataFrame) -> pl.DataFrame:
     )
     from_draws = pl.col("between_draws").fill_null(0.0)
     cells = cells.with_columns(
-        between_items=pl.when(pl.col("spare") > 0).then((pl.col("within") - pl.col("added") * from_draws) / pl.col("spare"))
+        between_items=pl.when(pl.col("spare") > 0).then(
+            (pl.col("within") - pl.col("added") * from_draws) / pl.col("spare")
+        )
     )
     from_items = pl.col("between_items").fill_null(0.0)
     # with one item a source the draws' part is taken off all the same
@@ -155,14 +158,18 @@ def variance_components(observations: pl.DataFrame) -> pl.DataFrame:
         between_sources=pl.col("of_means") - pl.col("per_item") * from_items - pl.col("per_draw") * from_draws
     )
     parts = ("between_sources", "between_items", "between_draws")
-    return cells.group_by("group").agg(
-        pl.struct(*HEAD).n_unique().alias("heads"),
-        pl.col("sources").max(),
-        pl.col("items").max().cast(pl.Int64),
-        pl.col("draws").max().cast(pl.Int64),
-        *(pl.col(name).filter(pl.col("whole")).mean() for name in parts),
-        (~pl.col("whole")).sum().alias("void"),
-    ).sort("group")
+    return (
+        cells.group_by("group")
+        .agg(
+            pl.struct(*HEAD).n_unique().alias("heads"),
+            pl.col("sources").max(),
+            pl.col("items").max().cast(pl.Int64),
+            pl.col("draws").max().cast(pl.Int64),
+            *(pl.col(name).filter(pl.col("whole")).mean() for name in parts),
+            (~pl.col("whole")).sum().alias("void"),
+        )
+        .sort("group")
+    )
 
 
 def _void(name: str) -> pl.Expr:

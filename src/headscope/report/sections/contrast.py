@@ -8,7 +8,7 @@ import polars as pl
 
 from headscope.report.marks import BEFORE, FIRST, dots_of, estimate_note, when
 from headscope.report.naming import Names, fitted, interval, plot_text, probability, significant
-from headscope.report.panels import Dots, Figure, View, dot_panels, over_timesteps
+from headscope.report.panels import Dots, View, dot_panels, over_timesteps
 from headscope.report.section import Section
 from headscope.report.tables import INTERVAL, Table, estimate
 from headscope.study import entropy
@@ -61,7 +61,7 @@ def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section
 
 
 def answer(contrast: Comparison) -> str:
-    """What the comparison found, strongest first: all heads at once, single heads, and how the pooled ratio hides it."""
+    """What the comparison found, strongest first: all heads at once, single heads, the pooled ratio."""
     omnibus, ratio = contrast.omnibus, contrast.ratio
     if omnibus["value"] is None:
         return f"All heads at once: not tested, {_voids(omnibus['void'])}."
@@ -71,8 +71,8 @@ def answer(contrast: Comparison) -> str:
         differ = "differ" if omnibus["p_value"] < SIGNIFICANT else "can't be told apart"
         first = f"All heads at once, the groups {differ} (p = {probability(omnibus['p_value'])})"
     first += (
-        f"; energy distance {significant(omnibus['value'])} standard deviations, by chance {significant(omnibus['null_mean'])}"
-        f" and in 95 % of permutations below {significant(omnibus['null_high'])}."
+        f"; energy distance {significant(omnibus['value'])} standard deviations, by chance"
+        f" {significant(omnibus['null_mean'])} and in 95 % of permutations below {significant(omnibus['null_high'])}."
     )
     tested = contrast.heads.filter(pl.col("p_family").is_not_null())
     found = contrast.different
@@ -84,7 +84,9 @@ def answer(contrast: Comparison) -> str:
         else ""
     )
     write = fitted((ratio["low"], ratio["high"]))
-    third = f" Pooled over heads, the ratio is {write(ratio['value'])} ({interval(ratio['low'], ratio['high'], write)})."
+    third = (
+        f" Pooled over heads, the ratio is {write(ratio['value'])} ({interval(ratio['low'], ratio['high'], write)})."
+    )
     return first + second + third
 
 
@@ -136,7 +138,9 @@ def chance(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> Dots:
     """The null of divergences: dots at its mean, bars to its 95 % quantile."""
     means = [row["null_mean"] for row in rows]
     highs = [row["null_high"] for row in rows]
-    return Dots("chance: mean, and up to its 95 % quantile", means, means, highs, [True] * len(rows), notes, BEFORE, size=6)
+    return Dots(
+        "chance: mean, and up to its 95 % quantile", means, means, highs, [True] * len(rows), notes, BEFORE, size=6
+    )
 
 
 def heads_table(contrast: Comparison, names: Names) -> Table:
@@ -211,13 +215,21 @@ def pooled_table(contrast: Comparison) -> Table:
         ]
         for row in rows
     ]
-    columns = [("timestep", False), (contrast.first, True), (contrast.second, True), ("ratio", True), INTERVAL, ("p", True)]
+    columns = [
+        ("timestep", False),
+        (contrast.first, True),
+        (contrast.second, True),
+        ("ratio", True),
+        INTERVAL,
+        ("p", True),
+    ]
     return Table(f"Normalised entropy, mean over heads, and its ratio, {_of(contrast)}.", columns, cells)
 
 
 def _of(contrast: Comparison) -> str:
-    splits = " and ".join(contrast.splits)
-    return f"{splits} split{'s' if len(contrast.splits) > 1 else ''}, {contrast.sources[0]} and {contrast.sources[1]} sources"
+    plural = "s" if len(contrast.splits) > 1 else ""
+    sources = " and ".join(map(str, contrast.sources))
+    return f"{' and '.join(contrast.splits)} split{plural}, {sources} sources"
 
 
 def _ratio_writer(rows: Sequence[dict[str, Any]]):
@@ -249,7 +261,8 @@ def _voids(count: int) -> str:
 def _divergence_note(row: dict[str, Any]) -> str:
     if row["value"] is None:
         return _voids(row["void"])
-    text = f"{significant(row['value'])}; by chance {significant(row['null_mean'])}, 95 % below {significant(row['null_high'])}"
+    value, mean, high = (significant(row[name]) for name in ("value", "null_mean", "null_high"))
+    text = f"{value}; by chance {mean}, 95 % below {high}"
     if row["p_value"] is not None:
         text += f"<br>p = {probability(row['p_value'])}"
     return text if row["p_holm"] is None else f"{text}, corrected {probability(row['p_holm'])}"

@@ -28,8 +28,8 @@ class Sources:
 def arrays_of(first: pl.DataFrame, second: pl.DataFrame) -> tuple[pl.DataFrame, list[int], Sources, Sources]:
     """The heads (see `entropy.HEAD`), the timesteps and the sources of two tables of `entropy.item_means`.
 
-    The heads are those of either table whose queries are of the first query group and have more than one key; one that a
-    source lacks is NaN there.
+    The heads are those of either table whose queries are of the first query group and have more than one key; one that
+    a source lacks is NaN there.
     """
     both = pl.concat([first, second])
     both = both.filter(pl.col("query_group") == query_groups(both)[0], pl.col("keys") > 1)

@@ -11,15 +11,15 @@ from headscope.study.entropy import HEAD, pooled_items
 from headscope.study.inference import differences, means, ratios
 
 OMNIBUS = (
-    "One test of all heads at all timesteps together: do the two groups differ in anything? Each source is the vector of its"
-    " heads' entropies, each in standard deviations between the sources of both groups; the statistic is the unbiased energy"
-    " distance, its null that of permuted sources. Nothing cancels in it, and it says neither which head differs nor"
-    " whether in mean or in spread."
+    "One test of all heads at all timesteps together: do the two groups differ in anything? Each source is the vector"
+    " of its heads' entropies, each in standard deviations between the sources of both groups; the statistic is the"
+    " unbiased energy distance, its null that of permuted sources. Nothing cancels in it, and it says neither which"
+    " head differs nor whether in mean or in spread."
 )
 HEADS = (
-    "Mean over the sources of the first group minus mean over the sources of the second, of a head's entropy in nats averaged"
-    " over timesteps. All heads are one family: corrected p-values are those of the largest |t| over all of them under the same"
-    " permutations of sources (max-t), so that no head has to be selected first."
+    "Mean over the sources of the first group minus mean over the sources of the second, of a head's entropy in nats"
+    " averaged over timesteps. All heads are one family: corrected p-values are those of the largest |t| over all of"
+    " them under the same permutations of sources (max-t), so that no head has to be selected first."
 )
 SITES = (
     "exp(mean H of the first group − mean H of the second), H in nats averaged over the heads of a site: how many times"
@@ -27,12 +27,12 @@ SITES = (
     " difference, exponentiated. Corrected p-values are of the largest |t| over all sites, at the mean over timesteps."
 )
 POOLED_RATIO = (
-    "Mean normalised entropy of the first group divided by that of the second, pooled over all heads: the abstract's complexity"
-    " ratio."
+    "Mean normalised entropy of the first group divided by that of the second, pooled over all heads: the abstract's"
+    " complexity ratio."
 )
 CANCELS = (
-    "Heads that differ in opposite directions cancel in the pooled ratio: it can be 1 where most heads differ. It comes last"
-    " for that reason."
+    "Heads that differ in opposite directions cancel in the pooled ratio: it can be 1 where most heads differ. It"
+    " comes last for that reason."
 )
 PAPER_RATIO = "1.084 ± 0.008"
 SIGNIFICANT = 0.05
@@ -50,12 +50,12 @@ class Comparison:
         paired: whether both are versions of the same sources, which are then compared pair by pair.
         timesteps: at which entropies were observed.
         divergences: see `divergence.divergences`; the row of energy without a timestep is the omnibus test.
-        heads: site, head, query_group, keys, value (the difference in nats, mean over timesteps), low, high, standard_error,
-            p_value (of the head alone), p_family (max-t over all heads), sources, exploratory, void.
-        sites: site, query_group, keys, timestep (null: the mean over timesteps), value (the ratio, see `SITES`), low, high,
-            p_value and p_family (of the mean over timesteps; null elsewhere), sources, exploratory, void.
-        pooled: timestep (null: the mean over timesteps), first and second (mean normalised entropy), value (the ratio, see
-            `POOLED_RATIO`), low, high, p_value (of the difference), sources, exploratory, void.
+        heads: site, head, query_group, keys, value (the difference in nats, mean over timesteps), low, high,
+            standard_error, p_value (of the head alone), p_family (max-t over all heads), sources, exploratory, void.
+        sites: site, query_group, keys, timestep (null: the mean over timesteps), value (the ratio, see `SITES`), low,
+            high, p_value and p_family (of the mean over timesteps; null elsewhere), sources, exploratory, void.
+        pooled: timestep (null: the mean over timesteps), first and second (mean normalised entropy), value (the ratio,
+            see `POOLED_RATIO`), low, high, p_value (of the difference), sources, exploratory, void.
     """
 
     first: str
@@ -72,7 +72,9 @@ class Comparison:
     @property
     def omnibus(self) -> dict:
         """The energy distance over all heads and timesteps: a row of `divergences`."""
-        return self.divergences.row(by_predicate=(pl.col("measure") == "energy") & pl.col("timestep").is_null(), named=True)
+        return self.divergences.row(
+            by_predicate=(pl.col("measure") == "energy") & pl.col("timestep").is_null(), named=True
+        )
 
     @property
     def ratio(self) -> dict:
@@ -90,7 +92,8 @@ def compare_groups(
 ) -> Comparison | str:
     """Compare two groups, of the sources of some splits; where that is impossible, the reason in words.
 
-    items: see `entropy.item_means`. Groups with the same sources, two versions of the same pictures, are compared in pairs.
+    items: see `entropy.item_means`. Groups with the same sources, two versions of the same pictures, are compared in
+    pairs.
     """
     present = set(items["group"].unique())
     absent = [name for name in (first, second) if name not in present]
@@ -157,7 +160,10 @@ def _pooled(one: pl.DataFrame, two: pl.DataFrame, seed: int) -> pl.DataFrame:
     for by, bands in ((["timestep"], None), ([], "timestep")):
         found = ratios(one, two, "normalised", by, bands, seed)
         tested = differences(one, two, "normalised", by, bands, seed)
-        columns = [found.select(*by, "value", "low", "high", "sources", "exploratory", "void"), tested.select("p_value")]
+        columns = [
+            found.select(*by, "value", "low", "high", "sources", "exploratory", "void"),
+            tested.select("p_value"),
+        ]
         for name, rows in (("first", one), ("second", two)):
             columns.append(means(rows, "normalised", by, bands, seed).select(pl.col("value").alias(name)))
         frames.append(pl.concat(columns, how="horizontal"))

@@ -19,14 +19,16 @@ CONTROLS = {
     ),
     "colour": "Colour and grey versions of the same drawings, in pairs: what colour and resolution alone change.",
     "matched": (
-        "The same groups, each image's grey values put into one common histogram: what is left of the comparison cannot be"
-        " brightness or contrast."
+        "The same groups, each image's grey values put into one common histogram: what is left of the comparison"
+        " cannot be brightness or contrast."
     ),
     "untrained": (
-        "The same groups in the same architecture with random weights: what the images do to any network, learned or not."
+        "The same groups in the same architecture with random weights: what the images do to any network, learned or"
+        " not."
     ),
     "training": (
-        "A group's training images and its held-out ones (discover and confirm): what having been learned by heart changes."
+        "A group's training images and its held-out ones (discover and confirm): what having been learned by heart"
+        " changes."
     ),
 }
 _NO_UNTRAINED = "No model with untrained weights was observed."
@@ -60,8 +62,8 @@ def controls(
 ) -> list[Control]:
     """The main comparison, then every control of it; one without data says what it lacks.
 
-    items: see `entropy.item_means`; of the splits discover, confirm and, for the last control, train. main: the comparison
-    of first and second. untrained: `item_means` of the same groups in the model with random weights.
+    items: see `entropy.item_means`; of the splits discover, confirm and, for the last control, train. main: the
+    comparison of first and second. untrained: `item_means` of the same groups in the model with random weights.
     """
     found = [("main", f"{first} against {second}", main)]
     found += [("halves", f"halves of {group}", _halves(items, group, seed)) for group in (first, second)]
@@ -81,9 +83,9 @@ def controls(
 def controls_table(made: list[Control]) -> pl.DataFrame:
     """A row per control, in the same columns.
 
-    Returns a table: kind, control, first, second, splits, paired, sources (of both), p_omnibus, energy, energy_null_mean,
-    energy_null_high, heads, heads_different (max-t p below 0.05; null where no head was tested), ratio, ratio_low,
-    ratio_high, omitted (why there are no numbers).
+    Returns a table: kind, control, first, second, splits, paired, sources (of both), p_omnibus, energy,
+    energy_null_mean, energy_null_high, heads, heads_different (max-t p below 0.05; null where no head was tested),
+    ratio, ratio_low, ratio_high, omitted (why there are no numbers).
     """
     rows = []
     for control in made:

@@ -10,23 +10,24 @@ from headscope.study.contrast.arrays import Sources
 from headscope.study.inference import energy_test, holm, settings
 from headscope.study.inference.draws import divided, flipped
 
-# of the divergences but the energy distance, which has those of every test
-PERMUTATIONS = 1999
+# at most, of the divergences but the energy distance, which has as many as every test
+PERMUTATIONS = 999
 BINS = 20
 DIVERGENCES = {
     "energy": (
-        "Unbiased energy distance of the vectors of all heads' entropies, each in standard deviations between the sources"
-        " of both groups. 0 on average where both groups have one distribution, and sometimes below."
+        "Unbiased energy distance of the vectors of all heads' entropies, each in standard deviations between the"
+        " sources of both groups. 0 on average where both groups have one distribution, and sometimes below."
     ),
     "wasserstein": (
-        "Wasserstein-1 distance between the two groups' distributions of a head's entropy over sources, in nats (the area"
-        " between the two cumulative distributions), averaged over heads with equal weight. It can't be below 0, so it is"
-        " above 0 by chance alone: read it against its null mean."
+        "Wasserstein-1 distance between the two groups' distributions of a head's entropy over sources, in nats (the"
+        " area between the two cumulative distributions), averaged over heads with equal weight. It can't be below 0,"
+        " so it is above 0 by chance alone: read it against its null mean."
     ),
     "jensen_shannon": (
-        f"Jensen-Shannon divergence, in nats (at most ln 2 = 0.693), between two histograms of {BINS} bins of equal width"
-        " from the smallest to the largest value of both groups, of the normalised entropies of all heads and sources of a"
-        " group together. Plug-in: the histograms stand in for the distributions, which makes it too large by chance."
+        f"Jensen-Shannon divergence, in nats (at most ln 2 = 0.693), between two histograms of {BINS} bins of equal"
+        " width from the smallest to the largest value of both groups, of the normalised entropies of all heads and"
+        " sources of a group together. Plug-in: the histograms stand in for the distributions, which makes it too"
+        " large by chance."
     ),
     "jensen_shannon_pooled": (
         f"The same divergence between histograms of {BINS} bins of one value a source, its normalised entropy averaged"
@@ -47,10 +48,10 @@ def divergences(
 ) -> pl.DataFrame:
     """Every divergence at every timestep and over all: see `DIVERGENCES` and `PERMUTED`.
 
-    Returns a table: measure, timestep (null: over all; of energy the distance of the vectors of all heads at all timesteps,
-    of the others the mean over timesteps), value, null_mean, null_high (its 95 % quantile), p_value (null below
-    `settings.FEWEST_SOURCES` sources in a group), p_holm (over the timesteps of one measure), void (how many of the entropies
-    that take part aren't finite; where there is one, there are no other numbers).
+    Returns a table: measure, timestep (null: over all; of energy the distance of the vectors of all heads at all
+    timesteps, of the others the mean over timesteps), value, null_mean, null_high (its 95 % quantile), p_value (null
+    below `settings.FEWEST_SOURCES` sources in a group), p_holm (over the timesteps of one measure), void (how many of
+    the entropies that take part aren't finite; where there is one, there are no other numbers).
     """
     steps = range(len(timesteps))
     nats = np.concatenate([first.nats, second.nats])
@@ -76,7 +77,9 @@ def divergences(
         pl.col("value", "null_mean", "null_high", "p_value").cast(pl.Float64),
     )
     families = table.filter(pl.col("timestep").is_not_null()).partition_by("measure", maintain_order=True)
-    corrected = pl.concat(part.with_columns(pl.Series("p_holm", holm(part["p_value"].to_list()), pl.Float64)) for part in families)
+    corrected = pl.concat(
+        part.with_columns(pl.Series("p_holm", holm(part["p_value"].to_list()), pl.Float64)) for part in families
+    )
     corrected = corrected.select("measure", "timestep", "p_holm")
     table = table.join(corrected, on=["measure", "timestep"], how="left", maintain_order="left")
     return table.select("measure", "timestep", "value", "null_mean", "null_high", "p_value", "p_holm", "void")
@@ -87,17 +90,19 @@ def _energy(values: np.ndarray, sizes: tuple[int, int], seed: int, paired: bool)
     numbers = found.statistic, found.null_mean, found.null_quantiles[0.95]
     value, mean, high = (None if np.isnan(number) else number for number in numbers)
     return {"measure": "energy", "value": value, "null_mean": mean, "null_high": high} | {
-        "p_value": found.p_value, "void": found.void
+        "p_value": found.p_value,
+        "void": found.void,
     }
 
 
 def _members(sizes: tuple[int, int], seed: int, paired: bool) -> np.ndarray:
     """Which sources are of the first group, as observed and after every permutation: [1 + permutations, sources]."""
     observed = np.repeat([1.0, 0.0], sizes)[None]
+    count = min(PERMUTATIONS, settings.RESAMPLES)
     if paired:
-        swapped = flipped(seed, sizes[0], PERMUTATIONS) > 0
+        swapped = flipped(seed, sizes[0], count) > 0
         return np.concatenate([observed, np.concatenate([swapped, ~swapped], axis=1) * 1.0])
-    return np.concatenate([observed, divided(seed, *sizes, PERMUTATIONS)])
+    return np.concatenate([observed, divided(seed, *sizes, count)])
 
 
 def _against_null(measure: str, found: np.ndarray, void: int, fewest: int) -> dict:
@@ -139,7 +144,7 @@ def _wasserstein(values: np.ndarray) -> Statistic:
 
 
 def _jensen_shannon(values: np.ndarray) -> Statistic:
-    """Plug-in Jensen-Shannon divergence of the histograms of all of a group's values, in nats; values [sources, heads]."""
+    """Plug-in Jensen-Shannon divergence of histograms of all of a group's values, in nats; values [sources, heads]."""
     edges = np.linspace(values.min(), values.max(), BINS + 1)
     # the last edge belongs to the last bin; where all values are one, they share a bin
     bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, BINS - 1)
@@ -149,7 +154,8 @@ def _jensen_shannon(values: np.ndarray) -> Statistic:
         one, two = _shares(members) @ counts, _shares(1 - members) @ counts
         middle = (one + two) / 2
         entropy = [-xlogy(part, part).sum(axis=1) for part in (one, two, middle)]
-        return entropy[2] - (entropy[0] + entropy[1]) / 2
+        # rounding shall not put equal histograms below 0
+        return np.maximum(entropy[2] - (entropy[0] + entropy[1]) / 2, 0.0)
 
     return statistic
 
