@@ -42,20 +42,27 @@ def nested(sources, items, draws, parts=(1.0, 1.0, 1.0), seed=0):
 
 
 def test_an_item_counts_once_whatever_its_draws():
-    # item 0 has three draws, item 1 has one
-    found = item_means(table({("a", 0, 0): 1.0, ("a", 0, 1): 2.0, ("a", 0, 2): 3.0, ("a", 1, 0): 4.0}))
-    assert dict(found.select("item", "nats").iter_rows()) == {0: 2.0, 1: 4.0}
-    assert dict(found.select("item", "normalised").iter_rows()) == pytest.approx(
-        {0: 2 / math.log(64), 1: 4 / math.log(64)}
-    )
-    # 3.0: a source's items weigh alike, 2.5 would be the mean of its rows
+    draws = {("a", 0, 0): 1.0, ("a", 0, 1): 3.0, ("a", 1, 0): 4.0, ("a", 1, 1): 4.0, ("b", 2, 0): 9.0, ("b", 2, 1): 5.0}
+    found = item_means(table(draws))
+    assert dict(found.select("item", "nats").iter_rows()) == {0: 2.0, 1: 4.0, 2: 7.0}
+    assert found["normalised"].to_list() == pytest.approx([nats / math.log(64) for nats in (2, 4, 7)])
+    # 5.0: a source's items weigh alike, and the sources
     value = entropy_by_head(found).filter(pl.col("timestep").is_null(), pl.col("measure") == "nats")["value"].item()
-    assert value == 3.0
+    assert value == 5.0
+
+
+def test_a_draw_that_is_absent_voids_its_item():
+    draws = {("a", 0, 0): 1.0, ("a", 0, 1): 3.0, ("b", 1, 0): 4.0}
+    found = item_means(table(draws))
+    np.testing.assert_array_equal(found["nats"], [2.0, np.nan])
+    # the training images may have other draws than the held-out ones
+    found = item_means(pl.concat([table(draws), table({("t", 7, 0): 8.0}, split="train")]))
+    np.testing.assert_array_equal(found["nats"], [2.0, np.nan, 8.0])
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, None])
 def test_a_draw_that_is_no_number_voids_its_item(broken):
-    observed = table({("a", 0, 0): 1.0, ("a", 0, 1): broken, ("a", 1, 0): 4.0})
+    observed = table({("a", 0, 0): 1.0, ("a", 0, 1): broken, ("a", 1, 0): 4.0, ("a", 1, 1): 4.0})
     found = item_means(observed.with_columns(entropy_normalised_mean=pl.lit(0.5)))
     assert found.filter(item=0)["nats"].is_nan().all()
     assert found.filter(item=1)["nats"].item() == 4.0

@@ -69,7 +69,7 @@ def findings(result: StudyResult, names: Names) -> list[str]:
 
 def _contrast_tile(result: StudyResult, contrast: Comparison) -> list[Tile]:
     """How many heads differ, where all of them together do; beside it what random halves of a group give."""
-    omnibus, tested = contrast.omnibus, contrast.heads.filter(pl.col("p_family").is_not_null())
+    omnibus, tested = contrast.omnibus, contrast.heads.filter(pl.col("p_maxt").is_not_null())
     if omnibus["p_value"] is None or omnibus["p_value"] >= _SIGNIFICANT or not len(tested):
         return []
     halves = [made.comparison for made in result.controls if made.kind == "halves" and made.comparison is not None]
@@ -92,9 +92,9 @@ def _contrast_sentences(contrast: Comparison, names: Names) -> list[str]:
     if len(found):
         row = found.row(0, named=True)
         sentences.append(
-            f"Of the heads that differ, the one that differs most is {names.head(row['site'], row['head'])}:"
-            f" {_value(row)} nats more on {contrast.first} than on {contrast.second} ({_interval(row)}, corrected p ="
-            f" {probability(row['p_family'])}, {_pair(row['sources'])} confirm sources)."
+            f"Of the heads that differ, {names.head(row['site'], row['head'])} differs most: {contrast.first} minus"
+            f" {contrast.second} {_value(row)} nats ({_interval(row)}, corrected p = {probability(row['p_maxt'])},"
+            f" {_pair(row['sources'])} confirm sources)."
         )
     return sentences
 

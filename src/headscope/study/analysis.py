@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from headscope.study.ablation import confirm_heads, degradation_by_timestep, rank_distances, rank_heads, select_heads
-from headscope.study.contrast import Comparison, Control, compare_groups, controls
+from headscope.study.contrast import Comparison, Control, compare_groups, controls_of
 from headscope.study.contrast.controls import TRAINED, controls_table
 from headscope.study.entropy import (
     ENTROPIES,
@@ -125,7 +125,7 @@ def analyse(
         else:
             contrast = compared
         random = None if untrained is None else item_means(untrained)
-        made = controls(items, natural, synthetic, main=compared, untrained=random, seed=seed)
+        made = controls_of(items, natural, synthetic, main=compared, untrained=random, seed=seed)
     ranking = None
     if discover is None:
         omitted["ablation"] = "No head was ablated on the discover split."

@@ -46,15 +46,18 @@ def query_groups(table: pl.DataFrame) -> list[str]:
 def item_means(observations: pl.DataFrame) -> pl.DataFrame:
     """One row per item, timestep, head and query group: its mean over noise draws, calls and guidance branches.
 
-    Returns a table: group, split, source_id, item, timestep, site, head, query_group, keys, nats, normalised. A mean
-    with a number in it that isn't finite, or is absent, is NaN; normalised is NaN, too, where there is a single key.
+    Returns a table: group, split, source_id, item, timestep, site, head, query_group, keys, nats, normalised. Both are
+    NaN where a number isn't finite or an item has fewer draws than others of its group and split; normalised also where
+    there is a single key.
     """
-    means_of_items = observations.group_by([*_ITEM, "timestep", *HEAD], maintain_order=True).agg(
-        _void(name).mean().alias(short) for name, short in zip(ENTROPIES, ("nats", "normalised"), strict=True)
+    measures = ("nats", "normalised")
+    found = observations.group_by([*_ITEM, "timestep", *HEAD], maintain_order=True).agg(
+        *(_void(name).mean().alias(short) for name, short in zip(ENTROPIES, measures, strict=True)), rows=pl.len()
     )
-    return means_of_items.with_columns(
-        normalised=pl.when(pl.col("keys") > 1).then("normalised").otherwise(float("nan"))
-    )
+    whole = pl.col("rows") == pl.col("rows").max().over("group", "split", *HEAD)
+    found = found.with_columns(pl.when(whole).then(name).otherwise(float("nan")).alias(name) for name in measures)
+    several = pl.when(pl.col("keys") > 1)
+    return found.with_columns(normalised=several.then("normalised").otherwise(float("nan"))).drop("rows")
 
 
 def entropy_by_head(items: pl.DataFrame, seed: int = 0) -> pl.DataFrame:

@@ -74,7 +74,7 @@ def answer(contrast: Comparison) -> str:
         f"; energy distance {significant(omnibus['value'])} standard deviations, by chance"
         f" {significant(omnibus['null_mean'])} and in 95 % of permutations below {significant(omnibus['null_high'])}."
     )
-    tested = contrast.heads.filter(pl.col("p_family").is_not_null())
+    tested = contrast.heads.filter(pl.col("p_maxt").is_not_null())
     found = contrast.different
     higher = len(found.filter(pl.col("value") > 0))
     second = (
@@ -145,7 +145,7 @@ def chance(rows: Sequence[dict[str, Any]], notes: Sequence[str]) -> Dots:
 
 def heads_table(contrast: Comparison, names: Names) -> Table:
     """Every head, the clearest difference first."""
-    rows = contrast.heads.sort(["p_family", "site", "head"], nulls_last=True)
+    rows = contrast.heads.sort(["p_maxt", "site", "head"], nulls_last=True)
     several = len(query_groups(contrast.heads)) > 1
     write = fitted(*rows.select("low", "high").rows(), least=4)
     cells = [
@@ -153,7 +153,7 @@ def heads_table(contrast: Comparison, names: Names) -> Table:
             names.of_queries(row, several),
             *estimate(row, write),
             probability(row["p_value"]),
-            probability(row["p_family"]),
+            probability(row["p_maxt"]),
         ]
         for row in rows.iter_rows(named=True)
     ]
@@ -176,7 +176,7 @@ def sites_table(contrast: Comparison, names: Names) -> Table:
                 str(row["keys"]),
                 *estimate(row, _ratio_writer(rows)),
                 probability(row["p_value"]),
-                probability(row["p_family"]),
+                probability(row["p_maxt"]),
                 *("–" if step is None else " (".join(estimate(step, _ratio_writer(rows))) + ")" for step in steps),
             ]
         )
@@ -242,12 +242,12 @@ def _dots(titles: Sequence[str], rows: Sequence[dict[str, Any]]) -> Dots:
         f"<b>{plot_text(title)}</b><br>{estimate_note(row)}" + _corrected(row) + _void_note(row)
         for title, row in zip(titles, rows, strict=True)
     ]
-    solid = [row["p_family"] is not None and row["p_family"] < SIGNIFICANT for row in rows]
+    solid = [row["p_maxt"] is not None and row["p_maxt"] < SIGNIFICANT for row in rows]
     return replace(dots_of("", rows, notes, FIRST), filled=solid)
 
 
 def _corrected(row: dict[str, Any]) -> str:
-    return "" if row["p_family"] is None else f", corrected {probability(row['p_family'])}"
+    return "" if row["p_maxt"] is None else f", corrected {probability(row['p_maxt'])}"
 
 
 def _void_note(row: dict[str, Any]) -> str:

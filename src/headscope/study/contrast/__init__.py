@@ -5,6 +5,6 @@ questions of one pair of groups), controls (the pairs that a comparison is read 
 """
 
 from headscope.study.contrast.comparison import Comparison, compare_groups
-from headscope.study.contrast.controls import Control, controls
+from headscope.study.contrast.controls import Control, controls_of
 
-__all__ = ["Comparison", "Control", "compare_groups", "controls"]
+__all__ = ["Comparison", "Control", "compare_groups", "controls_of"]

@@ -22,8 +22,8 @@ HEADS = (
     " them under the same permutations of sources (max-t), so that no head has to be selected first."
 )
 SITES = (
-    "exp(mean H of the first group − mean H of the second), H in nats averaged over the heads of a site: how many times"
-    " as many keys a query of the site attends to, in the geometric mean. 1: no difference. The interval is that of the"
+    "exp(mean H of the first group − mean H of the second), H in nats averaged over the heads of a site: the ratio of"
+    " the effective numbers of keys exp(H), each a geometric mean over queries, heads and sources. 1: no difference. The interval is that of the"
     " difference, exponentiated. Corrected p-values are of the largest |t| over all sites, at the mean over timesteps."
 )
 POOLED_RATIO = (
@@ -51,9 +51,9 @@ class Comparison:
         timesteps: at which entropies were observed.
         divergences: see `divergence.divergences`; the row of energy without a timestep is the omnibus test.
         heads: site, head, query_group, keys, value (the difference in nats, mean over timesteps), low, high,
-            standard_error, p_value (of the head alone), p_family (max-t over all heads), sources, exploratory, void.
+            standard_error, p_value (of the head alone), p_maxt (max-t over all heads), sources, exploratory, void.
         sites: site, query_group, keys, timestep (null: the mean over timesteps), value (the ratio, see `SITES`), low,
-            high, p_value and p_family (of the mean over timesteps; null elsewhere), sources, exploratory, void.
+            high, p_value and p_maxt (of the mean over timesteps; null elsewhere), sources, exploratory, void.
         pooled: timestep (null: the mean over timesteps), first and second (mean normalised entropy), value (the ratio,
             see `POOLED_RATIO`), low, high, p_value (of the difference), sources, exploratory, void.
     """
@@ -84,7 +84,7 @@ class Comparison:
     @property
     def different(self) -> pl.DataFrame:
         """The heads whose corrected p-value is below 0.05."""
-        return self.heads.filter(pl.col("p_family") < SIGNIFICANT)
+        return self.heads.filter(pl.col("p_maxt") < SIGNIFICANT)
 
 
 def compare_groups(
@@ -149,7 +149,7 @@ def _sites(one: pl.DataFrame, two: pl.DataFrame, seed: int) -> pl.DataFrame:
     at_timesteps = differences(one, two, "nats", [*_SITE, "timestep"], seed=seed, test=False)
     overall = overall.with_columns(timestep=pl.lit(None, at_timesteps.schema["timestep"]))
     both = pl.concat([at_timesteps.select(overall.columns), overall])
-    columns = [*_SITE, "timestep", "value", "low", "high", "p_value", "p_family", "sources", "exploratory", "void"]
+    columns = [*_SITE, "timestep", "value", "low", "high", "p_value", "p_maxt", "sources", "exploratory", "void"]
     return both.with_columns(pl.col("value", "low", "high").exp()).select(columns)
 
 

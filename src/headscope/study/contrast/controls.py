@@ -51,7 +51,7 @@ class Control:
     omitted: str = ""
 
 
-def controls(
+def controls_of(
     items: pl.DataFrame,
     first: str,
     second: str,
@@ -93,7 +93,7 @@ def controls_table(made: list[Control]) -> pl.DataFrame:
         if control.comparison is not None:
             found = control.comparison
             omnibus, ratio = found.omnibus, found.ratio
-            tested = found.heads["p_family"].is_not_null().any()
+            tested = found.heads["p_maxt"].is_not_null().any()
             row |= {
                 "first": found.first,
                 "second": found.second,
