@@ -33,7 +33,7 @@ def arrays_of(first: pl.DataFrame, second: pl.DataFrame) -> tuple[pl.DataFrame, 
     """
     both = pl.concat([first, second])
     both = both.filter(pl.col("query_group") == query_groups(both)[0], pl.col("keys") > 1)
-    heads = both.select(HEAD).unique(maintain_order=True)
+    heads = both.select(HEAD).unique().sort(HEAD)
     timesteps = sorted(both["timestep"].unique().to_list())
     return heads, timesteps, *(_sources(rows, heads, timesteps) for rows in (first, second))
 
@@ -42,7 +42,7 @@ def _sources(rows: pl.DataFrame, heads: pl.DataFrame, timesteps: list[int]) -> S
     items = rows.group_by("source_id").agg(pl.col("item").n_unique().alias("items")).sort("source_id")
     items = items.with_row_index("_source")
     places = pl.DataFrame({"timestep": timesteps}, schema={"timestep": rows.schema["timestep"]}).with_row_index("_step")
-    cells = rows.join(heads.with_row_index("_head"), on=HEAD).group_by("source_id", "timestep", "_head")
+    cells = rows.join(heads.with_row_index("_head"), on=HEAD).sort("item").group_by("source_id", "timestep", "_head")
     found = cells.agg(pl.col(MEASURES).mean(), pl.len().alias("rows"))
     found = found.join(items, on="source_id").join(places, on="timestep")
     where = tuple(found[name].to_numpy() for name in ("_source", "_step", "_head"))

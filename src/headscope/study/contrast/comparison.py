@@ -23,8 +23,9 @@ HEADS = (
 )
 SITES = (
     "exp(mean H of the first group − mean H of the second), H in nats averaged over the heads of a site: the ratio of"
-    " the effective numbers of keys exp(H), each a geometric mean over queries, heads and sources. 1: no difference. The interval is that of the"
-    " difference, exponentiated. Corrected p-values are of the largest |t| over all sites, at the mean over timesteps."
+    " the effective numbers of keys exp(H), each a geometric mean over queries, heads and sources. 1: no difference."
+    " The interval is that of the difference, exponentiated. Corrected p-values are of the largest |t| over all sites,"
+    " at the mean over timesteps."
 )
 POOLED_RATIO = (
     "Mean normalised entropy of the first group divided by that of the second, pooled over all heads: the abstract's"
@@ -126,7 +127,9 @@ def compare(
     heads, timesteps, *sources = arrays_of(one, two)
     if not len(heads):
         return "No head has more than one key to attend to, so its entropy is 0."
-    one, two = (rows.join(heads, on=HEAD, how="semi", maintain_order="left") for rows in (one, two))
+    # sums of the same numbers in another order differ in their last bits
+    order = ["source_id", "item", "timestep", *HEAD]
+    one, two = (rows.join(heads, on=HEAD, how="semi").sort(order) for rows in (one, two))
     return Comparison(
         first,
         second,

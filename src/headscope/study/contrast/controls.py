@@ -66,7 +66,7 @@ def controls_of(
     comparison of first and second. untrained: `item_means` of the same groups in the model with random weights.
     """
     found = [("main", f"{first} against {second}", main)]
-    found += [("halves", f"halves of {group}", _halves(items, group, seed)) for group in (first, second)]
+    found += [("halves", f"halves of {group}", split_halves(items, group, seed)) for group in (first, second)]
     found.append(("colour", " against ".join(COLOUR), compare_groups(items, *COLOUR, seed=seed)))
     matched = f"{first}{MATCHED}", f"{second}{MATCHED}"
     found.append(("matched", " against ".join(matched), compare_groups(items, *matched, seed=seed)))
@@ -127,7 +127,8 @@ _COLUMNS = {
 }
 
 
-def _halves(items: pl.DataFrame, group: str, seed: int) -> Comparison | str:
+def split_halves(items: pl.DataFrame, group: str, seed: int = 0) -> Comparison | str:
+    """Compare two random halves of a group's held-out sources; where there are too few, the reason in words."""
     rows = items.filter(pl.col("group") == group, pl.col("split").is_in(HELD_OUT))
     sources = sorted(rows["source_id"].unique())
     if len(sources) < 2:
