@@ -15,12 +15,20 @@ import operator
 
 import numpy as np
 
-__all__ = ["check_seed", "check_whole", "counter_integers", "counter_normal", "counter_permutation", "counter_uniform"]
+__all__ = [
+    "LARGEST_SEED",
+    "check_seed",
+    "check_whole",
+    "counter_integers",
+    "counter_normal",
+    "counter_permutation",
+    "counter_uniform",
+]
 
 _KEY_DOMAIN = b"headscope.zoo.counter/1"
 
 # tables hold seeds in 32 bits
-_LARGEST_SEED = 2**31 - 1
+LARGEST_SEED = 2**31 - 1
 
 
 def check_whole(name: str, number: object) -> None:
@@ -42,8 +50,8 @@ def whole(name: str, number: object, least: int | None = None) -> int:
 def check_seed(seed: int) -> None:
     """Raises ValueError for a seed that results couldn't be labelled with."""
     check_whole("seed", seed)
-    if not 0 <= seed <= _LARGEST_SEED:
-        raise ValueError(f"seed: got {seed}, expected 0 to {_LARGEST_SEED}")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed: got {seed}, expected 0 to {LARGEST_SEED}")
 
 
 def _raw(key: tuple[str | int, ...], count: int) -> np.ndarray:

@@ -85,7 +85,7 @@ def test_a_whole_study(model, tmp_path):
     assert 2 <= confirm.select(pl.struct("site", "head").n_unique()).item() <= 2 * len(ABLATED[model])
     assert {path.name for path in (tmp_path / "study" / "tables").iterdir()} >= {
         "entropy_heads.csv",
-        "ablation_confirm.csv",
+        "effects.csv",
     }
     with pytest.raises(ValueError, match=r"another configuration.*\n  seed: 0 there, 1 now"):
         run_study(StudyConfig(**{**SMALL, "seed": 1}, model=model), tmp_path / "study", progress=False)

@@ -120,7 +120,7 @@ def test_the_page_says_demonstration_and_the_numbers(result, written, page):
     difference = result.contrast.difference
     assert number(difference.value, 4) in written
     assert f"{number(difference.low, 4)} to {number(difference.high, 4)}" in written
-    top = result.ablation_confirm.filter(fill="mean").sort("value", descending=True).row(0, named=True)
+    top = result.interventions.of_heads().filter(fill="mean").sort("value", descending=True).row(0, named=True)
     assert any(percent(top["value"]) in text for text in page.text["b"])
     assert f"{percent(top['low'])} to {percent(top['high'])}" in written
     assert "20 and 20 confirm sources" in written
@@ -301,8 +301,9 @@ def test_sentences_about_the_heads_tested(result):
     """The largest value is no largest effect where every removal lowers the loss."""
     names = Names(result.sites, result.groups)
     assert any("it is the largest increase among the" in sentence for sentence in findings(result, names))
-    lowered = result.ablation_confirm.with_columns(value=-pl.col("value").abs())
-    sentences = findings(replace(result, ablation_confirm=lowered), names)
+    effects = result.interventions.effects.with_columns(value=-pl.col("value").abs())
+    lowered = replace(result.interventions, effects=effects)
+    sentences = findings(replace(result, interventions=lowered), names)
     assert any("it is the smallest decrease, and none raises it, among the" in sentence for sentence in sentences)
     assert not any("largest" in sentence for sentence in sentences if "lowers" in sentence)
     assert any("when removed alone (mean fill)" in sentence for sentence in sentences)

@@ -130,7 +130,7 @@ def test_ablation_is_ranked_on_discover_and_tested_on_confirm(discover, study):
     rows = discover.filter(group="lfw", site=first["site"], head=first["head"])
     ratio = rows.group_by("timestep").agg((pl.col("edited") - pl.col("clean")).sum() / pl.col("clean").sum())
     assert first["value"] == pytest.approx(ratio["edited"].mean())
-    confirmed = study.ablation_confirm
+    confirmed = study.interventions.of_heads()
     assert set(confirmed.select("site", "head").rows()) == set(select_heads(discover, 2))
     assert (confirmed["p_holm"] >= confirmed["p_value"]).all()
     # one family per fill: as many tests as groups times heads
@@ -189,7 +189,7 @@ def test_a_plain_sweep_has_no_tests(observations, discover):
     generations = simulated.generations(simulated.items(("lfw",), sources=5), heads=2).drop("split")
     result = analyse_sweep(observations, discover, generations)
     assert result.contrast is None
-    assert result.ablation_confirm is None
+    assert result.interventions is None
     assert result.generation_ranking is not None
     assert result.generation_ranking["exploratory"].all()
     assert result.generation_ranking["value"].is_sorted(descending=True)

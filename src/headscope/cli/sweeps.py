@@ -38,6 +38,7 @@ PLANNED = (
     "device",
     "dtype",
     "seed",
+    "draws",
 )
 
 
@@ -82,6 +83,7 @@ def sweep(
     dtype: DType = "float32",
     batch: Batch = None,
     seed: Seed = 0,
+    draws: Annotated[int, typer.Option(help="Noise replicates of every item, from the seed on.")] = 1,
     workers: Workers = 1,
     executor: Executor = None,
     address: Address = None,
@@ -129,6 +131,7 @@ def sweep(
             attribute=attribute,
             kinds=tuple(kind or ()),
             seed=seed,
+            draws=draws,
             device=device,
             dtype=dtype,
         )

@@ -45,7 +45,7 @@ def caveats_of(result: StudyResult) -> list[str]:
             "Entropy describes how spread out attention is. It is no measure of what a head does, nor of its"
             " importance; that is what ablation is for."
         )
-    if result.ablation_ranking is not None or result.ablation_confirm is not None:
+    if result.ablation_ranking is not None or result.interventions is not None:
         found.append(
             "The relative degradation divides by the clean loss, which differs between groups and timesteps: the same"
             " absolute damage is a larger percentage where the model is good. Read the absolute difference beside it."

@@ -38,8 +38,9 @@ def tiles(result: StudyResult, names: Names) -> list[Tile]:
                 f"95 % interval {interval(top['low'], top['high'], percent)}; {top['sources']} confirm sources",
             )
         )
-    if result.ablation_confirm is not None:
-        tested = _headline(result.ablation_confirm).filter(pl.col("p_holm").is_not_null())
+    confirmed = _confirmed(result)
+    if confirmed is not None:
+        tested = _headline(confirmed).filter(pl.col("p_holm").is_not_null())
         if len(tested):
             raising = tested.filter((pl.col("p_holm") < _SIGNIFICANT) & (pl.col("value") > 0))
             label = "removals of a selected head raise the loss on images that had no part in its selection"
@@ -58,7 +59,7 @@ def findings(result: StudyResult, names: Names) -> list[str]:
         sentences += _contrast_sentences(result.contrast, names)
     if result.entropy_heads is not None:
         sentences += _spread_sentence(result, names)
-    if result.ablation_confirm is not None:
+    if _confirmed(result) is not None:
         sentences += _confirm_sentences(result, names)
     if result.ablation_ranking is not None:
         sentences += _ranking_sentences(result, names)
@@ -118,9 +119,10 @@ def _spread_sentence(result: StudyResult, names: Names) -> list[str]:
 
 
 def _confirm_sentences(result: StudyResult, names: Names) -> list[str]:
-    assert result.ablation_confirm is not None
-    table = _headline(result.ablation_confirm).drop_nulls("value")
-    fill = headline_fill(result.ablation_confirm)
+    confirmed = _confirmed(result)
+    assert confirmed is not None
+    table = _headline(confirmed).drop_nulls("value")
+    fill = headline_fill(confirmed)
     sentences = []
     for (group,), rows in table.group_by("group", maintain_order=True):
         row = rows.sort("value", descending=True).row(0, named=True)
@@ -170,15 +172,22 @@ def _distance_sentences(ranking: pl.DataFrame, names: Names) -> list[str]:
     return sentences
 
 
+def _confirmed(result: StudyResult) -> pl.DataFrame | None:
+    """The effects of the single heads that the confirm split tests."""
+    heads = result.interventions.of_heads() if result.interventions else None
+    return heads if heads is not None and len(heads) else None
+
+
 def _headline(table: pl.DataFrame) -> pl.DataFrame:
     return table.filter(pl.col("fill") == headline_fill(table))
 
 
 def _largest(result: StudyResult) -> dict | None:
     """The largest tested effect on the confirm split."""
-    if result.ablation_confirm is None:
+    confirmed = _confirmed(result)
+    if confirmed is None:
         return None
-    rows = _headline(result.ablation_confirm).filter(pl.col("p_holm").is_not_null() & (pl.col("value") > 0))
+    rows = _headline(confirmed).filter(pl.col("p_holm").is_not_null() & (pl.col("value") > 0))
     return rows.sort("value", descending=True).row(0, named=True) if len(rows) else None
 
 

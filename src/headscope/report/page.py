@@ -159,7 +159,7 @@ def _json(figure: Sequence[View] | Figure) -> Markup:
 
 def _example(result: StudyResult, names: Names) -> tuple[str, int, str] | None:
     """A head's label, number and site, to explain labels by."""
-    for table in (result.ablation_confirm, result.ablation_ranking, result.entropy_heads, result.generation_ranking):
+    for table in (result.ablation_ranking, result.entropy_heads, result.generation_ranking):
         if table is not None and len(table):
             site, head = table.select("site", "head").row(0)
             return names.head(site, head), head, site

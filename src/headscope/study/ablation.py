@@ -1,19 +1,20 @@
-"""Experiment two: how much worse does the model denoise when one head is removed?
+"""Experiment two: how much worse does the model denoise when heads are removed?
 
-A head is removed by replacing its output, at every query, by a *fill*: its mean output over reference images of the
-same group (mean), nothing (zero), what it gives when it attends to all keys alike (uniform), or its own value
-(identity). The denoising loss of the same noisy image, with and without the head, is a pair; the noise is the same in
-both.
+Heads are removed by replacing their output, at every query, by a *fill*. The denoising loss of the same noisy image,
+with and without them, is a pair; the noise is the same in both.
 
-Every head is ablated on the discover split, which ranks them. The largest are ablated again on the confirm split, whose
-sources had no part in the choice: only those numbers are tested.
+Every head is ablated on the discover split, which ranks them. What is selected there is ablated again on the confirm
+split, whose sources had no part in the choice: only those numbers are tested. Sites, levels and all heads together
+aren't selected.
 """
 
 from collections.abc import Callable, Sequence
 
 import polars as pl
 
+from headscope.study.edits import EDIT
 from headscope.study.inference import degradations, means, plain_text, with_holm
+from headscope.sweep.plan.config import fold_of
 
 HEADLINE_FILL = "mean"
 FILLS = {
@@ -21,10 +22,11 @@ FILLS = {
     "zero": "nothing (zeros)",
     "uniform": "the output of attending to all keys alike",
     "identity": "the value at the query's own position",
+    "resample": "the head's output on another image of the same group",
 }
 FAMILY = (
-    "One family per fill: every (group, head) pair that was tested with it. The mean fill is the headline; zero stands"
-    " beside it, as a check that does not rest on reference images."
+    "One family per fill: every (group, edit) pair that was tested with it. The mean fill is the headline; the others"
+    " stand beside it, as checks that do not rest on a mean."
 )
 DISTANCE = (
     "Mean over sources of the mean squared difference between the image drawn with the head removed and the image drawn"
@@ -35,27 +37,48 @@ _HEAD = ["site", "head", "fill"]
 
 def headline_fill(ablations: pl.DataFrame) -> str:
     """The fill that heads are ranked by: mean where it was used, else the first by name."""
-    fills = sorted(ablations["fill"].unique().to_list())
+    fills = sorted(name for name in ablations["fill"].unique().to_list() if fold_of(name) is None)
     return HEADLINE_FILL if HEADLINE_FILL in fills else fills[0]
 
 
 def select_heads(ablations_discover: pl.DataFrame, count_per_group: int = 5) -> list[tuple[str, int]]:
-    """The heads to test: the union over groups of those with the largest overall relative degradation.
+    """The heads to test: the union over groups of those with the largest overall relative degradation, of either sign.
 
     Only rows of the discover split count, and only those of the headline fill. The order is that of the first group's
     ranking, then what the next groups add; ties are broken by the head's name. Raises ValueError where there is no row
     of the discover split.
     """
-    rows = plain_text(ablations_discover).filter(pl.col("split") == "discover")
-    if not len(rows):
-        raise ValueError("ablations_discover: got no row whose split is discover")
-    rows = rows.filter(pl.col("fill") == headline_fill(rows))
+    rows = _of_discover(ablations_discover)
     selected: dict[tuple[str, int], None] = {}
     for group in sorted(rows["group"].unique()):
-        ranked = _ranked(_overall(rows.filter(pl.col("group") == group), 0, test=False))
+        ranked = _ranked(_relative(rows, group).with_columns(pl.col("value").abs()))
         for site, head in ranked.head(count_per_group).select("site", "head").iter_rows():
             selected.setdefault((site, int(head)))
     return list(selected)
+
+
+def ranked_heads(ablations_discover: pl.DataFrame, group: str, beyond: str | None = None) -> list[tuple[str, int]]:
+    """All heads by what their removal costs a group on the discover split, the largest first; ties by name.
+
+    beyond: another group, whose degradation is subtracted: the heads that matter to the first beyond the second.
+    """
+    rows = _of_discover(ablations_discover)
+    table = _relative(rows, group)
+    if beyond is not None:
+        other = _relative(rows, beyond).select("site", "head", beyond="value")
+        table = table.join(other, on=["site", "head"]).with_columns(value=pl.col("value") - pl.col("beyond"))
+    return [(site, int(head)) for site, head in _ranked(table).select("site", "head").iter_rows()]
+
+
+def _of_discover(ablations: pl.DataFrame) -> pl.DataFrame:
+    rows = plain_text(ablations).filter(pl.col("split") == "discover")
+    if not len(rows):
+        raise ValueError("ablations_discover: got no row whose split is discover")
+    return rows.filter(pl.col("fill") == headline_fill(rows))
+
+
+def _relative(rows: pl.DataFrame, group: str) -> pl.DataFrame:
+    return _overall(rows.filter(pl.col("group") == group), ["site", "head"], 0, test=False)
 
 
 def rank_heads(ablations: pl.DataFrame, selected: Sequence[tuple[str, int]] = (), seed: int = 0) -> pl.DataFrame:
@@ -65,7 +88,8 @@ def rank_heads(ablations: pl.DataFrame, selected: Sequence[tuple[str, int]] = ()
     high, absolute, absolute_low, absolute_high, sources, selected, exploratory.
     """
     ranked = per_group_and_fill(
-        ablations, lambda rows: _ranked(_overall(rows, seed, test=False)).with_row_index("rank", offset=1)
+        ablations,
+        lambda rows: _ranked(_overall(rows, ["site", "head"], seed, test=False)).with_row_index("rank", offset=1),
     )
     names = {f"{site}\n{head}" for site, head in selected}
     name = pl.format("{}\n{}", "site", "head")
@@ -86,23 +110,27 @@ def degradation_by_timestep(ablations: pl.DataFrame, seed: int = 0) -> pl.DataFr
     return relative.drop("p_value").with_columns(pl.lit(True).alias("exploratory"))
 
 
-def confirm_heads(ablations_confirm: pl.DataFrame, ranking: pl.DataFrame | None = None, seed: int = 0) -> pl.DataFrame:
-    """The degradation of the selected heads on the confirm split, tested; Holm's correction per fill, over all groups.
+def effects(
+    losses: pl.DataFrame, seed: int = 0, *, test: bool = True, before: pl.DataFrame | None = None
+) -> pl.DataFrame:
+    """The degradation by every edit, single heads and sets alike, averaged over timesteps; Holm's correction per fill.
 
-    ranking: the table of `rank_heads`, whose values stand beside. Returns a table: group, fill, site, head, value
-    (relative), low, high, absolute, absolute_low, absolute_high, p_value, p_holm, sources, exploratory, discover.
+    losses: see `edits.losses`. before: those of the discover split, whose degradations stand beside. Returns a table:
+    group, fill, kind, edit, value (relative), low, high, absolute, absolute_low, absolute_high, p_value, p_holm,
+    sources, exploratory, discover.
     """
-    tested = per_group_and_fill(ablations_confirm, lambda rows: _overall(rows, seed, test=True))
+    tested = per_group_and_fill(losses, lambda rows: _overall(rows, list(EDIT), seed, test))
     corrected = pl.concat(with_holm(family) for _, family in tested.group_by("fill", maintain_order=True))
-    key = ["group", "fill", "site", "head"]
-    if ranking is None:
-        corrected = corrected.with_columns(pl.lit(None, pl.Float64).alias("discover"))
-    else:
-        beside = ranking.select(*key, pl.col("value").alias("discover"))
-        corrected = corrected.join(beside, on=key, how="left", maintain_order="left")
-    columns = [*key, "value", "low", "high", "absolute", "absolute_low", "absolute_high"]
-    table = corrected.select(*columns, "p_value", "p_holm", "sources", "exploratory", "discover")
-    return table.sort(["fill", "group", "value", "site", "head"], descending=[False, False, True, False, False])
+    columns = ["group", "fill", *EDIT, "value", "low", "high", "absolute", "absolute_low", "absolute_high"]
+    discover = pl.lit(None, pl.Float64).alias("discover")
+    if before is not None:
+        key = ["group", "fill", *EDIT]
+        beside = per_group_and_fill(before, lambda rows: degradations(rows, list(EDIT), "timestep", test=False)[0])
+        corrected = corrected.join(
+            beside.select(*key, pl.col("value").alias("discover")), on=key, how="left", maintain_order="left"
+        )
+        discover = pl.col("discover")
+    return corrected.select(*columns, "p_value", "p_holm", "sources", "exploratory", discover)
 
 
 def rank_distances(generations: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
@@ -125,11 +153,11 @@ def per_group_and_fill(rows: pl.DataFrame, estimate: Callable[[pl.DataFrame], pl
     )
 
 
-def _overall(rows: pl.DataFrame, seed: int, test: bool) -> pl.DataFrame:
-    """Relative and absolute degradation of one group's heads with one fill, averaged over timesteps."""
-    relative, absolute = degradations(rows, ["site", "head"], "timestep", seed, test)
-    beside = absolute.select("site", "head", absolute="value", absolute_low="low", absolute_high="high")
-    return relative.join(beside, on=["site", "head"], maintain_order="left")
+def _overall(rows: pl.DataFrame, by: list[str], seed: int, test: bool) -> pl.DataFrame:
+    """Relative and absolute degradation of one group's edits with one fill, averaged over timesteps."""
+    relative, absolute = degradations(rows, by, "timestep", seed, test)
+    beside = absolute.select(*by, absolute="value", absolute_low="low", absolute_high="high")
+    return relative.join(beside, on=by, maintain_order="left")
 
 
 def _ranked(table: pl.DataFrame) -> pl.DataFrame:

@@ -5,19 +5,15 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from headscope.study.ablation import confirm_heads, degradation_by_timestep, rank_distances, rank_heads, select_heads
+from headscope.study.ablation import degradation_by_timestep, effects, rank_distances, rank_heads, select_heads
 from headscope.study.contrast import Comparison, Control, compare_groups, controls_of
 from headscope.study.contrast.controls import TRAINED, controls_table
-from headscope.study.entropy import (
-    ENTROPIES,
-    entropy_by_group,
-    entropy_by_head,
-    item_means,
-    variance_components,
-)
+from headscope.study.edits import Edited, heads_in, losses
+from headscope.study.entropy import ENTROPIES, entropy_by_group, entropy_by_head, item_means, variance_components
 from headscope.study.finite import finite
 from headscope.study.further import Score, further_scores, unlabelled
 from headscope.study.inference import plain_text
+from headscope.study.interventions import Interventions, curve_effects, dose_effects, joint_effects
 
 NATURAL, SYNTHETIC = "lfw", "faces_grey"
 
@@ -36,7 +32,7 @@ class StudyResult:
         controls: what the contrast is read against, itself first.
         ablation_ranking: see `ablation.rank_heads`.
         ablation_timesteps: see `ablation.degradation_by_timestep`.
-        ablation_confirm: see `ablation.confirm_heads`.
+        interventions: what was tested on the confirm split, heads and sets of heads; of a plain sweep its sets.
         generation_ranking: see `ablation.rank_distances`.
         further: what a sweep measured beside these, see `further.further_scores`.
         unshown: kind: columns of numbers that the report doesn't show.
@@ -55,7 +51,7 @@ class StudyResult:
     controls: list[Control] = field(default_factory=list)
     ablation_ranking: pl.DataFrame | None = None
     ablation_timesteps: pl.DataFrame | None = None
-    ablation_confirm: pl.DataFrame | None = None
+    interventions: Interventions | None = None
     generation_ranking: pl.DataFrame | None = None
     further: list[Score] = field(default_factory=list)
     unshown: dict[str, list[str]] = field(default_factory=dict)
@@ -76,9 +72,9 @@ class StudyResult:
             "contrast_controls": controls_table(self.controls) if self.controls else None,
             "ablation_ranking": self.ablation_ranking,
             "ablation_timesteps": self.ablation_timesteps,
-            "ablation_confirm": self.ablation_confirm,
             "generation_ranking": self.generation_ranking,
         }
+        found |= self.interventions.tables() if self.interventions else {}
         return {name: _flat(table) for name, table in found.items() if table is not None}
 
 
@@ -87,7 +83,11 @@ def analyse(
     discover: pl.DataFrame | None = None,
     confirm: pl.DataFrame | None = None,
     *,
+    discover_sets: pl.DataFrame | None = None,
+    confirm_sets: pl.DataFrame | None = None,
+    curves: pl.DataFrame | None = None,
     untrained: pl.DataFrame | None = None,
+    edits: Sequence[Edited] = (),
     natural: str = NATURAL,
     synthetic: str = SYNTHETIC,
     count_per_group: int = 5,
@@ -98,10 +98,12 @@ def analyse(
 
     observations: entropies of all heads, discover and confirm split, and, for a control, the train split. discover:
     paired losses of all heads on the discover split. confirm: paired losses of the heads that were selected on
-    discover, on the confirm split. untrained: entropies of the same groups in the model with random weights, for
-    another control. natural, synthetic: the groups to compare. count_per_group: what `select_heads` was called with, to
-    mark the selected heads in the ranking. sites: the model's, in the order of execution, which the tables' own rows
-    don't follow. seed: of the resampling.
+    discover, on the confirm split. discover_sets, confirm_sets: those of sets of heads. curves: those of the sets of
+    curves and doses, see `curves`, on the confirm split. untrained: entropies of the same groups in the model with
+    random weights, for another control. edits: what was edited, see `edits.edits_of`; none given are the heads of
+    confirm. natural, synthetic: the groups to compare. count_per_group: what `select_heads` was called with, to mark
+    the selected heads in the ranking. sites: the model's, in the order of execution, which the tables' own rows don't
+    follow. seed: of the resampling.
     """
     observations, discover, confirm, untrained = map(_filled, (observations, discover, confirm, untrained))
     if discover is not None:
@@ -131,8 +133,22 @@ def analyse(
         omitted["ablation"] = "No head was ablated on the discover split."
     else:
         ranking = rank_heads(discover, select_heads(discover, count_per_group), seed)
-    if confirm is None:
+    edits = edits or heads_in(confirm)
+    tested = losses(edits, confirm, _filled(confirm_sets))
+    interventions = None
+    if tested is None:
         omitted["confirm"] = "No head was ablated on the confirm split."
+    else:
+        before = losses(edits, discover, _filled(discover_sets))
+        together = pl.concat([table for table in (before, tested) if table is not None])
+        steps = losses(edits, None, _filled(curves))
+        interventions = Interventions(
+            edits,
+            effects(tested, seed, before=before),
+            joint_effects(together, edits, seed),
+            None if steps is None else curve_effects(steps, seed),
+            None if steps is None else dose_effects(steps, seed),
+        )
     return StudyResult(
         **_described(sites, observations, discover, confirm),
         **_entropies(observations, seed),
@@ -140,7 +156,7 @@ def analyse(
         controls=made,
         ablation_ranking=ranking,
         ablation_timesteps=None if discover is None else degradation_by_timestep(discover, seed),
-        ablation_confirm=None if confirm is None else confirm_heads(confirm, ranking, seed),
+        interventions=interventions,
         omitted=omitted,
         left_out=left_out,
     )
@@ -152,14 +168,15 @@ def analyse_sweep(
     generations: pl.DataFrame | None = None,
     *,
     others: Mapping[str, pl.DataFrame] | None = None,
+    edits: Sequence[Edited] = (),
     sites: Sequence[str] = (),
     seed: int = 0,
 ) -> StudyResult:
     """The numbers of a plain sweep: entropies and rankings over the sources of all its splits, nothing selected.
 
     Without a selection on one split and a test on another, every ranking is exploratory and there are no p-values.
-    others: the run's further tables by kind (attributions, set_ablations, set_generations). sites: the model's, in the
-    order of execution.
+    others: the run's further tables by kind (attributions, set_ablations, set_generations). edits: what was edited, see
+    `edits.edits_of`. sites: the model's, in the order of execution.
     """
     every = {"observations": observations, "ablations": ablations, "generations": generations, **(others or {})}
     filled = {kind: table for kind, table in every.items() if table is not None and len(table)}
@@ -172,6 +189,7 @@ def analyse_sweep(
         **_entropies(observations, seed),
         ablation_ranking=None if ablations is None else rank_heads(ablations, (), seed),
         ablation_timesteps=None if ablations is None else degradation_by_timestep(ablations, seed),
+        interventions=_of_sweep(edits, ablations, _filled(filled.get("set_ablations")), seed),
         generation_ranking=None if generations is None else rank_distances(generations, seed),
         further=further_scores(filled, seed),
         unshown={} if observations is None else _unshown(observations),
@@ -191,6 +209,19 @@ def _entropies(observations: pl.DataFrame | None, seed: int) -> dict[str, pl.Dat
         "entropy_groups": entropy_by_group(items, seed),
         "entropy_variance": variance_components(rows),
     }
+
+
+def _of_sweep(
+    edits: Sequence[Edited], ablations: pl.DataFrame | None, sets: pl.DataFrame | None, seed: int
+) -> Interventions | None:
+    """What a plain sweep's sets cost, and how that differs from what their heads cost alone; nothing is tested."""
+    of_sets = losses(edits, None, sets)
+    together = losses(edits, ablations, sets)
+    if of_sets is None or together is None:
+        return None
+    found = effects(of_sets, seed, test=False).with_columns(exploratory=pl.lit(True))
+    joint = joint_effects(together, edits, seed, test=False)
+    return Interventions(edits, found, None if joint is None else joint.with_columns(exploratory=pl.lit(True)))
 
 
 def _unshown(observations: pl.DataFrame) -> dict[str, list[str]]:

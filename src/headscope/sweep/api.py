@@ -44,6 +44,7 @@ class Fields(TypedDict, total=False):
     attribute: bool
     cotangents: int
     seed: int
+    draws: int
     device: str
     dtype: str
     autocast: str | None

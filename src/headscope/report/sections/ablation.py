@@ -32,7 +32,9 @@ from headscope.study.analysis import StudyResult
 
 def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section | None:
     """The section, where single heads were ablated."""
-    ranking, timesteps, confirmed = result.ablation_ranking, result.ablation_timesteps, result.ablation_confirm
+    ranking, timesteps = result.ablation_ranking, result.ablation_timesteps
+    heads = result.interventions.of_heads() if result.interventions else None
+    confirmed = heads if heads is not None and len(heads) else None
     if ranking is None and confirmed is None:
         return None
     fill = headline_fill(next(table for table in (ranking, confirmed) if table is not None))

@@ -20,6 +20,9 @@ from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
 from headscope.sweep.plan.units import IMAGES, KINDS, REFERENCE, Plan, Unit
 from headscope.sweep.store.store import Fit, RunStore
 
+# encoded items that are kept for the next draw or timestep: those of a unit, as a rule
+KEPT_ITEMS = 20
+
 
 class Context:
     """The context in which units are computed.
@@ -55,12 +58,19 @@ class Context:
         self.share = share and fit.clean > 0
         self.prefix = prefix
         self.forwards = Graphs(task.denoiser) if config.graphs else Forwards()
-        self.rows = Rows(fit.rows, fit.clean or fit.rows, self.forwards.release)
+        self.rows = Rows(fit.rows, fit.clean or fit.rows, self._release)
         self.image_scores: dict[str, Callable[..., Any]] = image_scores(config.image_scores)
         self.own_scores = own_scores(config.scores)
         # by the unit that wrote them
         self._means: dict[str, Recording] = {}
         self._drawn: dict[str, dict[str, Tensor]] = {}
+        # by their items' keys, the last ones
+        self._prepared: dict[tuple[str, ...], Prepared] = {}
+
+    def _release(self) -> None:
+        """Give memory back that is held to be used again."""
+        self._prepared.clear()
+        self.forwards.release()
 
     @cached_property
     def loss_scope(self) -> Scope:
@@ -106,13 +116,26 @@ class Context:
             raise ValueError(f"{unit.kind}.reads: no unit of {kind!r} for {unit.group!r} to read, expected one")
         return found
 
-    def noisy_inputs(self, prepared: Prepared, timestep: int) -> NoisyInputs:
-        """Prepared items with the sweep's noise."""
-        return self.task.noisy_inputs(prepared, timestep, self.config.seed)
+    def prepared(self, items: Sequence[SweptItem | PromptItem]) -> Prepared:
+        """Items encoded, which is done once where the same ones come again soon, as they do for every draw."""
+        keys = tuple(item.key for item in items)
+        if keys not in self._prepared:
+            while self._prepared and sum(map(len, self._prepared)) + len(keys) > KEPT_ITEMS:
+                del self._prepared[next(iter(self._prepared))]
+            self._prepared[keys] = self.task.prepare(items)
+        return self._prepared[keys]
 
-    def generate(self, items: Sequence[SweptItem | PromptItem]) -> np.ndarray:
-        """The images that the model samples for some items, uint8 [items, height, width, 3]."""
-        return self.task.generate(items, steps=self.config.generate_steps, seed=self.config.seed)
+    def noisy_inputs(self, prepared: Prepared, timestep: int, replicate: int | None = None) -> NoisyInputs:
+        """Prepared items with the noise of a replicate; by default of the sweep's first draw."""
+        return self.task.noisy_inputs(prepared, timestep, self._drawn_with(replicate))
+
+    def generate(self, items: Sequence[SweptItem | PromptItem], replicate: int | None = None) -> np.ndarray:
+        """The images that the model samples for some items, uint8 [items, height, width, 3], from the noise of a
+        replicate; by default of the sweep's first draw."""
+        return self.task.generate(items, steps=self.config.generate_steps, seed=self._drawn_with(replicate))
+
+    def _drawn_with(self, replicate: int | None) -> int:
+        return self.config.seed if replicate is None else replicate
 
     def shared(self, inputs: NoisyInputs) -> Prefix | None:
         """The part of clean forwards that edited ones can take over, learned from these inputs; None if none is."""

@@ -28,6 +28,7 @@ class EditingKind(UnitKind):
     """
 
     reads = (IMAGES, REFERENCE)
+    repeated = True
     of_sets: ClassVar[bool] = False
 
     def edits(self, asked: Asked) -> tuple[Edit, ...]:
@@ -67,7 +68,7 @@ class EveryEdit:
         self.edits = kind.edits(context.plan)
         self.items = context.items(unit)
         self._single = not kind.of_sets
-        self._fills, self._seed, self._rows = context.config.fills, context.config.seed, context.rows
+        self._fills, self._replicate, self._rows = context.config.fills, unit.replicate, context.rows
         self.grid = Grid(self.edits, self._fills, len(self.items))
 
     def run(
@@ -106,4 +107,4 @@ class EveryEdit:
 
     def table(self, **constants: pa.Scalar) -> pa.Table:
         """The numbers as a table, a row for each edit, fill and item, with columns of constants."""
-        return self.grid.table(self.items, self._seed, self._single, **constants)
+        return self.grid.table(self.items, self._replicate, self._single, **constants)

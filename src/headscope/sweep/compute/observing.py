@@ -38,10 +38,10 @@ def observed(
 
     def observe(piece: range) -> None:
         some = [items[index] for index in piece]
-        prepared = context.task.prepare(some)
+        prepared = context.prepared(some)
         with record(some) as recording:
             for timestep in timesteps:
-                context.task.predict(context.noisy_inputs(prepared, timestep))
+                context.task.predict(context.noisy_inputs(prepared, timestep, unit.replicate))
                 advance(len(some))
         table = recording.to_arrow()
         # the scheduler's: some models take sigma instead

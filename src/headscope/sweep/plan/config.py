@@ -1,6 +1,7 @@
 """The configuration of a sweep, from Python or a TOML file."""
 
 import math
+import re
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from headscope._fields import from_table, settle
 from headscope._files import local_path, read_plain
-from headscope.counter import check_seed
+from headscope.counter import LARGEST_SEED, check_seed
 from headscope.zoo import BUNDLED, DEFAULT_MODEL, GROUPS
 
 FILLS = ("mean", "zero", "uniform", "identity")
@@ -22,6 +23,9 @@ COLUMNS = (
     *("clean", "edited", "distance", "x0_clean", "x0_edited", "steps", "first_step", "end_step", *IMAGE_SCORES),
 )
 SPLITS = ("discover", "confirm")
+# fields that came after the first runs, and what they are where they aren't asked for: plans and runs without them are
+# what they were before
+_LATER = {"draws": 1, "kinds": ()}
 # the model of a run that was given a pipeline instead of a directory
 IN_MEMORY = "in memory"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -120,7 +124,9 @@ class SweepConfig:
             and returns a number for each image.
         attribute: every head's importance g and c at every item and timestep, from a few backwards, for each fill.
         cotangents: random vectors that c is estimated from.
-        seed: the noise replicate, 0 to 2**31 - 1.
+        seed: the noise replicate, 0 to 2**31 - 1; of several draws the first.
+        draws: every item is computed with the noise replicates seed, seed + 1, ..., seed + draws - 1, which the column
+            `replicate` tells apart. Images drawn for prompts and the mean fill's reference are of the first alone.
         device: where the model runs.
         dtype: the denoiser's dtype.
         autocast: "bfloat16" or "float16": the denoiser's forwards run under torch.autocast, its weights stay float32.
@@ -154,6 +160,7 @@ class SweepConfig:
     attribute: bool = False
     cotangents: int = 4
     seed: int = 0
+    draws: int = 1
     device: str = "cpu"
     dtype: str = "float32"
     autocast: str | None = None
@@ -185,12 +192,17 @@ class SweepConfig:
         _own("image_scores", self.image_scores)
         _subset("splits", self.splits, SPLITS)
         _subset("dtype", (self.dtype,), DTYPES)
-        for name in ("items", "reference_items", "generate_steps", "bands", "cotangents"):
+        for name in ("items", "reference_items", "generate_steps", "bands", "cotangents", "draws"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.heads is not None and ((not self.heads and not self.sets) or len(set(self.heads)) != len(self.heads)):
             raise ValueError(f"heads: got {list(self.heads)}, expected (site, head) pairs, each once, or None for all")
         check_seed(self.seed)
+        if self.seed + self.draws - 1 > LARGEST_SEED:
+            raise ValueError(
+                f"draws: got {self.draws} from the seed {self.seed} on, expected at most"
+                f" {LARGEST_SEED - self.seed + 1}: seeds end at {LARGEST_SEED}"
+            )
         if self.attribute and not self.fills:
             raise ValueError("fills: got none to attribute to, expected some")
         if len(set(self.kinds)) != len(self.kinds):
@@ -291,9 +303,13 @@ class SweepConfig:
         return replace(self, model=model, groups=tuple(groups), prompts=prompts)
 
     def as_dict(self) -> dict:
-        """Every field but `kinds` where none is named: plans and runs without any are what they were before it."""
-        values = asdict(self)
-        return values if self.kinds else {name: value for name, value in values.items() if name != "kinds"}
+        """Every field but those of `_LATER` that aren't asked for."""
+        return {name: value for name, value in asdict(self).items() if name not in _LATER or value != _LATER[name]}
+
+    @property
+    def replicates(self) -> range:
+        """The noise replicates of the draws."""
+        return range(self.seed, self.seed + self.draws)
 
     @classmethod
     def from_dict(cls, values: Any) -> "SweepConfig":
@@ -339,7 +355,7 @@ class SweepConfig:
             ValueError: a value that can't be, or a field that this version doesn't know or that it lacks.
         """
         known = {field.name for field in fields(cls)}
-        found = set(values) | {"kinds"} if isinstance(values, dict) else set()
+        found = set(values) | set(_LATER) if isinstance(values, dict) else set()
         if found != known:
             different = sorted(known ^ found) if found else [type(values).__name__]
             raise ValueError(
@@ -368,3 +384,9 @@ def _subset(name: str, values: tuple[str, ...], allowed: tuple[str, ...], *, emp
     unknown = [value for value in values if value not in allowed]
     if unknown or not (values or empty) or len(set(values)) != len(values):
         raise ValueError(f"{name}: got {', '.join(values) or 'none'}, expected some of {', '.join(allowed)}, each once")
+
+
+def fold_of(fill: str) -> tuple[int, int] | None:
+    """Of the name of a fold of the mean fill, as "mean 1/4", which one of how many; None for other fills."""
+    found = re.fullmatch(r"mean (\d+)/(\d+)", fill)
+    return (int(found[1]), int(found[2])) if found else None

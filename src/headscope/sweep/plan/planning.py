@@ -36,8 +36,13 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
             keys = _item_keys(kind.members(group))
             for one in kind.plan(asked, group):
                 content = [name, group.name, [keys[item] for item in one.items], one.timestep, one.score]
-                digest = _sha({**identity, "unit": content})
-                units.append(Unit(name, group.name, tuple(one.items), one.timestep, one.score, one.forwards, digest))
+                # the draws of some items in turn: items are encoded once for all of them
+                for replicate in config.replicates if kind.repeated else (config.seed,):
+                    # the seed is part of the identity
+                    drawn = content if replicate == config.seed else [*content, replicate]
+                    digest = _sha({**identity, "unit": drawn})
+                    place = name, group.name, tuple(one.items), one.timestep, one.score
+                    units.append(Unit(*place, one.forwards, digest, replicate))
     return Plan(**vars(asked), identity=identity, units=tuple(units))
 
 

@@ -43,6 +43,7 @@ class Unit:
         score: of a reference, which score's forwards it averages over; of generations "generate"; else None.
         forwards: rows that pass through the denoiser, for progress and time left.
         id: sha256 of everything that decides the unit's numbers.
+        replicate: of the noise.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Unit:
     score: str | None
     forwards: int
     id: str
+    replicate: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Planned:
-    """A unit as its kind plans it; the attributes are those of `Unit`."""
+    """A unit as its kind plans it, of repeated kinds one for every draw; the attributes are those of `Unit`."""
 
     items: Sequence[int]
     forwards: int
@@ -114,6 +116,8 @@ class UnitKind:
         reference_score: the score of the reference units among those that it reads.
         shares: its edited forwards may take over what a clean one computed, so they take less time and more memory.
         differentiates: its forwards are followed by backwards.
+        repeated: it has units for every draw of the noise, whose replicate is `Unit.replicate`; else for the
+            first alone.
         parts: its units look at the part masks of items, which then decide their numbers, too.
 
     Raises:
@@ -129,6 +133,7 @@ class UnitKind:
     reference_score: ClassVar[str] = "loss"
     shares: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
+    repeated: ClassVar[bool] = False
     parts: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -60,7 +60,7 @@ def _read(run: Run, kind: str) -> tuple[pl.DataFrame, dict[str, np.ndarray], dic
         edit = pl.format("{}  {}", "site", "head") if "head" in frame.columns else pl.col("edit")
         count = len(tensors["clean"])
         frames.append(
-            frame.select("group", "fill", "item", "distance", edit=edit)
+            frame.select("group", "fill", "item", "replicate", "distance", edit=edit)
             .with_row_index("row")
             .with_columns(place=pl.col("row") % count, unit=pl.lit(unit["id"]))
         )
@@ -70,7 +70,8 @@ def _read(run: Run, kind: str) -> tuple[pl.DataFrame, dict[str, np.ndarray], dic
 def _sheet(
     rows: pl.DataFrame, images: dict[str, np.ndarray], clean: dict[str, np.ndarray], edits: int, items: int
 ) -> list[tuple[str, list[np.ndarray]]]:
-    """Labelled rows of images."""
+    """Labelled rows of images, of the first noise draw."""
+    rows = rows.filter(pl.col("replicate") == pl.col("replicate").min())
     chosen = rows["item"].unique(maintain_order=True).head(items)
     ranked = rows.group_by("edit", maintain_order=True).agg(pl.col("distance").mean())
     ranked = ranked.sort("distance", "edit", descending=[True, False]).head(edits)

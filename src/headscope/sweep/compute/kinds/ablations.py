@@ -45,7 +45,7 @@ class Ablations(EditingKind):
         assert unit.timestep is not None
         every = EveryEdit(self, unit, context)
         task, scores, grid = context.task, context.config.scores, every.grid
-        inputs = context.noisy_inputs(_prepared(context, every.items), unit.timestep)
+        inputs = context.noisy_inputs(_prepared(context, every.items), unit.timestep, unit.replicate)
         x0 = task.x0_factor(unit.timestep) if "x0" in scores else None
         predictions = Predictions(context, inputs, (edit.sites for edit in every.edits))
 
@@ -96,7 +96,7 @@ def _prepared(context: Context, items: Sequence[SweptItem | PromptItem]) -> Prep
     pieces: dict[int, Prepared] = {}
 
     def prepare(piece: range) -> None:
-        pieces[piece.start] = context.task.prepare([items[index] for index in piece])
+        pieces[piece.start] = context.prepared([items[index] for index in piece])
 
     context.rows.run_clean(len(items), prepare)
     found = [pieces[start] for start in sorted(pieces)]

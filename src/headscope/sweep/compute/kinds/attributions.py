@@ -28,6 +28,7 @@ class Attributions(UnitKind):
     name = "attributions"
     reads = (IMAGES, REFERENCE)
     differentiates = True
+    repeated = True
 
     def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
         config = asked.config
@@ -53,11 +54,11 @@ class Attributions(UnitKind):
                     sites=sites,
                     cotangents=config.cotangents,
                     fill=context.fill(unit, fill),
-                    replicate=config.seed,
+                    replicate=unit.replicate,
                     batch=len(some),
                 )
                 table = found.to_arrow()
-                described = labels(some, np.arange(len(table)) // (len(table) // len(some)), config.seed)
+                described = labels(some, np.arange(len(table)) // (len(table) // len(some)), unit.replicate)
                 described["fill"] = coded([fill], np.zeros(len(table), np.int32))
                 tables[number, piece.start] = prepend(described, table.drop_columns("item"))
                 advance(each * len(some))

@@ -57,13 +57,13 @@ class Generations(EditingKind):
             some = [every.items[index] for index in piece]
             earlier = EarlierSteps(context.task.denoiser, first, len(some))
             with earlier.cached():
-                clean = context.generate(some)
+                clean = context.generate(some, unit.replicate)
             images.put_clean(piece, clean)
             advance(context.plan.rows_per_image * len(some))
 
             def edit(batch: Batch, enter: Enter) -> None:
                 with enter(batch.edits), earlier.repeated(batch.items):
-                    edited = context.generate([some[item] for item in batch.items])
+                    edited = context.generate([some[item] for item in batch.items], unit.replicate)
                 images.put(batch.places, edited)
                 before = clean[batch.items]
                 every.grid.put("distance", *batch.places, image_distance(edited, before))

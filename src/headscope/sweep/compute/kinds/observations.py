@@ -23,6 +23,7 @@ class Observations(UnitKind):
 
     name = "observations"
     reported = True
+    repeated = True
     reads = (IMAGES,)
 
     def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
@@ -32,7 +33,7 @@ class Observations(UnitKind):
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
         def tabulate(table: pa.Table, items: Items) -> pa.Table:
-            described = labels(items, table["sample"].to_numpy(), context.config.seed)
+            described = labels(items, table["sample"].to_numpy(), unit.replicate)
             return prepend(described, table.drop_columns(["step", "sample"]))
 
         return observed(unit, context, advance, lambda items: context.loss_scope.record("entropy"), tabulate)

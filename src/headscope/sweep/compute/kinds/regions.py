@@ -41,6 +41,7 @@ class RegionMasses(UnitKind):
 
     name = "regions"
     optional = True
+    repeated = True
     parts = True
 
     def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
@@ -68,7 +69,7 @@ class RegionMasses(UnitKind):
 
         def tabulate(table: pa.Table, items: Items) -> pa.Table:
             table = table.filter(pc.is_valid(table["query_class"]))
-            described = labels(items, table["sample"].to_numpy(), context.config.seed)
+            described = labels(items, table["sample"].to_numpy(), unit.replicate)
             return _long(prepend(described, table), list(described), items[0].part_names)
 
         return observed(unit, context, advance, record, tabulate)

@@ -1,0 +1,98 @@
+"""Experiment two, whole: heads removed alone and together, more and more of them, and by degrees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from headscope.study.ablation import effects, headline_fill
+from headscope.study.curves import curve_losses, dose_of
+from headscope.study.edits import Edited
+from headscope.study.inference import degradations
+from headscope.study.together import joint_losses, sums_of_heads
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """What edits of heads cost. Degradations are fractions of the clean loss, averaged over timesteps.
+
+    Attributes:
+        edits: what was edited.
+        effects: see `ablation.effects`, of the edits that the confirm split tests (or of a plain sweep's sets).
+        joint: group, split, fill, kind, edit, heads (their number), joint (degradation), sum (of its heads'), value
+            (joint - sum), low, high, p_value, p_holm, sources, exploratory; None where no set's heads were all removed
+            alone.
+        curves: group, order, number, count, value, low, high, sources, exploratory; None without curves.
+        doses: group, edit, gate, value, low, high, sources, exploratory; None without doses.
+    """
+
+    edits: Sequence[Edited]
+    effects: pl.DataFrame
+    joint: pl.DataFrame | None = None
+    curves: pl.DataFrame | None = None
+    doses: pl.DataFrame | None = None
+
+    def of_heads(self) -> pl.DataFrame:
+        """The effects of single heads, with columns site and head."""
+        names = [(edit.name, *edit.heads[0]) for edit in self.edits if edit.kind == "head"]
+        heads = pl.DataFrame(names, schema={"edit": pl.String, "site": pl.String, "head": pl.Int64}, orient="row")
+        rows = self.effects.filter(pl.col("kind") == "head")
+        return rows.join(heads, on="edit", how="left", maintain_order="left")
+
+    def of_sets(self) -> pl.DataFrame:
+        """The effects of everything else."""
+        return self.effects.filter(pl.col("kind") != "head")
+
+    def tables(self) -> dict[str, pl.DataFrame]:
+        """The tables there are, by name."""
+        found = {"effects": self.effects, "joint": self.joint, "curves": self.curves, "doses": self.doses}
+        return {name: table for name, table in found.items() if table is not None}
+
+
+def joint_effects(
+    losses: pl.DataFrame, edits: Sequence[Edited], seed: int = 0, *, test: bool = True
+) -> pl.DataFrame | None:
+    """Joint minus sum of every set whose heads were all removed alone on the same images: see `together.JOINT`."""
+    losses = losses.filter(pl.col("fill") == headline_fill(losses))
+    rest = joint_losses(losses, edits)
+    if not len(rest):
+        return None
+    sizes = {edit.name: len(edit.heads) for edit in edits if edit.kind != "head"}
+    joint = losses.join(rest.select("kind", "edit").unique(), on=["kind", "edit"], how="semi", maintain_order="left")
+    key = ["group", "fill", "kind", "edit"]
+    found = []
+    for (split,), part in rest.group_by("split", maintain_order=True):
+        table = effects(part, seed, test=test)
+        for name, rows in (("joint", joint), ("sum", sums_of_heads(losses, edits))):
+            other = effects(rows.filter(pl.col("split") == split), seed, test=False)
+            table = table.join(
+                other.select(*key, pl.col("value").alias(name)), on=key, how="left", maintain_order="left"
+            )
+        heads = pl.col("edit").replace_strict(sizes, return_dtype=pl.Int64)
+        found.append(table.with_columns(split=pl.lit(split), heads=heads))
+    columns = ["group", "split", "fill", "kind", "edit", "heads", "joint", "sum", "value", "low", "high"]
+    return pl.concat(found).select(*columns, "p_value", "p_holm", "sources", "exploratory")
+
+
+def curve_effects(losses: pl.DataFrame, seed: int = 0) -> pl.DataFrame | None:
+    """The degradation at every point of the curves of every group."""
+    rows = curve_losses(losses.filter(pl.col("fill") == headline_fill(losses)))
+    by = ["order", "number", "count"]
+    return _by_group(rows, by, seed)
+
+
+def dose_effects(losses: pl.DataFrame, seed: int = 0) -> pl.DataFrame | None:
+    """The degradation at every gate of every set whose gate was changed by degrees."""
+    doses = [(name, *dose) for name in losses["edit"].unique() if (dose := dose_of(name))]
+    schema = {"edit": pl.String, "of": pl.String, "gate": pl.Float64}
+    rows = losses.join(pl.DataFrame(doses, schema=schema, orient="row"), on="edit", how="inner", maintain_order="left")
+    table = _by_group(rows.filter(pl.col("fill") == headline_fill(losses)), ["of", "gate"], seed)
+    return None if table is None else table.rename({"of": "edit"})
+
+
+def _by_group(rows: pl.DataFrame, by: list[str], seed: int) -> pl.DataFrame | None:
+    found = []
+    for (group,), part in rows.group_by("group", maintain_order=True):
+        table = degradations(part, by, "timestep", seed, test=False)[0].drop("p_value").sort(by)
+        found.append(table.select(pl.lit(group).alias("group"), pl.all()))
+    return pl.concat(found) if found else None
