@@ -16,7 +16,7 @@ from headscope.sweep import HeadSet, SweepConfig
 from headscope.sweep.plan.config import SPLITS
 from headscope.zoo import BUNDLED, DEFAULT_MODEL, GROUPS, MODELS, Tied, open_group
 
-TIED = ("twins", "distinct")
+TIED = ("tiled", "untiled")
 OBSERVED = ("faces", "faces_grey", "lfw", "photographs", *TIED)
 # the contrast's groups with equal histograms
 MATCHED = {NATURAL: f"{NATURAL}_matched", SYNTHETIC: f"{SYNTHETIC}_matched"}
@@ -37,7 +37,7 @@ class StudyConfig:
         groups: the zoo groups whose entropies are observed, and the contrast's two besides; none given are the faces,
             photographs and one tied pair, as far as the model was trained on them.
         ablate_groups: the groups on which heads are ablated; none given are the contrast's, and of a model that was
-            trained on them "twins" and "distinct": images whose far parts are tied, and their untied control.
+            trained on them "tiled" and "untiled": textures whose far parts are tied, and their untied control.
         items: items of each group and split, observed.
         discover_items: items of each group on which every head is ablated, to select some.
         confirm_items: items of each group on which the selected heads are tested.

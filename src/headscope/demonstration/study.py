@@ -169,6 +169,7 @@ def report_study(out: Path) -> Path:
         table("confirm", "ablations"),
         discover_sets=table("discover", "set_ablations"),
         confirm_sets=table("confirm", "set_ablations"),
+        untrained=table("untrained", "observations"),
         curves=pl.concat(curves, how="diagonal") if curves else None,
         edits=tuple(edits.values()),
         count_per_group=config.heads_per_group,

@@ -422,9 +422,3 @@ def _subset(name: str, values: tuple[str, ...], allowed: tuple[str, ...], *, emp
     unknown = [value for value in values if value not in allowed]
     if unknown or not (values or empty) or len(set(values)) != len(values):
         raise ValueError(f"{name}: got {', '.join(values) or 'none'}, expected some of {', '.join(allowed)}, each once")
-
-
-def fold_of(fill: str) -> tuple[int, int] | None:
-    """Of the name of a fold of the mean fill, as "mean 1/4", which one of how many; None for other fills."""
-    found = re.fullmatch(r"mean (\d+)/(\d+)", fill)
-    return (int(found[1]), int(found[2])) if found else None
