@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from headscope.study import inference
+from headscope.study.inference import settings
 
 SITES = (
     ("down_blocks.1.attentions.0", 256),
@@ -26,7 +26,7 @@ SHIFTS = {"faces": 0.0, "faces_grey": 0.01, "lfw": 0.03, "photographs": 0.06}
 def fewer_draws(count: int) -> Iterator[None]:
     """Of the resampling, for tests that don't depend on how many there are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "RESAMPLES", count)
+        patch.setattr(settings, "RESAMPLES", count)
         yield
 
 

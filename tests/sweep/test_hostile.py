@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from headscope.cli import app
 from headscope.demonstration import runs
-from headscope.study import inference
+from headscope.study.inference import settings
 from headscope.sweep import Run
 from headscope.sweep.plan.units import CLAIMS, FAILURES, JOBS, KINDS
 from headscope.sweep.store import store as files
@@ -35,7 +35,7 @@ EVIL = '</script><script>alert("&")</script><img src=x onerror=alert(1)>'
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Fewer draws: what is tested here does not hang on them."""
-    monkeypatch.setattr(inference, "RESAMPLES", 99)
+    monkeypatch.setattr(settings, "RESAMPLES", 99)
 
 
 @pytest.fixture

@@ -1,15 +1,16 @@
 """The sentences of the report, each computed from the numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
 from headscope.report.naming import Names, fitted, interval, percent, probability
+from headscope.report.sections.contrast import answer
 from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult
-from headscope.study.entropy import Contrast, query_groups
-from headscope.study.inference import Estimate
+from headscope.study.contrast import Comparison
+from headscope.study.entropy import query_groups
 
 _SIGNIFICANT = 0.05
 
@@ -27,7 +28,7 @@ def tiles(result: StudyResult, names: Names) -> list[Tile]:
     """The few numbers a reader should leave with."""
     found = []
     if result.contrast:
-        found.append(_contrast_tile(result.contrast))
+        found += _contrast_tile(result, result.contrast)
     top = _largest(result)
     if top:
         found.append(
@@ -55,7 +56,7 @@ def findings(result: StudyResult, names: Names) -> list[str]:
     """Sentences for the top of the page, strongest design first."""
     sentences = []
     if result.contrast:
-        sentences += [_contrast_sentence(result.contrast), *_contrast_head_sentence(result.contrast, names)]
+        sentences += _contrast_sentences(result.contrast, names)
     if result.entropy_heads is not None:
         sentences += _spread_sentence(result, names)
     if _confirmed(result) is not None:
@@ -67,65 +68,43 @@ def findings(result: StudyResult, names: Names) -> list[str]:
     return sentences
 
 
-def _contrast_tile(contrast: Contrast) -> Tile:
-    one, two = contrast.ratio, contrast.difference
-    tested = "exploratory" if two.p_value is None else f"p = {probability(two.p_value)}"
-    write = fitted((one.low, one.high))
-    return Tile(
-        f"× {write(one.value)}",
-        f"attention entropy on {contrast.natural} over {contrast.synthetic}",
-        f"{_interval(one)}; {tested}; {_pair(one.sources)} confirm sources",
-    )
-
-
-def _contrast_sentence(contrast: Contrast) -> str:
-    difference, ratio = contrast.difference, contrast.ratio
-    write = fitted((difference.low, difference.high))
-    means = (
-        f"mean normalised entropy {write(contrast.natural_mean.value)} on {contrast.natural} (natural) and"
-        f" {write(contrast.synthetic_mean.value)} on {contrast.synthetic} (synthetic)"
-    )
-    numbers = (
-        f"difference {write(difference.value)} ({_interval(difference)}"
-        + (f", p = {probability(difference.p_value)}" if difference.p_value is not None else "")
-        + f"), ratio {_value(ratio)} ({_interval(ratio)}), {_pair(difference.sources)} confirm sources"
-    )
-    if difference.exploratory:
-        lead = "Too few sources to test whether attention is spread out differently on natural and synthetic images"
-    elif difference.p_value is not None and difference.p_value < _SIGNIFICANT:
-        lead = f"Attention was {'more' if difference.value > 0 else 'less'} spread out on natural images"
-    else:
-        lead = (
-            "No overall difference in how spread out attention is was established between natural and synthetic images"
-        )
-    return f"{lead}: {means}; {numbers}."
-
-
-def _contrast_head_sentence(contrast: Contrast, names: Names) -> list[str]:
-    chosen = contrast.heads.filter(pl.col("selected"))
-    tested = chosen.filter(pl.col("p_holm").is_not_null())
-    if not len(tested):
+def _contrast_tile(result: StudyResult, contrast: Comparison) -> list[Tile]:
+    """How many heads differ, where all of them together do; beside it what random halves of a group give."""
+    omnibus, tested = contrast.omnibus, contrast.heads.filter(pl.col("p_maxt").is_not_null())
+    if omnibus["p_value"] is None or omnibus["p_value"] >= _SIGNIFICANT or not len(tested):
         return []
-    different = tested.filter(pl.col("p_holm") < _SIGNIFICANT)
-    agree = tested.filter((pl.col("value") > 0) == (pl.col("discover") > 0))
-    sentence = (
-        f"Of the {len(tested)} heads whose entropy differed most clearly on the discover split, {len(different)} differ"
-        f" on the confirm split (corrected p < 0.05) and {len(agree)} with the same sign"
-    )
-    if len(different):
-        row = different.sort(pl.col("value").abs(), descending=True).row(0, named=True)
-        sentence += (
-            f"; the largest of them is {names.head(row['site'], row['head'])}, {_value(row)}"
-            f" ({_interval(row)}, corrected p = {probability(row['p_holm'])})"
+    halves = [made.comparison for made in result.controls if made.kind == "halves" and made.comparison is not None]
+    beside = f"; in random halves of one group {_pair([len(half.different) for half in halves])}" if halves else ""
+    return [
+        Tile(
+            f"{len(contrast.different)} of {len(tested)}",
+            f"heads spread their attention differently on {contrast.first} and on {contrast.second}",
+            f"corrected p < 0.05 (max-t), all heads at once p = {probability(omnibus['p_value'])}{beside};"
+            f" {_pair(contrast.sources)} confirm sources",
         )
-    return [f"{sentence}."]
+    ]
+
+
+def _contrast_sentences(contrast: Comparison, names: Names) -> list[str]:
+    sentences = [
+        f"Entropy of attention on {contrast.first} (natural) and {contrast.second} (synthetic). {answer(contrast)}"
+    ]
+    found = contrast.different.sort(pl.col("value").abs(), descending=True)
+    if len(found):
+        row = found.row(0, named=True)
+        sentences.append(
+            f"Of the heads that differ, {names.head(row['site'], row['head'])} differs most: {contrast.first} minus"
+            f" {contrast.second} {_value(row)} nats ({_interval(row)}, corrected p = {probability(row['p_maxt'])},"
+            f" {_pair(row['sources'])} confirm sources)."
+        )
+    return sentences
 
 
 def _spread_sentence(result: StudyResult, names: Names) -> list[str]:
     assert result.entropy_heads is not None
     overall = result.entropy_heads.filter(pl.col("timestep").is_null() & (pl.col("measure") == "normalised"))
     overall = overall.filter(pl.col("query_group") == query_groups(overall)[0])
-    group = result.contrast.natural if result.contrast else result.groups[0]
+    group = result.contrast.first if result.contrast else result.groups[0]
     rows = overall.filter(pl.col("group") == group)
     rows = (rows if len(rows) else overall).drop_nulls("value").sort(["value", "site", "head"])
     if len(rows) < 2:
@@ -212,20 +191,16 @@ def _largest(result: StudyResult) -> dict | None:
     return rows.sort("value", descending=True).row(0, named=True) if len(rows) else None
 
 
-def _bounds(found: dict | Estimate) -> tuple[float | None, float | None]:
-    return (found["low"], found["high"]) if isinstance(found, dict) else (found.low, found.high)
+def _value(row: dict) -> str:
+    return fitted((row["low"], row["high"]))(row["value"])
 
 
-def _value(found: dict | Estimate) -> str:
-    return fitted(_bounds(found))(found["value"] if isinstance(found, dict) else found.value)
-
-
-def _interval(found: dict | Estimate, write: Callable[..., str] | None = None) -> str:
-    low, high = _bounds(found)
+def _interval(row: dict, write: Callable[..., str] | None = None) -> str:
+    low, high = row["low"], row["high"]
     return "no interval" if low is None else f"95 % interval {interval(low, high, write or fitted((low, high)))}"
 
 
-def _pair(sources: tuple[int, ...]) -> str:
+def _pair(sources: Sequence[int]) -> str:
     return " and ".join(map(str, sources))
 
 

@@ -7,15 +7,22 @@ import polars as pl
 
 from headscope.study.ablation import degradation_by_timestep, effects, rank_distances, rank_heads, select_heads
 from headscope.study.attributions import Attributions, attribute
+from headscope.study.contrast import Comparison, Control, compare_groups, controls_of
+from headscope.study.contrast.controls import TRAINED, controls_table
 from headscope.study.edits import Edited, heads_in, losses
-from headscope.study.entropy import Contrast, contrast_groups, entropy_by_group, entropy_by_head
+from headscope.study.entropy import ENTROPIES, entropy_by_group, entropy_by_head, item_means, variance_components
 from headscope.study.finite import finite
 from headscope.study.further import Score, further_scores, unlabelled
 from headscope.study.inference import plain_text
-from headscope.study.interventions import Interventions, curve_effects, dose_effects, joint_effects
+from headscope.study.interventions import (
+    Interventions,
+    curve_effects,
+    dose_effects,
+    effects_by_timestep,
+    joint_effects,
+)
 
 NATURAL, SYNTHETIC = "lfw", "faces_grey"
-_ENTROPIES = ("entropy_mean", "entropy_normalised_mean")
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,9 @@ class StudyResult:
         sources: group, split, items, sources: how many were observed or ablated.
         entropy_heads: see `entropy.entropy_by_head`.
         entropy_groups: see `entropy.entropy_by_group`.
-        contrast: natural against synthetic images.
+        entropy_variance: see `entropy.variance_components`.
+        contrast: natural against synthetic images, on the confirm split.
+        controls: what the contrast is read against, itself first.
         ablation_ranking: see `ablation.rank_heads`.
         ablation_timesteps: see `ablation.degradation_by_timestep`.
         interventions: what was tested on the confirm split, heads and sets of heads; of a plain sweep its sets.
@@ -45,7 +54,9 @@ class StudyResult:
     sources: pl.DataFrame
     entropy_heads: pl.DataFrame | None = None
     entropy_groups: pl.DataFrame | None = None
-    contrast: Contrast | None = None
+    entropy_variance: pl.DataFrame | None = None
+    contrast: Comparison | None = None
+    controls: list[Control] = field(default_factory=list)
     ablation_ranking: pl.DataFrame | None = None
     ablation_timesteps: pl.DataFrame | None = None
     interventions: Interventions | None = None
@@ -62,9 +73,12 @@ class StudyResult:
             "sources": self.sources,
             "entropy_heads": self.entropy_heads,
             "entropy_groups": self.entropy_groups,
-            "contrast_overall": self.contrast.overall() if self.contrast else None,
-            "contrast_timesteps": self.contrast.timesteps if self.contrast else None,
+            "entropy_variance": self.entropy_variance,
+            "contrast_divergences": self.contrast.divergences if self.contrast else None,
             "contrast_heads": self.contrast.heads if self.contrast else None,
+            "contrast_sites": self.contrast.sites if self.contrast else None,
+            "contrast_pooled": self.contrast.pooled if self.contrast else None,
+            "contrast_controls": controls_table(self.controls) if self.controls else None,
             "ablation_ranking": self.ablation_ranking,
             "ablation_timesteps": self.ablation_timesteps,
             "generation_ranking": self.generation_ranking,
@@ -82,45 +96,48 @@ def analyse(
     discover_sets: pl.DataFrame | None = None,
     confirm_sets: pl.DataFrame | None = None,
     curves: pl.DataFrame | None = None,
+    untrained: pl.DataFrame | None = None,
     edits: Sequence[Edited] = (),
     natural: str = NATURAL,
     synthetic: str = SYNTHETIC,
-    selected_heads: int = 10,
     count_per_group: int = 5,
     sites: Sequence[str] = (),
     seed: int = 0,
 ) -> StudyResult:
     """All numbers of a study, from its three sweeps; a table that is None or empty leaves its section out.
 
-    observations: entropies of all heads, both splits. discover: paired losses of all heads on the discover split.
-    confirm: paired losses of the heads that were selected on discover, on the confirm split. discover_sets,
-    confirm_sets: those of sets of heads. curves: those of the sets of curves and doses, see `curves`, on the confirm
-    split. edits: what was edited,
-    see `edits.edits_of`; none given are the heads of confirm. natural, synthetic: the groups to compare.
-    selected_heads: how many heads the comparison selects on discover. count_per_group: what `select_heads` was called
-    with, to mark the selected heads in the ranking. sites: the model's, in the order of execution, which the tables'
-    own rows don't follow. seed: of the resampling.
+    observations: entropies of all heads, discover and confirm split, and, for a control, the train split. discover:
+    paired losses of all heads on the discover split. confirm: paired losses of the heads that were selected on
+    discover, on the confirm split. discover_sets, confirm_sets: those of sets of heads. curves: those of the sets of
+    curves and doses, see `curves`, on the confirm split. untrained: entropies of the same groups in the model with
+    random weights, for another control. edits: what was edited, see `edits.edits_of`; none given are the heads of
+    confirm. natural, synthetic: the groups to compare. count_per_group: what `select_heads` was called with, to mark
+    the selected heads in the ranking. sites: the model's, in the order of execution, which the tables' own rows don't
+    follow. seed: of the resampling.
     """
-    observations, discover, confirm = (_filled(table) for table in (observations, discover, confirm))
+    observations, discover, confirm, untrained = map(_filled, (observations, discover, confirm, untrained))
     if discover is not None:
         discover = _filled(discover.filter(pl.col("split") == "discover"))
     if confirm is not None:
         confirm = _filled(confirm.filter(pl.col("split") == "confirm"))
     left_out: dict[str, int] = {}
-    observations = _finite("observations", observations, _ENTROPIES, left_out)
     discover, confirm = (
         _finite(kind, table, ("clean",), left_out) for kind, table in (("discover", discover), ("confirm", confirm))
     )
     omitted: dict[str, str] = {}
-    contrast: Contrast | None = None
+    contrast: Comparison | None = None
+    made: list[Control] = []
     if observations is None:
         omitted["entropy"] = omitted["contrast"] = "No entropies were recorded."
     else:
-        compared = contrast_groups(observations, natural, synthetic, selected_heads, seed)
+        items = item_means(observations)
+        compared = compare_groups(items, natural, synthetic, seed=seed)
         if isinstance(compared, str):
             omitted["contrast"] = compared
         else:
             contrast = compared
+        random = None if untrained is None else item_means(untrained)
+        made = controls_of(items, natural, synthetic, main=compared, untrained=random, seed=seed)
     ranking = None
     if discover is None:
         omitted["ablation"] = "No head was ablated on the discover split."
@@ -138,15 +155,16 @@ def analyse(
         interventions = Interventions(
             edits,
             effects(tested, seed, before=before),
+            effects_by_timestep(tested, seed),
             joint_effects(together, edits, seed),
             None if steps is None else curve_effects(steps, seed),
             None if steps is None else dose_effects(steps, seed),
         )
     return StudyResult(
         **_described(sites, observations, discover, confirm),
-        entropy_heads=None if observations is None else entropy_by_head(observations, seed),
-        entropy_groups=None if observations is None else entropy_by_group(observations, seed),
+        **_entropies(observations, seed),
         contrast=contrast,
+        controls=made,
         ablation_ranking=ranking,
         ablation_timesteps=None if discover is None else degradation_by_timestep(discover, seed),
         interventions=interventions,
@@ -174,14 +192,13 @@ def analyse_sweep(
     every = {"observations": observations, "ablations": ablations, "generations": generations, **(others or {})}
     filled = {kind: table for kind, table in every.items() if table is not None and len(table)}
     left_out: dict[str, int] = {}
-    observations = _finite("observations", _filled(observations), _ENTROPIES, left_out)
+    observations = _filled(observations)
     ablations = _finite("ablations", _filled(ablations), ("clean",), left_out)
     generations = _finite("generations", _filled(generations), ("distance",), left_out)
     attributed = _filled(filled.get("attributions"))
     return StudyResult(
         **_described(sites, *(_filled(table) for table in filled.values())),
-        entropy_heads=None if observations is None else entropy_by_head(observations, seed),
-        entropy_groups=None if observations is None else entropy_by_group(observations, seed),
+        **_entropies(observations, seed),
         ablation_ranking=None if ablations is None else rank_heads(ablations, (), seed),
         ablation_timesteps=None if ablations is None else degradation_by_timestep(ablations, seed),
         interventions=_of_sweep(edits, ablations, _filled(filled.get("set_ablations")), seed),
@@ -191,6 +208,20 @@ def analyse_sweep(
         unshown={} if observations is None else _unshown(observations),
         left_out=left_out,
     )
+
+
+def _entropies(observations: pl.DataFrame | None, seed: int) -> dict[str, pl.DataFrame]:
+    """The entropies of heads and groups over the held-out sources; over training items where there are no others."""
+    if observations is None:
+        return {}
+    held_out = observations.filter(pl.col("split") != TRAINED)
+    rows = held_out if len(held_out) else observations
+    items = item_means(rows)
+    return {
+        "entropy_heads": entropy_by_head(items, seed),
+        "entropy_groups": entropy_by_group(items, seed),
+        "entropy_variance": variance_components(rows),
+    }
 
 
 def _of_sweep(
@@ -203,12 +234,12 @@ def _of_sweep(
         return None
     found = effects(of_sets, seed, test=False).with_columns(exploratory=pl.lit(True))
     joint = joint_effects(together, edits, seed, test=False)
-    return Interventions(edits, found, None if joint is None else joint.with_columns(exploratory=pl.lit(True)))
+    return Interventions(edits, found, joint=None if joint is None else joint.with_columns(exploratory=pl.lit(True)))
 
 
 def _unshown(observations: pl.DataFrame) -> dict[str, list[str]]:
     """The observed columns that aren't on the page: all but the means of entropies."""
-    shown = ("call", "queries", "keys", "grid_height", "grid_width", *_ENTROPIES)
+    shown = ("call", "queries", "keys", "grid_height", "grid_width", *ENTROPIES)
     rest = [name for name in unlabelled(observations) if name not in (*shown, "forward", "frame")]
     return {"observations": rest} if rest else {}
 

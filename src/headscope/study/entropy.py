@@ -1,19 +1,17 @@
-"""Experiment one: how spread out is the attention of every head, and does it differ between groups of images?
+"""Experiment one: how spread out is the attention of every head? (Whether groups of images differ in it: `contrast`.)
 
 Entropy of a query's attention: H = -sum_j p_j ln p_j over the K keys it may attend to, in nats; 0 where it attends to a
-single key, ln K where it attends to all alike. An item's number for a head is the mean over its queries (and over noise
-replicates, calls and guidance branches).
+single key, ln K where it attends to all alike. An item's number for a head is the mean over its queries, calls,
+guidance branches and draws of noise; a source's is the mean over its items.
 
 Heads of sites with different K are never pooled in nats, where K alone would decide. Three measures stand side by side:
 normalised H / ln K (0 to 1), H in nats, and ln K - H in nats, the distance from uniform attention. Means over heads are
 taken of the normalised entropy only, each head with equal weight, within one query group.
 """
 
-from dataclasses import dataclass
-
 import polars as pl
 
-from headscope.study.inference import DIFFERENCE, MEAN, RATIO, Estimate, differences, means, ratios, with_holm
+from headscope.study.inference import MEAN, means
 
 MEASURES = {
     "normalised": "Normalised entropy H / ln K of a head's attention: 0 is one key, 1 is all keys alike. No unit.",
@@ -21,55 +19,22 @@ MEASURES = {
     "deficit": "ln K − H, in nats: how far a head's attention is from uniform, 0 or more.",
 }
 POOLED = (
-    "Normalised entropy H / ln K, averaged over queries (those of the image, where there are others), then over all"
-    " heads with equal weight. " + MEAN + " Overall = mean over the timesteps, each with equal weight."
+    "Normalised entropy H / ln K, averaged over queries (those of the image, where there are others) and draws of"
+    " noise, then over all heads with equal weight. "
+    + MEAN
+    + " Overall = mean over the timesteps, each with equal weight."
 )
-SELECTION = (
-    "Heads are chosen on the discover split by |difference| / standard error (the square root of s₁²/n₁ + s₂²/n₂, s"
-    " the standard deviation between sources) and tested on the confirm split, whose sources had no part in the choice."
+VARIANCE = (
+    "Variance of a head's entropy (nats²) between sources, between the items of a source and between the noise draws"
+    " of an item, estimated by moments so that each is unbiased: the variance between the draws of an item; the"
+    " variance between the items' means less what draws add to it; the variance between the sources' means less what"
+    " items and draws add. Averaged over heads and timesteps with equal weight. What the data can't tell apart is in"
+    " the part above it: items in sources where every source has one, draws in items or sources where every item has"
+    " one. An estimate below 0, which chance can give, is shown as it is."
 )
-_HEAD = ["site", "head", "query_group", "keys"]
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two groups' normalised entropies compared on the confirm split.
-
-    Attributes:
-        natural, synthetic: names of the groups; differences are natural minus synthetic, ratios natural / synthetic.
-        natural_mean, synthetic_mean, difference, ratio: pooled over heads, averaged over timesteps.
-        timesteps: the same at every timestep: timestep, natural, synthetic, value (the difference), low, high, p_value,
-            p_holm (over timesteps), ratio, ratio_low, ratio_high, sources, exploratory.
-        heads: per head, averaged over timesteps: site, head, query_group, keys, discover (the difference there),
-            discover_score (|difference| / standard error), selected, value (the difference on confirm), low, high,
-            p_value and p_holm (of selected heads, one family), sources, exploratory (all but the selected).
-    """
-
-    natural: str
-    synthetic: str
-    natural_mean: Estimate
-    synthetic_mean: Estimate
-    difference: Estimate
-    ratio: Estimate
-    timesteps: pl.DataFrame
-    heads: pl.DataFrame
-
-    def overall(self) -> pl.DataFrame:
-        """The four estimates that are averaged over timesteps: quantity, value, low, high, p_value, sources,
-        exploratory, unit."""
-        columns = ("value", "low", "high", "p_value", "exploratory", "unit")
-        found = [
-            {"quantity": name, **{column: getattr(estimate, column) for column in columns}}
-            | {"sources": list(estimate.sources)}
-            for name, estimate in (
-                (self.natural, self.natural_mean),
-                (self.synthetic, self.synthetic_mean),
-                ("difference", self.difference),
-                ("ratio", self.ratio),
-            )
-        ]
-        order = ["quantity", "value", "low", "high", "p_value", "sources", "exploratory", "unit"]
-        return pl.DataFrame(found, schema_overrides={"p_value": pl.Float64}).select(order)
+HEAD = ["site", "head", "query_group", "keys"]
+ENTROPIES = ("entropy_mean", "entropy_normalised_mean")
+_ITEM = ["group", "split", "source_id", "item"]
 
 
 def query_groups(table: pl.DataFrame) -> list[str]:
@@ -78,52 +43,62 @@ def query_groups(table: pl.DataFrame) -> list[str]:
     return sorted(table["query_group"].unique().to_list(), key=lambda name: (name != "image", name))
 
 
-def entropy_by_head(observations: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
-    """Every head's entropy in every group, over the sources of all splits.
+def item_means(observations: pl.DataFrame) -> pl.DataFrame:
+    """One row per item, timestep, head and query group: its mean over noise draws, calls and guidance branches.
+
+    Returns a table: group, split, source_id, item, timestep, site, head, query_group, keys, nats, normalised. Both are
+    NaN where a number isn't finite or an item has fewer draws than others of its group and split; normalised also where
+    there is a single key.
+    """
+    measures = ("nats", "normalised")
+    found = observations.group_by([*_ITEM, "timestep", *HEAD], maintain_order=True).agg(
+        *(_void(name).mean().alias(short) for name, short in zip(ENTROPIES, measures, strict=True)), rows=pl.len()
+    )
+    whole = pl.col("rows") == pl.col("rows").max().over("group", "split", *HEAD)
+    found = found.with_columns(pl.when(whole).then(name).otherwise(float("nan")).alias(name) for name in measures)
+    several = pl.when(pl.col("keys") > 1)
+    return found.with_columns(normalised=several.then("normalised").otherwise(float("nan"))).drop("rows")
+
+
+def entropy_by_head(items: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
+    """Every head's entropy in every group, over all sources of a table of `item_means`.
 
     Returns a table: group, site, head, query_group, keys, timestep (null: mean over timesteps), measure (see
     `MEASURES`), value, low, high, sources, exploratory.
     """
-    rows = observations.with_columns(
-        pl.col("entropy_normalised_mean").alias("normalised"),
-        pl.col("entropy_mean").alias("nats"),
-        (pl.col("keys").cast(pl.Float64).log() - pl.col("entropy_mean")).alias("deficit"),
-    )
     frames = []
-    for (group,), members in rows.group_by("group", maintain_order=True):
-        for measure in MEASURES:
-            labels = (pl.lit(group).alias("group"), pl.lit(measure).alias("measure"))
-            at_timesteps = means(members, measure, [*_HEAD, "timestep"], seed=seed)
-            overall = means(members, measure, _HEAD, bands="timestep", seed=seed)
-            overall = overall.with_columns(pl.lit(None, at_timesteps["timestep"].dtype).alias("timestep"))
-            frames += [frame.with_columns(labels) for frame in (at_timesteps, overall.select(at_timesteps.columns))]
-    columns = ["group", *_HEAD, "timestep", "measure", "value", "low", "high", "sources", "exploratory"]
-    return pl.concat(frames).select(columns)
+    columns = ["group", *HEAD, "timestep", "measure", "value", "low", "high", "sources", "exploratory"]
+    for (group,), members in items.group_by("group", maintain_order=True):
+        for measure in ("normalised", "nats"):
+            at_timesteps = means(members, measure, [*HEAD, "timestep"], seed=seed)
+            overall = means(members, measure, HEAD, bands="timestep", seed=seed)
+            overall = overall.with_columns(timestep=pl.lit(None, at_timesteps["timestep"].dtype))
+            for table in (at_timesteps, overall):
+                frames.append(table.with_columns(group=pl.lit(group), measure=pl.lit(measure)).select(columns))
+                if measure == "nats":
+                    frames.append(_deficit(frames[-1]))
+    return pl.concat(frames)
 
 
-def pooled_items(observations: pl.DataFrame) -> pl.DataFrame:
-    """One row per item and timestep: its normalised entropy averaged over heads, column normalised."""
-    rows = observations.filter(pl.col("query_group") == query_groups(observations)[0])
-    item = ["group", "split", "source_id", "item", "timestep"]
-    head = rows.group_by(*item, "site", "head", maintain_order=True).agg(
-        pl.col("entropy_normalised_mean").cast(pl.Float64).mean()
-    )
-    return (
-        head.group_by(item, maintain_order=True)
-        .agg(pl.col("entropy_normalised_mean").mean().alias("normalised"))
-        .sort(item)
-    )
+def pooled_items(items: pl.DataFrame) -> pl.DataFrame:
+    """One row per item and timestep: its normalised entropy averaged over heads, column normalised.
+
+    Sites with a single key have no normalised entropy and no part in it.
+    """
+    rows = items.filter(pl.col("query_group") == query_groups(items)[0], pl.col("keys") > 1)
+    item = [*_ITEM, "timestep"]
+    return rows.group_by(item, maintain_order=True).agg(pl.col("normalised").mean()).sort(item)
 
 
-def entropy_by_group(observations: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
-    """Normalised entropy pooled over heads, over the sources of all splits: see `POOLED`.
+def entropy_by_group(items: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
+    """Normalised entropy pooled over heads, over all sources of a table of `item_means`: see `POOLED`.
 
     Returns a table: group, timestep (null: mean over timesteps), value, low, high, sources, exploratory.
     """
     frames = []
-    items = pooled_items(observations)
-    for group in observations["group"].unique(maintain_order=True):
-        members = items.filter(pl.col("group") == group)
+    pooled = pooled_items(items)
+    for group in items["group"].unique(maintain_order=True):
+        members = pooled.filter(pl.col("group") == group)
         at_timesteps = means(members, "normalised", ["timestep"], seed=seed).sort("timestep")
         overall = means(members, "normalised", bands="timestep", seed=seed)
         overall = overall.select(pl.lit(None, at_timesteps["timestep"].dtype).alias("timestep"), *overall.columns)
@@ -131,79 +106,87 @@ def entropy_by_group(observations: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
     return pl.concat(frames)
 
 
-def contrast_groups(
-    observations: pl.DataFrame, natural: str, synthetic: str, selected_heads: int = 10, seed: int = 0
-) -> Contrast | str:
-    """Compare two groups on the confirm split; where that is impossible, the reason in words."""
-    present = set(observations["group"].unique())
-    absent = [name for name in (natural, synthetic) if name not in present]
-    if absent:
-        return f"The group {' and the group '.join(absent)} was not observed, so there is nothing to compare."
-    items = pooled_items(observations).filter(pl.col("split") == "confirm")
-    one, two = (items.filter(pl.col("group") == name) for name in (natural, synthetic))
-    if not (len(one) and len(two)):
-        return f"The confirm split was not observed in both {natural} and {synthetic}."
-    shared = set(one["timestep"]) & set(two["timestep"])
-    if not shared:
-        return f"{natural} and {synthetic} were observed at different timesteps."
-    one, two = (rows.filter(pl.col("timestep").is_in(shared)) for rows in (one, two))
-    timesteps = differences(one, two, "normalised", ["timestep"], seed=seed)
-    timesteps = with_holm(timesteps)
-    for name, rows in (("natural", one), ("synthetic", two)):
-        mean = means(rows, "normalised", ["timestep"], seed=seed).select("timestep", pl.col("value").alias(name))
-        timesteps = timesteps.join(mean, on="timestep", maintain_order="left")
-    ratio = ratios(one, two, "normalised", ["timestep"], seed=seed)
-    ratio = ratio.select("timestep", ratio="value", ratio_low="low", ratio_high="high")
-    timesteps = timesteps.join(ratio, on="timestep", maintain_order="left").sort("timestep")
-    unit = "normalised entropy"
-    return Contrast(
-        natural,
-        synthetic,
-        *(
-            Estimate.from_row(means(rows, "normalised", bands="timestep", seed=seed), unit, POOLED)
-            for rows in (one, two)
-        ),
-        Estimate.from_row(
-            differences(one, two, "normalised", bands="timestep", seed=seed), unit, f"{POOLED} {DIFFERENCE}"
-        ),
-        Estimate.from_row(
-            ratios(one, two, "normalised", bands="timestep", seed=seed), "ratio, no unit", f"{POOLED} {RATIO}"
-        ),
-        timesteps,
-        _contrast_heads(observations, natural, synthetic, selected_heads, seed),
+def variance_components(observations: pl.DataFrame) -> pl.DataFrame:
+    """What the entropies of a group's heads vary with: see `VARIANCE`.
+
+    Returns a table: group, heads, sources, items, draws (the most of an item), between_sources, between_items (null
+    where every source has one item), between_draws (null where every item has one draw), all in nats^2, void (how many
+    heads at a timestep have a number that isn't finite, and are in none of the means).
+    """
+    quantity = ["group", "timestep", *HEAD]
+    draws = observations.group_by([*quantity, "source_id", "item", "replicate"]).agg(nats=_void("entropy_mean").mean())
+    items = draws.group_by([*quantity, "source_id", "item"]).agg(
+        mean=pl.col("nats").mean(),
+        squares=((pl.col("nats") - pl.col("nats").mean()) ** 2).sum(),
+        draws=pl.len().cast(pl.Float64),
+    )
+    # variance of the mean of an item from one draw's variance, and so on upwards
+    sources = items.group_by([*quantity, "source_id"]).agg(
+        mean=pl.col("mean").mean(),
+        squares=((pl.col("mean") - pl.col("mean").mean()) ** 2).sum(),
+        items=pl.len().cast(pl.Float64),
+        spare_draws=(pl.col("draws") - 1).sum(),
+        draw_squares=pl.col("squares").sum(),
+        # sum over items of 1 / draws
+        shares=(1 / pl.col("draws")).sum(),
+        most_draws=pl.col("draws").max(),
+    )
+    of_draws = pl.when(pl.col("spare_draws").sum() > 0).then(pl.col("draw_squares").sum() / pl.col("spare_draws").sum())
+    spare = (pl.col("items") - 1).sum()
+    # E of the squares within a source is (k - 1) of_items + (1 - 1/k) shares of_draws
+    added = ((1 - 1 / pl.col("items")) * pl.col("shares")).sum()
+    within = pl.col("squares").sum()
+    cells = sources.group_by(quantity).agg(
+        draws=pl.col("most_draws").max(),
+        sources=pl.len(),
+        items=pl.col("items").sum(),
+        between_draws=of_draws,
+        within=within,
+        spare=spare,
+        added=added,
+        of_means=pl.col("mean").var(),
+        per_item=(1 / pl.col("items")).mean(),
+        per_draw=(pl.col("shares") / pl.col("items") ** 2).mean(),
+        whole=pl.col("mean").is_finite().all(),
+    )
+    from_draws = pl.col("between_draws").fill_null(0.0)
+    cells = cells.with_columns(
+        between_items=pl.when(pl.col("spare") > 0).then(
+            (pl.col("within") - pl.col("added") * from_draws) / pl.col("spare")
+        )
+    )
+    from_items = pl.col("between_items").fill_null(0.0)
+    # with one item a source the draws' part is taken off all the same
+    cells = cells.with_columns(
+        between_sources=pl.col("of_means") - pl.col("per_item") * from_items - pl.col("per_draw") * from_draws
+    )
+    parts = ("between_sources", "between_items", "between_draws")
+    return (
+        cells.group_by("group")
+        .agg(
+            pl.struct(*HEAD).n_unique().alias("heads"),
+            pl.col("sources").max(),
+            pl.col("items").max().cast(pl.Int64),
+            pl.col("draws").max().cast(pl.Int64),
+            *(pl.col(name).filter(pl.col("whole")).mean() for name in parts),
+            (~pl.col("whole")).sum().alias("void"),
+        )
+        .sort("group")
     )
 
 
-def _contrast_heads(
-    observations: pl.DataFrame, natural: str, synthetic: str, selected_heads: int, seed: int
-) -> pl.DataFrame:
-    value = "entropy_normalised_mean"
+def _void(name: str) -> pl.Expr:
+    """A column with NaN for every number that isn't finite or is absent, so that no mean passes over one."""
+    value = pl.col(name).cast(pl.Float64)
+    return pl.when(value.is_finite()).then(value).otherwise(float("nan"))
 
-    def compare(split: str, cells: pl.DataFrame | None, test: bool) -> pl.DataFrame:
-        rows = observations.filter(pl.col("split") == split)
-        if cells is not None:
-            rows = rows.join(cells.select(_HEAD), on=_HEAD, how="semi", maintain_order="left")
-        one, two = (rows.filter(pl.col("group") == name) for name in (natural, synthetic))
-        return differences(one, two, value, _HEAD, "timestep", seed, test)
 
-    everything = compare("confirm", None, test=False)
-    before = observations.filter((pl.col("split") == "discover") & pl.col("group").is_in([natural, synthetic]))
-    # without both groups on discover nothing can be selected
-    discover = compare("discover", None, test=False) if before["group"].n_unique() == 2 else everything.clear()
-    score = (pl.col("value").abs() / pl.col("standard_error")).fill_nan(0.0).fill_null(0.0)
-    discover = discover.select(*_HEAD, pl.col("value").alias("discover"), score.alias("discover_score"))
-    # with ties, the name decides, so that a repetition selects the same heads
-    ranked = discover.sort(["discover_score", *_HEAD], descending=[True, *[False] * len(_HEAD)])
-    chosen = ranked.head(selected_heads)
-    if len(chosen):
-        tested = with_holm(compare("confirm", chosen, test=True))
-        tested = tested.select(*_HEAD, "p_value", "p_holm", pl.lit(True).alias("selected"))
-    else:
-        tested = everything.select(
-            *_HEAD, pl.lit(None, pl.Float64).alias("p_value"), pl.lit(None, pl.Float64).alias("p_holm"), selected=False
-        ).clear()
-    heads = everything.select(*_HEAD, "value", "low", "high", "sources", "exploratory")
-    heads = heads.join(discover, on=_HEAD, how="left", maintain_order="left")
-    heads = heads.join(tested, on=_HEAD, how="left", maintain_order="left")
-    selected = pl.col("selected").fill_null(False)
-    return heads.with_columns(selected, (pl.col("exploratory") | ~selected).alias("exploratory"))
+def _deficit(nats: pl.DataFrame) -> pl.DataFrame:
+    """ln K - H with its interval, from that of H."""
+    most = pl.col("keys").cast(pl.Float64).log()
+    return nats.with_columns(
+        measure=pl.lit("deficit"),
+        value=most - pl.col("value"),
+        low=most - pl.col("high"),
+        high=most - pl.col("low"),
+    )

@@ -6,7 +6,7 @@ from itertools import product
 import polars as pl
 
 from headscope.report.marks import SEQUENTIAL, by_group, colour_bar, dots_of, estimate_note, heads_of, notes_of, when
-from headscope.report.naming import Names, fitted, interval, plot_text
+from headscope.report.naming import Names, fitted, interval, percent, plot_text, significant
 from headscope.report.panels import Figure, View, heat_maps, over_timesteps
 from headscope.report.section import Section
 from headscope.report.tables import Table
@@ -28,6 +28,8 @@ def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section
         {
             "measures": entropy.MEASURES,
             "pooled": entropy.POOLED,
+            "variance_words": entropy.VARIANCE,
+            "variance": None if result.entropy_variance is None else variance_table(result.entropy_variance, groups),
             "fewest": inference.FEWEST_SOURCES,
             "heads": entropy_table(heads, names, [group for group in groups if group in present]),
         },
@@ -98,3 +100,23 @@ def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) ->
     for group in groups:
         columns += [(f"{group}, H / ln K", True), (f"{group}, nats", True)]
     return Table("Entropy of every head, mean over timesteps, all observed sources (95 % interval).", columns, rows)
+
+
+def variance_table(variance: pl.DataFrame, groups: Sequence[str]) -> Table:
+    """What a head's entropy varies with, a row per group."""
+    found = {row["group"]: row for row in variance.iter_rows(named=True)}
+    parts = ("between_sources", "between_items", "between_draws")
+    rows = []
+    for row in (found[group] for group in groups if group in found):
+        total = sum(row[part] or 0.0 for part in parts)
+        cells = []
+        for part in parts:
+            share = "" if row[part] is None or total <= 0 else f" ({percent(row[part] / total)})"
+            cells.append(f"{significant(row[part])}{share}")
+        rows.append(
+            [row["group"], *(str(row[name]) for name in ("sources", "items", "draws")), *cells, str(row["void"])]
+        )
+    columns = [("group", False), ("sources", True), ("items", True), ("draws of noise an item", True)]
+    columns += [(f"between {part.partition('_')[2]}, nats²", True) for part in parts]
+    caption = "Variance of a head's entropy, mean over heads and timesteps (share of the sum)."
+    return Table(caption, [*columns, ("void", True)], rows)

@@ -26,9 +26,9 @@ import polars as pl
 from scipy.special import ndtr, ndtri
 from scipy.stats import permutation_test
 
-RESAMPLES = 9999
-LEVEL = 0.95
-FEWEST_SOURCES = 20
+from headscope.study.inference import settings
+from headscope.study.inference.settings import FEWEST_SOURCES, LEVEL
+
 # keeps the table of draws of one block of quantities below about 160 MB
 _BLOCK = 2000
 
@@ -295,7 +295,7 @@ def bootstrap(
     statistic: takes the mean of every array over sources, [draws, cells, bands], groups in order; returns
     [draws, cells]. A source that lacks a quantity (NaN) is left out of that quantity. resamples: None is `RESAMPLES`.
     """
-    resamples = RESAMPLES if resamples is None else resamples
+    resamples = settings.RESAMPLES if resamples is None else resamples
     cells = groups[0][0].shape[1]
     blocks = [
         _bootstrap_block(
@@ -409,7 +409,7 @@ def _permuted(samples: Sequence[np.ndarray], counts: np.ndarray, seed: int) -> n
             (lambda a, b, axis: a.mean(axis=axis) - b.mean(axis=axis)) if len(data) == 2 else np.mean,
             permutation_type="independent" if len(data) == 2 else "samples",
             vectorized=True,
-            n_resamples=RESAMPLES,
+            n_resamples=settings.RESAMPLES,
             # [cells, batch, sources] stays below about 40 MB
             batch=max(1, 5_000_000 // max(1, sum(sample.size for sample in data))),
             axis=1,

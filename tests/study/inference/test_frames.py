@@ -8,7 +8,6 @@ import scipy.stats
 from headscope.study.inference import (
     FEWEST_SOURCES,
     Estimate,
-    bootstrap,
     degradations,
     differences,
     holm,
@@ -16,6 +15,7 @@ from headscope.study.inference import (
     ratios,
     source_means,
 )
+from headscope.study.inference.frames import bootstrap
 
 
 def one_item_each(values, name="value", prefix="s"):

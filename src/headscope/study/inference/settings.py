@@ -1,0 +1,8 @@
+"""What all intervals and tests share. Read when a function is called, so that a test may change it here."""
+
+# draws of every bootstrap and permutation
+RESAMPLES = 9999
+# of intervals
+LEVEL = 0.95
+# a group of fewer gets no p-value, and its interval is marked exploratory
+FEWEST_SOURCES = 20
