@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 
 from headscope._files import local_path
-from headscope.report import findings
 from headscope.report.caveats import STUDY_CAVEATS, caveats_of
 from headscope.report.images import sheet
+from headscope.report.lead import lead_of
 from headscope.report.naming import Names, listed
 from headscope.report.rendering import write_page
 from headscope.report.sections import sections_of
@@ -61,14 +61,15 @@ def write_report(
     shown = [info.name for info in groups]
     names = Names(result.sites, [*shown, *(group for group in result.groups if group not in shown)])
     order = [*(group for group in shown if group in result.groups), *(g for g in result.groups if g not in shown)]
+    lead = lead_of(result, names)
     return write_page(
         path,
         "page.html",
         title=title,
         label=label,
         summary=summary,
-        tiles=findings.tiles(result, names),
-        findings=findings.findings(result, names),
+        tiles=lead.tiles,
+        findings=lead.sentences,
         run=[(name, listed(value)) for name, value in run_info.items()],
         groups=[_group_card(info, result) for info in groups],
         unshown=result.unshown,

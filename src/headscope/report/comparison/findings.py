@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import polars as pl
 
-from headscope.report.findings import Tile
+from headscope.report.lead import Tile
 from headscope.report.marks import SIGNIFICANT
 from headscope.report.naming import Names, fitted, interval, number, percent, probability
 from headscope.study.compare import Comparison
