@@ -11,6 +11,8 @@ energy (two groups compared in everything at once). How well all of it holds: be
 """
 
 from headscope.study.inference import settings
+from headscope.study.inference.combinations import combined
+from headscope.study.inference.components import COMPONENTS, components, linearised
 from headscope.study.inference.energy import ENERGY, EnergyTest, energy_test
 from headscope.study.inference.estimates import ABSOLUTE, DIFFERENCE, MEAN, RATIO, RELATIVE, Estimate, plain_text
 from headscope.study.inference.families import HOLM, MAX_T, holm, strongest, with_holm
@@ -22,6 +24,7 @@ from headscope.study.inference.sources import VOID, source_means
 
 __all__ = [
     "ABSOLUTE",
+    "COMPONENTS",
     "DIFFERENCE",
     "DIFFERENCE_TEST",
     "EFFECT_TEST",
@@ -38,10 +41,13 @@ __all__ = [
     "VOID",
     "EnergyTest",
     "Estimate",
+    "combined",
+    "components",
     "degradations",
     "differences",
     "energy_test",
     "holm",
+    "linearised",
     "means",
     "plain_text",
     "ratios",

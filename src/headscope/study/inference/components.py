@@ -7,8 +7,8 @@ import polars as pl
 
 COMPONENTS = (
     "Variance components of a nested design (draws of noise in items in sources) by the method of moments: mean squares"
-    " are set equal to what they are on average (Searle, Casella and McCulloch 1992, ch. 3). A negative one is set to 0 and"
-    " named under truncated. What a design can't tell apart is in the level above: with one item a source, items are in"
+    " are set equal to what they are on average (Searle, Casella and McCulloch 1992, ch. 3). A negative one is set to 0"
+    " and named under truncated. What a design can't tell apart is in the level above: with one item a source, items are in"
     " sources; with one draw an item, draws are in items."
 )
 
@@ -23,11 +23,11 @@ def components(rows: pl.DataFrame, value: str, by: Sequence[str] = (), bands: st
         bands: a column over which the value is averaged first.
 
     Returns:
-        A table of the columns of `by`, then between_sources, between_items, between_draws (variances, in the value's unit
-        squared; null where the design can't tell), truncated (the names of negative ones, which are set to 0), sources,
-        items, draws (their numbers; draws are rows), and what more draws would leave of the standard error, as a
-        fraction of today's: with_twice_the_draws, with_unlimited_draws (null with one draw an item). A quantity with a value that
-        isn't finite has nulls.
+        A table of the columns of `by`, then between_sources, between_items, between_draws (variances, in the value's
+        unit squared; null where the design can't tell), truncated (the names of negative ones, which are set to 0),
+        sources, items, draws (their numbers; draws are rows), and what more draws would leave of the standard error, as
+        a fraction of today's: with_twice_the_draws, with_unlimited_draws (null with one draw an item). A quantity with
+        a value that isn't finite has nulls.
     """
     by = list(by)
     nested = ["source_id", "item", "replicate"]
@@ -47,8 +47,8 @@ def components(rows: pl.DataFrame, value: str, by: Sequence[str] = (), bands: st
 def linearised(rows: pl.DataFrame, by: Sequence[str] = (), bands: str | None = None) -> pl.DataFrame:
     """The rows with a column influence: what each adds to the relative degradation, to first order, for `components`.
 
-    influence = (d - r c) / (mean of c over the rows of its quantity and band), d = edited - clean, c = clean, r the band's
-    ratio of sums. Its mean is 0 and its variance between sources is that of the delta method.
+    influence = (d - r c) / (mean of c over the sources of its quantity and band), d = edited - clean, c = clean, r the
+    band's ratio of sums. Its mean is 0 and its variance between sources is that of the delta method.
     """
     over = [*by, *([bands] if bands else [])] or [pl.lit(0)]
     clean = pl.col("clean").cast(pl.Float64)
