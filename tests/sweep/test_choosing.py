@@ -40,7 +40,8 @@ def taken(task, **fields):
 
 
 def test_bundled_groups_have_all_that_a_sweep_takes_by_itself(task):
-    assert taken(task, groups=("lfw",)) == (20, 20, 16, "")
+    assert taken(task, groups=("lfw",)) == (20, 20, 60, "")
+    assert taken(task, groups=("lfw",), reference_items=16) == (20, 20, 16, "")
     assert taken(task, groups=("lfw",), items=20, reference_items=60) == (20, 20, 60, "")
 
 
@@ -57,6 +58,32 @@ def test_bundled_groups_that_have_less_are_errors(task, fields, message):
         taken(task, groups=("lfw",), **fields)
 
 
+def test_training_items_are_the_reference(task):
+    """All of them, up to 2,000; where they are swept, too, the others."""
+    (group,) = open_items(SweepConfig(groups=("unmirrored",), items=1), task)
+    assert len(group.reference) == 1200
+    assert {item.split for item in group.reference} == {"train"}
+    (group,) = open_items(SweepConfig(groups=("lfw",), splits=("train", "confirm")), task)
+    swept = [item.split for item in group.swept]
+    assert (swept.count("train"), swept.count("confirm"), len(group.reference)) == (20, 20, 40)
+    assert {item.split for item in group.reference} == {"train"}
+    assert not {item.source_id for item in group.reference} & {item.source_id for item in group.swept}
+    (group,) = open_items(SweepConfig(groups=("lfw",), splits=("train",), items=60, fills=("zero",)), task)
+    assert len(group.swept) == 60
+    with pytest.raises(ValueError, match="items: all training items of 'lfw' are swept, and the fills mean and"):
+        open_items(SweepConfig(groups=("lfw",), splits=("train",), items=60), task)
+
+
+def test_groups_without_training_items_have_larger_references_than_sweeps(task, tmp_path):
+    mine = folder(tmp_path / "images", 60)
+    assert taken(task, groups=(mine,)) == (20, 20, 20, "mine: the reference has 20 items (by default up to 200)")
+    many = {"discover": range(20), "confirm": range(20, 40)}
+    chosen = choose_items(
+        SweepConfig(groups=("faces",)), "many", many, (), range(400), lambda members, count: list(members)[:count]
+    )
+    assert (len(chosen.swept), len(chosen.reference), chosen.note) == (40, 200, "")
+
+
 def test_folders_that_have_less_are_errors(task, tmp_path):
     mine = folder(tmp_path / "images", 13)
     with pytest.raises(
@@ -66,11 +93,11 @@ def test_folders_that_have_less_are_errors(task, tmp_path):
     assert taken(task, groups=(mine,), items=6, fills=("zero",)) == (6, 6, 0, "")
     # one is left for the reference
     assert taken(task, groups=(mine,), items=6)[:3] == (6, 6, 1)
-    assert "the mean fill is taken over 1 items (by default up to 16)" in taken(task, groups=(mine,), items=6)[3]
+    assert "the reference has 1 items (by default up to 200)" in taken(task, groups=(mine,), items=6)[3]
     with pytest.raises(ValueError, match="reference_items: got 2, and 'mine' has 1 beside the swept ones"):
         taken(task, groups=(mine,), items=6, reference_items=2)
     even = folder(tmp_path / "even", 12)
-    message = "items: all that 'mine' has are swept, and the mean fill needs some beside them; expected at most 5 items"
+    message = "items: all that 'mine' has are swept, and the fills mean and resample need .*; expected at most 5 items"
     with pytest.raises(ValueError, match=message):
         taken(task, groups=(even,), items=6)
     assert taken(task, groups=(even,), items=5)[:3] == (5, 5, 2)
@@ -87,7 +114,7 @@ def test_by_default_what_there_is_is_taken_and_said(task, tmp_path):
     discover, confirm, reference, note = taken(task, groups=(mine,))
     assert (discover + confirm, reference) == (9, 3)
     assert f"{discover} in discover and {confirm} in confirm are all" in note
-    assert "the mean fill is taken over 3 items" in note
+    assert "the reference has 3 items (by default up to 200)" in note
 
 
 def test_a_split_that_is_empty_is_an_error_or_said(task, tmp_path):
@@ -190,7 +217,7 @@ def test_asking_for_what_is_taken_anyway_is_no_other_configuration(ddpm_director
     asked = {"model": ddpm_directory, "groups": ("lfw",), "timesteps": (60,)}
     one, two = (
         Opened(SweepConfig(**asked, **numbers), Execution()).plan
-        for numbers in ({}, {"items": 20, "reference_items": 16})
+        for numbers in ({}, {"items": 20, "reference_items": 60})
     )
     assert one == two
 

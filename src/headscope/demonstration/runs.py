@@ -13,6 +13,7 @@ from headscope._machine import memory_bytes
 from headscope.counter import check_seed
 from headscope.report.naming import listed
 from headscope.report.page import SECTIONS, GroupInfo, write_sweep_report
+from headscope.study.edits import Edited, edits_of
 from headscope.sweep import Run
 from headscope.sweep.store.run import as_written
 from headscope.zoo import MODELS, open_group
@@ -61,6 +62,7 @@ def report_sweep(path: Path) -> Path:
             run_info=run_info(run.manifest),
             groups=group_infos(run.manifest),
             sites=sites_of(run),
+            edits=edits_in(run),
             seed=run.manifest["config"]["seed"],
             others={kind: table for kind, table in tables.items() if kind not in SECTIONS},
             caveats=[*_unfinished(run), *_not_shown(tables)],
@@ -164,6 +166,12 @@ def group_infos(manifest: dict[str, Any]) -> list[GroupInfo]:
 def sites_of(run: Run) -> list[str]:
     """The model's sites in the order of execution."""
     return [site["name"] for site in run.manifest["sites"]]
+
+
+def edits_in(run: Run) -> list[Edited]:
+    """What a run edits: every head by itself, and its sets."""
+    sites = {site["name"]: int(site["heads"]) for site in run.manifest["sites"]}
+    return edits_of(run.manifest["config"]["sets"], sites)
 
 
 def _model_name(manifest: dict[str, Any]) -> str:

@@ -1,44 +1,45 @@
-"""`headscope study`: three sweeps, the analysis, and the page, with what was selected on one split tested on the other.
+"""`headscope study`: sweeps, their analysis, and the page, with what was selected on one split tested on the other.
 
-observe/    every head's entropy, all groups, both splits
-discover/   every head ablated (mean fill), the contrast's groups and a tied pair's, discover split
-confirm/    the heads selected there, mean and zero fill, confirm split
-tables/     the numbers of the page, as CSV
+observe/         every head's entropy, all groups and splits
+untrained/       the same of the model before it was trained, the contrast's groups
+discover/        every head, site and level ablated (mean fill), the contrast's groups and a tied pair's, discover split
+confirm/         the heads and sets selected there, sites and levels, every fill, confirm split
+curves-GROUP/    more and more heads removed, and by degrees, confirm split
+drawn/           images drawn with and without the selected sets
+tables/          the numbers of the page, as CSV
 report.html
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from rich.console import Console
 
-from headscope._fields import settle
+from headscope._fields import from_table
 from headscope._files import local_path, write_atomic
 from headscope._machine import checked_device
+from headscope.demonstration import stages
 from headscope.demonstration.runs import (
     REPORT,
     check_described,
+    edits_in,
     group_infos,
     run_info,
     sites_of,
     table_in_memory,
     work_of,
 )
+from headscope.demonstration.stages import StudyConfig
 from headscope.report.caveats import STUDY_CAVEATS
 from headscope.report.page import write_report
-from headscope.study.ablation import select_heads
-from headscope.study.analysis import NATURAL, SYNTHETIC, analyse
+from headscope.study.analysis import analyse
 from headscope.sweep import Run, SweepConfig, run_sweep
-from headscope.sweep.plan.config import SPLITS
-from headscope.zoo import BUNDLED, DEFAULT_MODEL, GROUPS, MODELS, open_group
 
 STUDY = "study.json"
 TITLE = "Attention heads of a small diffusion model"
-TIED = ("twins", "distinct")
-OBSERVED = ("faces", "faces_grey", "lfw", "photographs", *TIED)
-STAGES = ("observe", "discover", "confirm")
 TRAINING_CAVEAT = (
     "The model was trained on as many images and presentations of the drawn faces in grey as of photographed faces,"
     " none of them observed here; but drawn faces come in other groups, too (in colour), so it has met their shapes"
@@ -49,93 +50,6 @@ PLANTED_CAVEAT = (
     "The model's heads were written by hand (docs/planted.md): what is found here can be held against what is known of"
     " them, and says nothing about models that were trained."
 )
-
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """The settings of a study. The defaults take about two minutes on two cores.
-
-    Attributes:
-        model: the bundled model's name.
-        groups: the zoo groups whose entropies are observed, and the contrast's two besides; none given are the faces,
-            photographs and one tied pair, as far as the model was trained on them.
-        ablate_groups: the groups on which heads are ablated; none given are the contrast's, and of a model that was
-            trained on them "twins" and "distinct": images whose far parts are tied, and their untied control.
-        items: items of each group and split, observed.
-        discover_items: items of each group on which every head is ablated, to select some.
-        confirm_items: items of each group on which the selected heads are tested.
-        heads_per_group: how many heads each group selects.
-        observe_bands, ablate_bands: how many log-SNR bands, one timestep each.
-        seed: the noise replicate, and the resampling's seed.
-        device, dtype: where and in what the model runs.
-    """
-
-    model: str = DEFAULT_MODEL
-    groups: tuple[str, ...] = ()
-    ablate_groups: tuple[str, ...] = ()
-    items: int = 20
-    discover_items: int = 16
-    confirm_items: int = 20
-    heads_per_group: int = 5
-    observe_bands: int = 5
-    ablate_bands: int = 3
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        settle(self)
-        if self.model not in BUNDLED:
-            raise ValueError(f"model: got {self.model!r}, expected one of {', '.join(BUNDLED)}")
-        # planted models weren't taught any
-        taught = MODELS[self.model].groups if self.model in MODELS else tuple(GROUPS)
-        # frozen for everybody else
-        if not self.groups:
-            object.__setattr__(self, "groups", tuple(name for name in OBSERVED if name in taught))
-        if not self.ablate_groups:
-            object.__setattr__(self, "ablate_groups", (*self.contrast, *(name for name in TIED if name in taught)))
-        for name in ("items", "discover_items", "confirm_items", "heads_per_group", "observe_bands", "ablate_bands"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for field in ("groups", "ablate_groups"):
-            unknown = [name for name in getattr(self, field) if name not in GROUPS]
-            if unknown:
-                raise ValueError(f"{field}: got {', '.join(unknown)}, expected some of {', '.join(GROUPS)}")
-        # the later stages', too, before the first begins
-        asked = [
-            ("items", (*self.groups, *self.contrast)),
-            *((f"{s}_items", self.ablate_groups) for s in ("discover", "confirm")),
-        ]
-        for name, groups in asked:
-            least = min(len(open_group(group).indices(split)) for group in groups for split in SPLITS)
-            if getattr(self, name) > least:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)} of each split, expected at most the groups' {least}"
-                )
-        # settings that no sweep can have are refused now, not when the sweeps begin
-        self.observe()
-
-    @property
-    def contrast(self) -> tuple[str, str]:
-        return SYNTHETIC, NATURAL
-
-    def observe(self) -> SweepConfig:
-        groups = tuple(dict.fromkeys((*self.groups, *self.contrast)))
-        return self._sweep(groups=groups, items=self.items, bands=self.observe_bands, fills=(), scores=())
-
-    def discover(self) -> SweepConfig:
-        return self._ablate(splits=("discover",), items=self.discover_items, fills=("mean",))
-
-    def confirm(self, heads: list[tuple[str, int]]) -> SweepConfig:
-        return replace(
-            self._ablate(splits=("confirm",), items=self.confirm_items, fills=("mean", "zero")), heads=tuple(heads)
-        )
-
-    def _ablate(self, **fields: Any) -> SweepConfig:
-        return self._sweep(groups=self.ablate_groups, bands=self.ablate_bands, observe=False, **fields)
-
-    def _sweep(self, **fields: Any) -> SweepConfig:
-        return SweepConfig(model=self.model, seed=self.seed, device=self.device, dtype=self.dtype, **fields)
 
 
 def run_study(
@@ -163,21 +77,49 @@ def run_study(
     show: dict[str, Any] = {"batch": batch, "progress": progress, "console": console}
     checked_device(config.device)
     _claim(out, config)
-    run_sweep(config.observe(), out / "observe", title="entropy of every head", **show)
-    discover = run_sweep(config.discover(), out / "discover", title="every head ablated", **show)
-    heads = select_heads(table_in_memory(discover, "ablations"), config.heads_per_group)
-    run_sweep(config.confirm(heads), out / "confirm", title="selected heads tested", **show)
+    ran: dict[str, Run] = {}
+    for stage in config.stages:
+        ran[stage] = run_sweep(
+            _sweep_of(config, stage, ran), out / stage, title=_TITLES[stage.partition("-")[0]], **show
+        )
     return report_study(out)
+
+
+_TITLES = {
+    "observe": "entropy of every head",
+    "untrained": "entropy before training",
+    "discover": "every head and site ablated",
+    "confirm": "what was selected, tested",
+    "curves": "more and more heads removed",
+    "drawn": "images drawn without heads",
+}
+
+
+def _sweep_of(config: StudyConfig, stage: str, ran: dict[str, Run]) -> SweepConfig:
+    """A stage's sweep, given those that ran before it."""
+    name, _, group = stage.partition("-")
+    if name in ("observe", "untrained"):
+        return {"observe": stages.observe, "untrained": stages.untrained}[name](config)
+    if name == "discover":
+        return stages.discover(config, _wholes(ran["observe"]))
+    ablations = table_in_memory(ran["discover"], "ablations")
+    if name == "confirm":
+        return stages.confirm(config, _wholes(ran["observe"]), ablations)
+    return stages.curves(config, group, ablations) if name == "curves" else stages.drawn(config, ablations)
+
+
+def _wholes(observed: Run) -> dict[str, list[str]]:
+    return stages.wholes_of(table_in_memory(observed, "observations"), sites_of(observed))
 
 
 def _claim(out: Path, config: StudyConfig) -> None:
     """Make the directory this study's, or make sure it is."""
     asked = json.loads(json.dumps(asdict(config)))
     if is_study(out):
-        stored = read_study(out)
-        different = [name for name in asked if stored.get(name) != asked[name]]
+        stored = json.loads(json.dumps(asdict(read_study(out))))
+        different = [name for name in asked if stored[name] != asked[name]]
         if different:
-            changes = "".join(f"\n  {name}: {stored.get(name)} there, {asked[name]} now" for name in different)
+            changes = "".join(f"\n  {name}: {stored[name]} there, {asked[name]} now" for name in different)
             raise ValueError(
                 f"out: {str(out)!r} holds a study of another configuration; choose another directory{changes}"
             )
@@ -187,16 +129,17 @@ def _claim(out: Path, config: StudyConfig) -> None:
     write_atomic(out / STUDY, json.dumps(asked, indent=2).encode())
 
 
-def read_study(out: Path) -> dict[str, Any]:
+def read_study(out: Path) -> StudyConfig:
     """The settings a study was started with."""
     try:
         settings = json.loads((out / STUDY).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return from_table(StudyConfig, settings)
+    except OSError as error:
         raise ValueError(f"study: {str(out / STUDY)!r} can't be read ({error})") from None
-    whole = isinstance(settings, dict) and all(type(settings.get(name)) is int for name in ("heads_per_group", "seed"))
-    if not whole:
-        raise ValueError(f"study: {str(out / STUDY)!r} holds no study's settings, expected what headscope study wrote")
-    return settings
+    except ValueError as error:
+        raise ValueError(
+            f"study: {str(out / STUDY)!r} holds no settings of this version's headscope study ({error})"
+        ) from None
 
 
 def report_study(out: Path) -> Path:
@@ -205,34 +148,43 @@ def report_study(out: Path) -> Path:
     Raises:
         ValueError: nothing is finished yet.
     """
-    settings = read_study(local_path("out", out))
-    runs = {stage: Run.open(out / stage) for stage in STAGES if (out / stage / "manifest.json").is_file()}
+    out = local_path("out", out)
+    config = read_study(out)
+    runs = {stage: Run.open(out / stage) for stage in config.stages if (out / stage / "manifest.json").is_file()}
     for run in runs.values():
         check_described(run)
     finished = {stage: run for stage, run in runs.items() if run.kinds}
     if "observe" not in finished:
         raise ValueError(f"study: {str(out)!r} has no finished unit yet, expected some results to report")
-    tables = {
-        stage: table_in_memory(finished[stage], kind) if stage in finished else None
-        for stage, kind in zip(STAGES, ("observations", "ablations", "ablations"), strict=True)
-    }
+
+    def table(stage: str, kind: str) -> pl.DataFrame | None:
+        return table_in_memory(finished[stage], kind) if stage in finished and kind in finished[stage].tables else None
+
+    curves = [table(stage, "set_ablations") for stage in config.stages if stage.startswith("curves-")]
+    curves = [part for part in curves if part is not None]
+    edits = {edit.name: edit for run in finished.values() for edit in edits_in(run)}
     result = analyse(
-        tables["observe"],
-        tables["discover"],
-        tables["confirm"],
-        count_per_group=settings["heads_per_group"],
+        table("observe", "observations"),
+        table("discover", "ablations"),
+        table("confirm", "ablations"),
+        discover_sets=table("discover", "set_ablations"),
+        confirm_sets=table("confirm", "set_ablations"),
+        untrained=table("untrained", "observations"),
+        curves=pl.concat(curves, how="diagonal") if curves else None,
+        edits=tuple(edits.values()),
+        count_per_group=config.heads_per_group,
         sites=sites_of(finished["observe"]),
-        seed=settings["seed"],
+        seed=config.seed,
     )
-    for name, table in result.tables().items():
-        write_atomic(out / "tables" / f"{name}.csv", table.write_csv)
+    for name, numbers in result.tables().items():
+        write_atomic(out / "tables" / f"{name}.csv", numbers.write_csv)
     manifest = finished["observe"].manifest
     info = run_info(manifest)
-    for stage in STAGES[1:]:
+    for stage in config.stages[1:]:
         if stage in finished:
-            info[f"Ablations, {stage}"] = work_of(finished[stage].manifest)
-    unfinished = [stage for stage in STAGES if stage not in runs or not runs[stage].complete]
-    planted = manifest["config"]["model"].startswith("planted:")
+            info[f"Work, {stage}"] = work_of(finished[stage].manifest)
+    unfinished = [stage for stage in config.stages if stage not in runs or not runs[stage].complete]
+    planted = config.model.startswith("planted:")
     caveats = [*STUDY_CAVEATS, PLANTED_CAVEAT if planted else TRAINING_CAVEAT]
     if unfinished:
         caveats.insert(0, f"This study is not finished ({', '.join(unfinished)}): every number here will change.")

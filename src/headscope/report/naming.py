@@ -36,6 +36,10 @@ class Names:
     def head(self, site: str, head: int) -> str:
         return f"{self.sites.get(site, site)} h{head}"
 
+    def edit(self, kind: str, edit: str) -> str:
+        """What was edited: a site by its label, all else by its own name."""
+        return self.sites.get(edit, edit) if kind == "site" else edit
+
     def of_queries(self, row: Mapping[str, Any], several: bool) -> str:
         """The head of a row (site, head, query_group); if there are several kinds of queries, its kind as well."""
         return self.head(row["site"], row["head"]) + (f", {row['query_group']} queries" if several else "")

@@ -24,6 +24,7 @@ from headscope.report.sections import sections_of
 from headscope.report.sites import sites_table
 from headscope.study import inference
 from headscope.study.analysis import StudyResult, analyse_sweep
+from headscope.study.edits import Edited
 
 STUDY_SUMMARY = "A small model on small data: it shows what can be measured and how, not what is true of large models."
 SWEEP_SUMMARY = "What a sweep measured, without a selection and a separate test: every ranking here is exploratory."
@@ -103,6 +104,7 @@ def write_sweep_report(
     ablations: pl.DataFrame | None = None,
     generations: pl.DataFrame | None = None,
     others: Mapping[str, pl.DataFrame] | None = None,
+    edits: Sequence[Edited] = (),
     sites: Sequence[str] = (),
     seed: int = 0,
     label: str = "Sweep",
@@ -111,9 +113,10 @@ def write_sweep_report(
 ) -> Path:
     """Write the report of a plain sweep, from whichever of its tables there are. Otherwise as `write_report`.
 
-    others: its further tables, by kind. sites: the model's, in the order of execution.
+    others: its further tables, by kind. edits: what was edited (`study.edits.edits_of`). sites: the model's, in the
+    order of execution.
     """
-    result = analyse_sweep(observations, ablations, generations, others=others, sites=sites, seed=seed)
+    result = analyse_sweep(observations, ablations, generations, others=others, edits=edits, sites=sites, seed=seed)
     return write_report(
         path,
         title=title,

@@ -50,6 +50,20 @@ class Dots:
     size: int = 8
 
 
+@dataclass(frozen=True)
+class Line:
+    """Points with intervals along x, connected.
+
+    Attributes:
+        places: the points' places along x.
+        band: the lower and the upper edge of an area to shade.
+    """
+
+    places: Sequence[float]
+    dots: Dots
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+
+
 def heat_maps(
     panels: Sequence[tuple[str, pl.DataFrame]],
     names: Names,
@@ -214,6 +228,57 @@ def over_timesteps(
         layout["shapes"].append(shape | {"line": {"width": 1, "color": "axis", "dash": "dot"}})
     layout["margin"] |= {"t": 44, "b": 60}
     layout["legend"] = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.03, "yanchor": "bottom"}
+    return {"data": data, "layout": layout}
+
+
+def curve_panels(
+    panels: Sequence[
+        tuple[str, Sequence[tuple[Sequence[float], Dots, tuple[Sequence[float], Sequence[float]] | None]]]
+    ],
+    across_title: str,
+    axis_title: str,
+    *,
+    logarithmic: bool = False,
+) -> Figure:
+    """Lines with intervals side by side: titles, and the lines of each panel.
+
+    logarithmic: along x.
+    """
+    layout = _layout(height=420)
+    data: list[Figure] = []
+    gap = 0.1
+    width = (1 - gap * (len(panels) - 1)) / len(panels)
+    shown: set[str] = set()
+    for index, (title, lines) in enumerate(panels):
+        number = "" if index == 0 else str(index + 1)
+        left = index * (width + gap)
+        axes = {"xaxis": f"x{number}", "yaxis": f"y{number}"}
+        for line in lines:
+            places, dots = list(line.places), line.dots
+            if line.band:
+                low, high = line.band
+                edge = {"x": [*places, *reversed(places)], "y": [*high, *reversed(low)], "fill": "toself"}
+                edge |= {"type": "scatter", "mode": "none", "fillcolor": dots.colour, "opacity": 0.25}
+                data.append(edge | axes | {"hoverinfo": "skip", "showlegend": False})
+            path = {"type": "scatter", "x": places, "y": list(dots.values), "mode": "lines", "hoverinfo": "skip"}
+            path |= {"line": {"color": dots.colour, "width": 1.5}, "opacity": 0.55, "showlegend": False}
+            trace = _dots_trace(dots, places, horizontal=False) | {"legendgroup": dots.name}
+            data += [path | axes, trace | axes | {"showlegend": dots.name not in shown}]
+            shown.add(dots.name)
+        layout[f"xaxis{number}"] = {
+            "domain": [left, left + width],
+            "anchor": f"y{number}",
+            "title": {"text": across_title, "standoff": 10},
+            "zeroline": False,
+        }
+        if logarithmic:
+            ticks = sorted({place for line in lines for place in line.places})
+            layout[f"xaxis{number}"] |= {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+        layout[f"yaxis{number}"] = {"anchor": f"x{number}", "zeroline": True, "tickformat": ".3~p"}
+        layout["annotations"].append({**_TITLE, "text": f"<b>{plot_text(title)}</b>", "x": left, "y": 1.005})
+    layout["yaxis"]["title"] = {"text": axis_title, "standoff": 10}
+    layout["margin"] |= {"t": 64, "b": 60}
+    layout["legend"] = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.08, "yanchor": "bottom"}
     return {"data": data, "layout": layout}
 
 

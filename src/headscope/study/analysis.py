@@ -13,7 +13,13 @@ from headscope.study.entropy import ENTROPIES, entropy_by_group, entropy_by_head
 from headscope.study.finite import finite
 from headscope.study.further import Score, further_scores, unlabelled
 from headscope.study.inference import plain_text
-from headscope.study.interventions import Interventions, curve_effects, dose_effects, joint_effects
+from headscope.study.interventions import (
+    Interventions,
+    curve_effects,
+    dose_effects,
+    effects_by_timestep,
+    joint_effects,
+)
 
 NATURAL, SYNTHETIC = "lfw", "faces_grey"
 
@@ -145,6 +151,7 @@ def analyse(
         interventions = Interventions(
             edits,
             effects(tested, seed, before=before),
+            effects_by_timestep(tested, seed),
             joint_effects(together, edits, seed),
             None if steps is None else curve_effects(steps, seed),
             None if steps is None else dose_effects(steps, seed),
@@ -221,7 +228,7 @@ def _of_sweep(
         return None
     found = effects(of_sets, seed, test=False).with_columns(exploratory=pl.lit(True))
     joint = joint_effects(together, edits, seed, test=False)
-    return Interventions(edits, found, None if joint is None else joint.with_columns(exploratory=pl.lit(True)))
+    return Interventions(edits, found, joint=None if joint is None else joint.with_columns(exploratory=pl.lit(True)))
 
 
 def _unshown(observations: pl.DataFrame) -> dict[str, list[str]]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from headscope.study.ablation import effects, headline_fill
+from headscope.study.ablation import effects, headline_fill, per_group_and_fill
 from headscope.study.curves import curve_losses, dose_of
-from headscope.study.edits import Edited
+from headscope.study.edits import EDIT, Edited
 from headscope.study.inference import degradations
 from headscope.study.together import joint_losses, sums_of_heads
 
@@ -19,6 +19,8 @@ class Interventions:
     Attributes:
         edits: what was edited.
         effects: see `ablation.effects`, of the edits that the confirm split tests (or of a plain sweep's sets).
+        timesteps: the relative degradation at every timestep, headline fill: group, fill, kind, edit, timestep, value, low,
+            high, sources, exploratory.
         joint: group, split, fill, kind, edit, heads (their number), joint (degradation), sum (of its heads'), value
             (joint - sum), low, high, p_value, p_holm, sources, exploratory; None where no set's heads were all removed
             alone.
@@ -28,6 +30,7 @@ class Interventions:
 
     edits: Sequence[Edited]
     effects: pl.DataFrame
+    timesteps: pl.DataFrame | None = None
     joint: pl.DataFrame | None = None
     curves: pl.DataFrame | None = None
     doses: pl.DataFrame | None = None
@@ -45,8 +48,21 @@ class Interventions:
 
     def tables(self) -> dict[str, pl.DataFrame]:
         """The tables there are, by name."""
-        found = {"effects": self.effects, "joint": self.joint, "curves": self.curves, "doses": self.doses}
+        found = {
+            "effects": self.effects,
+            "effects_timesteps": self.timesteps,
+            "joint": self.joint,
+            "curves": self.curves,
+            "doses": self.doses,
+        }
         return {name: table for name, table in found.items() if table is not None}
+
+
+def effects_by_timestep(losses: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
+    """The relative degradation by every edit at every timestep, with the headline fill; nothing is tested."""
+    rows = losses.filter(pl.col("fill") == headline_fill(losses))
+    by = [*EDIT, "timestep"]
+    return per_group_and_fill(rows, lambda part: degradations(part, by, seed=seed, test=False)[0].drop("p_value"))
 
 
 def joint_effects(

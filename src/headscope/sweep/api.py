@@ -38,6 +38,7 @@ class Fields(TypedDict, total=False):
     sites: Sequence[str]
     sets: Sequence[HeadSet | Mapping[str, Any]]
     reference_items: int | None
+    reference_folds: int
     generate_steps: int
     generate_window: tuple[int, int] | None
     image_scores: Sequence[str]

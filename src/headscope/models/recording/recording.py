@@ -297,6 +297,20 @@ class Recording:
         found = self.tensors.samples(Key.of(quantity, site, call, timestep, branch, visit))
         return found[:, 0] if found.shape[1] == 1 else found
 
+    def include_means(self, other: "Recording") -> None:
+        """Take another recording's samples into the means of this one, as if both had been recorded together.
+
+        Raises:
+            ValueError: one of them isn't of tensors alone, holds every sample, or was read from a file; or they are of
+                other quantities.
+        """
+        for one in (self, other):
+            if one.statistics or one._read:
+                raise ValueError(f"other: got {other!r} for {self!r}, expected two of tensors alone, of this session")
+        if self.quantities != other.quantities:
+            raise ValueError(f"other: got {other!r}, expected a recording of {', '.join(self.quantities)}")
+        self.tensors.include(other.tensors)
+
     def take(self, samples: Sequence[int]) -> "Resampled":
         """A fill or patch that gives row i of a batch what sample `samples[i]` of this recording had.
 

@@ -145,17 +145,29 @@ class HeadTensors:
             visit = 0 if self.reduce == "mean" else entry.forward.visit
             key = Key(entry.quantity, entry.site, entry.call, single(known), entry.branch, visit)
             recorded = self._recorded[key]
-            if recorded and recorded[0].shape[1:] != entry.rows.shape[1:]:
-                raise ValueError(
-                    f"recording: {key} has {entry.rows.shape[3]} tokens in one sample and {recorded[0].shape[3]} in"
-                    " another, expected as many in all whose tensors are kept together (prompts of one length)"
-                )
+            _check_alike(key, recorded, entry.rows)
             if self.reduce == "mean" and recorded:
                 recorded[0] = recorded[0] + entry.rows
             else:
                 recorded.append(entry.rows)
             self._counts[key] += entry.count
             self._add_visit(key)
+
+    def include(self, other: "HeadTensors") -> None:
+        """Add another's sums over samples to these, in float64 on the CPU.
+
+        Raises:
+            ValueError: one of the two holds every sample, or the samples' numbers of tokens differ.
+        """
+        if self.reduce != "mean" or other.reduce != "mean":
+            raise ValueError("recording: it holds every sample, expected two of means over samples")
+        for key in other.kept():
+            rows, recorded = other._recorded[key][0].to("cpu", torch.float64), self._recorded[key]
+            _check_alike(key, recorded, rows)
+            self._recorded[key] = [recorded[0].to("cpu", torch.float64) + rows] if recorded else [rows]
+            self._counts[key] += other._counts[key]
+            self._add_visit(key)
+        self._placed.clear()
 
     def _add_visit(self, key: Key) -> None:
         self._visits[_first_visit(key)][key.visit] = None
@@ -223,6 +235,14 @@ class HeadTensors:
         self._add_visit(key)
         self._placed.clear()
         self._counts[key] = 1 if self.reduce == "mean" else tensor.shape[0]
+
+
+def _check_alike(key: Key, recorded: list[Tensor], rows: Tensor) -> None:
+    if recorded and recorded[0].shape[1:] != rows.shape[1:]:
+        raise ValueError(
+            f"recording: {key} has {rows.shape[3]} tokens in one sample and {recorded[0].shape[3]} in another, expected"
+            " as many in all whose tensors are kept together (prompts of one length)"
+        )
 
 
 def _first_visit(key: Key) -> Key:

@@ -12,10 +12,12 @@ from torch import Tensor
 from headscope.models import Recording, Scope, Task
 from headscope.models.editing.edits import Fill
 from headscope.models.tasks import NoisyInputs, Prepared
+from headscope.sweep.compute import means
 from headscope.sweep.compute.fitting import Rows
 from headscope.sweep.compute.graphs import Forwards, Graphs
 from headscope.sweep.compute.scores import image_scores, own_scores
 from headscope.sweep.compute.sharing import Prefix
+from headscope.sweep.plan.config import fold_of
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
 from headscope.sweep.plan.units import IMAGES, KINDS, REFERENCE, Plan, Unit
 from headscope.sweep.store.store import Fit, RunStore
@@ -62,7 +64,7 @@ class Context:
         self.image_scores: dict[str, Callable[..., Any]] = image_scores(config.image_scores)
         self.own_scores = own_scores(config.scores)
         # by the unit that wrote them
-        self._means: dict[str, Recording] = {}
+        self._means: dict[str, dict[str, Recording]] = {}
         self._drawn: dict[str, dict[str, Tensor]] = {}
         # by their items' keys, the last ones
         self._prepared: dict[tuple[str, ...], Prepared] = {}
@@ -99,15 +101,15 @@ class Context:
         return [replace(item, image=drawn[item.key].numpy()) for item in members]
 
     def fill(self, unit: Unit, fill: str) -> Fill:
-        """One of the configuration's fills, as a scope takes it."""
-        if fill != "mean":
+        """One of the sweep's fills, as a scope takes it."""
+        if fill != "mean" and not fold_of(fill):
             return fill if fill in ("uniform", "identity") else None
         wrote = self._needed(unit, REFERENCE)
         if wrote.id not in self._means:
             # ordinary tensors, which attribution may save for its backwards
             with torch.inference_mode(False):
-                self._means[wrote.id] = Recording.from_tensors(self.store.read_tensors(wrote.kind, wrote.id))
-        return self._means[wrote.id]
+                self._means[wrote.id] = means.read(self.store.read_tensors(wrote.kind, wrote.id))
+        return self._means[wrote.id][fill]
 
     def _needed(self, unit: Unit, kind: str) -> Unit:
         """The unit of a kind whose results this one reads."""

@@ -10,6 +10,7 @@ from typing import ClassVar, TypeVar
 import pyarrow as pa
 
 from headscope.sweep.compute.context import Context
+from headscope.sweep.plan.config import SweepConfig
 from headscope.sweep.plan.heads import Edit
 from headscope.sweep.plan.units import IMAGES, REFERENCE, Asked, Unit, UnitKind
 from headscope.sweep.store.rows import Grid
@@ -36,9 +37,14 @@ class EditingKind(UnitKind):
             return asked.sets
         return tuple(Edit(site, ((site, head),)) for site, head in asked.heads)
 
-    def edited_rows(self, asked: Asked) -> int:
-        """How many edited rows each item takes: one for every edit and every fill that makes a difference."""
-        return sum(len(edit.differing(asked.config.fills)) for edit in self.edits(asked))
+    def fills(self, config: SweepConfig, replicate: int) -> tuple[str, ...]:
+        """The fills of a draw's rows: the configuration's unless overridden."""
+        return config.fills
+
+    def edited_rows(self, asked: Asked, replicate: int) -> int:
+        """How many edited rows each item takes in a draw: one for every edit and every fill that makes a difference."""
+        fills = self.fills(asked.config, replicate)
+        return sum(len(edit.differing(fills)) for edit in self.edits(asked))
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ class EveryEdit:
         self.edits = kind.edits(context.plan)
         self.items = context.items(unit)
         self._single = not kind.of_sets
-        self._fills, self._replicate, self._rows = context.config.fills, unit.replicate, context.rows
+        self._fills = kind.fills(context.config, unit.replicate)
+        self._replicate, self._rows = unit.replicate, context.rows
         self.grid = Grid(self.edits, self._fills, len(self.items))
 
     def run(

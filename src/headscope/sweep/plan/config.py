@@ -11,7 +11,10 @@ from headscope._fields import from_table, settle
 from headscope._files import local_path, read_plain
 from headscope.counter import LARGEST_SEED, check_seed
 from headscope.zoo import BUNDLED, DEFAULT_MODEL, GROUPS
+from headscope.zoo import SPLITS as EVERY_SPLIT
 
+# of a fill that is the mean over a part of the reference items
+_FOLD = re.compile(r"mean ([1-9]\d*)/([1-9]\d*)", re.ASCII)
 FILLS = ("mean", "zero", "uniform", "identity")
 # those of the teacher-forced forward, then those of whole generations
 FORWARD_SCORES = ("loss", "distance", "x0")
@@ -22,10 +25,11 @@ COLUMNS = (
     *("item", "group", "source_id", "split", "replicate", "timestep", "site", "head", "edit", "fill"),
     *("clean", "edited", "distance", "x0_clean", "x0_edited", "steps", "first_step", "end_step", *IMAGE_SCORES),
 )
+# those that hold out what models were trained on
 SPLITS = ("discover", "confirm")
 # fields that came after the first runs, and what they are where they aren't asked for: plans and runs without them are
 # what they were before
-_LATER = {"draws": 1, "kinds": ()}
+_LATER = {"draws": 1, "reference_folds": 0, "kinds": ()}
 # the model of a run that was given a pipeline instead of a directory
 IN_MEMORY = "in memory"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -97,7 +101,8 @@ class SweepConfig:
             tars (a file or a pattern with * or {000..009}).
         prompts: a UTF-8 text file with a prompt per line; they form the group "prompts", whose images are the model's
             own.
-        splits: which splits of each group; "discover" is for selecting, "confirm" for testing.
+        splits: which splits of each group; "discover" is for selecting, "confirm" for testing, "train" for comparing
+            items that a bundled model was taught with held-out ones.
         items: how many items of each group and split, all of which must be there; None takes 20, or what there is.
         timesteps: of the model's scheduler; None takes `bands` of them, evenly spaced in log-SNR.
         bands: how many timesteps when none are given.
@@ -115,8 +120,13 @@ class SweepConfig:
         heads: (site, head) pairs to ablate, each in turn; None for all. Attributions are of all heads of their sites.
         sites: patterns of site names (* and ?) to which the heads to ablate or attribute to are limited.
         sets: heads that are edited together, a row each beside the single heads'.
-        reference_items: how many items, disjoint from the swept ones, the mean fill is taken over; None takes 16, or
-            what there is, and where all are swept by default, a quarter of those instead.
+        reference_items: how many items, disjoint from the swept ones, the mean fill is taken over. None takes all
+            training items of groups that have some, up to 2,000, and of other groups up to 200 of those beside the
+            swept ones; where all are swept by default, a quarter of those instead.
+        reference_folds: deal the reference items, source by source, into so many parts of equal size, and ablate with
+            each part's mean, too: "mean 1/4" to "mean 4/4" among the fills of a table, on the first draw's noisy
+            inputs, from which the mean fill's own error follows (`fold_of` knows the names). 0 for none; whole
+            generations and attributions have none.
         generate_steps: sampling steps of "generate".
         generate_window: first step and the one after the last in which edits act; None for all steps.
         image_scores: of "generate" beside the distance: "mse", "psnr", "ssim" of the edited image against the clean
@@ -154,6 +164,7 @@ class SweepConfig:
     sites: tuple[str, ...] = ()
     sets: tuple[HeadSet, ...] = ()
     reference_items: int | None = None
+    reference_folds: int = 0
     generate_steps: int = 10
     generate_window: tuple[int, int] | None = None
     image_scores: tuple[str, ...] = ()
@@ -190,7 +201,7 @@ class SweepConfig:
         _subset("scores", tuple(name for name in self.scores if ":" not in name), SCORES, empty=True)
         _own("scores", self.scores)
         _own("image_scores", self.image_scores)
-        _subset("splits", self.splits, SPLITS)
+        _subset("splits", self.splits, EVERY_SPLIT)
         _subset("dtype", (self.dtype,), DTYPES)
         for name in ("items", "reference_items", "generate_steps", "bands", "cotangents", "draws"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -245,9 +256,16 @@ class SweepConfig:
                 raise ValueError(
                     f"{name}: got some without anything done to them, expected fills and either scores or attribute"
                 )
-        if self.reference_items is not None and not (edits and "mean" in self.fills):
+        if self.reference_items is not None and not (edits and self.referenced):
             raise ValueError(
                 f"reference_items: got {self.reference_items} without the mean fill, which is taken over them"
+            )
+        if self.reference_folds and self.reference_folds < 2:
+            raise ValueError(f"reference_folds: got {self.reference_folds}, expected at least 2, or 0 for none")
+        if self.reference_folds and not ("mean" in self.fills and any(score != "generate" for score in self.scores)):
+            raise ValueError(
+                f"reference_folds: got {self.reference_folds}, expected the fill mean, whose error they are for, and a"
+                " score of single forwards"
             )
         drawn = "generate" in self.scores or self.prompts is not None
         for name, used, lacking in (
@@ -305,6 +323,16 @@ class SweepConfig:
     def as_dict(self) -> dict:
         """Every field but those of `_LATER` that aren't asked for."""
         return {name: value for name, value in asdict(self).items() if name not in _LATER or value != _LATER[name]}
+
+    @property
+    def referenced(self) -> bool:
+        """True if a fill is made of reference items."""
+        return "mean" in self.fills
+
+    @property
+    def fold_fills(self) -> tuple[str, ...]:
+        """The fills that are means over a part of the reference items."""
+        return tuple(f"mean {fold}/{self.reference_folds}" for fold in range(1, self.reference_folds + 1))
 
     @property
     def replicates(self) -> range:
@@ -365,6 +393,16 @@ class SweepConfig:
         return cls.from_dict(values)
 
 
+def fold_of(fill: str) -> tuple[int, int] | None:
+    """Of a fill that is the mean over a part of the reference items the part, from 1, and how many there are; None of
+    every other: (1, 4) of "mean 1/4", None of "mean"."""
+    found = _FOLD.fullmatch(fill)
+    if found is None:
+        return None
+    fold, count = int(found[1]), int(found[2])
+    return (fold, count) if fold <= count and count > 1 else None
+
+
 def _own(field: str, names: tuple[str, ...]) -> None:
     """Check the scores of the user's, each of which becomes a column."""
     columns = [name.rpartition(":")[2] for name in names if ":" in name]
@@ -384,9 +422,3 @@ def _subset(name: str, values: tuple[str, ...], allowed: tuple[str, ...], *, emp
     unknown = [value for value in values if value not in allowed]
     if unknown or not (values or empty) or len(set(values)) != len(values):
         raise ValueError(f"{name}: got {', '.join(values) or 'none'}, expected some of {', '.join(allowed)}, each once")
-
-
-def fold_of(fill: str) -> tuple[int, int] | None:
-    """Of the name of a fold of the mean fill, as "mean 1/4", which one of how many; None for other fills."""
-    found = re.fullmatch(r"mean (\d+)/(\d+)", fill)
-    return (int(found[1]), int(found[2])) if found else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from headscope._version import __version__
 from headscope.models import Site, Task
-from headscope.sweep.plan.choosing import ITEMS, REFERENCE_ITEMS
+from headscope.sweep.plan.choosing import ITEMS
 from headscope.sweep.plan.config import IN_MEMORY, SweepConfig
 from headscope.sweep.plan.functions import CODE, code_of, code_of_class
 from headscope.sweep.plan.heads import attributed_sites, check_identity_fill, chosen_heads, chosen_sets
@@ -42,7 +42,8 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
                     drawn = content if replicate == config.seed else [*content, replicate]
                     digest = _sha({**identity, "unit": drawn})
                     place = name, group.name, tuple(one.items), one.timestep, one.score
-                    units.append(Unit(*place, one.forwards, digest, replicate))
+                    forwards = one.forwards + (one.first_forwards if replicate == config.seed else 0)
+                    units.append(Unit(*place, forwards, digest, replicate))
     return Plan(**vars(asked), identity=identity, units=tuple(units))
 
 
@@ -79,7 +80,7 @@ def _identity(
         **asked,
         # what was taken for granted and what was asked for are the same
         "items": config.items or ITEMS,
-        "reference_items": config.reference_items or REFERENCE_ITEMS,
+        "reference_items": [len(group.reference) for group in groups],
         "version": __version__,
         "model": model_fingerprint(task),
         "scheduler": [type(task.scheduler).__name__, json.loads(json.dumps(scheduler, sort_keys=True, default=str))],

@@ -91,12 +91,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Planned:
-    """A unit as its kind plans it, of repeated kinds one for every draw; the attributes are those of `Unit`."""
+    """A unit as its kind plans it, of repeated kinds one for every draw; the attributes are those of `Unit`.
+
+    Attributes:
+        first_forwards: rows that pass through the denoiser besides, in the first draw alone.
+    """
 
     items: Sequence[int]
     forwards: int
     timestep: int | None = None
     score: str | None = None
+    first_forwards: int = 0
 
 
 class UnitKind:

@@ -14,6 +14,7 @@ from headscope.sweep.compute.context import Context
 from headscope.sweep.compute.editing import ITEMS, Batch, EditingKind, EveryEdit
 from headscope.sweep.compute.predictions import Predictions
 from headscope.sweep.compute.scores import squared_error
+from headscope.sweep.plan.config import SweepConfig
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
 from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, chunks
 from headscope.sweep.store.store import Results
@@ -35,11 +36,16 @@ class Ablations(EditingKind):
     shares = True
 
     def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
-        rows = self.edited_rows(asked)
-        if rows and asked.teacher_forced:
+        first, later = (self.edited_rows(asked, asked.config.seed + draw) for draw in (0, 1))
+        if later and asked.teacher_forced:
             for items in chunks(len(group.swept), ITEMS, len(asked.timesteps)):
                 for timestep in asked.timesteps:
-                    yield Planned(items, len(items) * (1 + rows), timestep)
+                    count = len(items)
+                    yield Planned(items, count * (1 + later), timestep, first_forwards=count * (first - later))
+
+    def fills(self, config: SweepConfig, replicate: int) -> tuple[str, ...]:
+        """In the first draw also the means over parts of the reference."""
+        return (*config.fills, *config.fold_fills) if replicate == config.seed else config.fills
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
         assert unit.timestep is not None

@@ -41,7 +41,7 @@ class Generations(EditingKind):
     reference_score = "generate"
 
     def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
-        rows = self.edited_rows(asked)
+        rows = self.edited_rows(asked, asked.config.seed)
         if not rows or not asked.generates:
             return
         *_, edited_rows = _window(asked)
