@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 import numpy as np
 import polars as pl
 import pytest
+from headscope.report.findings import findings
 
 from headscope.report import GroupInfo, write_report, write_sweep_report
-from headscope.report.findings import findings
 from headscope.report.images import sheet
 from headscope.report.naming import Names, fitted, number, percent, probability, significant
 from headscope.study import analyse, select_heads
@@ -68,7 +68,7 @@ def tables():
 
 @pytest.fixture(scope="module")
 def result(tables):
-    return analyse(*tables, selected_heads=3, count_per_group=2)
+    return analyse(*tables, count_per_group=2)
 
 
 def infos(groups):
@@ -117,9 +117,11 @@ def test_the_page_is_well_formed(written, page):
 
 def test_the_page_says_demonstration_and_the_numbers(result, written, page):
     assert "Demonstration" in page.text["span"]
-    difference = result.contrast.difference
-    assert number(difference.value, 4) in written
-    assert f"{number(difference.low, 4)} to {number(difference.high, 4)}" in written
+    contrast = result.contrast
+    ratio = contrast.ratio
+    assert f"{number(ratio['low'], 4)} to {number(ratio['high'], 4)}" in written
+    assert f"All heads at once, the groups differ (p = {probability(contrast.omnibus['p_value'])})" in written
+    assert f"{len(contrast.different)} of {len(contrast.heads)} heads differ (max-t)" in written
     top = result.interventions.of_heads().filter(fill="mean").sort("value", descending=True).row(0, named=True)
     assert any(percent(top["value"]) in text for text in page.text["b"])
     assert f"{percent(top['low'])} to {percent(top['high'])}" in written
@@ -147,8 +149,10 @@ def test_figures_hold_what_the_tables_hold(result, page):
     assert set(figures) == {
         "entropy_groups",
         "entropy_maps",
-        "contrast",
         "contrast_heads",
+        "contrast_sites",
+        "contrast_divergence",
+        "controls",
         "ranking",
         "degradation_maps",
         "confirm",
@@ -159,9 +163,37 @@ def test_figures_hold_what_the_tables_hold(result, page):
     panel = normalised["data"][1]
     assert panel["z"][3][1] == pytest.approx(row.filter(measure="normalised")["value"].item())
     assert nats["data"][1]["z"][3][1] == pytest.approx(row.filter(measure="nats")["value"].item())
-    overall = figures["contrast"][0]["data"][-1]
-    assert overall["y"][-1] == pytest.approx(result.contrast.difference.value)
-    assert overall["y"][-1] - overall["error_y"]["arrayminus"][-1] == pytest.approx(result.contrast.difference.low)
+    overall = figures["contrast_sites"][0]["data"][0]
+    site = result.contrast.sites.filter(pl.col("timestep").is_null(), pl.col("site") == simulated.SITES[0][0])
+    assert overall["x"][0] == pytest.approx(site["value"].item())
+    assert overall["x"][0] - overall["error_x"]["arrayminus"][0] == pytest.approx(site["low"].item())
+
+
+def test_the_null_stands_beside_every_divergence(result, page):
+    for view, measure in zip(
+        page.figures()["contrast_divergence"],
+        result.contrast.divergences["measure"].unique(maintain_order=True),
+        strict=True,
+    ):
+        rows = result.contrast.divergences.filter(pl.col("measure") == measure)
+        points = [trace for trace in view["data"] if "name" in trace]
+        assert [trace["name"][:6] for trace in points] == ["chance", "observ"]
+        assert points[0]["y"] == pytest.approx(rows["null_mean"].to_list())
+        tops = [y + up for y, up in zip(points[0]["y"], points[0]["error_y"]["array"], strict=True)]
+        assert tops == pytest.approx(rows["null_high"].to_list())
+        assert points[1]["y"] == pytest.approx(rows["value"].to_list())
+
+
+def test_controls_stand_below_the_comparison_or_say_what_they_lack(page):
+    energy, ratio = page.figures()["controls"]
+    assert energy["layout"]["yaxis"]["ticktext"] == ratio["layout"]["yaxis"]["ticktext"] == [
+        "lfw against faces_grey", "halves of lfw", "halves of faces_grey", "faces against faces_grey"
+    ]  # fmt: skip
+    text = " ".join(page.text["p"])
+    assert "No model with untrained weights was observed." in text
+    assert "No training items of lfw were observed." in text
+    rows = [cell for cell in page.text["td"] if cell == "not made"]
+    assert len(rows) == 4
 
 
 def test_plotly_accepts_the_figures(page):
@@ -216,8 +248,8 @@ def test_sweep_report_shows_what_there_is(tables, tmp_path):
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("every", [False, True])
-def test_losses_that_are_no_numbers_are_left_out_and_counted(broken, every, tmp_path):
-    """Of a model that overflowed; the clean loss beside them doesn't count either."""
+def test_losses_that_are_no_numbers_void_their_head_and_are_counted(broken, every, tmp_path):
+    """Of a model that overflowed: one such loss is enough."""
     labels = {"group": "faces", "split": "confirm", "replicate": 0, "timestep": 100, "site": "mid", "fill": "zero"}
     rows = [
         {**labels, "item": item, "source_id": f"s{item}", "head": head, "clean": item + 1.0, "edited": 2.0 * item + 2}
@@ -230,12 +262,15 @@ def test_losses_that_are_no_numbers_are_left_out_and_counted(broken, every, tmp_
     path = tmp_path / "report.html"
     write_sweep_report(path, title="t", run_info={}, ablations=pl.DataFrame(rows))
     count = 4 if every else 1
-    assert f"left out of every mean: {count} of ablations.clean. A head" in path.read_text()
+    assert (
+        f"there is one key: {count} of ablations.clean. A quantity that holds one has no value. A head"
+        in path.read_text()
+    )
     ranking = analyse_sweep(ablations=pl.DataFrame(rows)).ablation_ranking
     assert ranking is not None
     ranking = ranking.sort("head")
-    assert ranking["value"].to_list() == [1.0, None if every else 1.0]
-    assert ranking["absolute"].to_list() == [2.5, None if every else 2.0]
+    assert ranking["value"].to_list() == [1.0, None]
+    assert ranking["absolute"].to_list() == [2.5, None]
 
 
 def test_sites_stand_in_the_order_of_execution(tables, tmp_path):
@@ -257,7 +292,7 @@ def test_sites_stand_in_the_order_of_execution(tables, tmp_path):
         # the sites table, then the heads of the table of entropies
         text = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
         first_cells = re.findall(r'<th scope="row">([^<]+)</th>', text)
-        assert [cell for cell in first_cells if cell in labels] == labels
+        assert [cell for cell in first_cells if cell in labels][: len(labels)] == labels
         heads = [f"{label} h{head}" for label in labels for head in (0, 1)]
         assert [cell for cell in first_cells if cell in heads][: len(heads)] == heads
 

@@ -13,7 +13,7 @@ from headscope.study import analyse, select_heads
 from study import simulated
 
 STEPS = (100, 500)
-HEADS, SELECTED, OF_GROUP = 2, 3, 2
+HEADS, OF_GROUP = 2, 2
 # not the order of the rows
 ORDER = [site for site, _ in reversed(simulated.SITES)]
 KEYS = dict(simulated.SITES)
@@ -72,7 +72,7 @@ def tables():
 @pytest.fixture(scope="module")
 def page(tables, tmp_path_factory):
     with simulated.fewer_draws(99):
-        result = analyse(*tables, selected_heads=SELECTED, count_per_group=OF_GROUP, sites=ORDER)
+        result = analyse(*tables, count_per_group=OF_GROUP, sites=ORDER)
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_report(path, title="t", run_info={}, groups=[], result=result)
     return Tables(path.read_text(encoding="utf-8"))
@@ -166,46 +166,53 @@ def pooled_items(observed):
 
 
 def test_the_contrast(page, labels, tables):
-    observed = tables[0]
-    pooled = pooled_items(observed).filter(split="confirm")
-    found = over_sources(pooled, "entropy_normalised_mean", ["group", "timestep"])
+    confirm = tables[0].filter(split="confirm")
+    found = over_sources(pooled_items(confirm), "entropy_normalised_mean", ["group", "timestep"])
     rows = table(page, "Normalised entropy, mean over heads")
-    difference, ratio = (view["data"][-1]["y"] for view in page.figures["contrast"])
     assert [row[0] for row in rows] == [*map(str, STEPS), "overall"]
-    for place, row in enumerate(rows):
+    for row in rows:
         natural, synthetic = (
             overall(found)[(group,)] if row[0] == "overall" else found[group, int(row[0])]
             for group in (NATURAL, SYNTHETIC)
         )
-        expected = natural, synthetic, natural - synthetic, natural / synthetic
-        for shown, value in zip((row[1], row[2], row[3], row[7]), expected, strict=True):
+        for shown, value in zip(row[1:4], (natural, synthetic, natural / synthetic), strict=True):
             check(shown, value)
-        assert (difference[place], ratio[place]) == pytest.approx(expected[2:])
-    change, score = {}, {}
-    for split in ("discover", "confirm"):
-        rows = observed.filter(split=split)
-        found = overall(over_sources(rows, "entropy_normalised_mean", ["group", "site", "head", "timestep"]))
-        source = rows.group_by("group", "site", "head", "source_id").agg(pl.col("entropy_normalised_mean").mean())
-        squares = source.group_by("group", "site", "head").agg(pl.col("entropy_normalised_mean").var() / pl.len())
-        square = {row[:-1]: row[-1] for row in squares.iter_rows()}
-        for one in EVERY:
-            change[split, one] = found[NATURAL, *one] - found[SYNTHETIC, *one]
-            error = math.sqrt(square[NATURAL, *one] + square[SYNTHETIC, *one])
-            score[split, one] = abs(change[split, one]) / error
-    rows = table(page, "Heads selected on the discover split")
-    chosen = sorted(EVERY, key=lambda one: -score["discover", one])[:SELECTED]
-    assert {head(labels, row[0]) for row in rows} == set(chosen)
+    at = over_sources(confirm, "entropy_mean", ["group", "site", "head", "timestep"])
+    change = {key[1:]: at[key] - at[SYNTHETIC, *key[1:]] for key in at if key[0] == NATURAL}
+    mean = overall(change)
+    rows = table(page, "Difference of every head")
+    assert {head(labels, row[0]) for row in rows} == set(EVERY)
     for row in rows:
-        one = head(labels, row[0])
-        check(row[1], change["discover", one])
-        check(row[2], score["discover", one])
-        check(row[3], change["confirm", one])
-    for view, count in zip(page.figures["contrast_heads"], (SELECTED, len(EVERY)), strict=True):
+        check(row[1], mean[head(labels, row[0])])
+    for view in page.figures["contrast_heads"]:
+        (trace,) = view["data"]
         names = view["layout"]["yaxis"]["ticktext"]
-        assert len(names) == count
-        for trace, split in zip(view["data"], ("discover", "confirm"), strict=True):
-            for place, value in zip(trace["y"], trace["x"], strict=True):
-                assert value == pytest.approx(change[split, head(labels, names[round(place)])])
+        for place, value in zip(trace["y"], trace["x"], strict=True):
+            assert value == pytest.approx(mean[head(labels, names[round(place)])])
+
+    def ratio(site, step=None):
+        steps = STEPS if step is None else (step,)
+        return math.exp(sum(change[site, one, at] for one in range(HEADS) for at in steps) / HEADS / len(steps))
+
+    rows = table(page, "exp(difference of H)")
+    assert [labels[row[0]] for row in rows] == ORDER
+    for row in rows:
+        check(row[2], ratio(labels[row[0]]))
+        for cell, step in zip(row[6:], STEPS, strict=True):
+            check(cell.partition(" (")[0], ratio(labels[row[0]], step))
+    for view, step in zip(page.figures["contrast_sites"], (None, *STEPS), strict=True):
+        assert view["data"][0]["x"] == pytest.approx([ratio(site, step) for site in ORDER])
+
+
+def test_what_entropies_vary_with(page, tables):
+    """Of one item a source and one draw an item: the variance between sources."""
+    rows = {row[0]: row for row in table(page, "Variance of a head's entropy")}
+    assert list(rows) == list(simulated.SHIFTS)
+    for group in ("faces", "faces_grey", "lfw"):
+        cells = tables[0].filter(group=group).group_by("site", "head", "timestep").agg(pl.col("entropy_mean").var())
+        check(rows[group][4].partition(" (")[0], cells["entropy_mean"].mean())
+        assert rows[group][1:4] == ["40", "40", "1"]
+        assert rows[group][5:] == ["–", "–", "0"]
 
 
 def test_degradations(page, labels, tables):

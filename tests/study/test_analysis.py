@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from headscope.study import analyse, analyse_sweep, select_heads
-from headscope.study.entropy import entropy_by_head, pooled_items
+from headscope.study.entropy import entropy_by_head, item_means, pooled_items
 from study import simulated
 
 SITES = simulated.SITES[:2]
@@ -33,7 +33,7 @@ def study(observations, discover):
     confirm = simulated.ablations(
         split="confirm", fills=("mean", "zero"), chosen=select_heads(discover, 2), timesteps=STEPS, heads=2
     )
-    return analyse(observations, discover, confirm, selected_heads=3, count_per_group=2)
+    return analyse(observations, discover, confirm, count_per_group=2)
 
 
 def contrast_of(result):
@@ -98,28 +98,59 @@ def test_contrast_is_that_of_the_confirm_split(observations, study):
     pooled = observations.filter(split="confirm").group_by("group").agg(pl.col("entropy_normalised_mean").mean())
     mean = dict(pooled.rows())
     contrast = study.contrast
-    assert contrast.difference.value == pytest.approx(mean["lfw"] - mean["faces_grey"])
-    assert contrast.ratio.value == pytest.approx(mean["lfw"] / mean["faces_grey"])
-    assert contrast.difference.low < contrast.difference.value < contrast.difference.high
-    assert contrast.difference.sources == (20, 20)
-    assert contrast.difference.p_value is not None
-    assert contrast.timesteps["timestep"].to_list() == list(STEPS)
+    assert (contrast.first, contrast.second, contrast.sources) == ("lfw", "faces_grey", (20, 20))
+    ratio = contrast.ratio
+    assert [ratio["first"], ratio["second"]] == pytest.approx([mean["lfw"], mean["faces_grey"]])
+    assert ratio["value"] == pytest.approx(mean["lfw"] / mean["faces_grey"])
+    assert ratio["low"] < ratio["value"] < ratio["high"]
+    assert contrast.timesteps == list(STEPS)
+    # whatever happens on discover has no part in it
+    shift = pl.when(pl.col("split") == "discover").then(0.3).otherwise(0.0)
+    shifted = observations.with_columns(pl.col("entropy_normalised_mean", "entropy_mean") * (1 - shift))
+    other = contrast_of(analyse(shifted))
+    assert other.heads.equals(contrast.heads)
+    assert other.divergences.equals(contrast.divergences)
 
 
-def test_contrast_selects_on_discover_and_tests_the_selected_only(observations, study):
-    heads = study.contrast.heads
-    top = heads.sort("discover_score", descending=True).head(3)
-    assert top["selected"].all()
-    assert heads["selected"].sum() == 3
-    assert heads.filter(~pl.col("selected"))["p_value"].is_null().all()
-    assert heads.filter("selected")["p_holm"].is_not_null().all()
-    # whatever happens on confirm changes the test, not the selection
-    shift = pl.when(pl.col("split") == "confirm", pl.col("head") == 0).then(0.3).otherwise(0.0)
-    shifted = observations.with_columns(pl.col("entropy_normalised_mean") * (1 - shift))
-    other = contrast_of(analyse(shifted, selected_heads=3)).heads
-    assert other["selected"].equals(heads["selected"])
-    assert other["discover"].equals(heads["discover"])
-    assert not other["value"].equals(heads["value"])
+def test_the_contrast_is_the_first_of_its_controls(study):
+    first, *others = study.controls
+    assert first.comparison is study.contrast
+    omitted = {control.kind for control in others if control.comparison is None}
+    assert omitted == {"matched", "untrained", "training"}
+    assert study.tables()["contrast_controls"]["kind"].to_list() == [control.kind for control in study.controls]
+
+
+def test_training_images_are_in_the_controls_only(observations, study):
+    named = simulated.items(("lfw", "faces_grey"), ("train",), 30)
+    named = named.with_columns(source_id=pl.lit("train ") + pl.col("source_id"), item=pl.col("item") + 5000)
+    training = simulated.observations(named, 7, timesteps=STEPS, sites=SITES, heads=4)
+    result = analyse(pl.concat([observations, training]))
+    assert result.entropy_heads is not None
+    assert result.entropy_heads.equals(study.entropy_heads)
+    assert result.entropy_groups is not None
+    assert result.entropy_groups.equals(study.entropy_groups)
+    trained = [control.comparison for control in result.controls if control.kind == "training"]
+    assert [found and found.sources for found in trained] == [(30, 40), (30, 40)]
+    # of a sweep of nothing else, they are what there is
+    alone = analyse_sweep(training)
+    assert alone.entropy_heads is not None
+    assert set(alone.entropy_heads["sources"]) == {30}
+
+
+def test_draws_are_averaged_within_items(observations, study):
+    """Twice every draw is no second source, and no other number."""
+    twice = pl.concat([observations, observations.with_columns(replicate=pl.lit(1, pl.Int64))])
+    result = analyse(twice)
+    for name in ("entropy_heads", "entropy_groups", "contrast_heads", "contrast_pooled", "contrast_divergences"):
+        one, two = result.tables()[name], study.tables()[name]
+        assert (
+            one.drop("value", "low", "high", strict=False).columns
+            == two.drop("value", "low", "high", strict=False).columns
+        )
+        assert one["value"].to_list() == pytest.approx(two["value"].to_list(), rel=1e-12), name
+    assert result.entropy_variance is not None
+    assert set(result.entropy_variance["draws"]) == {2}
+    assert result.entropy_variance["between_draws"].to_list() == [0.0] * 4
 
 
 def test_ablation_is_ranked_on_discover_and_tested_on_confirm(discover, study):
@@ -141,7 +172,7 @@ def test_ablation_is_ranked_on_discover_and_tested_on_confirm(discover, study):
 
 
 def test_analysis_repeats(observations, discover, study):
-    again = analyse(observations, discover, None, selected_heads=3, count_per_group=2)
+    again = analyse(observations, discover, None, count_per_group=2)
     for name, table in again.tables().items():
         assert table.equals(study.tables()[name]), name
 
@@ -154,16 +185,16 @@ def test_missing_groups_and_splits_are_said(observations):
     no_confirm = analyse(observations.filter(pl.col("split") == "discover"))
     assert "confirm split" in no_confirm.omitted["contrast"]
     no_discover = analyse(observations.filter(pl.col("split") == "confirm"))
-    assert no_discover.contrast is not None
-    assert not no_discover.contrast.heads["selected"].any()
+    assert contrast_of(no_discover).omnibus["p_value"] is not None
     with pytest.raises(ValueError, match="no rows"):
         analyse(None)
 
 
 def test_few_sources_make_the_contrast_exploratory(observations):
     contrast = contrast_of(analyse(observations.filter(pl.col("item") % 1000 < 8)))
-    assert contrast.difference.exploratory
-    assert contrast.difference.p_value is None
+    assert contrast.ratio["exploratory"]
+    assert contrast.ratio["p_value"] is None
+    assert contrast.omnibus["p_value"] is None
     assert contrast.heads["p_value"].is_null().all()
 
 
@@ -181,8 +212,8 @@ def test_dictionary_columns_and_ragged_tables_work(observations, discover):
 def test_pooling_stays_within_one_query_group(observations):
     text = observations.with_columns(pl.lit("text").alias("query_group"), pl.lit(0.0).alias("entropy_normalised_mean"))
     both = pl.concat([text, observations])
-    assert pooled_items(both).equals(pooled_items(observations))
-    assert set(entropy_by_head(both)["query_group"]) == {"image", "text"}
+    assert pooled_items(item_means(both)).equals(pooled_items(item_means(observations)))
+    assert set(entropy_by_head(item_means(both))["query_group"]) == {"image", "text"}
 
 
 def test_a_plain_sweep_has_no_tests(observations, discover):

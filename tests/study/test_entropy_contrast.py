@@ -172,9 +172,9 @@ def every(seed=0):
 
 def test_every_control_is_made_and_named():
     table = every()
-    main = compare_groups(table, "lfw", "faces_grey")
+    main = made(compare_groups(table, "lfw", "faces_grey"))
     untrained = pl.concat([items(noise(20, 1), "lfw"), items(noise(20, 2), "faces_grey")])
-    found = controls_of(table, "lfw", "faces_grey", main=main, untrained=untrained)
+    found = controls_of(table, main, untrained=untrained)
     assert [control.kind for control in found] == ["main", "halves", "halves", "colour", "matched", "untrained",
                                                    "training", "training"]  # fmt: skip
     assert set(CONTROLS) == {control.kind for control in found}
@@ -193,20 +193,19 @@ def test_every_control_is_made_and_named():
 
 def test_halves_are_drawn_by_the_counter_and_share_no_source():
     table = every()
-    main = compare_groups(table, "lfw", "faces_grey")
-    found = controls_of(table, "lfw", "faces_grey", main=main)
-    again = controls_of(table.reverse(), "lfw", "faces_grey", main=main)
+    main = made(compare_groups(table, "lfw", "faces_grey"))
+    found = controls_of(table, main)
+    again = controls_of(table.reverse(), main)
     assert controls_table(found).equals(controls_table(again))
-    other = controls_of(table, "lfw", "faces_grey", main=main, seed=1)
+    other = controls_of(table, main, seed=1)
     assert controls_table(other)["energy"][1] != controls_table(found)["energy"][1]
 
 
 def test_a_control_without_data_says_what_it_lacks():
     table = every().filter(pl.col("group").is_in(["lfw", "faces_grey"]) & (pl.col("split") != "train"))
-    found = controls_of(table, "lfw", "faces_grey", main="why not")
+    found = controls_of(table, made(compare_groups(table, "lfw", "faces_grey")))
     reasons = {control.name: control.omitted for control in found if control.omitted}
     assert reasons == {
-        "lfw against faces_grey": "why not",
         "faces against faces_grey": "The group faces was not observed, so there is nothing to compare.",
         "lfw_matched against faces_grey_matched": "The group lfw_matched and the group faces_grey_matched was not"
         " observed, so there is nothing to compare.",

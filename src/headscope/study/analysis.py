@@ -136,8 +136,8 @@ def analyse(
             omitted["contrast"] = compared
         else:
             contrast = compared
-        random = None if untrained is None else item_means(untrained)
-        made = controls_of(items, natural, synthetic, main=compared, untrained=random, seed=seed)
+            random = None if untrained is None else item_means(untrained)
+            made = controls_of(items, contrast, untrained=random, seed=seed)
     ranking = None
     if discover is None:
         omitted["ablation"] = "No head was ablated on the discover split."

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from headscope.study.matching import Differing, Matched, Side, match
-from headscope.study.paired import Cells, cells_of, estimates, influence, interval, rankings, weighed
+from headscope.study.paired import Cells, cells_of, difference, estimates, interval, mean, rankings, ratio, weighed
 
 ENTROPY = (
     "Mean over sources of H of the second run minus H of the first, in nats; H of a head is averaged over an image's"
@@ -39,7 +39,7 @@ class Comparison:
     """Two runs compared. Tables of numbers have a column part, the stage of a study ("" for sweeps).
 
     All of them have value (second minus first, or second / first), low, high, sources, exploratory and void (rows whose
-    numbers aren't finite; where there are some the estimate is null). Tables of tests have p_value and p_max_t as well.
+    numbers aren't finite; where there are some the estimate is null). Tables of tests have p_value and p_maxt as well.
 
     Attributes:
         groups: part, group, items, sources, how.
@@ -130,8 +130,7 @@ def _tables(matched: Matched, seed: int) -> dict[str, pl.DataFrame]:
         family = ["group", "fill", "quantity"]
 
         def means(part: pl.DataFrame, score: str = score) -> pl.DataFrame:
-            cells = cells_of(part, [f"{score}_1", f"{score}_2"], ["site", "head"])
-            return estimates(cells, *cells.means(), seed)
+            return _means(cells_of(part, [f"{score}_1", f"{score}_2"], ["site", "head"]), seed)
 
         importances.append(_families(attributed, family, means))
 
@@ -175,8 +174,13 @@ def _families(
 
 def _entropy(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
     """See `ENTROPY`."""
-    cells = cells_of(rows, ["entropy_mean_1", "entropy_mean_2"], _QUERIES)
-    return estimates(cells, *cells.means(), seed)
+    return _means(cells_of(rows, ["entropy_mean_1", "entropy_mean_2"], _QUERIES), seed)
+
+
+def _means(cells: Cells, seed: int) -> pl.DataFrame:
+    """Means of either run, and their difference."""
+    first, second = (mean(array) for array in cells.values)
+    return estimates(cells, first, second, difference(second, first), seed)
 
 
 def _entropy_sites(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
@@ -186,9 +190,7 @@ def _entropy_sites(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
     values = ["entropy_mean_1", "entropy_mean_2"]
     heads = rows.group_by(site, maintain_order=True).agg(pl.col("head").n_unique().alias("heads"))
     cells = cells_of(rows.group_by(*item, *site, maintain_order=True).agg(pl.col(values).mean()), values, site)
-    table = (
-        estimates(cells, *cells.means(), seed).drop(_FIRST_SECOND).with_columns(pl.col("value", "low", "high").exp())
-    )
+    table = _means(cells, seed).drop(_FIRST_SECOND).with_columns(pl.col("value", "low", "high").exp())
     return heads.join(table, on=site, maintain_order="left").select(*site, "heads", pl.exclude(*site, "heads"))
 
 
@@ -210,7 +212,9 @@ def _clean(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
     frames = []
     for cells in (at_timesteps, overall):
         one, two = cells.values
-        table = estimates(cells, *cells.means(), seed, influence(two, one), null=1.0)
+        # tested as a change, which is 0 where the ratio is 1
+        table = estimates(cells, mean(one), mean(two), ratio(two - one, one), seed)
+        table = table.with_columns(pl.col("value", "low", "high") + 1)
         if not cells.by:
             table = table.select(pl.lit(None, pl.Int64).alias("timestep"), pl.all())
         frames.append(table)
@@ -221,9 +225,10 @@ def _degradation(rows: pl.DataFrame, by: list[str], absolute: bool, seed: int) -
     """See `DEGRADATION`."""
     cells = _degradation_cells(rows, by)
     change_1, clean_1, change_2, clean_2 = cells.values
-    table = estimates(cells, influence(change_1, clean_1), influence(change_2, clean_2), seed)
-    beside = interval((change_2 - change_1).mean(axis=2), "absolute")
-    return table.with_columns(beside if absolute else [pl.lit(None, pl.Float64).alias(s.name) for s in beside])
+    first, second = ratio(change_1, clean_1), ratio(change_2, clean_2)
+    table = estimates(cells, first, second, difference(second, first), seed)
+    beside = interval(cells, mean(change_2 - change_1), "absolute", seed)
+    return table.with_columns(beside if absolute else [pl.lit(None, pl.Float64).alias(one.name) for one in beside])
 
 
 def _degradation_cells(rows: pl.DataFrame, by: list[str]) -> Cells:

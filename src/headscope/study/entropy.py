@@ -114,14 +114,16 @@ def variance_components(observations: pl.DataFrame) -> pl.DataFrame:
     heads at a timestep have a number that isn't finite, and are in none of the means).
     """
     quantity = ["group", "timestep", *HEAD]
-    draws = observations.group_by([*quantity, "source_id", "item", "replicate"]).agg(nats=_void("entropy_mean").mean())
-    items = draws.group_by([*quantity, "source_id", "item"]).agg(
+    draws = observations.group_by([*quantity, "source_id", "item", "replicate"], maintain_order=True).agg(
+        nats=_void("entropy_mean").mean()
+    )
+    items = draws.group_by([*quantity, "source_id", "item"], maintain_order=True).agg(
         mean=pl.col("nats").mean(),
         squares=((pl.col("nats") - pl.col("nats").mean()) ** 2).sum(),
         draws=pl.len().cast(pl.Float64),
     )
     # variance of the mean of an item from one draw's variance, and so on upwards
-    sources = items.group_by([*quantity, "source_id"]).agg(
+    sources = items.group_by([*quantity, "source_id"], maintain_order=True).agg(
         mean=pl.col("mean").mean(),
         squares=((pl.col("mean") - pl.col("mean").mean()) ** 2).sum(),
         items=pl.len().cast(pl.Float64),
@@ -136,7 +138,7 @@ def variance_components(observations: pl.DataFrame) -> pl.DataFrame:
     # E of the squares within a source is (k - 1) of_items + (1 - 1/k) shares of_draws
     added = ((1 - 1 / pl.col("items")) * pl.col("shares")).sum()
     within = pl.col("squares").sum()
-    cells = sources.group_by(quantity).agg(
+    cells = sources.group_by(quantity, maintain_order=True).agg(
         draws=pl.col("most_draws").max(),
         sources=pl.len(),
         items=pl.col("items").sum(),
@@ -162,7 +164,7 @@ def variance_components(observations: pl.DataFrame) -> pl.DataFrame:
     )
     parts = ("between_sources", "between_items", "between_draws")
     return (
-        cells.group_by("group")
+        cells.group_by("group", maintain_order=True)
         .agg(
             pl.struct(*HEAD).n_unique().alias("heads"),
             pl.col("sources").max(),

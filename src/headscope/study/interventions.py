@@ -19,8 +19,8 @@ class Interventions:
     Attributes:
         edits: what was edited.
         effects: see `ablation.effects`, of the edits that the confirm split tests (or of a plain sweep's sets).
-        timesteps: the relative degradation at every timestep, headline fill: group, fill, kind, edit, timestep, value, low,
-            high, sources, exploratory.
+        timesteps: the relative degradation at every timestep, headline fill: group, fill, kind, edit, timestep,
+            value, low, high, sources, exploratory.
         joint: group, split, fill, kind, edit, heads (their number), joint (degradation), sum (of its heads'), value
             (joint - sum), low, high, p_value, p_holm, sources, exploratory; None where no set's heads were all removed
             alone.

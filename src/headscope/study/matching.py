@@ -15,6 +15,7 @@ import polars as pl
 from headscope._extras import require
 from headscope.models.tasks import Diffusion, FlowMatching
 from headscope.study.inference import plain_text
+from headscope.sweep.plan.config import fold_of
 
 # two timesteps of different schedules are one band where their log-SNRs differ by no more, in nats
 TOLERANCE = 0.05
@@ -341,6 +342,10 @@ def _rows(
     rows = plain_text(table).filter(pl.col("group").is_in(list(groups))).with_columns(pl.col("timestep").cast(pl.Int64))
     if "split" not in rows.columns:
         rows = rows.with_columns(split=pl.lit("all"))
+    if "fill" in columns.labels:
+        # means over part of the reference images tell of the mean fill's own error
+        folds = [fill for fill in rows["fill"].unique() if fold_of(fill) is not None]
+        rows = rows.filter(~pl.col("fill").is_in(folds))
     if "site" in columns.labels:
         rows = rows.filter(pl.col("site").is_in(list(sites)))
     if "edit" in columns.labels:

@@ -1,25 +1,21 @@
-"""Estimates from sources that two runs share: intervals, a family's tests, and how alike two rankings are.
+"""Estimates from sources that two runs share: both runs' numbers, their difference with its test, and how alike two
+rankings are.
 
-An estimate is a mean over sources of numbers that stand for it, its *influence values*: the source's own number where
-the estimate is a mean, that of the delta method where it is a ratio. They are what intervals and tests are made of.
+Whatever is drawn anew is a source, with its numbers of both runs.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 from scipy.stats import rankdata
 from scipy.stats import t as student
 
-from headscope.study import inference
-from headscope.study.inference import FEWEST_SOURCES, LEVEL, source_means
+from headscope.study.inference import settings, smooth, source_means
+from headscope.study.inference.intervals import infer
 
-MAX_T = (
-    "Two-sided. The signs of whole sources' differences are flipped at random, all heads of a source together; a head's"
-    " corrected p is the share of flips in which the largest |t| of the whole family reaches the head's own, t being"
-    " the difference divided by its standard error."
-)
 RANKS = (
     "Spearman's correlation, over heads, of the two runs' means over all sources. What is estimated is how two rankings"
     " agree that are measured with so many sources, not how the true effects do: noise in either ranking lowers it, and"
@@ -30,8 +26,6 @@ RANKS = (
 )
 # divisions into halves, and draws of the correlations' bootstrap
 _HALVES, _RANKINGS = 200, 999
-# flips of so many numbers at once
-_BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -53,103 +47,79 @@ class Cells:
     def sources(self) -> int:
         return len(self.values[0])
 
-    def means(self) -> list[np.ndarray]:
-        """Every value's mean over bands: [sources, cells]."""
-        return [array.mean(axis=2) for array in self.values]
-
 
 def cells_of(rows: pl.DataFrame, names: Sequence[str], by: list[str], bands: str | None = "timestep") -> Cells:
     """Tabulate the columns `names` of a family, whose quantities the columns `by` tell apart."""
     table = source_means(rows, names, by, bands)
-    sources, _, levels = table.values[0].shape
-    whole = pl.all_horizontal(pl.col(name).is_finite().fill_null(False) for name in names)
-    places = pl.struct("source_id", *([bands] if bands else [])).n_unique()
-    # in the order of the cells
-    grouped = rows.group_by(by or [pl.lit(0)], maintain_order=True)
-    counts = grouped.agg((~whole).sum().alias("broken"), places.alias("there"))
-    void = counts["broken"].to_numpy() + sources * levels - counts["there"].to_numpy()
-    values = tuple(np.where((void == 0)[None, :, None], array, np.nan) for array in table.values)
-    return Cells(table.cells.select(by), by, values, void)
+    values = tuple(np.where((table.void == 0)[None, :, None], array, np.nan) for array in table.values)
+    return Cells(table.cells.select(by), by, values, table.void)
 
 
-def influence(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Influence values of the mean over bands of sum of numerators / sum of denominators: [sources, cells]."""
-    below = denominator.mean(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(below == 0, np.nan, numerator.mean(axis=0) / below)
-        return ((numerator - ratio * denominator) / below + ratio).mean(axis=2)
+class Quantity(NamedTuple):
+    """A smooth function of means over sources: see `inference.smooth`; columns [columns, sources, cells]."""
+
+    columns: np.ndarray
+    function: smooth.Smooth
 
 
-def estimates(
-    cells: Cells,
-    first: np.ndarray,
-    second: np.ndarray,
-    seed: int,
-    compared: np.ndarray | None = None,
-    null: float = 0.0,
-) -> pl.DataFrame:
-    """Both runs' estimates and what is compared, by default their difference, with its test against `null`.
+def mean(values: np.ndarray) -> Quantity:
+    """The mean over sources and bands; values [sources, cells, bands]."""
+    return Quantity(values.mean(axis=2)[None], smooth.mean)
 
-    first, second, compared: influence values [sources, cells]. Returns a table of the columns of `by`, first,
-    first_low, first_high, second, second_low, second_high, value, low, high, p_value, p_max_t, sources, exploratory,
-    void.
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Quantity:
+    """The mean over bands of sum of numerators / sum of denominators; both [sources, cells, bands]."""
+    return Quantity(np.moveaxis(np.concatenate([numerator, denominator], axis=2), 2, 0), smooth.relative)
+
+
+def difference(second: Quantity, first: Quantity) -> Quantity:
+    """The second quantity minus the first, of the same sources."""
+    count = len(second.columns)
+
+    def function(means: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        one, (slope_of_one,) = second.function(means[:count])
+        two, (slope_of_two,) = first.function(means[count:])
+        return one - two, (np.concatenate([slope_of_one, -slope_of_two]),)
+
+    return Quantity(np.concatenate([second.columns, first.columns]), function)
+
+
+def estimates(cells: Cells, first: Quantity, second: Quantity, compared: Quantity, seed: int) -> pl.DataFrame:
+    """Both runs' estimates and what compares them, with its test and the family's: see `inference.INTERVAL`.
+
+    Returns a table of the columns of `by`, first, first_low, first_high, second, second_low, second_high, value, low,
+    high, p_value, p_maxt, sources, exploratory, void.
     """
-    compared = second - first if compared is None else compared
-    p_value, p_max_t = sign_flips(compared - null, seed)
-    count = len(cells.void)
+    count, few = len(cells.void), cells.sources < settings.FEWEST_SOURCES
     columns = [
-        *interval(first, "first"),
-        *interval(second, "second"),
-        *interval(compared),
-        pl.Series("p_value", p_value, pl.Float64, nan_to_null=True),
-        pl.Series("p_max_t", p_max_t, pl.Float64, nan_to_null=True),
+        *interval(cells, first, "first", seed),
+        *interval(cells, second, "second", seed),
+        *interval(cells, compared, "", seed, tested=not few),
         pl.Series("sources", [cells.sources] * count, pl.Int64),
-        pl.Series("exploratory", [cells.sources < FEWEST_SOURCES] * count, pl.Boolean),
+        pl.Series("exploratory", [few] * count, pl.Boolean),
         pl.Series("void", cells.void, pl.Int64),
     ]
     return cells.frame.hstack(columns) if cells.by else pl.DataFrame(columns)
 
 
-def interval(values: np.ndarray, name: str = "") -> list[pl.Series]:
-    """Estimates and their t intervals from influence values [sources, cells]: value, low and high, or NAME, NAME_low,
-    NAME_high; null where undefined."""
-    mean, error = values.mean(axis=0), _standard_error(values)
-    half = student.ppf((1 + LEVEL) / 2, max(1, len(values) - 1)) * error
-    titles = (name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")
-    return [
-        pl.Series(title, np.where(np.isfinite(found), found, np.nan), pl.Float64, nan_to_null=True)
-        for title, found in zip(titles, (mean, mean - half, mean + half), strict=True)
-    ]
+def interval(cells: Cells, quantity: Quantity, name: str, seed: int, tested: bool | None = None) -> list[pl.Series]:
+    """A quantity's NAME, NAME_low, NAME_high (or value, low, high) in every cell; null where void or undefined.
 
-
-def sign_flips(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """p-values of the hypothesis that influence values lie around 0: each cell's own, and `MAX_T`; [cells] each.
-
-    NaN for void cells, cells that don't vary, and fewer sources than `FEWEST_SOURCES`.
+    tested: p_value and p_maxt as well, null where it is False.
     """
-    sources, cells = values.shape
-    p_value, p_max_t = np.full(cells, np.nan), np.full(cells, np.nan)
-    observed = np.abs(_t(values.mean(axis=0), (values**2).mean(axis=0), sources))
-    tested = np.isfinite(observed)
-    if sources < FEWEST_SOURCES or not tested.any():
-        return p_value, p_max_t
-    values, observed = values[:, tested], observed[tested]
-    squares = (values**2).mean(axis=0)
-    generator = np.random.default_rng(seed)
-    own, largest = np.zeros(len(observed)), np.zeros(len(observed))
-    left = inference.RESAMPLES
-    while left:
-        count = min(left, max(1, _BLOCK // values.size))
-        signs = generator.integers(0, 2, (count, sources)) * 2.0 - 1.0
-        flipped = np.abs(_t(signs @ values / sources, squares, sources))
-        # but for rounding, as flips that give the observed differences do
-        reached = observed * (1 - 1e-10)
-        own += (flipped >= reached).sum(axis=0)
-        largest += (flipped.max(axis=1, keepdims=True) >= reached).sum(axis=0)
-        left -= count
-    p_value[tested] = (own + 1) / (inference.RESAMPLES + 1)
-    p_max_t[tested] = (largest + 1) / (inference.RESAMPLES + 1)
-    return p_value, p_max_t
+    sound = cells.void == 0
+    found = infer([quantity.columns[:, :, sound]], quantity.function, seed, tested=bool(tested), family=bool(tested))
+    columns = {f"{name}{end}" if name else end.strip("_"): getattr(found, end.strip("_")) for end in ("_low", "_high")}
+    columns = {name or "value": found.value, **columns}
+    if tested is not None:
+        undefined = np.full(len(found.value), np.nan)
+        columns |= {p: getattr(found, p) if tested else undefined for p in ("p_value", "p_maxt")}
+    made = []
+    for title, numbers in columns.items():
+        whole = np.full(len(sound), np.nan)
+        whole[sound] = np.where(np.isfinite(numbers), numbers, np.nan)
+        made.append(pl.Series(title, whole, pl.Float64, nan_to_null=True))
+    return made
 
 
 def rankings(cells: Cells, scores: Callable[[np.ndarray], Sequence[np.ndarray]], seed: int) -> pl.DataFrame:
@@ -171,7 +141,7 @@ def rankings(cells: Cells, scores: Callable[[np.ndarray], Sequence[np.ndarray]],
     if sources >= 4 and np.isfinite(value):
         draws = generator.multinomial(sources, np.full(sources, 1 / sources), _RANKINGS) / sources
         spread = np.std(np.arctanh(np.clip(_correlation(*ranked(draws)), -1 + 1e-9, 1 - 1e-9)), ddof=1)
-        centre, half = np.arctanh(value), student.ppf((1 + LEVEL) / 2, sources - 1) * spread
+        centre, half = np.arctanh(value), student.ppf((1 + settings.LEVEL) / 2, sources - 1) * spread
         if np.isfinite(centre + half):
             found["low"], found["high"] = np.tanh(centre - half), np.tanh(centre + half)
         order = generator.permuted(np.tile(np.arange(sources), (_HALVES, 1)), axis=1) < sources // 2
@@ -183,7 +153,7 @@ def rankings(cells: Cells, scores: Callable[[np.ndarray], Sequence[np.ndarray]],
     return frame.with_columns(
         heads=pl.lit(int(sound.sum()), pl.Int64),
         sources=pl.lit(sources, pl.Int64),
-        exploratory=pl.lit(sources < FEWEST_SOURCES),
+        exploratory=pl.lit(sources < settings.FEWEST_SOURCES),
         void=pl.lit(int(cells.void.sum()), pl.Int64),
     )
 
@@ -191,19 +161,6 @@ def rankings(cells: Cells, scores: Callable[[np.ndarray], Sequence[np.ndarray]],
 def weighed(weights: np.ndarray, array: np.ndarray) -> np.ndarray:
     """Weighted means over sources: [draws, sources], [sources, cells, bands] -> [draws, cells, bands]."""
     return np.tensordot(weights, array, axes=1)
-
-
-def _standard_error(values: np.ndarray) -> np.ndarray:
-    if len(values) < 2:
-        return np.full(values.shape[1], np.nan)
-    return values.std(axis=0, ddof=1) / np.sqrt(len(values))
-
-
-def _t(mean: np.ndarray, squares: np.ndarray, sources: int) -> np.ndarray:
-    """Student's t from means and mean squares: NaN where nothing varies; flips leave the squares as they are."""
-    variance = np.maximum(squares - mean**2, 0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(variance > 1e-24 * squares, mean * np.sqrt((sources - 1) / variance), np.nan)
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:

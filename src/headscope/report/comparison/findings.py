@@ -59,7 +59,7 @@ def findings(comparison: Comparison, names: Names) -> list[str]:
     if comparison.clean is not None:
         overall = comparison.clean.filter(pl.col("timestep").is_null())
         sentences += [_clean_sentence(row) for row in overall.iter_rows(named=True)]
-    for table, singular in ((comparison.heads, "head"), (comparison.sets, "set of heads")):
+    for table, singular in ((comparison.heads, "head"), (comparison.sets, "set")):
         if table is not None:
             sentences += _family_sentences(table, names, singular, "degradation", points)
     if comparison.entropy is not None:
@@ -110,7 +110,7 @@ def _family_sentences(table: pl.DataFrame, names: Names, singular: str, what: st
     sentences = []
     labels = [name for name in ("part", "group", "fill", "query_group") if name in table.columns]
     for _, rows in table.group_by(labels, maintain_order=True):
-        tested = rows.filter(pl.col("p_max_t").is_not_null())
+        tested = rows.filter(pl.col("p_maxt").is_not_null())
         first = rows.row(0, named=True)
         void = rows.filter(pl.col("void") > 0)
         note = f" {len(void)} could not be compared, as losses or entropies are not finite." if len(void) else ""
@@ -120,7 +120,7 @@ def _family_sentences(table: pl.DataFrame, names: Names, singular: str, what: st
                 f" {first['sources']} sources.{note}"
             )
             continue
-        different = tested.filter(pl.col("p_max_t") < SIGNIFICANT)
+        different = tested.filter(pl.col("p_maxt") < SIGNIFICANT)
         if len(different):
             row = different.sort(pl.col("value").abs(), descending=True).row(0, named=True)
             written = write or fitted((row["low"], row["high"]))
@@ -135,7 +135,7 @@ def _family_sentences(table: pl.DataFrame, names: Names, singular: str, what: st
             bound = (write or number)(widest)
             sentences.append(
                 f"On {_where(first)} no difference in {what} was established for any of {len(tested)} {singular}s"
-                f" (smallest corrected p {probability(tested['p_max_t'].min())}); single 95 % intervals reach"
+                f" (smallest corrected p {probability(tested['p_maxt'].min())}); single 95 % intervals reach"
                 f" {bound.lstrip('+')}{'' if write else ' nats'}.{note}"
             )
     return sentences
@@ -163,7 +163,7 @@ def _largest(table: pl.DataFrame | None) -> dict | None:
     """The largest of the differences that are clear of 0 and whose corrected p is below 0.05."""
     if table is None:
         return None
-    rows = table.filter(_clear(0.0) & (pl.col("p_max_t") < SIGNIFICANT)).sort(pl.col("value").abs(), descending=True)
+    rows = table.filter(_clear(0.0) & (pl.col("p_maxt") < SIGNIFICANT)).sort(pl.col("value").abs(), descending=True)
     return rows.row(0, named=True) if len(rows) else None
 
 
@@ -177,10 +177,10 @@ def _first_of_groups(table: pl.DataFrame) -> list[dict]:
 
 def _where(row: dict) -> str:
     """The group of a row, and its stage, fill and kind of queries where they say something."""
-    fill = f", {row['fill']} fill" if row.get("fill") else ""
-    queries = f", {row['query_group']} queries" if row.get("query_group") not in (None, "image") else ""
-    stage = f" ({row['part']})" if row["part"] else ""
-    return f"{row['group']}{stage}{fill}{queries}"
+    fill = f"{row['fill']} fill" if row.get("fill") else ""
+    queries = f"{row['query_group']} queries" if row.get("query_group") not in (None, "image") else ""
+    within = ", ".join(part for part in (row["part"], fill, queries) if part)
+    return f"{row['group']} ({within})" if within else row["group"]
 
 
 def _subject(row: dict, names: Names) -> str:
@@ -188,8 +188,9 @@ def _subject(row: dict, names: Names) -> str:
 
 
 def _beside(row: dict, write: Write) -> str:
-    tested = "" if row["p_max_t"] is None else f", corrected p = {probability(row['p_max_t'])}"
-    return f"95 % interval {interval(row['low'], row['high'], write)}{tested}, {row['sources']} sources"
+    tested = "" if row["p_maxt"] is None else f", corrected p = {probability(row['p_maxt'])}"
+    bounds = interval(row["low"], row["high"], write).replace(" points to ", " to ")
+    return f"95 % interval {bounds}{tested}, {row['sources']} sources"
 
 
 def _void(row: dict) -> str:

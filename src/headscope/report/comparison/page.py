@@ -71,9 +71,12 @@ def write_comparison(
         differing=_differing_table(comparison),
         sections=[s for s in (_clean(comparison), *_sections(comparison, names)) if s is not None],
         caveats=[*CAVEATS, *_void_caveat(comparison)],
-        max_t=paired.MAX_T,
+        interval=inference.INTERVAL,
+        effect_test=inference.EFFECT_TEST,
+        max_t=inference.MAX_T,
+        void=inference.VOID,
         fewest=inference.FEWEST_SOURCES,
-        resamples=inference.RESAMPLES,
+        resamples=inference.settings.RESAMPLES,
     )
 
 
@@ -159,9 +162,9 @@ def _points(title: str, rows: list[dict], names: Names, group: str, write: Any) 
                 ("difference", "value", "low", "high"),
             )
         ]
-        corrected = f"<br>corrected p = {probability(row['p_max_t'])}" if row["p_max_t"] is not None else ""
+        corrected = f"<br>corrected p = {probability(row['p_maxt'])}" if row["p_maxt"] is not None else ""
         notes.append(f"<b>{plot_text(names.head(row['site'], row['head']))}</b><br>{'<br>'.join(lines)}{corrected}")
-    filled = [row["p_max_t"] is not None and row["p_max_t"] < SIGNIFICANT for row in rows]
+    filled = [row["p_maxt"] is not None and row["p_maxt"] < SIGNIFICANT for row in rows]
     return Points(
         title,
         [row["first"] for row in rows],

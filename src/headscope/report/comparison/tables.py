@@ -43,7 +43,7 @@ def head_table(heads: pl.DataFrame, names: Names, caption: str, write: Write | N
     absolute = "absolute" in heads.columns and heads["absolute"].is_not_null().any()
     size = pl.col("value").abs() / (pl.col("high") - pl.col("low"))
     table = heads.with_columns(size=size.fill_nan(None)).sort(
-        ["p_max_t", "size"], descending=[False, True], nulls_last=True, maintain_order=True
+        ["p_maxt", "size"], descending=[False, True], nulls_last=True, maintain_order=True
     )
     table = table.with_columns(
         head=pl.struct("site", "head").map_elements(lambda h: names.head(h["site"], h["head"]), return_dtype=pl.String)
@@ -128,4 +128,4 @@ def _estimate(row: dict[str, Any], write: Write) -> list[str]:
 
 
 def _tests(row: dict[str, Any]) -> list[str]:
-    return [probability(row["p_value"]), probability(row["p_max_t"]), str(row["sources"])]
+    return [probability(row["p_value"]), probability(row["p_maxt"]), str(row["sources"])]

@@ -52,20 +52,16 @@ class Control:
 
 
 def controls_of(
-    items: pl.DataFrame,
-    first: str,
-    second: str,
-    *,
-    main: Comparison | str,
-    untrained: pl.DataFrame | None = None,
-    seed: int = 0,
+    items: pl.DataFrame, main: Comparison, *, untrained: pl.DataFrame | None = None, seed: int = 0
 ) -> list[Control]:
     """The main comparison, then every control of it; one without data says what it lacks.
 
     items: see `entropy.item_means`; of the splits discover, confirm and, for the last control, train. main: the
-    comparison of first and second. untrained: `item_means` of the same groups in the model with random weights.
+    comparison of two groups on the confirm split. untrained: `item_means` of the same groups in the model with random
+    weights.
     """
-    found = [("main", f"{first} against {second}", main)]
+    first, second = main.first, main.second
+    found: list[tuple[str, str, Comparison | str]] = [("main", f"{first} against {second}", main)]
     found += [("halves", f"halves of {group}", split_halves(items, group, seed)) for group in (first, second)]
     found.append(("colour", " against ".join(COLOUR), compare_groups(items, *COLOUR, seed=seed)))
     matched = f"{first}{MATCHED}", f"{second}{MATCHED}"
