@@ -42,7 +42,7 @@ from headscope.zoo.train import TrainConfig
         ({"compile": True, "scores": ("generate",), "generate_window": (1, 2)}, "compile: got true with a generate_wi"),
         ({"fills": (), "heads": (("mid", 0),)}, "heads: got some without anything done to them"),
         ({"scores": (), "sites": ("mid*",)}, "sites: got some without anything done to them"),
-        ({"fills": ("zero",), "reference_items": 3}, "reference_items: got 3 without the mean fill"),
+        ({"fills": ("zero",), "reference_items": 3}, "reference_items: got 3 without the fills mean and resample"),
         ({"timesteps": (60,), "bands": 5}, "bands: got 5 beside timesteps"),
         ({"cotangents": 8}, "cotangents: got 8 without attribute"),
         ({"generate_steps": 20}, "generate_steps: got 20 without the score generate and without prompts"),

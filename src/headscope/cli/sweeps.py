@@ -58,7 +58,8 @@ def sweep(
         str | None, typer.Option(help="Comma-separated; default: three, evenly spaced in log-SNR.")
     ] = None,
     fill: Annotated[
-        list[str] | None, typer.Option(help="mean, zero, uniform or identity; may be repeated. Default: mean and zero.")
+        list[str] | None,
+        typer.Option(help="mean, zero, uniform, identity or resample; may be repeated. Default: mean and zero."),
     ] = None,
     score: Annotated[
         list[str] | None,
