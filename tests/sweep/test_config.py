@@ -20,7 +20,7 @@ from headscope.zoo.train import TrainConfig
         ({"fills": ("mean", "mean")}, "each once"),
         ({"scores": ("fid",)}, "scores: got fid"),
         ({"splits": ()}, "splits: got none"),
-        ({"splits": ("train",)}, "splits: got train"),
+        ({"splits": ("test",)}, "splits: got test"),
         ({"dtype": "int8"}, "dtype: got int8"),
         ({"items": 0}, "items: got 0, expected at least 1"),
         ({"seed": -1}, "seed: got -1"),
