@@ -48,7 +48,7 @@ def sweep(
     plan: Annotated[Path | None, typer.Option(help="A TOML file that says it all, in place of the options.")] = None,
     model: Annotated[
         str,
-        typer.Option(help="pixeldit, unet, planted:NAME, or a directory with a diffusers pipeline."),
+        typer.Option(help="pixeldit, unet, untrained:NAME, planted:NAME, or a directory with a diffusers pipeline."),
     ] = "pixeldit",
     prompts: Annotated[str | None, typer.Option(help="A text file with a prompt per line.")] = None,
     group: Annotated[
