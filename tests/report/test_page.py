@@ -248,8 +248,8 @@ def test_sweep_report_shows_what_there_is(tables, tmp_path):
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("every", [False, True])
-def test_losses_that_are_no_numbers_are_left_out_and_counted(broken, every, tmp_path):
-    """Of a model that overflowed; the clean loss beside them doesn't count either."""
+def test_losses_that_are_no_numbers_void_their_head_and_are_counted(broken, every, tmp_path):
+    """Of a model that overflowed: one such loss is enough."""
     labels = {"group": "faces", "split": "confirm", "replicate": 0, "timestep": 100, "site": "mid", "fill": "zero"}
     rows = [
         {**labels, "item": item, "source_id": f"s{item}", "head": head, "clean": item + 1.0, "edited": 2.0 * item + 2}
@@ -262,12 +262,15 @@ def test_losses_that_are_no_numbers_are_left_out_and_counted(broken, every, tmp_
     path = tmp_path / "report.html"
     write_sweep_report(path, title="t", run_info={}, ablations=pl.DataFrame(rows))
     count = 4 if every else 1
-    assert f"left out of every mean: {count} of ablations.clean. A head" in path.read_text()
+    assert (
+        f"there is one key: {count} of ablations.clean. A quantity that holds one has no value. A head"
+        in path.read_text()
+    )
     ranking = analyse_sweep(ablations=pl.DataFrame(rows)).ablation_ranking
     assert ranking is not None
     ranking = ranking.sort("head")
-    assert ranking["value"].to_list() == [1.0, None if every else 1.0]
-    assert ranking["absolute"].to_list() == [2.5, None if every else 2.0]
+    assert ranking["value"].to_list() == [1.0, None]
+    assert ranking["absolute"].to_list() == [2.5, None]
 
 
 def test_sites_stand_in_the_order_of_execution(tables, tmp_path):

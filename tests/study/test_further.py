@@ -40,7 +40,7 @@ def rows(**columns):
 
 CLEAN = np.arange(1.0, 9.0).reshape(2, 2, 2)
 CHANGE = np.array([[[0.1, 0.2], [0.3, 0.4]], [[0.5, -0.2], [0.1, 0.0]]])
-OWN = np.array([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, np.inf]]])
+OWN = np.array([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, np.nan]]])
 
 
 def test_means_by_hand():
@@ -59,7 +59,7 @@ def test_means_by_hand():
     assert relative.values["value"].item() == pytest.approx((change.sum(0) / clean.sum(0)).mean())
     assert found["set_ablations", "loss_absolute"].values["value"].item() == pytest.approx(change.mean())
     own = found["ablations", "own"]
-    # of the source with an infinite value at a timestep, the other item counts
+    # of the source that has none of it at a timestep in one item, the other item counts
     assert own.values["value"].item() == pytest.approx(np.mean([[2.0, 3.0], [6.0, 6.0]]))
     assert own.values.select("group", "fill", "site", "head", "sources").row(0) == ("lfw", "zero", "mid", 3, 2)
     assert own.left_out == 1

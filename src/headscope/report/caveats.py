@@ -68,6 +68,6 @@ def _left_out(left_out: Mapping[str, int]) -> list[str]:
     counts = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
     return [
         "Some numbers are infinite or none at all (NaN), as those of a model that overflowed are, and H / ln K where"
-        f" there is one key, and are left out of every mean: {counts}. A head whose removal does that changes more than"
-        " any number here says."
+        f" there is one key: {counts}. A quantity that holds one has no value. A head whose removal does that changes"
+        " more than any number here says."
     ]

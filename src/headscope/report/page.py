@@ -82,8 +82,13 @@ def write_report(
         caveats=[*caveats, *caveats_of(result)],
         example=_example(result, names),
         holm=inference.HOLM,
+        interval=inference.INTERVAL,
+        void=inference.VOID,
+        effect_test=inference.EFFECT_TEST,
+        difference_test=inference.DIFFERENCE_TEST,
+        max_t=inference.MAX_T,
         fewest=inference.FEWEST_SOURCES,
-        resamples=inference.RESAMPLES,
+        resamples=inference.settings.RESAMPLES,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
     write_atomic(path, text.encode())

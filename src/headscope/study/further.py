@@ -10,7 +10,7 @@ from typing import NamedTuple
 import polars as pl
 
 from headscope.study.ablation import DISTANCE, per_group_and_fill
-from headscope.study.finite import PAIRS, finite
+from headscope.study.finite import PAIRS
 from headscope.study.inference import ABSOLUTE, MEAN, RELATIVE, degradations, means, plain_text
 
 # the columns that aren't scores
@@ -41,7 +41,7 @@ class Score(NamedTuple):
         definition: how it is averaged, and its unit.
         fraction: whether it is written as a percentage.
         values: group, fill, site and head or edit, value, low, high, sources, exploratory.
-        left_out: how many of the table's values were infinite or NaN, and left out.
+        left_out: how many values of a score of the user's own were NaN, for items that have none, and left out.
     """
 
     kind: str
@@ -69,14 +69,18 @@ def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Sc
         edited = kind.removeprefix("set_")
         for first, pair in PAIRS.items():
             if first in rows.columns and first not in _SHOWN.get(kind, ()):
-                whole, left_out = finite(rows, first)
-                paired = whole.with_columns(pl.col(pair[0]).alias("clean"), pl.col(pair[1]).alias("edited"))
-                found += _degradation(kind, first, paired, seed, left_out)
+                paired = rows.with_columns(pl.col(pair[0]).alias("clean"), pl.col(pair[1]).alias("edited"))
+                found += _degradation(kind, first, paired, seed)
         for name in unlabelled(rows):
             if any(name in pair for pair in PAIRS.values()) or name in _SHOWN.get(kind, ()):
                 continue
-            whole, left_out = finite(rows, name)
-            values = per_group_and_fill(whole, lambda part, name=name: means(part, name, _by(part), _bands(part), seed))
+            own = name not in _titles(edited)
+
+            def averaged(part: pl.DataFrame, name: str = name, own: bool = own) -> pl.DataFrame:
+                return means(part, name, _by(part), _bands(part), seed, leave_out=own)
+
+            values = per_group_and_fill(rows, averaged)
+            left_out = int(values["left_out"].sum()) if own else 0
             found.append(Score(kind, name, _title(edited, name), _definition(edited, name), False, values, left_out))
     return found
 
@@ -86,7 +90,7 @@ def unlabelled(table: pl.DataFrame) -> list[str]:
     return [name for name, kind in table.schema.items() if name not in LABELS and kind.is_numeric()]
 
 
-def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int, left_out: int) -> list[Score]:
+def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int) -> list[Score]:
     of = "the loss" if first == "clean" else "the error of the clean image that the prediction implies (x0)"
     short = "loss" if first == "clean" else "error"
     unit = "In units of the loss." if first == "clean" else "In squared units of what the model denoises."
@@ -107,7 +111,6 @@ def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int, left_out:
             text,
             how == "Relative",
             values.filter(pl.col("how") == how).drop("how"),
-            left_out,
         )
         for how, text in zip(hows, definitions, strict=True)
     ]
@@ -122,23 +125,25 @@ def _bands(rows: pl.DataFrame) -> str | None:
 
 
 def _title(edited: str, name: str) -> str:
-    if name == "distance":
-        of = "prediction" if edited == "ablations" else "drawn image"
-        return f"Distance of the {of} from the clean one"
-    titles = {
-        "mse": "Mean squared error of the drawn image against the clean one (mse)",
-        "psnr": "Peak signal-to-noise ratio of the drawn image against the clean one (psnr)",
-        "ssim": "Structural similarity of the drawn image to the clean one (ssim)",
-    }
+    return _titles(edited).get(name, f"{name}, a score of the user's own")
+
+
+def _titles(edited: str) -> dict[str, str]:
     if edited == "attributions":
-        titles = {
+        return {
             "loss": "Loss of the whole model",
             "g": "First-order cost of removing a head (g)",
             "c": "Gauss-Newton term of the second order (c)",
             "importance": "Importance (g + c)",
             "integrated": "Gradient integrated along the path of all gates",
         }
-    return titles.get(name, f"{name}, a score of the user's own")
+    of = "prediction" if edited == "ablations" else "drawn image"
+    return {
+        "distance": f"Distance of the {of} from the clean one",
+        "mse": "Mean squared error of the drawn image against the clean one (mse)",
+        "psnr": "Peak signal-to-noise ratio of the drawn image against the clean one (psnr)",
+        "ssim": "Structural similarity of the drawn image to the clean one (ssim)",
+    }
 
 
 def _definition(edited: str, name: str) -> str:

@@ -53,7 +53,7 @@ def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section
         "fills": ablation.FILLS,
         "relative": inference.RELATIVE.format(of="loss"),
         "absolute": inference.ABSOLUTE.format(of="loss"),
-        "sign_flips": inference.SIGN_FLIPS,
+        "effect_test": inference.EFFECT_TEST,
         "family": ablation.FAMILY,
         "omitted": result.omitted.get("confirm"),
     }

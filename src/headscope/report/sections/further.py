@@ -43,5 +43,5 @@ def further_table(score: Score, names: Names) -> Table:
     columns = [("set of heads" if of_sets else "head", False), *SUBJECT[1:]]
     columns += [("value", True), INTERVAL, ("sources", True)]
     when = "" if score.kind.endswith("generations") else ", mean over timesteps"
-    left_out = f" {score.left_out} values that are infinite or NaN are left out." if score.left_out else ""
+    left_out = f" {score.left_out} values are NaN, of items that have none, and left out." if score.left_out else ""
     return Table(f"{score.title} ({score.kind}){when}; exploratory.{left_out}", columns, rows)

@@ -5,11 +5,21 @@ from functools import lru_cache
 import numpy as np
 
 
+def drawn(sources: int) -> int:
+    """How many sources a draw of the bootstrap takes: n - sqrt(n), rounded, of n.
+
+    A small sample of skewed numbers is less skewed than what it was drawn from, so that draws of n understate how
+    skewed the t statistic is; draws of fewer are more skewed. As sqrt(n) / n goes to 0, what the bootstrap-t gains over
+    Student's t (an error of order 1 / n, Hall 1988) stays. (Fewer draws than sources: Bickel, Götze, van Zwet 1997.)
+    """
+    return sources - round(sources**0.5)
+
+
 @lru_cache(maxsize=8)
 def resampled(seed: int, sizes: tuple[int, ...], count: int) -> tuple[np.ndarray, ...]:
     """The share of a draw that every source gets, each group drawn with replacement: [count, sources] per group."""
     generator = np.random.default_rng(seed)
-    return tuple(generator.multinomial(size, np.full(size, 1.0 / size), count) / size for size in sizes)
+    return tuple(generator.multinomial(drawn(size), np.full(size, 1.0 / size), count) / drawn(size) for size in sizes)
 
 
 @lru_cache(maxsize=8)
