@@ -8,8 +8,8 @@ import polars as pl
 COMPONENTS = (
     "Variance components of a nested design (draws of noise in items in sources) by the method of moments: mean squares"
     " are set equal to what they are on average (Searle, Casella and McCulloch 1992, ch. 3). A negative one is set to 0"
-    " and named under truncated. What a design can't tell apart is in the level above: with one item a source, items are in"
-    " sources; with one draw an item, draws are in items."
+    " and named under truncated. What a design can't tell apart is in the level above: with one item a source, items"
+    " are in sources; with one draw an item, draws are in items."
 )
 
 
