@@ -40,9 +40,9 @@ def tiles(result: StudyResult, names: Names) -> list[Tile]:
         )
     confirmed = _confirmed(result)
     if confirmed is not None:
-        tested = _headline(confirmed).filter(pl.col("p_holm").is_not_null())
+        tested = _headline(confirmed).filter(pl.col("p_maxt").is_not_null())
         if len(tested):
-            raising = tested.filter((pl.col("p_holm") < _SIGNIFICANT) & (pl.col("value") > 0))
+            raising = tested.filter((pl.col("p_maxt") < _SIGNIFICANT) & (pl.col("value") > 0))
             label = "removals of a selected head raise the loss on images that had no part in its selection"
             found.append(Tile(f"{len(raising)} of {len(tested)}", label, "each with a corrected p < 0.05"))
     if not found and result.entropy_groups is not None:
@@ -128,8 +128,8 @@ def _confirm_sentences(result: StudyResult, names: Names) -> list[str]:
         row = rows.sort("value", descending=True).row(0, named=True)
         tested = (
             "exploratory, too few sources"
-            if row["p_holm"] is None
-            else f"corrected p = {probability(row['p_holm'])}, {_sources(row['sources'])}"
+            if row["p_maxt"] is None
+            else f"corrected p = {probability(row['p_maxt'])}, {_sources(row['sources'])}"
         )
         discover = "" if row["discover"] is None else f"; {percent(row['discover'])} where it was selected"
         change = "raises" if row["value"] >= 0 else "lowers"
@@ -187,7 +187,7 @@ def _largest(result: StudyResult) -> dict | None:
     confirmed = _confirmed(result)
     if confirmed is None:
         return None
-    rows = _headline(confirmed).filter(pl.col("p_holm").is_not_null() & (pl.col("value") > 0))
+    rows = _headline(confirmed).filter(pl.col("p_maxt").is_not_null() & (pl.col("value") > 0))
     return rows.sort("value", descending=True).row(0, named=True) if len(rows) else None
 
 

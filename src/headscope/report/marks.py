@@ -51,8 +51,9 @@ def estimate_note(row: dict, write: Callable[..., str] | None = None) -> str:
     counted = " and ".join(map(str, sources)) if isinstance(sources, list) else str(sources)
     write = write or fitted((row["low"], row["high"]))
     text = f"{write(row['value'])} ({interval(row['low'], row['high'], write)}), sources: {counted}"
-    if row.get("p_holm") is not None:
-        text += f"<br>p = {probability(row['p_value'])}, corrected {probability(row['p_holm'])}"
+    corrected = next((row[name] for name in ("p_maxt", "p_holm") if row.get(name) is not None), None)
+    if corrected is not None:
+        text += f"<br>p = {probability(row['p_value'])}, corrected {probability(corrected)}"
     elif row.get("p_value") is not None:
         text += f"<br>p = {probability(row['p_value'])}"
     return text

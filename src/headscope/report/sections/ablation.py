@@ -133,7 +133,7 @@ def degradation_confirmed(confirmed: pl.DataFrame, names: Names, groups: Sequenc
                 symbol = ("circle", "diamond", "square")[index % 3]
                 shift = (index - (len(fills) - 1) / 2) * 0.26
                 dots = dots_of(f"{fill} fill", members, notes, colour, symbol)
-                filled = [row is not None and (row["p_holm"] or 1.0) < SIGNIFICANT for row in members]
+                filled = [row is not None and (row["p_maxt"] or 1.0) < SIGNIFICANT for row in members]
                 series.append(replace(dots, filled=filled, shift=shift))
             panels.append((group, titles, series))
         if panels:
@@ -167,7 +167,7 @@ def confirm_table(confirmed: pl.DataFrame, names: Names) -> Table:
             *estimate(row, percent),
             *estimate(row, significant, "absolute"),
             probability(row["p_value"]),
-            probability(row["p_holm"]),
+            probability(row["p_maxt"]),
             str(row["sources"]),
         ]
         for row in confirmed.iter_rows(named=True)

@@ -74,7 +74,7 @@ def effects_of_sets(sets: pl.DataFrame, names: Names, groups: Sequence[str]) -> 
             colour = (FIRST, SECOND, BEFORE, "#7A6FBF")[index % 4]
             symbol = ("circle", "diamond", "square", "cross")[index % 4]
             dots = dots_of(f"{fill} fill", members, head_notes(titles, members, percent), colour, symbol)
-            filled = [row is not None and (row["p_holm"] or 1.0) < SIGNIFICANT for row in members]
+            filled = [row is not None and (row["p_maxt"] or 1.0) < SIGNIFICANT for row in members]
             series.append(replace(dots, filled=filled, shift=(index - (len(fills) - 1) / 2) * 0.2))
         panels.append((group, titles, series))
     axis = "degradation of the loss"
@@ -95,7 +95,7 @@ def joint_and_sum(joint: pl.DataFrame, names: Names, groups: Sequence[str]) -> l
             members = [rows.get(edit) for edit in order]
             if label == "Joint − sum":
                 dots = dots_of("", members, head_notes(titles, members, percent), names.colour(group))
-                filled = [row is not None and (row["p_holm"] or 1.0) < SIGNIFICANT for row in members]
+                filled = [row is not None and (row["p_maxt"] or 1.0) < SIGNIFICANT for row in members]
                 panels.append((group, titles, [replace(dots, filled=filled)]))
                 continue
             series = []
@@ -171,7 +171,7 @@ def effects_table(sets: pl.DataFrame, found: Interventions, names: Names) -> Tab
             *estimate(row, percent),
             *estimate(row, significant, "absolute"),
             probability(row["p_value"]),
-            probability(row["p_holm"]),
+            probability(row["p_maxt"]),
             str(row["sources"]),
         ]
         for row in _sorted(sets, names)
@@ -194,7 +194,7 @@ def joint_table(joint: pl.DataFrame, names: Names) -> Table:
             percent(row["sum"]),
             *estimate(row, percent),
             probability(row["p_value"]),
-            probability(row["p_holm"]),
+            probability(row["p_maxt"]),
             str(row["sources"]),
         ]
         for row in _sorted(joint, names)
