@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from headscope.study.ablation import degradation_by_timestep, effects, rank_distances, rank_heads, select_heads
+from headscope.study.attributions import Attributions, attribute
 from headscope.study.contrast import Comparison, Control, compare_groups, controls_of
 from headscope.study.contrast.controls import TRAINED, controls_table
 from headscope.study.edits import Edited, heads_in, losses
@@ -40,6 +41,7 @@ class StudyResult:
         ablation_ranking: see `ablation.rank_heads`.
         ablation_timesteps: see `ablation.degradation_by_timestep`.
         interventions: what was tested on the confirm split, heads and sets of heads; of a plain sweep its sets.
+        attributions: importances from gradients.
         generation_ranking: see `ablation.rank_distances`.
         further: what a sweep measured beside these, see `further.further_scores`.
         unshown: kind: columns of numbers that the report doesn't show.
@@ -59,6 +61,7 @@ class StudyResult:
     ablation_ranking: pl.DataFrame | None = None
     ablation_timesteps: pl.DataFrame | None = None
     interventions: Interventions | None = None
+    attributions: Attributions | None = None
     generation_ranking: pl.DataFrame | None = None
     further: list[Score] = field(default_factory=list)
     unshown: dict[str, list[str]] = field(default_factory=dict)
@@ -82,6 +85,7 @@ class StudyResult:
             "generation_ranking": self.generation_ranking,
         }
         found |= self.interventions.tables() if self.interventions else {}
+        found |= self.attributions.tables() if self.attributions else {}
         return {name: _flat(table) for name, table in found.items() if table is not None}
 
 
@@ -193,12 +197,14 @@ def analyse_sweep(
     observations = _filled(observations)
     ablations = _finite("ablations", _filled(ablations), ("clean",), left_out)
     generations = _finite("generations", _filled(generations), ("distance",), left_out)
+    attributed = _filled(filled.get("attributions"))
     return StudyResult(
         **_described(sites, *(_filled(table) for table in filled.values())),
         **_entropies(observations, seed),
         ablation_ranking=None if ablations is None else rank_heads(ablations, (), seed),
         ablation_timesteps=None if ablations is None else degradation_by_timestep(ablations, seed),
         interventions=_of_sweep(edits, ablations, _filled(filled.get("set_ablations")), seed),
+        attributions=None if attributed is None else attribute(attributed, ablations, seed),
         generation_ranking=None if generations is None else rank_distances(generations, seed),
         further=further_scores(filled, seed),
         unshown={} if observations is None else _unshown(observations),
