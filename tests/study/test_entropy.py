@@ -86,67 +86,37 @@ def test_the_deficit_has_the_interval_of_the_entropy():
         np.testing.assert_allclose(deficit[value], most - nats[other].to_numpy(), rtol=1e-12)
 
 
-def components(values):
-    return variance_components(table(values)).row(0, named=True)
+def test_components_are_means_over_whole_heads():
+    one, two = (nested(6, [2], [3], (3.0, 1.0, spread), seed=1) for spread in (0.2, 0.3))
+    broken = dict(nested(6, [2], [3], seed=3))
+    broken["s0", 0, 1] = math.nan
+    tables = [table(values).with_columns(head=pl.lit(head)) for head, values in enumerate((one, two, broken))]
+    found = variance_components(pl.concat(tables)).row(0, named=True)
+    assert [found[name] for name in ("heads", "sources", "items", "draws", "void")] == [3, 6, 12, 36, 1]
+    balanced = np.mean([analysis_of_variance(values, 6, 2, 3) for values in (one, two)], axis=0)
+    parts = [found[f"between_{name}"] for name in ("sources", "items", "draws")]
+    assert parts == pytest.approx(balanced, rel=1e-9)
 
 
-def balanced(values, sources, items, draws):
-    """The textbook's balanced nested analysis of variance."""
+def test_components_are_of_the_mean_over_timesteps():
+    one, two = (nested(6, [2], [3], (3.0, 1.0, 0.2), seed=seed) for seed in (1, 2))
+    found = variance_components(pl.concat([table(one, step=1), table(two, step=2)])).row(0, named=True)
+    mean = {key: (one[key] + two[key]) / 2 for key in one}
+    parts = [found[f"between_{name}"] for name in ("sources", "items", "draws")]
+    assert parts == pytest.approx(analysis_of_variance(mean, 6, 2, 3), rel=1e-9)
+
+
+def analysis_of_variance(values, sources, items, draws):
+    """The textbook's balanced nested one."""
     array = np.array(list(values.values())).reshape(sources, items, draws)
     of_draws = array.var(axis=2, ddof=1).mean()
     of_items = array.mean(2).var(axis=1, ddof=1).mean() - of_draws / draws
     return array.mean((1, 2)).var(ddof=1) - of_items / items - of_draws / (items * draws), of_items, of_draws
 
 
-def test_components_of_balanced_nests():
-    values = nested(7, [3], [4])
-    found = components(values)
-    parts = [found[f"between_{name}"] for name in ("sources", "items", "draws")]
-    assert parts == pytest.approx(balanced(values, 7, 3, 4), rel=1e-12)
-    assert (found["heads"], found["sources"], found["items"], found["draws"], found["void"]) == (1, 7, 21, 4, 0)
-
-
-def test_components_are_unbiased_where_counts_differ():
-    truth = 2.0, 1.0, 3.0
-    # independent heads, in batches whose means are nearly normal
-    batches = []
-    for batch in range(12):
-        heads = [
-            table(nested(12, [1, 3, 2], [1, 4, 2], np.sqrt(truth), 100 * batch + head)).with_columns(head=pl.lit(head))
-            for head in range(25)
-        ]
-        batches.append(pl.concat(heads).with_columns(group=pl.lit(f"batch {batch}")))
-    found = variance_components(pl.concat(batches))
-    assert found["heads"].to_list() == [25] * 12
-    for part, expected in zip(("sources", "items", "draws"), truth, strict=True):
-        estimates = found[f"between_{part}"].to_numpy()
-        error = estimates.std(ddof=1) / math.sqrt(len(estimates))
-        assert abs(estimates.mean() - expected) < 3.5 * error
-        assert error < 0.15
-
-
-def test_what_cannot_be_told_apart_is_in_the_part_above():
+def test_what_the_design_cannot_tell_is_in_the_level_above():
     values = nested(30, [1], [1])
-    found = components(values)
+    found = variance_components(table(values)).row(0, named=True)
     assert found["between_items"] is None
     assert found["between_draws"] is None
     assert found["between_sources"] == pytest.approx(np.var(list(values.values()), ddof=1))
-    # one item a source: draws are told apart, items aren't
-    values = nested(30, [1], [4])
-    found = components(values)
-    array = np.array(list(values.values())).reshape(30, 4)
-    draws = array.var(axis=1, ddof=1).mean()
-    assert found["between_draws"] == pytest.approx(draws)
-    assert found["between_sources"] == pytest.approx(array.mean(1).var(ddof=1) - draws / 4)
-
-
-def test_components_are_averaged_over_whole_heads():
-    first, second = nested(5, [2], [2], seed=1), nested(5, [2], [2], seed=2)
-    broken = dict(nested(5, [2], [2], seed=3))
-    broken["s0", 0, 1] = math.nan
-    tables = [table(values, step=step) for values, step in ((first, 1), (second, 2), (broken, 3))]
-    found = variance_components(pl.concat(tables)).row(0, named=True)
-    assert found["void"] == 1
-    for part in ("sources", "items", "draws"):
-        expected = np.mean([components(values)[f"between_{part}"] for values in (first, second)])
-        assert found[f"between_{part}"] == pytest.approx(expected)

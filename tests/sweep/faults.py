@@ -32,7 +32,7 @@ from headscope.sweep import SweepConfig, Workers, run_sweep
 if __name__ == "__main__":
     model, out, executor, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
     config = SweepConfig(
-        model=model, groups=("faces", "lfw"), items=6, timesteps=(60, 500), fills=("mean", "zero")
+        model=model, groups=("faces", "lfw"), items=6, timesteps=(60, 500), fills=("mean", "zero"), reference_items=8
     )
     print("ready", flush=True)
     address = sys.argv[5] if len(sys.argv) > 5 else None

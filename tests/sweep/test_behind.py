@@ -13,7 +13,7 @@ from headscope.sweep.plan import items as items_module
 from headscope.sweep.plan.units import CLAIMS
 from headscope.sweep.store.claims import Claims
 from headscope.sweep.store.store import RunStore
-from headscope.sweep.work import worker
+from headscope.sweep.work import behind, worker
 from headscope.sweep.work.executors.member import Silent
 from headscope.sweep.work.worker import work
 from sweep.faults import ordered
@@ -241,4 +241,33 @@ def test_images_that_are_not_kept_are_read_ahead_and_let_go(asked, tmp_path, mon
     assert all(item._image is None for item in items)
     found = Run.open(tmp_path / "run").table("ablations").select(pl.col("edited")).collect()["edited"]
     expected = kept.table("ablations").select(pl.col("edited")).collect()["edited"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_images_of_a_large_unit_are_read_as_they_are_needed(asked, tmp_path, monkeypatch):
+    """A reference of all training items isn't held in memory; the mean is the same."""
+    fields = {"groups": ("lfw",), "timesteps": (60,), "fills": ("mean",), "reference_items": 9}
+    config = SweepConfig(**{**asked.as_dict(), **fields})
+    kept = run_sweep(config, tmp_path / "kept", progress=False)
+    monkeypatch.setattr(items_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr(behind, "HELD", 8)
+    opened = Opened(config, Execution(rows=4))
+    reference, swept = opened.groups[0].reference, opened.groups[0].swept
+    held = {}
+    run_unit = worker.compute_unit
+
+    def look(unit, context, advance):
+        found = run_unit(unit, context, advance)
+        held[unit.kind] = [sum(item._image is not None for item in items) for items in (reference, swept)]
+        return found
+
+    monkeypatch.setattr(worker, "compute_unit", look)
+    work(opened.context(opened.store(tmp_path / "run")), "", Silent())
+    # beside the reference the swept items of the next unit are read
+    assert held["reference"][0] == 0
+    assert held["ablations"] == [0, 2]
+    found, expected = (
+        run.table("ablations").select(pl.col("edited")).collect()["edited"]
+        for run in (Run.open(tmp_path / "run"), kept)
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def asked(ddpm_directory):
-    return SweepConfig(model=ddpm_directory, groups=("faces",), items=6, timesteps=(60, 500), fills=("mean", "zero"))
+    return SweepConfig(
+        model=ddpm_directory, groups=("faces",), items=6, timesteps=(60, 500), fills=("mean", "zero"), reference_items=8
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,9 @@ from headscope.sweep.work.executors.slurm import _Job
 from headscope.sweep.compute.opened import Execution
 from headscope.sweep.work.worker import WorkOrder
 
-config = SweepConfig(model=sys.argv[1], groups=("faces",), items=6, timesteps=(60, 500), fills=("mean", "zero"))
+config = SweepConfig(
+    model=sys.argv[1], groups=("faces",), items=6, timesteps=(60, 500), fills=("mean", "zero"), reference_items=8
+)
 print(_Job()(WorkOrder(config, sys.argv[2], Execution(threads=1), "session")))
 """
 

@@ -30,7 +30,7 @@ def config(model: str, **fields) -> SweepConfig:
 @pytest.fixture(scope="module")
 def whole(ddpm_directory, tmp_path_factory):
     """The undisturbed run of the script, in this process."""
-    asked = config(ddpm_directory, groups=("faces", "lfw"), items=6, fills=("mean", "zero"))
+    asked = config(ddpm_directory, groups=("faces", "lfw"), items=6, fills=("mean", "zero"), reference_items=8)
     return undisturbed(asked, tmp_path_factory.mktemp("whole") / "run")
 
 

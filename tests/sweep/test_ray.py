@@ -27,7 +27,12 @@ OBJECT_STORE = 80 * 2**20
 def asked(ddpm_directory):
     """The sweep of `faults.SWEEP`."""
     return SweepConfig(
-        model=ddpm_directory, groups=("faces", "lfw"), items=6, timesteps=(60, 500), fills=("mean", "zero")
+        model=ddpm_directory,
+        groups=("faces", "lfw"),
+        items=6,
+        timesteps=(60, 500),
+        fills=("mean", "zero"),
+        reference_items=8,
     )
 
 

@@ -70,7 +70,12 @@ def test_ablations_equal_the_plain_loop(pipeline, tmp_path, request):
 
 def test_tables_have_the_columns_of_every_item(ddpm_directory, tmp_path):
     config = SweepConfig(
-        model=ddpm_directory, groups=("faces", "lfw"), items=2, timesteps=(60,), fills=("mean", "zero")
+        model=ddpm_directory,
+        groups=("faces", "lfw"),
+        items=2,
+        timesteps=(60,),
+        fills=("mean", "zero"),
+        reference_items=8,
     )
     run = run_sweep(config, tmp_path / "run", progress=False)
     for kind in ("observations", "ablations"):
@@ -128,6 +133,7 @@ def test_prompts_and_images_through_stable_diffusion(diffusion_directory, tmp_pa
         scores=("loss", "generate"),
         generate_steps=2,
         heads=heads,
+        reference_items=2,
     )
     run = run_sweep(config, tmp_path / "run", progress=False)
     for kind in ("observations", "ablations", "generations"):
@@ -148,7 +154,9 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("units", [0, 2])
 def test_a_stopped_run_goes_on_where_it_was(ddpm_directory, tmp_path, units, monkeypatch):
-    config = SweepConfig(model=ddpm_directory, groups=("faces",), items=3, timesteps=(60, 500), fills=("mean",))
+    config = SweepConfig(
+        model=ddpm_directory, groups=("faces",), items=3, timesteps=(60, 500), fills=("mean",), reference_items=8
+    )
     expected = run_sweep(config, tmp_path / "whole", progress=False)
     run_unit = worker.compute_unit
     finished = []

@@ -1,5 +1,6 @@
 """The bundled models: their form, its weights, and the errors when they are missing or don't fit."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headscope import zoo
+from headscope.models import Scope, Task
 from headscope.zoo import model as zoo_model
+from headscope.zoo.train import TrainConfig, _State
 
 WEIGHTS = Path(zoo_model.__file__).parent / "weights"
 
@@ -30,6 +33,50 @@ def test_the_untrained_transformer_answers_with_its_input():
     # the last layer norm divides each patch by its own size
     assert (answer / scale[:, None, None, None] - images).square().mean() < 0.05
     assert (scale > 0.5).all()
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_untrained_weights_are_those_that_training_begins_with(name, tmp_path):
+    before = torch.get_rng_state()
+    pipeline, bundled = zoo.load_pipeline(f"untrained:{name}"), zoo.MODELS[name]
+    assert torch.equal(torch.get_rng_state(), before)
+    denoiser = getattr(pipeline, bundled.part)
+    assert not denoiser.training
+    assert not any(parameter.requires_grad for parameter in denoiser.parameters())
+    # no step of a run of the default seed
+    config = TrainConfig(tmp_path, model=name, steps=1)
+    began = _State(config).model.state_dict()
+    assert began.keys() == denoiser.state_dict().keys()
+    for key, tensor in denoiser.state_dict().items():
+        torch.testing.assert_close(tensor, began[key], rtol=0, atol=0)
+    trained = zoo.load_pipeline(name)
+    noising, expected = (
+        {key: value for key, value in one.scheduler.config.items() if not key.startswith("_")}
+        for one in (pipeline, trained)
+    )
+    assert noising == expected
+    shapes = {key: tensor.shape for key, tensor in getattr(trained, bundled.part).state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in denoiser.state_dict().items()}
+    assert any(
+        not torch.equal(tensor, denoiser.state_dict()[key])
+        for key, tensor in getattr(trained, bundled.part).state_dict().items()
+    )
+
+
+def test_removing_heads_of_the_untrained_transformer_changes_nothing():
+    """Its blocks begin as the identity, so its losses say nothing of heads; its entropies do."""
+    task = Task.of(zoo.load_pipeline("untrained:pixeldit"))
+    scope = Scope(task.denoiser)
+    inputs = task.noisy_inputs(task.prepare([zoo.open_group("lfw").item(3)]), 500)
+    with torch.inference_mode():
+        with scope.record("entropy") as recording:
+            clean = task.predict(inputs)
+        with scope.edit({site.name: range(8) for site in scope.sites}):
+            edited = task.predict(inputs)
+    assert torch.equal(clean, edited)
+    entropy = recording.to_polars()["entropy_mean"]
+    assert ((entropy > 0) & (entropy < math.log(64))).all()
+    assert entropy.n_unique() == 48
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)

@@ -48,7 +48,7 @@ def sweep(
     plan: Annotated[Path | None, typer.Option(help="A TOML file that says it all, in place of the options.")] = None,
     model: Annotated[
         str,
-        typer.Option(help="pixeldit, unet, planted:NAME, or a directory with a diffusers pipeline."),
+        typer.Option(help="pixeldit, unet, untrained:NAME, planted:NAME, or a directory with a diffusers pipeline."),
     ] = "pixeldit",
     prompts: Annotated[str | None, typer.Option(help="A text file with a prompt per line.")] = None,
     group: Annotated[
@@ -58,7 +58,8 @@ def sweep(
         str | None, typer.Option(help="Comma-separated; default: three, evenly spaced in log-SNR.")
     ] = None,
     fill: Annotated[
-        list[str] | None, typer.Option(help="mean, zero, uniform or identity; may be repeated. Default: mean and zero.")
+        list[str] | None,
+        typer.Option(help="mean, zero, uniform, identity or resample; may be repeated. Default: mean and zero."),
     ] = None,
     score: Annotated[
         list[str] | None,

@@ -15,6 +15,7 @@ from headscope.report.lead import lead_of
 from headscope.report.naming import Names, listed
 from headscope.report.rendering import write_page
 from headscope.report.sections import sections_of
+from headscope.report.sections.drawn import Drawn, drawn_section
 from headscope.report.sites import sites_table
 from headscope.study import inference
 from headscope.study.analysis import StudyResult, analyse_sweep
@@ -49,13 +50,14 @@ def write_report(
     label: str = "Demonstration",
     summary: str = STUDY_SUMMARY,
     caveats: Sequence[str] = STUDY_CAVEATS,
+    drawn: Sequence[Drawn] = (),
 ) -> Path:
     """Write a study's report: one HTML file, with Plotly inside, that opens without a network.
 
     run_info: what was run, in the order to show it (model, versions, device, date, duration, settings); values may be
     lists and dictionaries. groups: in the order to show them; the tables' other groups come after. label: stands above
-    the title. summary: the sentence below it. caveats: stand before those that follow from the tables. Returns
-    the path.
+    the title. summary: the sentence below it. caveats: stand before those that follow from the tables.
+    drawn: images to show side by side. Returns the path.
     """
     path = local_path("path", path)
     shown = [info.name for info in groups]
@@ -74,7 +76,7 @@ def write_report(
         groups=[_group_card(info, result) for info in groups],
         unshown=result.unshown,
         sites=sites_table(result, names),
-        sections=sections_of(result, names, order),
+        sections=[*sections_of(result, names, order), *filter(None, [drawn_section(drawn)])],
         caveats=[*caveats, *caveats_of(result)],
         example=_example(result, names),
         interval=inference.INTERVAL,
@@ -108,6 +110,7 @@ def write_sweep_report(
     label: str = "Sweep",
     summary: str = SWEEP_SUMMARY,
     caveats: Sequence[str] = (),
+    drawn: Sequence[Drawn] = (),
 ) -> Path:
     """Write the report of a plain sweep, from whichever of its tables there are. Otherwise as `write_report`.
 
@@ -124,6 +127,7 @@ def write_sweep_report(
         label=label,
         summary=summary,
         caveats=caveats,
+        drawn=drawn,
     )
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import polars as pl
 
 from headscope.study.edits import EDIT
-from headscope.study.inference import degradations, means, plain_text, with_holm
+from headscope.study.fill_error import fill_errors, without_bias
+from headscope.study.inference import degradations, means, plain_text
 from headscope.sweep.plan.config import fold_of
 
 HEADLINE_FILL = "mean"
@@ -25,8 +26,8 @@ FILLS = {
     "resample": "the head's output on another image of the same group",
 }
 FAMILY = (
-    "One family per fill: every (group, edit) pair that was tested with it. The mean fill is the headline; the others"
-    " stand beside it, as checks that do not rest on a mean."
+    "One family per group of images and fill: every edit that was tested there, single heads and sets alike. The mean"
+    " fill is the headline; the others stand beside it, as checks that do not rest on a mean."
 )
 DISTANCE = (
     "Mean over sources of the mean squared difference between the image drawn with the head removed and the image drawn"
@@ -113,24 +114,37 @@ def degradation_by_timestep(ablations: pl.DataFrame, seed: int = 0) -> pl.DataFr
 def effects(
     losses: pl.DataFrame, seed: int = 0, *, test: bool = True, before: pl.DataFrame | None = None
 ) -> pl.DataFrame:
-    """The degradation by every edit, single heads and sets alike, averaged over timesteps; Holm's correction per fill.
+    """The degradation by every edit, single heads and sets alike, averaged over timesteps; see `FAMILY`.
 
     losses: see `edits.losses`. before: those of the discover split, whose degradations stand beside. Returns a table:
-    group, fill, kind, edit, value (relative), low, high, absolute, absolute_low, absolute_high, p_value, p_holm,
-    sources, exploratory, discover.
+    group, fill, kind, edit, value (relative), low, high, absolute, absolute_low, absolute_high, p_value, p_maxt (null
+    without a test), standard_error, fill_error, fill_bias (null without folds), sources, exploratory, void, discover.
     """
-    tested = per_group_and_fill(losses, lambda rows: _overall(rows, list(EDIT), seed, test))
-    corrected = pl.concat(with_holm(family) for _, family in tested.group_by("fill", maintain_order=True))
-    columns = ["group", "fill", *EDIT, "value", "low", "high", "absolute", "absolute_low", "absolute_high"]
+    errors = fill_errors(losses)
+    key = ["group", "fill", *EDIT]
+    frames = []
+    for (group, fill), rows in without_bias(losses).group_by("group", "fill", maintain_order=True):
+        mine = None if errors is None or fill != "mean" else errors.filter(pl.col("group") == group)
+        found = _overall(rows, list(EDIT), seed, test, family=test, added=mine)
+        bias = (
+            rows.group_by(*EDIT, "timestep")
+            .agg(pl.col("fill_bias").first())
+            .group_by(EDIT)
+            .agg(pl.col("fill_bias").mean())
+        )
+        found = found.join(bias, on=list(EDIT), how="left", maintain_order="left")
+        frames.append(found.select(pl.lit(group).alias("group"), pl.lit(fill).alias("fill"), pl.all()))
+    table = pl.concat(frames, how="diagonal")
     discover = pl.lit(None, pl.Float64).alias("discover")
     if before is not None:
-        key = ["group", "fill", *EDIT]
         beside = per_group_and_fill(before, lambda rows: degradations(rows, list(EDIT), "timestep", test=False)[0])
-        corrected = corrected.join(
-            beside.select(*key, pl.col("value").alias("discover")), on=key, how="left", maintain_order="left"
-        )
-        discover = pl.col("discover")
-    return corrected.select(*columns, "p_value", "p_holm", "sources", "exploratory", discover)
+        beside = beside.select(*key, pl.col("value").alias("discover"))
+        table, discover = table.join(beside, on=key, how="left", maintain_order="left"), pl.col("discover")
+    nothing = {name: pl.lit(None, pl.Float64).alias(name) for name in ("p_maxt", "added_error")}
+    table = table.with_columns(*(column for name, column in nothing.items() if name not in table.columns))
+    columns = [*key, "value", "low", "high", "absolute", "absolute_low", "absolute_high", "p_value", "p_maxt"]
+    columns += ["standard_error", pl.col("added_error").alias("fill_error"), "fill_bias", "sources", "exploratory"]
+    return table.select(*columns, "void", discover)
 
 
 def rank_distances(generations: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
@@ -153,9 +167,16 @@ def per_group_and_fill(rows: pl.DataFrame, estimate: Callable[[pl.DataFrame], pl
     )
 
 
-def _overall(rows: pl.DataFrame, by: list[str], seed: int, test: bool) -> pl.DataFrame:
+def _overall(
+    rows: pl.DataFrame,
+    by: list[str],
+    seed: int,
+    test: bool,
+    family: bool = False,
+    added: pl.DataFrame | None = None,
+) -> pl.DataFrame:
     """Relative and absolute degradation of one group's edits with one fill, averaged over timesteps."""
-    relative, absolute = degradations(rows, by, "timestep", seed, test)
+    relative, absolute = degradations(rows, by, "timestep", seed, test, family=family, added=added)
     beside = absolute.select(*by, absolute="value", absolute_low="low", absolute_high="high")
     return relative.join(beside, on=by, maintain_order="left")
 

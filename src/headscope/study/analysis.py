@@ -20,6 +20,7 @@ from headscope.study.interventions import (
     dose_effects,
     effects_by_timestep,
     joint_effects,
+    variance_of_effects,
 )
 
 NATURAL, SYNTHETIC = "lfw", "faces_grey"
@@ -156,6 +157,7 @@ def analyse(
             edits,
             effects(tested, seed, before=before),
             effects_by_timestep(tested, seed),
+            variance_of_effects(tested),
             joint_effects(together, edits, seed),
             None if steps is None else curve_effects(steps, seed),
             None if steps is None else dose_effects(steps, seed),

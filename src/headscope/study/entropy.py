@@ -11,7 +11,7 @@ taken of the normalised entropy only, each head with equal weight, within one qu
 
 import polars as pl
 
-from headscope.study.inference import MEAN, means
+from headscope.study.inference import COMPONENTS, MEAN, components, means
 
 MEASURES = {
     "normalised": "Normalised entropy H / ln K of a head's attention: 0 is one key, 1 is all keys alike. No unit.",
@@ -25,12 +25,8 @@ POOLED = (
     + " Overall = mean over the timesteps, each with equal weight."
 )
 VARIANCE = (
-    "Variance of a head's entropy (nats²) between sources, between the items of a source and between the noise draws"
-    " of an item, estimated by moments so that each is unbiased: the variance between the draws of an item; the"
-    " variance between the items' means less what draws add to it; the variance between the sources' means less what"
-    " items and draws add. Averaged over heads and timesteps with equal weight. What the data can't tell apart is in"
-    " the part above it: items in sources where every source has one, draws in items or sources where every item has"
-    " one. An estimate below 0, which chance can give, is shown as it is."
+    "Of a head's entropy (nats), averaged over timesteps, mean over heads. " + COMPONENTS + " As negative ones are set"
+    " to 0 head by head, a small component is somewhat too large in the mean over heads."
 )
 HEAD = ["site", "head", "query_group", "keys"]
 ENTROPIES = ("entropy_mean", "entropy_normalised_mean")
@@ -109,71 +105,22 @@ def entropy_by_group(items: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
 def variance_components(observations: pl.DataFrame) -> pl.DataFrame:
     """What the entropies of a group's heads vary with: see `VARIANCE`.
 
-    Returns a table: group, heads, sources, items, draws (the most of an item), between_sources, between_items (null
-    where every source has one item), between_draws (null where every item has one draw), all in nats^2, void (how many
-    heads at a timestep have a number that isn't finite, and are in none of the means).
+    Returns a table: group, heads, sources, items, draws (of noise, of all items together), between_sources,
+    between_items, between_draws (mean over heads, nats^2; null where the design can't tell), with_unlimited_draws (what
+    unlimited draws would leave of the standard error of the mean over sources, as a fraction; mean over heads), void
+    (how many heads have a number that isn't finite or is absent, and are in none of the means).
     """
-    quantity = ["group", "timestep", *HEAD]
-    draws = observations.group_by([*quantity, "source_id", "item", "replicate"], maintain_order=True).agg(
-        nats=_void("entropy_mean").mean()
-    )
-    items = draws.group_by([*quantity, "source_id", "item"], maintain_order=True).agg(
-        mean=pl.col("nats").mean(),
-        squares=((pl.col("nats") - pl.col("nats").mean()) ** 2).sum(),
-        draws=pl.len().cast(pl.Float64),
-    )
-    # variance of the mean of an item from one draw's variance, and so on upwards
-    sources = items.group_by([*quantity, "source_id"], maintain_order=True).agg(
-        mean=pl.col("mean").mean(),
-        squares=((pl.col("mean") - pl.col("mean").mean()) ** 2).sum(),
-        items=pl.len().cast(pl.Float64),
-        spare_draws=(pl.col("draws") - 1).sum(),
-        draw_squares=pl.col("squares").sum(),
-        # sum over items of 1 / draws
-        shares=(1 / pl.col("draws")).sum(),
-        most_draws=pl.col("draws").max(),
-    )
-    of_draws = pl.when(pl.col("spare_draws").sum() > 0).then(pl.col("draw_squares").sum() / pl.col("spare_draws").sum())
-    spare = (pl.col("items") - 1).sum()
-    # E of the squares within a source is (k - 1) of_items + (1 - 1/k) shares of_draws
-    added = ((1 - 1 / pl.col("items")) * pl.col("shares")).sum()
-    within = pl.col("squares").sum()
-    cells = sources.group_by(quantity, maintain_order=True).agg(
-        draws=pl.col("most_draws").max(),
-        sources=pl.len(),
-        items=pl.col("items").sum(),
-        between_draws=of_draws,
-        within=within,
-        spare=spare,
-        added=added,
-        of_means=pl.col("mean").var(),
-        per_item=(1 / pl.col("items")).mean(),
-        per_draw=(pl.col("shares") / pl.col("items") ** 2).mean(),
-        whole=pl.col("mean").is_finite().all(),
-    )
-    from_draws = pl.col("between_draws").fill_null(0.0)
-    cells = cells.with_columns(
-        between_items=pl.when(pl.col("spare") > 0).then(
-            (pl.col("within") - pl.col("added") * from_draws) / pl.col("spare")
-        )
-    )
-    from_items = pl.col("between_items").fill_null(0.0)
-    # with one item a source the draws' part is taken off all the same
-    cells = cells.with_columns(
-        between_sources=pl.col("of_means") - pl.col("per_item") * from_items - pl.col("per_draw") * from_draws
-    )
-    parts = ("between_sources", "between_items", "between_draws")
-    return (
-        cells.group_by("group", maintain_order=True)
-        .agg(
-            pl.struct(*HEAD).n_unique().alias("heads"),
-            pl.col("sources").max(),
-            pl.col("items").max().cast(pl.Int64),
-            pl.col("draws").max().cast(pl.Int64),
-            *(pl.col(name).filter(pl.col("whole")).mean() for name in parts),
-            (~pl.col("whole")).sum().alias("void"),
-        )
-        .sort("group")
+    by = ["group", *HEAD]
+    rows = observations.with_columns(_void("entropy_mean"))
+    found = components(rows, "entropy_mean", by, bands="timestep")
+    whole = rows.group_by(by).agg(whole=pl.col("entropy_mean").is_finite().all())
+    found = found.join(whole, on=by, maintain_order="left")
+    parts = ("between_sources", "between_items", "between_draws", "with_unlimited_draws")
+    return found.group_by("group", maintain_order=True).agg(
+        pl.len().alias("heads"),
+        pl.col("sources", "items", "draws").max(),
+        *(pl.col(name).filter(pl.col("whole")).mean() for name in parts),
+        (~pl.col("whole")).sum().alias("void"),
     )
 
 

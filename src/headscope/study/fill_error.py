@@ -4,12 +4,12 @@ A mean of k images differs from the one of infinitely many, and a wrong fill dam
 "mean 1/4" to "mean 4/4": means of a quarter of the reference images each, on the noisy images of the first draw), with
 D_g the degradation by fold g of G and D that by the whole mean on the same images:
 
-    variance of D by the reference images    sum_g (D_g - mean D_g)^2 / (G - 1) / G, of G - 1 degrees of freedom
-    bias of D by their number                (mean_g D_g - D) / (G - 1)
+    standard error of D by the reference images    sqrt(sum_g (D_g - mean D_g)^2 / (G - 1) / G), G - 1 degrees of
+    freedom bias of D by their number                      (mean_g D_g - D) / (G - 1)
 
-A fold's mean has G times the variance of the whole one. To second order in the error of the mean, the degradation grows
-by something proportional to that variance: by b for the whole mean and G b for a fold's, whose difference is (G - 1) b.
-The bias is subtracted from the estimate; the variance widens its interval and its standard error.
+The folds' means average to the whole one, so what a fill's error does in proportion to it cancels in the bias; what it
+does in proportion to its square is G times as large for a fold (b for the whole mean, G b for a fold's, whose
+difference is (G - 1) b). The bias is taken off the edited losses, the standard error is added to that over sources.
 """
 
 import polars as pl
@@ -18,46 +18,74 @@ from headscope.study.edits import EDIT
 from headscope.sweep.plan.config import fold_of
 
 FILL_ERROR = (
-    "The mean fill is the mean over finitely many reference images. How much that changes a degradation is measured"
-    " with the means of {folds} parts of them: the bias is subtracted, the standard error added to that over sources."
+    "The mean fill is the mean over finitely many reference images. How much that changes a degradation was measured"
+    " with the means of some parts of them: the bias is subtracted, the standard error is part of the interval and"
+    " of the test."
 )
 _KEY = ["group", *EDIT]
 
 
-def fill_errors(losses: pl.DataFrame) -> pl.DataFrame:
-    """What the reference images' number does to the degradation by every edit with the mean fill, by group and edit.
+def without_folds(losses: pl.DataFrame) -> pl.DataFrame:
+    """The rows whose fill is no fold of the mean one."""
+    folds = [name for name in losses["fill"].unique() if fold_of(name)]
+    return losses.filter(~pl.col("fill").is_in(folds)) if folds else losses
 
-    losses: see `edits.losses`. Returns a table: group, kind, edit, folds, and of the relative and the absolute
-    degradation, averaged over timesteps, bias, variance, absolute_bias, absolute_variance; empty without folds.
+
+def without_bias(losses: pl.DataFrame) -> pl.DataFrame:
+    """The losses without the folds, those of the mean fill less its bias, with a column fill_bias (relative).
+
+    losses: see `edits.losses`. At every timestep edited becomes edited - bias * clean, which lowers the relative
+    degradation by the bias, and the absolute one by as much of the clean loss. fill_bias is null without folds.
     """
-    names = {name: fold for name in losses["fill"].unique() if (fold := fold_of(name))}
-    folds = losses.filter(pl.col("fill").is_in(list(names)))
-    draws = folds.select("replicate").unique()
-    whole = losses.filter(pl.col("fill") == "mean").join(draws, on="replicate", how="semi")
-    each = _degradations(folds, [*_KEY, "fill"])
-    beside = _degradations(whole, _KEY).rename({"value": "whole", "absolute": "absolute_whole"})
-    rest = pl.len() - 1
-    found = each.group_by(_KEY, maintain_order=True).agg(
-        pl.len().alias("folds"),
-        (pl.col("value").mean() / rest).alias("bias"),
-        (pl.col("value").var() / pl.len()).alias("variance"),
-        (pl.col("absolute").mean() / rest).alias("absolute_bias"),
-        (pl.col("absolute").var() / pl.len()).alias("absolute_variance"),
+    both = _compared(losses)
+    rows = without_folds(losses)
+    if both is None:
+        return rows.with_columns(fill_bias=pl.lit(None, pl.Float64))
+    bias = both.group_by(*_KEY, "timestep").agg(
+        fill_bias=(pl.col("value").mean() - pl.col("whole").first()) / (pl.len() - 1)
     )
-    found = found.join(beside, on=_KEY, how="left", maintain_order="left")
-    return found.with_columns(
-        bias=pl.col("bias") - pl.col("whole") / (pl.col("folds") - 1),
-        absolute_bias=pl.col("absolute_bias") - pl.col("absolute_whole") / (pl.col("folds") - 1),
-    ).drop("whole", "absolute_whole")
+    key = [*_KEY, "timestep"]
+    rows = rows.join(bias.with_columns(fill=pl.lit("mean")), on=[*key, "fill"], how="left", maintain_order="left")
+    return rows.with_columns(edited=pl.col("edited") - pl.col("fill_bias").fill_null(0.0) * pl.col("clean"))
 
 
-def _degradations(losses: pl.DataFrame, by: list[str]) -> pl.DataFrame:
-    """Relative and absolute degradation, averaged over timesteps, every source with equal weight."""
-    change = pl.col("edited") - pl.col("clean")
-    sources = losses.group_by(*by, "timestep", "source_id", maintain_order=True).agg(
-        change.mean().alias("change"), pl.col("clean").mean()
+def fill_errors(losses: pl.DataFrame) -> pl.DataFrame | None:
+    """The standard errors that the reference images bring into mean degradations over timesteps; None without folds.
+
+    losses: see `edits.losses`. Returns a table: group, kind, edit, added_relative, added_absolute, added_freedom
+    (degrees of freedom).
+    """
+    both = _compared(losses)
+    if both is None:
+        return None
+    overall = both.group_by(*_KEY, "fill").agg(pl.col("value", "absolute").mean())
+    return overall.group_by(_KEY, maintain_order=True).agg(
+        added_relative=(pl.col("value").var() / pl.len()).sqrt(),
+        added_absolute=(pl.col("absolute").var() / pl.len()).sqrt(),
+        added_freedom=(pl.len() - 1).cast(pl.Float64),
     )
-    steps = sources.group_by(*by, "timestep", maintain_order=True).agg(
-        (pl.col("change").sum() / pl.col("clean").sum()).alias("value"), pl.col("change").mean().alias("absolute")
+
+
+def _compared(losses: pl.DataFrame) -> pl.DataFrame | None:
+    """The degradation by every fold and (whole) by the whole mean on the same images; None without folds.
+
+    Returns a table: group, kind, edit, fill, timestep, value, absolute, whole.
+    """
+    names = [name for name in losses["fill"].unique() if fold_of(name)]
+    if not names:
+        return None
+    folds = losses.filter(pl.col("fill").is_in(names))
+    whole = losses.filter(pl.col("fill") == "mean").join(folds.select("replicate").unique(), on="replicate", how="semi")
+    beside = _degradations(whole).select(*_KEY, "timestep", whole="value")
+    return _degradations(folds).join(beside, on=[*_KEY, "timestep"], how="left", maintain_order="left")
+
+
+def _degradations(losses: pl.DataFrame) -> pl.DataFrame:
+    """Relative and absolute degradation at every timestep, every source with equal weight."""
+    by = [*_KEY, "fill", "timestep"]
+    clean = pl.col("clean").cast(pl.Float64)
+    change = pl.col("edited").cast(pl.Float64) - clean
+    sources = losses.group_by(*by, "source_id", maintain_order=True).agg(change=change.mean(), clean=clean.mean())
+    return sources.group_by(by, maintain_order=True).agg(
+        value=pl.col("change").sum() / pl.col("clean").sum(), absolute=pl.col("change").mean()
     )
-    return steps.group_by(by, maintain_order=True).agg(pl.col("value", "absolute").mean())

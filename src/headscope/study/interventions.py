@@ -8,8 +8,9 @@ import polars as pl
 from headscope.study.ablation import effects, headline_fill, per_group_and_fill
 from headscope.study.curves import curve_losses, dose_of
 from headscope.study.edits import EDIT, Edited
-from headscope.study.inference import degradations
-from headscope.study.together import joint_losses, sums_of_heads
+from headscope.study.fill_error import without_bias
+from headscope.study.inference import components, degradations, linearised
+from headscope.study.together import joint_losses
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,11 @@ class Interventions:
         effects: see `ablation.effects`, of the edits that the confirm split tests (or of a plain sweep's sets).
         timesteps: the relative degradation at every timestep, headline fill: group, fill, kind, edit, timestep,
             value, low, high, sources, exploratory.
+        variance: of the degradation by every edit with the headline fill, between sources, items and draws of noise
+            (`inference.components`, in squared fractions): group, kind, edit, between_sources, ...
         joint: group, split, fill, kind, edit, heads (their number), joint (degradation), sum (of its heads'), value
-            (joint - sum), low, high, p_value, p_holm, sources, exploratory; None where no set's heads were all removed
-            alone.
+            (joint - sum), low, high, p_value, p_maxt, fill_error, sources, exploratory, void; None where no set's heads
+            were all removed alone.
         curves: group, order, number, count, value, low, high, sources, exploratory; None without curves.
         doses: group, edit, gate, value, low, high, sources, exploratory; None without doses.
     """
@@ -31,6 +34,7 @@ class Interventions:
     edits: Sequence[Edited]
     effects: pl.DataFrame
     timesteps: pl.DataFrame | None = None
+    variance: pl.DataFrame | None = None
     joint: pl.DataFrame | None = None
     curves: pl.DataFrame | None = None
     doses: pl.DataFrame | None = None
@@ -51,6 +55,7 @@ class Interventions:
         found = {
             "effects": self.effects,
             "effects_timesteps": self.timesteps,
+            "effects_variance": self.variance,
             "joint": self.joint,
             "curves": self.curves,
             "doses": self.doses,
@@ -60,34 +65,43 @@ class Interventions:
 
 def effects_by_timestep(losses: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
     """The relative degradation by every edit at every timestep, with the headline fill; nothing is tested."""
-    rows = losses.filter(pl.col("fill") == headline_fill(losses))
+    rows = without_bias(losses).filter(pl.col("fill") == headline_fill(losses))
     by = [*EDIT, "timestep"]
     return per_group_and_fill(rows, lambda part: degradations(part, by, seed=seed, test=False)[0].drop("p_value"))
+
+
+def variance_of_effects(losses: pl.DataFrame) -> pl.DataFrame:
+    """Where the variance of the degradations with the headline fill comes from."""
+    rows = losses.filter(pl.col("fill") == headline_fill(losses))
+    by = ["group", *EDIT]
+    return components(linearised(rows, by, "timestep"), "influence", by, "timestep")
 
 
 def joint_effects(
     losses: pl.DataFrame, edits: Sequence[Edited], seed: int = 0, *, test: bool = True
 ) -> pl.DataFrame | None:
     """Joint minus sum of every set whose heads were all removed alone on the same images: see `together.JOINT`."""
-    losses = losses.filter(pl.col("fill") == headline_fill(losses))
-    rest = joint_losses(losses, edits)
-    if not len(rest):
-        return None
+    headline = headline_fill(losses)
+    mine = losses.filter((pl.col("fill") == headline) | pl.col("fill").str.starts_with(f"{headline} "))
     sizes = {edit.name: len(edit.heads) for edit in edits if edit.kind != "head"}
-    joint = losses.join(rest.select("kind", "edit").unique(), on=["kind", "edit"], how="semi", maintain_order="left")
-    key = ["group", "fill", "kind", "edit"]
+    key = ["group", "fill", *EDIT]
     found = []
-    for (split,), part in rest.group_by("split", maintain_order=True):
-        table = effects(part, seed, test=test)
-        for name, rows in (("joint", joint), ("sum", sums_of_heads(losses, edits))):
-            other = effects(rows.filter(pl.col("split") == split), seed, test=False)
-            table = table.join(
-                other.select(*key, pl.col("value").alias(name)), on=key, how="left", maintain_order="left"
-            )
+    for (split,), part in mine.group_by("split", maintain_order=True):
+        both = joint_losses(part, edits)
+        if both is None:
+            continue
+        rest, sums = both
+        table = effects(rest, seed, test=test)
+        together = part.join(rest.select(EDIT).unique(), on=list(EDIT), how="semi", maintain_order="left")
+        for name, rows in (("joint", together), ("sum", sums)):
+            beside = effects(rows, seed, test=False).select(*key, pl.col("value").alias(name))
+            table = table.join(beside, on=key, how="left", maintain_order="left")
         heads = pl.col("edit").replace_strict(sizes, return_dtype=pl.Int64)
         found.append(table.with_columns(split=pl.lit(split), heads=heads))
-    columns = ["group", "split", "fill", "kind", "edit", "heads", "joint", "sum", "value", "low", "high"]
-    return pl.concat(found).select(*columns, "p_value", "p_holm", "sources", "exploratory")
+    if not found:
+        return None
+    columns = ["group", "split", "fill", *EDIT, "heads", "joint", "sum", "value", "low", "high", "p_value", "p_maxt"]
+    return pl.concat(found).select(*columns, "fill_error", "sources", "exploratory", "void")
 
 
 def curve_effects(losses: pl.DataFrame, seed: int = 0) -> pl.DataFrame | None:

@@ -10,48 +10,47 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from headscope.study.edits import EDIT, Edited, head_name
+from headscope.study.edits import Edited, head_name
+from headscope.study.inference import combined
 
 JOINT = (
     "Degradation with all heads of the set removed minus the sum of the degradations with each of them removed alone,"
     " on the same noisy images, in percent of the clean loss. Above 0: they stand in for each other (redundancy). Below"
     " 0: they need each other (synergy)."
 )
-# columns in which the losses of one noisy image agree
-_IMAGE = ["group", "split", "source_id", "item", "replicate", "timestep", "fill"]
 
 
-def joint_losses(losses: pl.DataFrame, edits: Sequence[Edited]) -> pl.DataFrame:
-    """Paired losses whose degradation is that of every set minus the sum of its heads'.
+def joint_losses(losses: pl.DataFrame, edits: Sequence[Edited]) -> tuple[pl.DataFrame, pl.DataFrame] | None:
+    """Paired losses whose degradations are joint minus sum of every set, and the sum of its heads.
 
-    losses: see `edits.losses`. For each noisy image: clean, and edited = edited of the set - sum over its heads of
-    (edited of the head - clean). Sets of which a head wasn't removed alone on the same images are left out: with it
-    the sum isn't known.
+    losses: see `edits.losses`, of one split. A set of which a head wasn't removed alone is left out: its sum isn't
+    known. One whose heads were removed alone on some of its images only is void there. None where no set is left.
 
-    Returns a table with the columns of `losses`, empty where nothing can be compared.
+    Returns two tables with the columns of `losses`; the rows are of the set's kind and name.
     """
-    alone = losses.filter(pl.col("kind") == "head").select(*_IMAGE, "edit", change=pl.col("edited") - pl.col("clean"))
-    measured = set(alone["edit"].unique())
-    found = [losses.clear()]
+    alone = set(losses.filter(pl.col("kind") == "head")["edit"].unique())
+    known = set(losses.filter(pl.col("kind") != "head")["edit"].unique())
+    kinds, joint, sums = {}, {}, {}
     for edit in edits:
-        names = [head_name(*head) for head in edit.heads]
-        if edit.kind in ("head", "dose", "other") or not measured.issuperset(names):
-            continue
-        rows = losses.filter((pl.col("edit") == edit.name) & (pl.col("kind") == edit.kind))
-        members = alone.filter(pl.col("edit").is_in(names))
-        sums = members.group_by(_IMAGE).agg(pl.col("change").sum().alias("sum"), pl.len().alias("heads"))
-        # an image that a head was not removed on has no sum: missing, which voids the quantity
-        whole = pl.when(pl.col("heads") == len(names)).then(pl.col("edited") - pl.col("sum"))
-        joined = rows.join(sums, on=_IMAGE, how="left", maintain_order="left", nulls_equal=True)
-        found.append(joined.with_columns(edited=whole).select(losses.columns))
-    return pl.concat(found)
-
-
-def sums_of_heads(losses: pl.DataFrame, edits: Sequence[Edited]) -> pl.DataFrame:
-    """Paired losses whose degradation is the sum of those of every set's heads: edited = clean + sum of changes."""
-    joint = joint_losses(losses, edits)
-    keys = [*EDIT, *_IMAGE]
-    rows = losses.join(
-        joint.select(*keys, rest="edited"), on=keys, how="inner", maintain_order="left", nulls_equal=True
+        heads = [head_name(*head) for head in edit.heads]
+        if edit.kind in ("site", "level", "set", "all") and edit.name in known and alone.issuperset(heads):
+            kinds[edit.name] = edit.kind
+            sums[edit.name] = {_of_head(head): 1.0 for head in heads}
+            joint[edit.name] = {edit.name: 1.0} | {_of_head(head): -1.0 for head in heads}
+    if not kinds:
+        return None
+    # a set may be called as a head is
+    rows = losses.with_columns(
+        edit=pl.when(pl.col("kind") == "head").then(pl.format("head {}", "edit")).otherwise("edit")
     )
-    return rows.with_columns(edited=pl.col("edited") - pl.col("rest") + pl.col("clean")).select(losses.columns)
+    rows = rows.filter((pl.col("kind") == "head") | pl.col("edit").is_in(list(kinds))).drop("kind")
+    kind = pl.col("edit").replace_strict(kinds, return_dtype=pl.String).alias("kind")
+
+    def of(weights: dict[str, dict[str, float]]) -> pl.DataFrame:
+        return combined(rows, weights).with_columns(kind).select(losses.columns)
+
+    return of(joint), of(sums)
+
+
+def _of_head(name: str) -> str:
+    return f"head {name}"

@@ -113,10 +113,9 @@ def variance_table(variance: pl.DataFrame, groups: Sequence[str]) -> Table:
         for part in parts:
             share = "" if row[part] is None or total <= 0 else f" ({percent(row[part] / total)})"
             cells.append(f"{significant(row[part])}{share}")
-        rows.append(
-            [row["group"], *(str(row[name]) for name in ("sources", "items", "draws")), *cells, str(row["void"])]
-        )
-    columns = [("group", False), ("sources", True), ("items", True), ("draws of noise an item", True)]
+        counts = [str(row[name]) for name in ("sources", "items", "draws")]
+        rows.append([row["group"], *counts, *cells, percent(row["with_unlimited_draws"]), str(row["void"])])
+    columns = [("group", False), ("sources", True), ("items", True), ("draws of noise", True)]
     columns += [(f"between {part.partition('_')[2]}, nats²", True) for part in parts]
-    caption = "Variance of a head's entropy, mean over heads and timesteps (share of the sum)."
-    return Table(caption, [*columns, ("void", True)], rows)
+    columns += [("standard error with unlimited draws", True), ("void", True)]
+    return Table("Variance of a head's entropy, mean over heads (share of the sum).", columns, rows)

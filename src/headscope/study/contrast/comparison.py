@@ -138,7 +138,7 @@ def compare(
         bool(shared),
         timesteps,
         divergences(*sources, timesteps, seed, paired=bool(shared)),
-        differences(one, two, "nats", HEAD, "timestep", seed),
+        differences(one, two, "nats", HEAD, "timestep", seed, family=True),
         _sites(one, two, seed),
         _pooled(one, two, seed),
     )
@@ -148,12 +148,13 @@ def _sites(one: pl.DataFrame, two: pl.DataFrame, seed: int) -> pl.DataFrame:
     """The ratios of every site: see `SITES`."""
     item = ["group", "split", "source_id", "item", "timestep", *_SITE]
     one, two = (rows.group_by(item, maintain_order=True).agg(pl.col("nats").mean()) for rows in (one, two))
-    overall = differences(one, two, "nats", _SITE, "timestep", seed)
+    overall = differences(one, two, "nats", _SITE, "timestep", seed, family=True)
     at_timesteps = differences(one, two, "nats", [*_SITE, "timestep"], seed=seed, test=False)
+    at_timesteps = at_timesteps.with_columns(p_maxt=pl.lit(None, pl.Float64))
     overall = overall.with_columns(timestep=pl.lit(None, at_timesteps.schema["timestep"]))
-    both = pl.concat([at_timesteps.select(overall.columns), overall])
     columns = [*_SITE, "timestep", "value", "low", "high", "p_value", "p_maxt", "sources", "exploratory", "void"]
-    return both.with_columns(pl.col("value", "low", "high").exp()).select(columns)
+    both = pl.concat([table.select(columns) for table in (at_timesteps, overall)])
+    return both.with_columns(pl.col("value", "low", "high").exp())
 
 
 def _pooled(one: pl.DataFrame, two: pl.DataFrame, seed: int) -> pl.DataFrame:

@@ -136,6 +136,10 @@ def _variance(weight: np.ndarray, array: np.ndarray, gradient: np.ndarray, shift
 
     weight [draws, sources], array [columns, sources, cells], gradient and shift [columns, draws, cells].
     """
+    if len(array) == 1:
+        # the slope of a single column comes out of the sum
+        with np.errstate(invalid="ignore", over="ignore"):
+            return gradient[0] ** 2 * (weight @ array[0] ** 2) - (gradient[0] * shift[0]) ** 2
     # [cells, columns, draws], whose rows lie together in memory
     slopes = np.ascontiguousarray(np.moveaxis(gradient, 2, 0))
     squares = np.empty((slopes.shape[0], slopes.shape[2]))

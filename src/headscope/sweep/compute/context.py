@@ -91,7 +91,10 @@ class Context:
 
     def items(self, unit: Unit) -> list[SweptItem | PromptItem]:
         """The unit's items, prompts with the images that the model drew for them."""
-        members = self.members(unit)
+        return self.with_images(unit, self.members(unit))
+
+    def with_images(self, unit: Unit, members: list[SweptItem | PromptItem]) -> list[SweptItem | PromptItem]:
+        """Items of a unit's group, prompts with the images that the model drew for them."""
         if not any(isinstance(item, PromptItem) for item in members):
             return members
         wrote = self._needed(unit, IMAGES)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headscope.models import Recording
 from headscope.models.editing.edits import Fill
+from headscope.models.recording.recording import Resampled
 from headscope.models.recording.tensors import moved
 from headscope.models.tasks import NoisyInputs
 from headscope.ops import HeadEdit
@@ -84,6 +85,6 @@ class Predictions:
         given = {"edits": fields, "rows": rows}
         key = ("edited", sites, cache)
         # a recording is looked up by the timestep, which a replay wouldn't do
-        looked_up = any(isinstance(fill, Recording) for fill in fills.values())
+        looked_up = any(isinstance(fill, (Recording, Resampled)) for fill in fills.values())
         forwards = Forwards() if looked_up else self._context.forwards
         return forwards.run(key, inputs.timestep, given, inside, lambda: self._context.task.predict(inputs))[0]

@@ -17,7 +17,7 @@ class Choice:
 
     Attributes:
         swept: those that are observed and edited.
-        reference: those that the mean fill is taken over; none of them swept.
+        reference: those that the fills mean and resample are made of; none of them swept.
         note: what a person should know before work starts, where there is less than a sweep takes by itself; else "".
     """
 

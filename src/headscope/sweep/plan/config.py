@@ -15,7 +15,8 @@ from headscope.zoo import SPLITS as EVERY_SPLIT
 
 # of a fill that is the mean over a part of the reference items
 _FOLD = re.compile(r"mean ([1-9]\d*)/([1-9]\d*)", re.ASCII)
-FILLS = ("mean", "zero", "uniform", "identity")
+RESAMPLE = "resample"
+FILLS = ("mean", "zero", "uniform", "identity", RESAMPLE)
 # those of the teacher-forced forward, then those of whole generations
 FORWARD_SCORES = ("loss", "distance", "x0")
 SCORES = (*FORWARD_SCORES, "generate")
@@ -95,8 +96,8 @@ class SweepConfig:
     """Everything that decides a sweep's numbers. A run directory belongs to one configuration.
 
     Attributes:
-        model: a bundled model's name ("pixeldit", "unet", "planted:roles", ...), or a directory with a diffusers
-            pipeline (model_index.json); "in memory" where headscope.sweep was given a pipeline.
+        model: a bundled model's name ("pixeldit", "unet", "untrained:unet", "planted:roles", ...), or a directory with
+            a diffusers pipeline (model_index.json); "in memory" where headscope.sweep was given a pipeline.
         groups: names of zoo groups, or NAME=PATH for a folder of images, a Hugging Face dataset on disk, or WebDataset
             tars (a file or a pattern with * or {000..009}).
         prompts: a UTF-8 text file with a prompt per line; they form the group "prompts", whose images are the model's
@@ -108,8 +109,9 @@ class SweepConfig:
         bands: how many timesteps when none are given.
         observe: record each head's entropy at every item and timestep.
         fills: what takes an ablated head's place: "mean" (its mean output over reference items of the same group),
-            "zero", "uniform" (attention without its queries and keys), "identity" (its own value, self-attention only);
-            none for no ablation.
+            "zero", "uniform" (attention without its queries and keys), "identity" (its own value, self-attention only),
+            "resample" (its output on one reference item, with that one's own noise, another for every item and draw;
+            not of whole generations); none for no ablation.
         scores: "loss" (the paired denoising loss), "distance" (of the edited prediction to the clean one), "x0" (error
             of the clean image that a prediction implies), "generate" (distance of the edited image to the clean one);
             or "module:function" for a score of your own of the teacher-forced forward. It takes the edited and the
@@ -120,9 +122,9 @@ class SweepConfig:
         heads: (site, head) pairs to ablate, each in turn; None for all. Attributions are of all heads of their sites.
         sites: patterns of site names (* and ?) to which the heads to ablate or attribute to are limited.
         sets: heads that are edited together, a row each beside the single heads'.
-        reference_items: how many items, disjoint from the swept ones, the mean fill is taken over. None takes all
-            training items of groups that have some, up to 2,000, and of other groups up to 200 of those beside the
-            swept ones; where all are swept by default, a quarter of those instead.
+        reference_items: how many items, disjoint from the swept ones, the mean fill is taken over and resampled outputs
+            are drawn from. None takes all training items of groups that have some, up to 2,000, and of other groups up
+            to 200 of those beside the swept ones; where all are swept by default, a quarter of those instead.
         reference_folds: deal the reference items, source by source, into so many parts of equal size, and ablate with
             each part's mean, too: "mean 1/4" to "mean 4/4" among the fills of a table, on the first draw's noisy
             inputs, from which the mean fill's own error follows (`fold_of` knows the names). 0 for none; whole
@@ -258,7 +260,8 @@ class SweepConfig:
                 )
         if self.reference_items is not None and not (edits and self.referenced):
             raise ValueError(
-                f"reference_items: got {self.reference_items} without the mean fill, which is taken over them"
+                f"reference_items: got {self.reference_items} without the fills mean and resample, which"
+                " are made of them"
             )
         if self.reference_folds and self.reference_folds < 2:
             raise ValueError(f"reference_folds: got {self.reference_folds}, expected at least 2, or 0 for none")
@@ -266,6 +269,11 @@ class SweepConfig:
             raise ValueError(
                 f"reference_folds: got {self.reference_folds}, expected the fill mean, whose error they are for, and a"
                 " score of single forwards"
+            )
+        if RESAMPLE in self.fills and "generate" in self.scores:
+            raise ValueError(
+                "fills: got resample with the score generate, expected another fill, or scores of single forwards: what"
+                " takes a head's place would be of another sampling run"
             )
         drawn = "generate" in self.scores or self.prompts is not None
         for name, used, lacking in (
@@ -327,7 +335,7 @@ class SweepConfig:
     @property
     def referenced(self) -> bool:
         """True if a fill is made of reference items."""
-        return "mean" in self.fills
+        return "mean" in self.fills or RESAMPLE in self.fills
 
     @property
     def fold_fills(self) -> tuple[str, ...]:

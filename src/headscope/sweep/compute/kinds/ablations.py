@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import pyarrow as pa
 import torch
@@ -11,13 +12,17 @@ from headscope.models.editing.edits import Fill
 from headscope.models.recording.tensors import moved
 from headscope.models.tasks import Prepared
 from headscope.sweep.compute.context import Context
+from headscope.sweep.compute.donors import Donors
 from headscope.sweep.compute.editing import ITEMS, Batch, EditingKind, EveryEdit
 from headscope.sweep.compute.predictions import Predictions
 from headscope.sweep.compute.scores import squared_error
-from headscope.sweep.plan.config import SweepConfig
+from headscope.sweep.plan.config import RESAMPLE, SweepConfig
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
 from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, chunks
 from headscope.sweep.store.store import Results
+
+# by site, the fills of a batch, from the items of its rows
+Fills = Callable[[Sequence[int]], Mapping[str, Fill]]
 
 
 class Ablations(EditingKind):
@@ -41,7 +46,12 @@ class Ablations(EditingKind):
             for items in chunks(len(group.swept), ITEMS, len(asked.timesteps)):
                 for timestep in asked.timesteps:
                     count = len(items)
-                    yield Planned(items, count * (1 + later), timestep, first_forwards=count * (first - later))
+                    clean = 1 + self._resamples(asked)
+                    yield Planned(items, count * (clean + later), timestep, first_forwards=count * (first - later))
+
+    def _resamples(self, asked: Asked) -> bool:
+        """True if some edit's fill is the output of a donor, which then has a forward, too."""
+        return any(RESAMPLE in edit.differing(asked.config.fills) for edit in self.edits(asked))
 
     def fills(self, config: SweepConfig, replicate: int) -> tuple[str, ...]:
         """In the first draw also the means over parts of the reference."""
@@ -65,13 +75,24 @@ class Ablations(EditingKind):
                 grid.put("x0_clean", *everywhere, clean_loss * x0)
             advance(len(piece))
 
-            def fills(fill: str, sites: frozenset[str]) -> Mapping[str, Fill]:
-                return predictions.fills(context.fill(unit, fill), sites)
+            donors: Donors | None = None
+            if self._resamples(context.plan):
+                every_site = frozenset().union(*(edit.sites for edit in every.edits))
+                mine = [every.items[index] for index in piece]
+                donors = Donors(context, unit, mine, every_site, [some.timestep])
+                advance(len(piece))
 
-            def edit(batch: Batch, fills: Mapping[str, Fill]) -> None:
+            def fills(fill: str, sites: frozenset[str]) -> Fills:
+                if fill == RESAMPLE:
+                    assert donors is not None
+                    return partial(donors.rows, sites=sites)
+                same = predictions.fills(context.fill(unit, fill), sites)
+                return lambda items: same
+
+            def edit(batch: Batch, fills: Fills) -> None:
                 rows = moved(torch.tensor(batch.items), task.device)
                 mine, before = some.rows(rows), clean.index_select(0, rows)
-                edited = predictions.edited(mine, batch.edits, fills, cache, rows)
+                edited = predictions.edited(mine, batch.edits, fills(batch.items), cache, rows)
                 loss = squared_error(edited, mine.target)
                 grid.put("edited", *batch.places, loss)
                 if "distance" in scores:

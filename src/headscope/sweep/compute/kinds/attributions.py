@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from headscope.sweep.compute.context import Context
+from headscope.sweep.compute.donors import Donors
+from headscope.sweep.plan.config import RESAMPLE
 from headscope.sweep.plan.heads import attributed_sites
 from headscope.sweep.plan.items import GroupItems
 from headscope.sweep.plan.units import IMAGES, REFERENCE, Advance, Asked, Planned, Unit, UnitKind, chunks
@@ -34,26 +36,31 @@ class Attributions(UnitKind):
         config = asked.config
         if config.attribute:
             # a forward, and of each backward twice its work
-            each = len(asked.timesteps) * len(config.fills) * (3 + 2 * config.cotangents)
+            each = len(asked.timesteps) * (len(config.fills) * (3 + 2 * config.cotangents) + (RESAMPLE in config.fills))
             for items in chunks(len(group.swept), ITEMS):
                 yield Planned(items, len(items) * each)
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
         items, config, scope = context.items(unit), context.config, context.loss_scope
         sites = attributed_sites(config, scope.sites)
-        each = unit.forwards // (len(items) * len(config.fills))
+        each = len(context.plan.timesteps) * (3 + 2 * config.cotangents)
         tables: dict[tuple[int, int], pa.Table] = {}
         for number, fill in enumerate(config.fills):
 
             def attribute(piece: range, number=number, fill=fill) -> None:
                 some = [items[index] for index in piece]
+                if fill == RESAMPLE:
+                    filled = Donors(context, unit, some, sites, context.plan.timesteps).of_all()
+                    advance(len(context.plan.timesteps) * len(some))
+                else:
+                    filled = context.fill(unit, fill)
                 found = scope.attribute(
                     context.task,
                     some,
                     context.plan.timesteps,
                     sites=sites,
                     cotangents=config.cotangents,
-                    fill=context.fill(unit, fill),
+                    fill=filled,
                     replicate=unit.replicate,
                     batch=len(some),
                 )
