@@ -27,6 +27,7 @@ from headscope._extras import require
 from headscope._files import is_utf8, local_path, read_plain
 from headscope._images import nearest_parts, read_image, read_square, resized
 from headscope.counter import counter_permutation, counter_uniform, whole
+from headscope.zoo.contrast import with_common_histogram
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
 from headscope.zoo.structure import (
     EYE_PARTS,
@@ -46,10 +47,12 @@ __all__ = [
     "SPLITS",
     "Faces",
     "FacesGrey",
+    "FacesGreyMatched",
     "FolderGroup",
     "ImageGroup",
     "Item",
     "Lfw",
+    "LfwMatched",
     "Photographs",
     "Tied",
     "open_group",
@@ -245,6 +248,28 @@ def _lfw_patches() -> np.ndarray:
         # stored as 0 to 1, whatever its documentation says
         patches = np.floor(patches.astype(np.float64) * 255.0 + 0.5).astype(np.uint8)
     return patches
+
+
+class LfwMatched(Lfw):
+    """The LFW patches with the histogram that `FacesGreyMatched` has, too: item i is that of `Lfw`."""
+
+    name = "lfw_matched"
+    description = "The LFW patches with one common histogram, the same as that of faces_grey_matched"
+
+    def _load(self, index: int) -> Item:
+        item = super()._load(index)
+        return replace(item, image=with_common_histogram(item.image))
+
+
+class FacesGreyMatched(FacesGrey):
+    """The grey faces with the histogram that `LfwMatched` has, too: item i is face i."""
+
+    name = "faces_grey_matched"
+    description = "The grey procedural faces with one common histogram, the same as that of lfw_matched"
+
+    def _image(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, mask = super()._image(index)
+        return with_common_histogram(image), mask
 
 
 class Tied(ImageGroup):
@@ -474,6 +499,9 @@ GROUPS: dict[str, Callable[[], ImageGroup]] = {
     "lfw": Lfw,
     "photographs": Photographs,
     **_tied(),
+    # for comparing groups, and no model's to be trained on
+    "lfw_matched": LfwMatched,
+    "faces_grey_matched": FacesGreyMatched,
 }
 
 

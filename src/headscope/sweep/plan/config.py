@@ -96,8 +96,8 @@ class SweepConfig:
     """Everything that decides a sweep's numbers. A run directory belongs to one configuration.
 
     Attributes:
-        model: a bundled model's name ("pixeldit", "unet", "untrained:unet", "planted:roles", ...), or a directory with a
-            diffusers pipeline (model_index.json); "in memory" where headscope.sweep was given a pipeline.
+        model: a bundled model's name ("pixeldit", "unet", "untrained:unet", "planted:roles", ...), or a directory with
+            a diffusers pipeline (model_index.json); "in memory" where headscope.sweep was given a pipeline.
         groups: names of zoo groups, or NAME=PATH for a folder of images, a Hugging Face dataset on disk, or WebDataset
             tars (a file or a pattern with * or {000..009}).
         prompts: a UTF-8 text file with a prompt per line; they form the group "prompts", whose images are the model's
