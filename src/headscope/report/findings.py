@@ -7,6 +7,7 @@ import polars as pl
 
 from headscope.report.naming import Names, fitted, interval, percent, probability
 from headscope.report.sections.contrast import answer
+from headscope.report.sections.controls import summary
 from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult
 from headscope.study.contrast import Comparison
@@ -57,6 +58,8 @@ def findings(result: StudyResult, names: Names) -> list[str]:
     sentences = []
     if result.contrast:
         sentences += _contrast_sentences(result.contrast, names)
+        beside = summary(result.controls)
+        sentences += [f"Controls of that comparison. {beside}"] if beside else []
     if result.entropy_heads is not None:
         sentences += _spread_sentence(result, names)
     if _confirmed(result) is not None:
