@@ -51,8 +51,9 @@ def caveats_of(result: StudyResult) -> list[str]:
             " absolute damage is a larger percentage where the model is good. Read the absolute difference beside it."
         )
         found.append(
-            "Heads that do the same thing hide each other when they are removed one at a time, and the effects of several"
-            " do not add up: what a head costs alone is no measure of what the model would lose without what it does."
+            "Heads that do the same thing hide each other when they are removed one at a time, and the effects of"
+            " several do not add up: what a head costs alone is no measure of what the model would lose without what it"
+            " does."
         )
         found.append(
             "What takes a removed head's place decides what its removal costs: the mean fill keeps what it does on"
