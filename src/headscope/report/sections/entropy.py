@@ -101,12 +101,7 @@ def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) ->
         cells = [names.of_queries(one, len(kinds) > 1), str(one["keys"])]
         for group in groups:
             row, nats = (found.get((*one.values(), group, measure)) for measure in ("normalised", "nats"))
-            if row is not None and row["void"] and row["keys"] > 1:
-                cells.append(void_of(row["void"]))
-            else:
-                cells.append(
-                    "–" if row is None else f"{write(row['value'])} ({interval(row['low'], row['high'], write)})"
-                )
+            cells.append("–" if row is None else _cell(row, write))
             cells.append("–" if nats is None else write(nats["value"]))
         rows.append(cells)
     columns = [("head", False), ("keys", True)]
