@@ -20,7 +20,7 @@ _UPRIGHT = 6
 _ABREAST, _ABREAST_SHARED, _BETWEEN_LINES = 3, 4, 100
 # characters of labels: of heads and groups, of sites, of groups aslant and of those above narrow panels; and of labels
 # that fit between three panels
-_LABEL, _SITE, _ASLANT, _TITLES_ABREAST, _SHORT = 34, 30, 18, 20, 24
+_LABEL, _SITE, _ASLANT, _TITLES_ABREAST, _SHORT = 30, 30, 18, 20, 24
 _TITLE = {"showarrow": False, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
 
 
@@ -115,10 +115,7 @@ def heat_maps(
             "anchor": f"y{number}",
             "tickvals": list(range(len(timesteps))),
             "ticktext": [str(timestep) for timestep in timesteps],
-            "title": {
-                "text": "timestep" if len(panels) <= _UPRIGHT or index == len(panels) // 2 else "",
-                "standoff": 8,
-            },
+            "title": {"text": "timestep" if index in titled else "", "standoff": 8},
             "showgrid": False,
             "zeroline": False,
         }
@@ -169,7 +166,7 @@ def dot_panels(
     # narrow panels would cut it off
     axis_title = axis_title.replace(" of ", "<br>of ", 1) if columns > 2 else axis_title
     data = []
-    gap = 0.04 if share_rows or columns == 1 else 0.26 if long else 0.17
+    gap = 0.04 if share_rows or columns == 1 else 0.28 if long else 0.17
     width = (1 - gap * (columns - 1)) / columns
     shown: set[str] = set()
     for index, (title, labels, series) in enumerate(panels):
