@@ -21,7 +21,8 @@ class Interventions:
         edits: what was edited.
         effects: see `ablation.effects`, of the edits that the confirm split tests (or of a plain sweep's sets).
         timesteps: the relative degradation at every timestep, headline fill: group, fill, kind, edit, timestep,
-            value, low, high, sources, exploratory.
+            value, low, high, p_value, p_maxt (one family per group: edits and timesteps), sources, exploratory, void.
+            The error of the mean fill is in the overall effects only.
         variance: of the degradation by every edit with the headline fill, between sources, items and draws of noise
             (`inference.components`, in squared fractions): group, kind, edit, between_sources, ...
         joint: group, split, fill, kind, edit, heads (their number), joint (degradation), sum (of its heads'), value
@@ -63,11 +64,14 @@ class Interventions:
         return {name: table for name, table in found.items() if table is not None}
 
 
-def effects_by_timestep(losses: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
-    """The relative degradation by every edit at every timestep, with the headline fill; nothing is tested."""
+def effects_by_timestep(losses: pl.DataFrame, seed: int = 0, *, test: bool = True) -> pl.DataFrame:
+    """The relative degradation by every edit at every timestep, with the headline fill; one family per group."""
     rows = without_bias(losses).filter(pl.col("fill") == headline_fill(losses))
     by = [*EDIT, "timestep"]
-    return per_group_and_fill(rows, lambda part: degradations(part, by, seed=seed, test=False)[0].drop("p_value"))
+    found = per_group_and_fill(rows, lambda part: degradations(part, by, seed=seed, test=test, family=test)[0])
+    missing = [] if test else [pl.lit(None, pl.Float64).alias("p_maxt")]
+    columns = ["group", "fill", *by, "value", "low", "high", "p_value", "p_maxt", "sources", "exploratory", "void"]
+    return found.with_columns(*missing).select(columns)
 
 
 def variance_of_effects(losses: pl.DataFrame) -> pl.DataFrame:
