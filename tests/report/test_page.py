@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 import numpy as np
 import polars as pl
 import pytest
+from headscope.report.findings import findings
 
 from headscope.report import GroupInfo, write_report, write_sweep_report
-from headscope.report.findings import findings
 from headscope.report.images import sheet
 from headscope.report.naming import Names, fitted, number, percent, probability, significant
 from headscope.study import analyse, select_heads

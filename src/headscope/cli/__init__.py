@@ -1,4 +1,4 @@
-"""The command line: study, sweep, report, train, bench, doctor.
+"""The command line: study, sweep, report, compare, train, bench, doctor.
 
 Reading order: common (options and errors), then a file for each group of commands: studies, sweeps, models,
 and examination (doctor). Packages that take long to import are imported by the command that needs them.
@@ -20,7 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(sweeps.commands, name="sweep", invoke_without_command=True)
-for _command in (studies.study, studies.report, models.train, models.bench):
+for _command in (studies.study, studies.report, studies.compare, models.train, models.bench):
     app.command()(_command)
 
 

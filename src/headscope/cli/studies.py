@@ -1,4 +1,4 @@
-"""`headscope study` and `headscope report`."""
+"""`headscope study`, `headscope report` and `headscope compare`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -48,3 +48,17 @@ def report(directory: Annotated[Path, typer.Argument(help="A study's or a sweep'
 
         page = report_study(directory) if is_study(directory) else report_sweep(directory)
         console.print(f"report  {escaped(str(page))}", highlight=False)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="A finished sweep's or study's directory.")],
+    second: Annotated[Path, typer.Argument(help="Another, of another model or checkpoint, on the same images.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("compare.html"),
+) -> None:
+    """Compare two finished runs, the second minus the first, on what both have, and write a page."""
+    with clear_errors():
+        need("study", "scipy", "plotly", "jinja2", "PIL", "polars", "diffusers")
+        from headscope.demonstration import compare_runs
+
+        page = compare_runs(first, second, out)
+        console.print(f"comparison  {escaped(str(page))}", highlight=False)

@@ -13,9 +13,11 @@ from headscope._machine import memory_bytes
 from headscope.counter import check_seed
 from headscope.report.naming import listed
 from headscope.report.page import SECTIONS, GroupInfo, write_sweep_report
+from headscope.report.sections.drawn import Drawn
 from headscope.study.edits import Edited, edits_of
 from headscope.sweep import Run
 from headscope.sweep.store.run import as_written
+from headscope.sweep.store.sheet import contact_sheets
 from headscope.zoo import MODELS, open_group
 
 REPORT = "report.html"
@@ -63,6 +65,7 @@ def report_sweep(path: Path) -> Path:
             groups=group_infos(run.manifest),
             sites=sites_of(run),
             edits=edits_in(run),
+            drawn=drawn_in(run),
             seed=run.manifest["config"]["seed"],
             others={kind: table for kind, table in tables.items() if kind not in SECTIONS},
             caveats=[*_unfinished(run), *_not_shown(tables)],
@@ -166,6 +169,11 @@ def group_infos(manifest: dict[str, Any]) -> list[GroupInfo]:
 def sites_of(run: Run) -> list[str]:
     """The model's sites in the order of execution."""
     return [site["name"] for site in run.manifest["sites"]]
+
+
+def drawn_in(run: Run) -> list[Drawn]:
+    """The images that a run drew, to show side by side."""
+    return [Drawn(f"noise of {one.group}, {one.fill} fill", one.rows) for one in contact_sheets(run)]
 
 
 def edits_in(run: Run) -> list[Edited]:

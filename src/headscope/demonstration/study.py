@@ -25,6 +25,7 @@ from headscope.demonstration import stages
 from headscope.demonstration.runs import (
     REPORT,
     check_described,
+    drawn_in,
     edits_in,
     group_infos,
     run_info,
@@ -189,7 +190,13 @@ def report_study(out: Path) -> Path:
     if unfinished:
         caveats.insert(0, f"This study is not finished ({', '.join(unfinished)}): every number here will change.")
     return write_report(
-        out / REPORT, title=TITLE, run_info=info, groups=group_infos(manifest), result=result, caveats=caveats
+        out / REPORT,
+        title=TITLE,
+        run_info=info,
+        groups=group_infos(manifest),
+        result=result,
+        caveats=caveats,
+        drawn=drawn_in(finished["drawn"]) if "drawn" in finished else (),
     )
 
 

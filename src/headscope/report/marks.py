@@ -1,6 +1,8 @@
 """Parts of figures that several sections draw: dots of estimates, notes, colours."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import polars as pl
 
@@ -12,6 +14,7 @@ SEQUENTIAL = "Viridis"
 # none of them the colour of one of the first four groups
 BEFORE, FIRST, SECOND = "#8A8F98", "#1F8FA6", "#B8860B"
 SIGNIFICANT = 0.05
+_FILLS = ((FIRST, "circle"), (SECOND, "diamond"), (BEFORE, "square"), ("#7A6FBF", "cross"))
 
 
 def by_group(table: pl.DataFrame, groups: Sequence[str]) -> list[tuple[str, pl.DataFrame]]:
@@ -72,6 +75,31 @@ def dots_of(
     filled = [row is not None and not row["exploratory"] for row in rows]
     written = [note or "" for note in notes]
     return Dots(name, columns["value"], columns["low"], columns["high"], filled, written, colour, symbol)
+
+
+def of_fills(
+    rows: Sequence[dict],
+    key: Callable[[dict], Any],
+    order: Sequence[Any],
+    titles: Sequence[str],
+    headline: str,
+    write: Callable[..., str],
+) -> list[Dots]:
+    """A series for each fill, the headline first: a point for each of some edits; solid where the corrected p is small.
+
+    key: what tells the edits of rows apart; order: those to draw, with their titles.
+    """
+    fills = sorted({row["fill"] for row in rows}, key=lambda fill: (fill != headline, fill))
+    series = []
+    for index, fill in enumerate(fills):
+        found = {key(row): row for row in rows if row["fill"] == fill}
+        members = [found.get(edit) for edit in order]
+        colour, symbol = _FILLS[index % len(_FILLS)]
+        shift = (index - (len(fills) - 1) / 2) * 0.8 / max(3, len(fills))
+        drawn = dots_of(f"{fill} fill", members, head_notes(titles, members, write), colour, symbol)
+        filled = [row is not None and row["p_maxt"] is not None and row["p_maxt"] < SIGNIFICANT for row in members]
+        series.append(replace(drawn, filled=filled, shift=shift))
+    return series
 
 
 def colour_bar(title: str) -> dict:

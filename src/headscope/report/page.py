@@ -1,26 +1,21 @@
 """One self-contained HTML page: no request leaves it, and it reads the same in ten years."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import polars as pl
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
-from headscope._files import local_path, write_atomic
-from headscope.report import findings
+from headscope._files import local_path
 from headscope.report.caveats import STUDY_CAVEATS, caveats_of
 from headscope.report.images import sheet
+from headscope.report.lead import lead_of
 from headscope.report.naming import Names, listed
-from headscope.report.panels import Figure, View
-from headscope.report.section import Section
+from headscope.report.rendering import write_page
 from headscope.report.sections import sections_of
+from headscope.report.sections.drawn import Drawn, drawn_section
 from headscope.report.sites import sites_table
 from headscope.study import inference
 from headscope.study.analysis import StudyResult, analyse_sweep
@@ -55,30 +50,33 @@ def write_report(
     label: str = "Demonstration",
     summary: str = STUDY_SUMMARY,
     caveats: Sequence[str] = STUDY_CAVEATS,
+    drawn: Sequence[Drawn] = (),
 ) -> Path:
     """Write a study's report: one HTML file, with Plotly inside, that opens without a network.
 
     run_info: what was run, in the order to show it (model, versions, device, date, duration, settings); values may be
     lists and dictionaries. groups: in the order to show them; the tables' other groups come after. label: stands above
-    the title. summary: the sentence below it. caveats: stand before those that follow from the tables. Returns
-    the path.
+    the title. summary: the sentence below it. caveats: stand before those that follow from the tables.
+    drawn: images to show side by side. Returns the path.
     """
     path = local_path("path", path)
     shown = [info.name for info in groups]
     names = Names(result.sites, [*shown, *(group for group in result.groups if group not in shown)])
     order = [*(group for group in shown if group in result.groups), *(g for g in result.groups if g not in shown)]
-    environment = _environment()
-    text = environment.get_template("page.html").render(
+    lead = lead_of(result, names)
+    return write_page(
+        path,
+        "page.html",
         title=title,
         label=label,
         summary=summary,
-        tiles=findings.tiles(result, names),
-        findings=findings.findings(result, names),
+        tiles=lead.tiles,
+        findings=lead.sentences,
         run=[(name, listed(value)) for name, value in run_info.items()],
         groups=[_group_card(info, result) for info in groups],
         unshown=result.unshown,
         sites=sites_table(result, names),
-        sections=[_rendered(environment, section) for section in sections_of(result, names, order)],
+        sections=[*sections_of(result, names, order), *filter(None, [drawn_section(drawn)])],
         caveats=[*caveats, *caveats_of(result)],
         example=_example(result, names),
         interval=inference.INTERVAL,
@@ -89,10 +87,7 @@ def write_report(
         holm=inference.HOLM,
         fewest=inference.FEWEST_SOURCES,
         resamples=inference.settings.RESAMPLES,
-        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
-    write_atomic(path, text.encode())
-    return path
 
 
 # the tables with a section of their own
@@ -115,6 +110,7 @@ def write_sweep_report(
     label: str = "Sweep",
     summary: str = SWEEP_SUMMARY,
     caveats: Sequence[str] = (),
+    drawn: Sequence[Drawn] = (),
 ) -> Path:
     """Write the report of a plain sweep, from whichever of its tables there are. Otherwise as `write_report`.
 
@@ -131,43 +127,14 @@ def write_sweep_report(
         label=label,
         summary=summary,
         caveats=caveats,
+        drawn=drawn,
     )
-
-
-def _environment() -> jinja2.Environment:
-    folder = files("headscope.report") / "templates"
-
-    def load(name: str) -> str | None:
-        resource = folder / name
-        return resource.read_text(encoding="utf-8") if resource.is_file() else None
-
-    return jinja2.Environment(
-        loader=jinja2.FunctionLoader(load),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def _rendered(environment: jinja2.Environment, section: Section) -> dict[str, Any]:
-    """A section as the page takes it: name, title and html."""
-    figures = {name: _json(figure) for name, figure in section.figures.items() if figure}
-    template = environment.get_template(f"sections/{section.name}.html")
-    html = Markup(template.render(**section.values, figures=figures))
-    return {"name": section.name, "title": section.title, "html": html}
-
-
-def _json(figure: Sequence[View] | Figure) -> Markup:
-    """A figure as JSON that is safe inside a script element."""
-    views = [View("", figure)] if isinstance(figure, dict) else figure
-    text = json.dumps([{"label": view.label, **view.figure} for view in views], allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 def _example(result: StudyResult, names: Names) -> tuple[str, int, str] | None:
     """A head's label, number and site, to explain labels by."""
-    for table in (result.ablation_ranking, result.entropy_heads, result.generation_ranking):
+    attributed = None if result.attributions is None else result.attributions.heads
+    for table in (result.ablation_ranking, result.entropy_heads, attributed, result.generation_ranking):
         if table is not None and len(table):
             site, head = table.select("site", "head").row(0)
             return names.head(site, head), head, site

@@ -11,7 +11,8 @@ def sites_table(result: StudyResult, names: Names) -> Table:
     """The module behind each short label, its number of heads on the page, and its number of keys."""
     keys: dict[str, set[int]] = {}
     heads: dict[str, set[int]] = {}
-    for table in (result.entropy_heads, result.ablation_ranking, result.generation_ranking):
+    attributed = None if result.attributions is None else result.attributions.heads
+    for table in (result.entropy_heads, result.ablation_ranking, attributed, result.generation_ranking):
         if table is not None:
             for site, head in table.select("site", "head").unique().iter_rows():
                 heads.setdefault(site, set()).add(head)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from headscope.study.ablation import degradation_by_timestep, effects, rank_distances, rank_heads, select_heads
+from headscope.study.attributions import Attributions, attribute
 from headscope.study.contrast import Comparison, Control, compare_groups, controls_of
 from headscope.study.contrast.controls import TRAINED, controls_table
 from headscope.study.edits import Edited, heads_in, losses
@@ -19,6 +20,7 @@ from headscope.study.interventions import (
     dose_effects,
     effects_by_timestep,
     joint_effects,
+    variance_of_effects,
 )
 
 NATURAL, SYNTHETIC = "lfw", "faces_grey"
@@ -39,11 +41,12 @@ class StudyResult:
         ablation_ranking: see `ablation.rank_heads`.
         ablation_timesteps: see `ablation.degradation_by_timestep`.
         interventions: what was tested on the confirm split, heads and sets of heads; of a plain sweep its sets.
+        attributions: importances from gradients.
         generation_ranking: see `ablation.rank_distances`.
         further: what a sweep measured beside these, see `further.further_scores`.
         unshown: kind: columns of numbers that the report doesn't show.
         omitted: a section's name, and why it is absent.
-        left_out: "kind.column": how many of its numbers aren't finite; they are in no mean.
+        left_out: "kind.column": how many of its numbers aren't finite; what they enter has no value.
     """
 
     groups: list[str]
@@ -58,6 +61,7 @@ class StudyResult:
     ablation_ranking: pl.DataFrame | None = None
     ablation_timesteps: pl.DataFrame | None = None
     interventions: Interventions | None = None
+    attributions: Attributions | None = None
     generation_ranking: pl.DataFrame | None = None
     further: list[Score] = field(default_factory=list)
     unshown: dict[str, list[str]] = field(default_factory=dict)
@@ -81,6 +85,7 @@ class StudyResult:
             "generation_ranking": self.generation_ranking,
         }
         found |= self.interventions.tables() if self.interventions else {}
+        found |= self.attributions.tables() if self.attributions else {}
         return {name: _flat(table) for name, table in found.items() if table is not None}
 
 
@@ -117,6 +122,7 @@ def analyse(
     if confirm is not None:
         confirm = _filled(confirm.filter(pl.col("split") == "confirm"))
     left_out: dict[str, int] = {}
+    observations = _finite("observations", observations, ENTROPIES, left_out)
     discover, confirm = (
         _finite(kind, table, ("clean",), left_out) for kind, table in (("discover", discover), ("confirm", confirm))
     )
@@ -152,6 +158,7 @@ def analyse(
             edits,
             effects(tested, seed, before=before),
             effects_by_timestep(tested, seed),
+            variance_of_effects(tested),
             joint_effects(together, edits, seed),
             None if steps is None else curve_effects(steps, seed),
             None if steps is None else dose_effects(steps, seed),
@@ -188,15 +195,17 @@ def analyse_sweep(
     every = {"observations": observations, "ablations": ablations, "generations": generations, **(others or {})}
     filled = {kind: table for kind, table in every.items() if table is not None and len(table)}
     left_out: dict[str, int] = {}
-    observations = _filled(observations)
+    observations = _finite("observations", _filled(observations), ENTROPIES, left_out)
     ablations = _finite("ablations", _filled(ablations), ("clean",), left_out)
     generations = _finite("generations", _filled(generations), ("distance",), left_out)
+    attributed = _filled(filled.get("attributions"))
     return StudyResult(
         **_described(sites, *(_filled(table) for table in filled.values())),
         **_entropies(observations, seed),
         ablation_ranking=None if ablations is None else rank_heads(ablations, (), seed),
         ablation_timesteps=None if ablations is None else degradation_by_timestep(ablations, seed),
         interventions=_of_sweep(edits, ablations, _filled(filled.get("set_ablations")), seed),
+        attributions=None if attributed is None else attribute(attributed, ablations, seed),
         generation_ranking=None if generations is None else rank_distances(generations, seed),
         further=further_scores(filled, seed),
         unshown={} if observations is None else _unshown(observations),

@@ -19,7 +19,7 @@ from headscope.sweep.plan.config import fold_of
 
 FILL_ERROR = (
     "The mean fill is the mean over finitely many reference images. How much that changes a degradation was measured"
-    " with the means of {folds} parts of them: the bias is subtracted, the standard error is part of the interval and"
+    " with the means of some parts of them: the bias is subtracted, the standard error is part of the interval and"
     " of the test."
 )
 _KEY = ["group", *EDIT]

@@ -1,7 +1,7 @@
 """Scores of a sweep beside entropies, the loss without single heads and the distance of drawn images.
 
-Sets of heads that were edited together, further scores (the distance of predictions, the error of the implied clean
-image, those of drawn images, those of the user's own) and attributions. Nothing is ranked or tested.
+Sets of heads that were edited together, and further scores: the distance of predictions, the error of the implied clean
+image, those of drawn images, those of the user's own. Nothing is ranked or tested.
 """
 
 from collections.abc import Mapping
@@ -20,15 +20,6 @@ LABELS = (
 )
 # scores that other sections of the report show
 _SHOWN = {"ablations": ("clean", "edited"), "generations": ("distance",)}
-
-# as in headscope.models.attribution; a gate is 1 where its head is as it is, 0 where the fill has taken its place
-_ATTRIBUTIONS = {
-    "loss": "The loss with nothing removed, the same for every head.",
-    "g": "−∂ loss / ∂ gate of the head.",
-    "c": "Mean over outputs of (∂ prediction / ∂ gate)², estimated from random vectors.",
-    "importance": "What removing the head adds to the loss, to second order.",
-    "integrated": "−∫ ∂ loss / ∂ gate while all gates go from 1 to 0 together.",
-}
 
 
 class Score(NamedTuple):
@@ -62,8 +53,8 @@ def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Sc
     """
     found = []
     for kind, table in sorted(tables.items(), key=lambda entry: not entry[0].startswith("set_")):
-        # an observation is of no edit
-        if "fill" not in table.columns or not len(table):
+        # an observation is of no edit, and attributions have a section of their own
+        if "fill" not in table.columns or kind == "attributions" or not len(table):
             continue
         rows = plain_text(table)
         edited = kind.removeprefix("set_")
@@ -129,14 +120,6 @@ def _title(edited: str, name: str) -> str:
 
 
 def _titles(edited: str) -> dict[str, str]:
-    if edited == "attributions":
-        return {
-            "loss": "Loss of the whole model",
-            "g": "First-order cost of removing a head (g)",
-            "c": "Gauss-Newton term of the second order (c)",
-            "importance": "Importance (g + c)",
-            "integrated": "Gradient integrated along the path of all gates",
-        }
     of = "prediction" if edited == "ablations" else "drawn image"
     return {
         "distance": f"Distance of the {of} from the clean one",
@@ -152,6 +135,4 @@ def _definition(edited: str, name: str) -> str:
     if name == "distance":
         return f"Mean squared difference of the two predictions, in units of the loss. {MEAN}"
     units = {"psnr": "In dB. ", "mse": "Pixel values from 0 to 1. ", "ssim": "1 is the same image. "}
-    if edited == "attributions":
-        units = {part: f"{text} In units of the loss. " for part, text in _ATTRIBUTIONS.items()}
     return units.get(name, "") + MEAN

@@ -9,7 +9,7 @@ from headscope.study.ablation import effects, headline_fill, per_group_and_fill
 from headscope.study.curves import curve_losses, dose_of
 from headscope.study.edits import EDIT, Edited
 from headscope.study.fill_error import without_bias
-from headscope.study.inference import degradations
+from headscope.study.inference import components, degradations, linearised
 from headscope.study.together import joint_losses
 
 
@@ -22,6 +22,8 @@ class Interventions:
         effects: see `ablation.effects`, of the edits that the confirm split tests (or of a plain sweep's sets).
         timesteps: the relative degradation at every timestep, headline fill: group, fill, kind, edit, timestep,
             value, low, high, sources, exploratory.
+        variance: of the degradation by every edit with the headline fill, between sources, items and draws of noise
+            (`inference.components`, in squared fractions): group, kind, edit, between_sources, ...
         joint: group, split, fill, kind, edit, heads (their number), joint (degradation), sum (of its heads'), value
             (joint - sum), low, high, p_value, p_maxt, fill_error, sources, exploratory, void; None where no set's heads
             were all removed alone.
@@ -32,6 +34,7 @@ class Interventions:
     edits: Sequence[Edited]
     effects: pl.DataFrame
     timesteps: pl.DataFrame | None = None
+    variance: pl.DataFrame | None = None
     joint: pl.DataFrame | None = None
     curves: pl.DataFrame | None = None
     doses: pl.DataFrame | None = None
@@ -52,6 +55,7 @@ class Interventions:
         found = {
             "effects": self.effects,
             "effects_timesteps": self.timesteps,
+            "effects_variance": self.variance,
             "joint": self.joint,
             "curves": self.curves,
             "doses": self.doses,
@@ -64,6 +68,13 @@ def effects_by_timestep(losses: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
     rows = without_bias(losses).filter(pl.col("fill") == headline_fill(losses))
     by = [*EDIT, "timestep"]
     return per_group_and_fill(rows, lambda part: degradations(part, by, seed=seed, test=False)[0].drop("p_value"))
+
+
+def variance_of_effects(losses: pl.DataFrame) -> pl.DataFrame:
+    """Where the variance of the degradations with the headline fill comes from."""
+    rows = losses.filter(pl.col("fill") == headline_fill(losses))
+    by = ["group", *EDIT]
+    return components(linearised(rows, by, "timestep"), "influence", by, "timestep")
 
 
 def joint_effects(

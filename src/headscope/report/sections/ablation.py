@@ -8,17 +8,14 @@ from typing import Any
 import polars as pl
 
 from headscope.report.marks import (
-    BEFORE,
-    FIRST,
-    SECOND,
     SEQUENTIAL,
-    SIGNIFICANT,
     by_group,
     colour_bar,
     dots_of,
     head_notes,
     heads_of,
     notes_of,
+    of_fills,
     read_as,
 )
 from headscope.report.naming import Names, percent, probability, significant
@@ -28,6 +25,7 @@ from headscope.report.tables import INTERVAL, SUBJECT, Table, estimate, subject
 from headscope.study import ablation, inference
 from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult
+from headscope.study.fill_error import FILL_ERROR
 
 
 def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section | None:
@@ -39,15 +37,18 @@ def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section
         return None
     fill = headline_fill(next(table for table in (ranking, confirmed) if table is not None))
     figures: dict[str, Any] = {}
-    tables: dict[str, Any] = {"ranking": None, "confirm": None}
+    tables: dict[str, Any] = dict.fromkeys(("ranking", "confirm", "timesteps", "variance"))
     if ranking is not None and timesteps is not None:
         ablated = sorted(timesteps["timestep"].unique().to_list())
         figures["ranking"] = degradation_ranking(ranking, names, groups, fill)
         figures["degradation_maps"] = degradation_maps(timesteps, names, groups, ablated, fill)
         tables["ranking"] = ranking_table(ranking, names)
-    if confirmed is not None:
+    if result.interventions and confirmed is not None:
         figures["confirm"] = degradation_confirmed(confirmed, names, groups, fill)
         tables["confirm"] = confirm_table(confirmed, names)
+        steps, variance = result.interventions.timesteps, result.interventions.variance
+        tables["timesteps"] = None if steps is None else timesteps_table(steps, names, groups)
+        tables["variance"] = None if variance is None else variance_table(variance, names, groups)
     values = {
         "fill": fill,
         "fills": ablation.FILLS,
@@ -55,9 +56,16 @@ def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section
         "absolute": inference.ABSOLUTE.format(of="loss"),
         "effect_test": inference.EFFECT_TEST,
         "family": ablation.FAMILY,
+        "components": inference.COMPONENTS,
+        "fill_error": _fill_error(confirmed),
         "omitted": result.omitted.get("confirm"),
     }
     return Section("ablation", "Removing heads", {**values, **tables}, figures)
+
+
+def _fill_error(confirmed: pl.DataFrame | None) -> str | None:
+    measured = confirmed is not None and confirmed["fill_error"].is_not_null().any()
+    return FILL_ERROR if measured else None
 
 
 # label, value, low, high, axis title, how a value is written, tick format
@@ -115,29 +123,16 @@ def degradation_confirmed(confirmed: pl.DataFrame, names: Names, groups: Sequenc
     heads = heads.sort(["value", "site", "head"], descending=[True, False, False], nulls_last=True)
     order = list(heads.select("site", "head").iter_rows())
     titles = [names.head(site, head) for site, head in order]
-    fills = sorted(confirmed["fill"].unique(), key=lambda fill: (fill != headline, fill))
     views = []
     for label, column, low, high, axis, write, tick in _MEASURES:
         panels = []
         for group in groups:
-            rows = confirmed.filter(pl.col("group") == group)
-            if not len(rows):
-                continue
-            series = []
-            for index, fill in enumerate(fills):
-                found = {(row["site"], row["head"]): row for row in rows.filter(pl.col("fill") == fill).to_dicts()}
-                members = [found.get(head) for head in order]
-                members = [row and read_as(row, column, low, high) for row in members]
-                notes = head_notes(titles, members, write)
-                colour = (FIRST, SECOND, BEFORE)[index % 3]
-                symbol = ("circle", "diamond", "square")[index % 3]
-                shift = (index - (len(fills) - 1) / 2) * 0.26
-                dots = dots_of(f"{fill} fill", members, notes, colour, symbol)
-                filled = [row is not None and (row["p_maxt"] or 1.0) < SIGNIFICANT for row in members]
-                series.append(replace(dots, filled=filled, shift=shift))
-            panels.append((group, titles, series))
+            rows = [read_as(row, column, low, high) for row in confirmed.filter(pl.col("group") == group).to_dicts()]
+            if rows:
+                series = of_fills(rows, lambda row: (row["site"], row["head"]), order, titles, headline, write)
+                panels.append((group, titles, series))
         if panels:
-            views.append(View(label, dot_panels(panels, axis, row_height=30, share_rows=True, tick_format=tick)))
+            views.append(View(label, dot_panels(panels, axis, row_height=34, share_rows=True, tick_format=tick)))
     return views
 
 
@@ -165,6 +160,7 @@ def confirm_table(confirmed: pl.DataFrame, names: Names) -> Table:
             *subject(row, names),
             percent(row["discover"]),
             *estimate(row, percent),
+            percent(row["fill_error"]),
             *estimate(row, significant, "absolute"),
             probability(row["p_value"]),
             probability(row["p_maxt"]),
@@ -172,6 +168,44 @@ def confirm_table(confirmed: pl.DataFrame, names: Names) -> Table:
         ]
         for row in confirmed.iter_rows(named=True)
     ]
-    columns = [*SUBJECT, ("discover", True), ("confirm", True), INTERVAL, ("absolute", True), INTERVAL]
-    columns += [("p", True), ("corrected p", True), ("sources", True)]
+    columns = [*SUBJECT, ("discover", True), ("confirm", True), INTERVAL, ("error of the fill", True)]
+    columns += [("absolute", True), INTERVAL, ("p", True), ("corrected p", True), ("sources", True)]
     return Table("Degradation of the selected heads on the confirm split.", columns, rows)
+
+
+def timesteps_table(timesteps: pl.DataFrame, names: Names, groups: Sequence[str]) -> Table:
+    """The tested edits at every timestep, with the headline fill."""
+    steps = sorted(timesteps["timestep"].unique().to_list())
+    rows = []
+    for group in groups:
+        of_group = timesteps.filter(pl.col("group") == group)
+        for (kind, edit), part in of_group.group_by("kind", "edit", maintain_order=True):
+            found = {row["timestep"]: row for row in part.iter_rows(named=True)}
+            cells = [estimate(found[step], percent) if step in found else ["–", "–"] for step in steps]
+            rows.append([names.edit(kind, edit), group, *(cell for pair in cells for cell in pair)])
+    columns = [("edit", False), ("group", False)]
+    for step in steps:
+        columns += [(f"at {step}", True), INTERVAL]
+    return Table("Degradation at every timestep, confirm split; not tested.", columns, rows)
+
+
+def variance_table(variance: pl.DataFrame, names: Names, groups: Sequence[str]) -> Table:
+    """Where the variance of the degradations comes from."""
+    rows = []
+    for group in groups:
+        for row in variance.filter(pl.col("group") == group).iter_rows(named=True):
+            spreads = (row[f"between_{level}"] for level in ("sources", "items", "draws"))
+            rows.append(
+                [
+                    names.edit(row["kind"], row["edit"]),
+                    group,
+                    *(percent(None if value is None else math.sqrt(value)) for value in spreads),
+                    *(percent(row[f"with_{which}_draws"]) for which in ("twice_the", "unlimited")),
+                ]
+            )
+    columns = [("edit", False), ("group", False), ("between sources", True), ("between items of a source", True)]
+    columns += [("between draws", True), ("error with twice the draws", True), ("with unlimited draws", True)]
+    caption = (
+        "Standard deviations of single degradations, and what more draws of noise would leave of the standard error."
+    )
+    return Table(caption, columns, rows)

@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from headscope.report.marks import BEFORE, FIRST, SECOND, SIGNIFICANT, dots_of, head_notes
+from headscope.report.marks import BEFORE, FIRST, SECOND, SIGNIFICANT, dots_of, head_notes, of_fills
 from headscope.report.naming import Names, percent, plot_text, probability, significant
 from headscope.report.panels import Dots, Figure, Line, View, curve_panels, dot_panels
 from headscope.report.section import Section
@@ -61,22 +61,12 @@ def effects_of_sets(sets: pl.DataFrame, names: Names, groups: Sequence[str]) -> 
     headline = headline_fill(sets)
     order = _in_order(sets, names)
     titles = [names.edit(kind, edit) for kind, edit in order]
-    fills = sorted(sets["fill"].unique(), key=lambda fill: (fill != headline, fill))
     panels = []
     for group in groups:
-        rows = sets.filter(pl.col("group") == group)
-        if not len(rows):
-            continue
-        series = []
-        for index, fill in enumerate(fills):
-            found = {(row["kind"], row["edit"]): row for row in rows.filter(pl.col("fill") == fill).to_dicts()}
-            members = [found.get(edit) for edit in order]
-            colour = (FIRST, SECOND, BEFORE, "#7A6FBF")[index % 4]
-            symbol = ("circle", "diamond", "square", "cross")[index % 4]
-            dots = dots_of(f"{fill} fill", members, head_notes(titles, members, percent), colour, symbol)
-            filled = [row is not None and (row["p_maxt"] or 1.0) < SIGNIFICANT for row in members]
-            series.append(replace(dots, filled=filled, shift=(index - (len(fills) - 1) / 2) * 0.2))
-        panels.append((group, titles, series))
+        rows = sets.filter(pl.col("group") == group).to_dicts()
+        if rows:
+            series = of_fills(rows, lambda row: (row["kind"], row["edit"]), order, titles, headline, percent)
+            panels.append((group, titles, series))
     axis = "degradation of the loss"
     return dot_panels(panels, axis, row_height=34, share_rows=True, tick_format=".3~p") if panels else None
 
@@ -169,6 +159,7 @@ def effects_table(sets: pl.DataFrame, found: Interventions, names: Names) -> Tab
             row["group"],
             row["fill"],
             *estimate(row, percent),
+            percent(row["fill_error"]),
             *estimate(row, significant, "absolute"),
             probability(row["p_value"]),
             probability(row["p_maxt"]),
@@ -177,7 +168,7 @@ def effects_table(sets: pl.DataFrame, found: Interventions, names: Names) -> Tab
         for row in _sorted(sets, names)
     ]
     columns = [("edit", False), ("what", False), ("heads", True), ("group", False), ("fill", False)]
-    columns += [("degradation", True), INTERVAL, ("absolute", True), INTERVAL]
+    columns += [("degradation", True), INTERVAL, ("error of the fill", True), ("absolute", True), INTERVAL]
     columns += [("p", True), ("corrected p", True), ("sources", True)]
     return Table("Degradation with heads edited together, mean over timesteps.", columns, rows)
 

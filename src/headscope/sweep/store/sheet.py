@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -30,21 +31,43 @@ def write_contact_sheets(run: Run, *, edits: int = 12, items: int = 8) -> list[P
     Raises:
         ValueError: the run has no generations, or a file of theirs is damaged.
     """
-    kinds = [name for name in run.tables if KINDS[name].images]
-    if not kinds:
+    sheets = contact_sheets(run, edits=edits, items=items)
+    if not sheets:
         raise ValueError(f"run: {str(run.path)!r} has no generations, expected a sweep with the score generate")
     written = []
-    for kind in kinds:
+    for sheet in sheets:
+        path = run.path / f"contact-{sheet.kind}-{sheet.group}-{sheet.fill}.png"
+        _write(path, sheet.rows)
+        written.append(path)
+    return written
+
+
+class ContactSheet(NamedTuple):
+    """The images of one group and fill.
+
+    Attributes:
+        kind: the table of their edits.
+        rows: a label and images, uint8 [height, width, 3], of the whole model and of every edit, items in one order.
+    """
+
+    kind: str
+    group: str
+    fill: str
+    rows: list[tuple[str, list[np.ndarray]]]
+
+
+def contact_sheets(run: Run, *, edits: int = 12, items: int = 8) -> list[ContactSheet]:
+    """The sheets that `write_contact_sheets` writes; none where the run has no generations."""
+    found = []
+    for kind in (name for name in run.tables if KINDS[name].images):
         with as_written(run):
             frame, images, clean = _read(run, kind)
             for (group, fill), rows in frame.group_by("group", "fill", maintain_order=True):
                 for name in (str(group), str(fill)):
                     if "/" in name or "\0" in name:
                         raise ValueError(f"run: a table of {str(run.path)!r} has {name!r}, expected a name without /")
-                path = run.path / f"contact-{kind}-{group}-{fill}.png"
-                _write(path, _sheet(rows, images, clean, edits, items))
-                written.append(path)
-    return written
+                found.append(ContactSheet(kind, str(group), str(fill), _sheet(rows, images, clean, edits, items)))
+    return found
 
 
 def _read(run: Run, kind: str) -> tuple[pl.DataFrame, dict[str, np.ndarray], dict[str, np.ndarray]]:
