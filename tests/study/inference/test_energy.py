@@ -5,6 +5,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
 
 from headscope.study.inference import FEWEST_SOURCES, energy_test
 
@@ -58,22 +59,27 @@ def test_p_value_and_null_are_those_of_scipy(paired):
     first, second = groups(4, (22, 22) if paired else (20, 30), 2, shift=0.25)
     pooled = np.concatenate([first, second])
     count = len(first)
+    # the pooled spread is the same, whichever source is in which group
+    distance = cdist(pooled / pooled.std(axis=0), pooled / pooled.std(axis=0))
 
-    def statistic(*order):
-        order = np.concatenate(order).astype(int)
-        # both groups have the same pooled spread, whichever source is in which
-        return by_loops(pooled[order[:count]], pooled[order[count:]], paired)
+    def statistic(one, two):
+        one, two = one.astype(int), two.astype(int)
+        between = distance[np.ix_(one, two)]
+        if paired:
+            between = between[~np.eye(count, dtype=bool)]
+        within = [distance[np.ix_(group, group)].sum() / (len(group) * (len(group) - 1)) for group in (one, two)]
+        return 2 * between.mean() - sum(within)
 
     expected = scipy.stats.permutation_test(
         (np.arange(count), np.arange(count, len(pooled))),
         statistic,
         permutation_type="samples" if paired else "independent",
         alternative="greater",
-        n_resamples=150,
+        n_resamples=2000,
         rng=np.random.default_rng(5),
     )
     found = energy_test(first, second, seed=1, paired=paired)
-    assert found.p_value == pytest.approx(expected.pvalue, abs=0.12)
+    assert found.p_value == pytest.approx(expected.pvalue, abs=0.04)
     null = expected.null_distribution
     assert found.null_mean == pytest.approx(null.mean(), abs=4 * null.std() / np.sqrt(len(null)))
     assert found.null_quantiles[0.5] == pytest.approx(np.median(null), abs=0.2 * null.std())
