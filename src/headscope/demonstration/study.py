@@ -154,7 +154,7 @@ def report_study(out: Path) -> Path:
     runs = {stage: Run.open(out / stage) for stage in config.stages if (out / stage / "manifest.json").is_file()}
     for run in runs.values():
         check_described(run)
-    finished = {stage: run for stage, run in runs.items() if run.kinds}
+    finished = {stage: run for stage, run in runs.items() if run.tables}
     if "observe" not in finished:
         raise ValueError(f"study: {str(out)!r} has no finished unit yet, expected some results to report")
 

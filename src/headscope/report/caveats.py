@@ -9,8 +9,8 @@ from headscope.study.inference import FEWEST_SOURCES
 
 STUDY_CAVEATS = (
     "The model is small and so are the images. Nothing here says how heads of larger models behave.",
-    "Few images per group, and each at one noise draw per timestep: intervals describe the variation between sources,"
-    " not that between noise draws, training runs or models.",
+    "Intervals and tests describe the variation between sources of images (and within them that between draws of noise,"
+    " which are averaged first), not that between training runs or models: one model was trained once.",
 )
 
 
@@ -51,12 +51,14 @@ def caveats_of(result: StudyResult) -> list[str]:
             " absolute damage is a larger percentage where the model is good. Read the absolute difference beside it."
         )
         found.append(
-            "Heads are removed one at a time. Heads that do the same thing hide each other, and the effects of several"
-            " do not add up."
+            "Heads that do the same thing hide each other when they are removed one at a time, and the effects of"
+            " several do not add up: what a head costs alone is no measure of what the model would lose without what it"
+            " does."
         )
         found.append(
-            "The mean fill stands on reference images of the same group; zero moves the activations further from what"
-            " the network knows, and may overstate a head's part."
+            "What takes a removed head's place decides what its removal costs: the mean fill keeps what it does on"
+            " average, zeros move the activations further from what the network knows, uniform attention keeps what it"
+            " carries, another image's output keeps everything but what this image says. Read the fills side by side."
         )
     return found
 
