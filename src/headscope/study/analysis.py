@@ -46,7 +46,7 @@ class StudyResult:
         further: what a sweep measured beside these, see `further.further_scores`.
         unshown: kind: columns of numbers that the report doesn't show.
         omitted: a section's name, and why it is absent.
-        left_out: "kind.column": how many of its numbers aren't finite; they are in no mean.
+        left_out: "kind.column": how many of its numbers aren't finite; what they enter has no value.
     """
 
     groups: list[str]
@@ -122,6 +122,7 @@ def analyse(
     if confirm is not None:
         confirm = _filled(confirm.filter(pl.col("split") == "confirm"))
     left_out: dict[str, int] = {}
+    observations = _finite("observations", observations, ENTROPIES, left_out)
     discover, confirm = (
         _finite(kind, table, ("clean",), left_out) for kind, table in (("discover", discover), ("confirm", confirm))
     )
@@ -194,7 +195,7 @@ def analyse_sweep(
     every = {"observations": observations, "ablations": ablations, "generations": generations, **(others or {})}
     filled = {kind: table for kind, table in every.items() if table is not None and len(table)}
     left_out: dict[str, int] = {}
-    observations = _filled(observations)
+    observations = _finite("observations", _filled(observations), ENTROPIES, left_out)
     ablations = _finite("ablations", _filled(ablations), ("clean",), left_out)
     generations = _finite("generations", _filled(generations), ("distance",), left_out)
     attributed = _filled(filled.get("attributions"))
