@@ -1,7 +1,5 @@
 """The caveats of a page, computed from the numbers as far as they follow from them."""
 
-from collections.abc import Mapping
-
 import polars as pl
 
 from headscope.study.analysis import StudyResult
@@ -16,7 +14,7 @@ STUDY_CAVEATS = (
 
 def caveats_of(result: StudyResult) -> list[str]:
     """The caveats that follow from the tables."""
-    found = _left_out(result.left_out)
+    found = _void(result)
     if "lfw" in result.groups:
         found.append(
             "The LFW photographs come without identities; each is counted as its own source. If a person appears twice,"
@@ -63,13 +61,24 @@ def caveats_of(result: StudyResult) -> list[str]:
     return found
 
 
-def _left_out(left_out: Mapping[str, int]) -> list[str]:
-    """The caveat about numbers that aren't finite; `left_out` counts them by table and column."""
-    if not left_out:
+def _void(result: StudyResult) -> list[str]:
+    """The caveat about numbers that aren't finite: how many there are, and how many quantities they leave void."""
+    numbers = [f"{count:,} in {name}" for name, count in result.left_out.items()]
+    quantities = []
+    for name, table in result.tables().items():
+        if "void" not in table.columns:
+            continue
+        # where there is one key, H / ln K is 0 / 0 by itself
+        counted = table.filter(pl.col("keys") > 1) if "keys" in table.columns else table
+        void = int((counted["void"] > 0).sum())
+        if void:
+            quantities.append(f"{void:,} of {len(table):,} in {name.replace('_', ' ')}")
+    if not numbers and not quantities:
         return []
-    counts = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
+    broken = f" Rows with such a number: {', '.join(numbers)}." if numbers else ""
+    void = f" Void are {', '.join(quantities)}." if quantities else ""
     return [
-        "Some numbers are infinite or none at all (NaN), as those of a model that overflowed are, and H / ln K where"
-        f" there is one key: {counts}. A quantity that holds one has no value. A head whose removal does that changes"
-        " more than any number here says."
+        "Some numbers are infinite or none at all (NaN), as those of a model that overflowed are, or are missing. They"
+        " void every quantity that holds one: it has no value, no interval and no test, and nothing is averaged without"
+        f" them.{broken}{void} A head whose removal does that changes more than any number here says."
     ]

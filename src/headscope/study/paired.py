@@ -149,8 +149,8 @@ def rankings(cells: Cells, scores: Callable[[np.ndarray], Sequence[np.ndarray]],
         one, two = (ranked(half / half.sum(axis=1, keepdims=True)) for half in (order * 1.0, ~order * 1.0))
         found["within_first"], found["within_second"] = (_correlation(one[run], two[run]).mean() for run in (0, 1))
         found["across"] = (_correlation(one[0], two[1]).mean() + _correlation(one[1], two[0]).mean()) / 2
-    numbers = {"value": value, **found}.items()
-    frame = pl.DataFrame([pl.Series(name, [one], pl.Float64, nan_to_null=True) for name, one in numbers])
+    numbers = {"value": value, **found}
+    frame = pl.DataFrame([numbers], schema=dict.fromkeys(numbers, pl.Float64)).with_columns(pl.all().fill_nan(None))
     return frame.with_columns(
         heads=pl.lit(int(sound.sum()), pl.Int64),
         sources=pl.lit(sources, pl.Int64),
