@@ -245,5 +245,7 @@ def test_entropies_that_are_no_numbers_are_counted_and_void(observations):
     assert at["value"].is_null().all()
     assert contrast_of(result).heads.filter(pl.col("void") > 0)["head"].to_list() == [1]
     # a single key has no H / ln K, which is no fault
-    single = observations.with_columns(keys=pl.lit(1), entropy_mean=pl.lit(0.0), entropy_normalised_mean=pl.lit(np.nan))
+    single = observations.with_columns(
+        keys=pl.lit(1, pl.Int64), entropy_mean=pl.lit(0.0), entropy_normalised_mean=pl.lit(np.nan)
+    )
     assert not analyse(pl.concat([observations, single.with_columns(site=pl.lit("text"))])).left_out
