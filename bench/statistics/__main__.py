@@ -91,7 +91,8 @@ def coverage_table(found: dict) -> str:
     for name, row in found.items():
         cells = []
         for method in intervals.METHODS:
-            cells.append(" / ".join(f"{100 * row[str(count)][method]['covered']:.1f}" for count in SOURCES))
+            known = [row[str(count)][method] for count in SOURCES if method in row[str(count)]]
+            cells.append(" / ".join(f"{100 * cell['covered']:.1f}" for cell in known))
         cells.insert(1, " / ".join(f"{row[str(count)]['headscope']['width']:.2f}" for count in SOURCES))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -8,14 +8,14 @@ from scipy.stats import t as student
 from worlds import World
 
 from headscope.study.inference import settings
-from headscope.study.inference.intervals import infer
+from headscope.study.inference.intervals import Added, infer
 from headscope.study.inference.smooth import Smooth, estimate, studentised
 
 METHODS = ("headscope", "symmetric", "equal-tailed", "Student's t", "BCa")
 # trials that share a table of draws
 BATCH = 100
 # BCa recomputes every draw's statistic, which takes much longer
-BCA_TRIALS = 400
+BCA_TRIALS, BCA_SOURCES = 200, 40
 
 
 def coverage(
@@ -30,8 +30,16 @@ def coverage(
         world = members[number % len(members)]
         generator = np.random.default_rng([seed, sources, number])
         groups = world.groups(generator, sources, size)
-        bounds = _bounds(groups, world.function, number)
-        if number * size < BCA_TRIALS:
+        added = None
+        if world.added:
+            # an error of known variance, whose standard error is estimated with few degrees of freedom
+            share, freedom = world.added
+            spread = share / np.sqrt(sources)
+            groups = [group + generator.normal(0, spread, size) for group in groups]
+            guessed = spread * np.sqrt(generator.chisquare(freedom, size) / freedom)
+            added = Added(guessed, np.full(size, float(freedom)))
+        bounds = _bounds(groups, world.function, number, added)
+        if number * size < BCA_TRIALS and sources <= BCA_SOURCES:
             bounds["BCa"] = _bca(groups, world.function, number)
         reference = bounds["Student's t"][1] - bounds["Student's t"][0]
         for name, (low, high) in bounds.items():
@@ -42,6 +50,8 @@ def coverage(
         advance(size)
     found = {}
     for name in METHODS:
+        if not held[name]:
+            continue
         inside = np.concatenate(held[name])
         share = float(inside.mean())
         found[name] = {
@@ -53,8 +63,10 @@ def coverage(
     return found
 
 
-def _bounds(groups: list[np.ndarray], function: Smooth, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    ours = infer(groups, function, seed, tested=False)
+def _bounds(
+    groups: list[np.ndarray], function: Smooth, seed: int, added: Added | None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    ours = infer(groups, function, seed, added, tested=False)
     value, error = estimate(groups, function)
     t = np.concatenate([part.t for part in studentised(groups, function, seed, settings.RESAMPLES)], axis=1)
     half = np.sort(np.abs(t), axis=0)[round(0.95 * (len(t) + 1)) - 1] * error
@@ -73,8 +85,9 @@ def _bounds(groups: list[np.ndarray], function: Smooth, seed: int) -> dict[str, 
 
 
 def _welch_freedom(groups: list[np.ndarray]) -> np.ndarray:
-    parts = [group[0].var(axis=0, ddof=1) / group.shape[1] for group in groups]
-    return sum(parts) ** 2 / sum(part**2 / (group.shape[1] - 1) for part, group in zip(parts, groups, strict=True))
+    parts = np.array([group[0].var(axis=0, ddof=1) / group.shape[1] for group in groups])
+    freedom = np.array([[group.shape[1] - 1] for group in groups])
+    return parts.sum(axis=0) ** 2 / (parts**2 / freedom).sum(axis=0)
 
 
 def _bca(groups: list[np.ndarray], function: Smooth, seed: int) -> tuple[np.ndarray, np.ndarray]:

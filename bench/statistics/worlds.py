@@ -28,6 +28,7 @@ class World:
         function: of the groups' means; see `headscope.study.inference.smooth`.
         truth: its value in the population.
         heavy: whether its tails are, so that an interval may be conservative.
+        added: an error beside that of sampling, as a share of it for sources of spread 1, and its degrees of freedom.
     """
 
     name: str
@@ -35,6 +36,7 @@ class World:
     function: smooth.Smooth
     truth: float
     heavy: bool = False
+    added: tuple[float, int] | None = None
 
 
 def normal(generator: np.random.Generator, sources: int, trials: int) -> np.ndarray:
@@ -152,6 +154,15 @@ def worlds() -> list[list[World]]:
         [World("mean, lognormal σ = 0.6", one(mild), smooth.mean, 0.0)],
         [World("mean, lognormal σ = 1", one(lognormal), smooth.mean, 0.0, True)],
         [World("mean, crops of a source correlated 0.5", one(clustered), smooth.mean, 0.0)],
+        [
+            World(
+                "mean, normal, with a fill's error of 3 degrees of freedom",
+                one(normal),
+                smooth.mean,
+                0.0,
+                added=(0.5, 3),
+            )
+        ],
         [difference(normal, "normal", False)],
         [difference(lognormal, "lognormal σ = 1", True)],
         [ratio(0.5)],

@@ -46,7 +46,7 @@ class StudyResult:
         further: what a sweep measured beside these, see `further.further_scores`.
         unshown: kind: columns of numbers that the report doesn't show.
         omitted: a section's name, and why it is absent.
-        left_out: "kind.column": how many of its numbers aren't finite; they are in no mean.
+        left_out: "kind.column": how many of its numbers aren't finite; what they enter has no value.
     """
 
     groups: list[str]
@@ -116,12 +116,14 @@ def analyse(
     the selected heads in the ranking. sites: the model's, in the order of execution, which the tables' own rows don't
     follow. seed: of the resampling.
     """
-    observations, discover, confirm, untrained = map(_filled, (observations, discover, confirm, untrained))
-    if discover is not None:
-        discover = _filled(discover.filter(pl.col("split") == "discover"))
-    if confirm is not None:
-        confirm = _filled(confirm.filter(pl.col("split") == "confirm"))
+    observations, untrained = map(_filled, (observations, untrained))
+    discover, discover_sets = (_of_split(table, "discover") for table in (discover, discover_sets))
+    confirm, confirm_sets, curves = (_of_split(table, "confirm") for table in (confirm, confirm_sets, curves))
     left_out: dict[str, int] = {}
+    observations, untrained = (
+        _entropies_of(kind, table, left_out)
+        for kind, table in (("observations", observations), ("untrained", untrained))
+    )
     discover, confirm = (
         _finite(kind, table, ("clean",), left_out) for kind, table in (("discover", discover), ("confirm", confirm))
     )
@@ -145,14 +147,14 @@ def analyse(
     else:
         ranking = rank_heads(discover, select_heads(discover, count_per_group), seed)
     edits = edits or heads_in(confirm)
-    tested = losses(edits, confirm, _filled(confirm_sets))
+    tested = losses(edits, confirm, confirm_sets)
     interventions = None
     if tested is None:
         omitted["confirm"] = "No head was ablated on the confirm split."
     else:
-        before = losses(edits, discover, _filled(discover_sets))
+        before = losses(edits, discover, discover_sets)
         together = pl.concat([table for table in (before, tested) if table is not None])
-        steps = losses(edits, None, _filled(curves))
+        steps = losses(edits, None, curves)
         interventions = Interventions(
             edits,
             effects(tested, seed, before=before),
@@ -194,7 +196,7 @@ def analyse_sweep(
     every = {"observations": observations, "ablations": ablations, "generations": generations, **(others or {})}
     filled = {kind: table for kind, table in every.items() if table is not None and len(table)}
     left_out: dict[str, int] = {}
-    observations = _filled(observations)
+    observations = _entropies_of("observations", _filled(observations), left_out)
     ablations = _finite("ablations", _filled(ablations), ("clean",), left_out)
     generations = _finite("generations", _filled(generations), ("distance",), left_out)
     attributed = _filled(filled.get("attributions"))
@@ -253,6 +255,12 @@ def _filled(table: pl.DataFrame | None) -> pl.DataFrame | None:
     return plain_text(table if "split" in table.columns else table.with_columns(split=pl.lit("all")))
 
 
+def _of_split(table: pl.DataFrame | None, split: str) -> pl.DataFrame | None:
+    """The rows of a split as `_filled` gives them; None where there is none."""
+    filled = _filled(table)
+    return None if filled is None else _filled(filled.filter(pl.col("split") == split))
+
+
 def _finite(
     kind: str, table: pl.DataFrame | None, names: Sequence[str], left_out: dict[str, int]
 ) -> pl.DataFrame | None:
@@ -263,6 +271,14 @@ def _finite(
             if count:
                 left_out[f"{kind}.{name}"] = count
     return table
+
+
+def _entropies_of(kind: str, table: pl.DataFrame | None, left_out: dict[str, int]) -> pl.DataFrame | None:
+    """Observations without what isn't finite, which is counted, but for H / ln K of a single key, which is 0 / 0."""
+    if table is not None:
+        several = pl.when(pl.col("keys") > 1).then(pl.col("entropy_normalised_mean"))
+        table = table.with_columns(several.alias("entropy_normalised_mean"))
+    return _finite(kind, table, ENTROPIES, left_out)
 
 
 def _described(sites: Sequence[str], *tables: pl.DataFrame | None) -> dict:

@@ -89,7 +89,7 @@ def pooled_items(items: pl.DataFrame) -> pl.DataFrame:
 def entropy_by_group(items: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
     """Normalised entropy pooled over heads, over all sources of a table of `item_means`: see `POOLED`.
 
-    Returns a table: group, timestep (null: mean over timesteps), value, low, high, sources, exploratory.
+    Returns a table: group, timestep (null: mean over timesteps), value, low, high, sources, exploratory, void.
     """
     frames = []
     pooled = pooled_items(items)

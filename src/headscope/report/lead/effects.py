@@ -40,6 +40,7 @@ def findings(result: StudyResult, names: Names) -> list[Finding]:
         return _exploratory(table, found, names)
     kinds = [kind for kind in _KINDS if kind in set(tested["kind"])]
     made = [_largest(tested.filter(pl.col("kind") == kind), found, names, kind) for kind in kinds]
+    made.append(_at_a_timestep(found, names))
     made += [_not_established(tested.filter(pl.col("kind") == kind), kind) for kind in kinds]
     made += [_range(tested), _void(every)]
     return [finding for finding in made if finding is not None]
@@ -65,6 +66,28 @@ def _largest(tested: pl.DataFrame, found: Interventions, names: Names, kind: str
         f" tested over all groups. {beside}"
     )
     tile = Tile(size, f"{more} loss on {row['group']} without {subject}", f"{facts}. {beside}".strip())
+    return Finding(Strength.CONFIRMED, sentence.strip(), True, tile)
+
+
+def _at_a_timestep(found: Interventions, names: Names) -> Finding | None:
+    """The largest established effect of a single head at one timestep."""
+    steps = found.timesteps
+    if steps is None:
+        return None
+    rows = [row for row in steps.filter(pl.col("kind") == "head").iter_rows(named=True) if established(row)]
+    if not rows:
+        return None
+    row = max(rows, key=lambda one: abs(one["value"]))
+    when, subject = f"At timestep {row['timestep']} alone", edit_label(row, found, names)
+    size, change = percent(abs(row["value"])), "raises" if row["value"] > 0 else "lowers"
+    facts = f"{interval_of(row, percent)}; {tested_of(row)}, {sources_of(row['sources'])}"
+    beside = _elsewhere(steps.filter(pl.col("timestep") == row["timestep"]), row)
+    sentence = (
+        f"{when}, removing {subject} ({row['fill']} fill) {change} the loss on {row['group']} by {size} ({facts} of the"
+        f" confirm split), the largest effect of a single head at any timestep. {beside}"
+    )
+    more = "more" if row["value"] > 0 else "less"
+    tile = Tile(size, f"{more} loss on {row['group']} at timestep {row['timestep']} without {subject}", facts)
     return Finding(Strength.CONFIRMED, sentence.strip(), True, tile)
 
 
