@@ -116,11 +116,9 @@ def analyse(
     the selected heads in the ranking. sites: the model's, in the order of execution, which the tables' own rows don't
     follow. seed: of the resampling.
     """
-    observations, discover, confirm, untrained = map(_filled, (observations, discover, confirm, untrained))
-    if discover is not None:
-        discover = _filled(discover.filter(pl.col("split") == "discover"))
-    if confirm is not None:
-        confirm = _filled(confirm.filter(pl.col("split") == "confirm"))
+    observations, untrained = map(_filled, (observations, untrained))
+    discover, discover_sets = (_of_split(table, "discover") for table in (discover, discover_sets))
+    confirm, confirm_sets, curves = (_of_split(table, "confirm") for table in (confirm, confirm_sets, curves))
     left_out: dict[str, int] = {}
     observations, untrained = (
         _entropies_of(kind, table, left_out)
@@ -149,14 +147,14 @@ def analyse(
     else:
         ranking = rank_heads(discover, select_heads(discover, count_per_group), seed)
     edits = edits or heads_in(confirm)
-    tested = losses(edits, confirm, _filled(confirm_sets))
+    tested = losses(edits, confirm, confirm_sets)
     interventions = None
     if tested is None:
         omitted["confirm"] = "No head was ablated on the confirm split."
     else:
-        before = losses(edits, discover, _filled(discover_sets))
+        before = losses(edits, discover, discover_sets)
         together = pl.concat([table for table in (before, tested) if table is not None])
-        steps = losses(edits, None, _filled(curves))
+        steps = losses(edits, None, curves)
         interventions = Interventions(
             edits,
             effects(tested, seed, before=before),
@@ -255,6 +253,12 @@ def _filled(table: pl.DataFrame | None) -> pl.DataFrame | None:
     if table is None or not len(table):
         return None
     return plain_text(table if "split" in table.columns else table.with_columns(split=pl.lit("all")))
+
+
+def _of_split(table: pl.DataFrame | None, split: str) -> pl.DataFrame | None:
+    """The rows of a split as `_filled` gives them; None where there is none."""
+    filled = _filled(table)
+    return None if filled is None else _filled(filled.filter(pl.col("split") == split))
 
 
 def _finite(

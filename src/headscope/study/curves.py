@@ -93,9 +93,18 @@ def curve_losses(losses: pl.DataFrame) -> pl.DataFrame:
     rows = losses.join(names, on="edit", how="inner", maintain_order="left")
     image = ["group", "split", "source_id", "item", "replicate", "timestep", "fill"]
     random = rows.filter(pl.col("order") == RANDOM)
-    # a loss that isn't there in one order makes the mean NaN, which voids it
-    mean = random.group_by(*image, "order", "count", maintain_order=True).agg(
-        pl.col("clean").first(), pl.col("edited").fill_null(float("nan")).mean()
+    orders = pl.col("number").n_unique().over("group", "count")
+    mean = (
+        random.with_columns(orders=orders)
+        .group_by(*image, "order", "count", maintain_order=True)
+        .agg(
+            pl.col("clean").first(),
+            pl.col("edited").fill_null(float("nan")).mean(),
+            pl.col("orders").first(),
+            rows=pl.len(),
+        )
     )
+    # what isn't there in one order isn't there in the mean, which voids it
+    mean = mean.with_columns(edited=pl.when(pl.col("rows") == pl.col("orders")).then("edited"))
     mean = mean.with_columns(number=pl.lit(0, pl.Int64), edit=pl.format("random: {}", "count"), kind=pl.lit("set"))
     return pl.concat([rows, mean.select(rows.columns)])

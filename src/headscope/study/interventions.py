@@ -8,7 +8,7 @@ import polars as pl
 from headscope.study.ablation import effects, headline_fill, per_group_and_fill
 from headscope.study.curves import curve_losses, dose_of
 from headscope.study.edits import EDIT, Edited
-from headscope.study.fill_error import without_bias
+from headscope.study.fill_error import fill_errors, without_bias
 from headscope.study.inference import components, degradations, linearised
 from headscope.study.together import joint_losses
 
@@ -21,8 +21,8 @@ class Interventions:
         edits: what was edited.
         effects: see `ablation.effects`, of the edits that the confirm split tests (or of a plain sweep's sets).
         timesteps: the relative degradation at every timestep, headline fill: group, fill, kind, edit, timestep,
-            value, low, high, p_value, p_maxt (one family per group: edits and timesteps), sources, exploratory, void.
-            The error of the mean fill is in the overall effects only.
+            value, low, high, p_value, p_maxt (one family per group: edits and timesteps), standard_error, fill_error
+            (null without folds), sources, exploratory, void.
         variance: of the degradation by every edit with the headline fill, between sources, items and draws of noise
             (`inference.components`, in squared fractions): group, kind, edit, between_sources, ...
         joint: group, split, fill, kind, edit, heads (their number), joint (degradation), sum (of its heads'), value
@@ -64,14 +64,22 @@ class Interventions:
         return {name: table for name, table in found.items() if table is not None}
 
 
-def effects_by_timestep(losses: pl.DataFrame, seed: int = 0, *, test: bool = True) -> pl.DataFrame:
+def effects_by_timestep(losses: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
     """The relative degradation by every edit at every timestep, with the headline fill; one family per group."""
-    rows = without_bias(losses).filter(pl.col("fill") == headline_fill(losses))
+    headline = headline_fill(losses)
+    errors = fill_errors(losses, at_timesteps=True) if headline == "mean" else None
+    rows = without_bias(losses).filter(pl.col("fill") == headline)
     by = [*EDIT, "timestep"]
-    found = per_group_and_fill(rows, lambda part: degradations(part, by, seed=seed, test=test, family=test)[0])
-    missing = [] if test else [pl.lit(None, pl.Float64).alias("p_maxt")]
-    columns = ["group", "fill", *by, "value", "low", "high", "p_value", "p_maxt", "sources", "exploratory", "void"]
-    return found.with_columns(*missing).select(columns)
+
+    def estimate(part: pl.DataFrame) -> pl.DataFrame:
+        mine = None if errors is None else errors.filter(pl.col("group") == part["group"][0])
+        found = degradations(part, by, seed=seed, family=True, added=mine)[0]
+        if mine is None:
+            return found.with_columns(fill_error=pl.lit(None, pl.Float64))
+        return found.rename({"added_error": "fill_error"})
+
+    columns = ["group", "fill", *by, "value", "low", "high", "p_value", "p_maxt", "standard_error", "fill_error"]
+    return per_group_and_fill(rows, estimate).select(*columns, "sources", "exploratory", "void")
 
 
 def variance_of_effects(losses: pl.DataFrame) -> pl.DataFrame:
