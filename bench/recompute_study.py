@@ -100,7 +100,7 @@ def chosen(table: Table, where: np.ndarray) -> Table:
 
 
 def by_cell(table: Table, by: tuple[str, ...], value: str) -> dict[tuple, np.ndarray]:
-    """Means over a source's draws, then items: [sources, timesteps] of every cell, by the names that tell them apart."""
+    """Means over a source's draws, then items: [sources, timesteps], by the names that tell cells apart."""
     for last in (("source_id", "item", "timestep"), ("source_id", "timestep")):
         table = averaged(table, (*by, *last), (value,))
     steps, count = np.unique(table["timestep"], return_counts=True)
@@ -239,7 +239,9 @@ def divergences(first: Table, second: Table, steps: list[int]) -> Found:
     for number, step in enumerate(steps):
         here = slice(number, number + 1)
         found[texts(("energy", step))] = {"value": energy(x[:, here], y[:, here], first, second)}
-        parts["wasserstein"].append(np.mean([wasserstein(a, b) for a, b in zip(x[:, number].T, y[:, number].T)]))
+        parts["wasserstein"].append(
+            np.mean([wasserstein(a, b) for a, b in zip(x[:, number].T, y[:, number].T, strict=True)])
+        )
         parts["jensen_shannon"].append(jensen_shannon(u[:, number], v[:, number]))
         parts["jensen_shannon_pooled"].append(jensen_shannon(u[:, number].mean(1), v[:, number].mean(1)))
     found[texts(("energy", None))] = {"value": energy(x, y, first, second)}
@@ -283,7 +285,9 @@ class Losses:
             if not rows:
                 continue
             if kind == "ablations":
-                rows["edit"] = np.array([f"{site} h{head}" for site, head in zip(rows["site"], rows["head"])])
+                rows["edit"] = np.array(
+                    [f"{site} h{head}" for site, head in zip(rows["site"], rows["head"], strict=True)]
+                )
             rows["head?"] = np.full(len(rows["edit"]), kind == "ablations")
             rows["change"] = rows["edited"] - rows["clean"]
             folded = np.isin(rows["replicate"], rows["replicate"][[bool(FOLD.fullmatch(f)) for f in rows["fill"]]])
@@ -351,7 +355,7 @@ def interventions(study: Path) -> dict[str, tuple[tuple[str, ...], Found]]:
                 continue
             rest = losses.damage({(False, edit): 1.0, **singles}, group, split, fill)
             whole = losses.damage({(False, edit): 1.0}, group, split, fill)["value"]
-            alone = losses.damage({one: 1.0 for one in singles}, group, split, fill)["value"]
+            alone = losses.damage(dict.fromkeys(singles, 1.0), group, split, fill)["value"]
             numbers = {"heads": len(singles), "joint": whole, "sum": alone}
             joint[group, split, fill, edit] = numbers | {name: rest[name] for name in ("value", "fill_error")}
     for stage in sorted(path.name for path in study.glob("curves-*")):

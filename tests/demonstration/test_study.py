@@ -10,7 +10,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from headscope import Scope
-from headscope.demonstration import STAGES, StudyConfig, is_study, report_study, run_study
+from headscope.demonstration import StudyConfig, is_study, report_study, run_study
 from headscope.report.naming import Names
 from headscope.sweep import Run
 from headscope.zoo import load_pipeline
@@ -30,7 +30,7 @@ EXECUTED = {
     ],
     "planted:pairs": ["blocks.0.attn", "blocks.1.attn"],
 }
-TIED = {"lfw", "faces_grey", "twins", "distinct"}
+TIED = {"lfw", "faces_grey", "tiled", "untiled"}
 ABLATED = {"pixeldit": TIED, "unet": {"lfw", "faces_grey"}, "planted:pairs": TIED}
 SMALL = {
     "items": 3,
@@ -39,12 +39,15 @@ SMALL = {
     "heads_per_group": 2,
     "observe_bands": 2,
     "ablate_bands": 1,
+    "draws": 2,
+    "reference_items": 4,
+    "drawn_images": 2,
 }
 
 
 def tables(out):
     found = {}
-    for stage in STAGES:
+    for stage in StudyConfig(**json.loads((out / "study.json").read_text())).stages:
         run = Run.open(out / stage)
         for kind in run.kinds:
             frame = run.table(kind).with_columns(pl.col(pl.Categorical).cast(pl.String)).collect()
@@ -72,20 +75,30 @@ def test_a_whole_study(model, tmp_path):
     assert figure[0]["layout"]["yaxis"]["ticktext"] == list(Names(executed, []).sites.values())
     found = tables(tmp_path / "study")
     observed = found["observe", "observations"]
-    assert observed.height == len(config.groups) * 2 * 3 * 2 * heads
-    assert observed.select(pl.struct("group", "item", "timestep", "site", "head").n_unique()).item() == observed.height
+    groups = {*config.groups, "lfw_matched", "faces_grey_matched"}
+    assert set(observed["group"]) == groups
+    # 3 splits of 3 items, 2 draws, 2 timesteps
+    assert observed.height == len(groups) * 3 * 3 * 2 * 2 * heads
+    key = pl.struct("group", "item", "replicate", "timestep", "site", "head")
+    assert observed.select(key.n_unique()).item() == observed.height
     discover, confirm = found["discover", "ablations"], found["confirm", "ablations"]
     assert set(discover["split"]) == {"discover"}
     assert set(discover["group"]) == set(confirm["group"]) == ABLATED[model]
-    assert discover.height == len(ABLATED[model]) * 2 * heads
+    assert discover.height == len(ABLATED[model]) * 2 * 2 * heads
     assert set(confirm["split"]) == {"confirm"}
-    assert set(confirm["fill"]) == {"mean", "zero"}
+    folds = {f"mean {fold}/4" for fold in (1, 2, 3, 4)}
+    assert set(confirm["fill"]) == {"mean", "zero", "uniform", "resample", *folds}
     assert not set(discover["source_id"]) & set(confirm["source_id"])
     # the heads tested are among those that lose most on discover, and no others
-    assert 2 <= confirm.select(pl.struct("site", "head").n_unique()).item() <= 2 * len(ABLATED[model])
-    assert {path.name for path in (tmp_path / "study" / "tables").iterdir()} >= {
-        "entropy_heads.csv",
-        "effects.csv",
+    assert 2 <= confirm.select(pl.struct("site", "head").n_unique()).item() < heads
+    # every site, where there are several, and all heads, in both splits
+    of_sites = {*executed, "all heads"}
+    assert set(found["discover", "set_ablations"]["edit"]) >= of_sites
+    assert set(found["confirm", "set_ablations"]["edit"]) > of_sites
+    assert ("untrained", "observations") in found or model.startswith("planted")
+    assert {path.stem for path in (tmp_path / "study" / "tables").iterdir()} >= {
+        *("entropy_heads", "contrast_heads", "contrast_controls", "effects", "effects_timesteps", "joint"),
+        *("curves", "doses"),
     }
     with pytest.raises(ValueError, match=r"another configuration.*\n  seed: 0 there, 1 now"):
         run_study(StudyConfig(**{**SMALL, "seed": 1}, model=model), tmp_path / "study", progress=False)

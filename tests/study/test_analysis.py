@@ -163,10 +163,7 @@ def test_ablation_is_ranked_on_discover_and_tested_on_confirm(discover, study):
     assert first["value"] == pytest.approx(ratio["edited"].mean())
     confirmed = study.interventions.of_heads()
     assert set(confirmed.select("site", "head").rows()) == set(select_heads(discover, 2))
-    assert (confirmed["p_holm"] >= confirmed["p_value"]).all()
-    # one family per fill: as many tests as groups times heads
-    family = confirmed.filter(fill="mean")
-    assert family["p_holm"].min() == pytest.approx(family["p_value"].min() * len(family))
+    assert (confirmed["p_maxt"] >= confirmed["p_value"]).all()
     beside = confirmed.filter(fill="mean", group="lfw", site=first["site"], head=first["head"])
     assert beside["discover"].item() == first["value"]
 

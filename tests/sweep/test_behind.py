@@ -250,7 +250,7 @@ def test_the_images_of_a_large_unit_are_read_as_they_are_needed(asked, tmp_path,
     config = SweepConfig(**{**asked.as_dict(), **fields})
     kept = run_sweep(config, tmp_path / "kept", progress=False)
     monkeypatch.setattr(items_module, "KEPT_BYTES", 0)
-    monkeypatch.setattr(behind, "HELD", 8)
+    monkeypatch.setattr(behind, "HELD_BYTES", 8 * 32 * 32 * 3)
     opened = Opened(config, Execution(rows=4))
     reference, swept = opened.groups[0].reference, opened.groups[0].swept
     held = {}

@@ -7,8 +7,7 @@ from headscope._files import local_path
 from headscope.demonstration.runs import check_described, run_info, sites_of, table_in_memory
 from headscope.demonstration.study import is_study
 from headscope.report.comparison import write_comparison
-from headscope.study.compare import compare
-from headscope.study.matching import KINDS, Side
+from headscope.study.compare import KINDS, Side, compare
 from headscope.sweep import Run
 from headscope.sweep.store.run import as_written
 

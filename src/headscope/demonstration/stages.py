@@ -243,7 +243,9 @@ def selected_sets(config: StudyConfig, ablations: pl.DataFrame) -> list[HeadSet]
         opened = open_group(group)
         if isinstance(opened, Tied) and opened.control in groups:
             heads = ranked_heads(ablations, group, beyond=opened.control)[:count]
-            sets.append(HeadSet(f"carriers of {group}", heads=tuple(heads)))
+            # often they are the group's largest
+            if all(set(heads) != set(chosen.heads) for chosen in sets):
+                sets.append(HeadSet(f"carriers of {group}", heads=tuple(heads)))
     return sets
 
 

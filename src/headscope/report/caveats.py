@@ -1,7 +1,5 @@
 """The caveats of a page, computed from the numbers as far as they follow from them."""
 
-from collections.abc import Mapping
-
 import polars as pl
 
 from headscope.study.analysis import StudyResult
@@ -9,14 +7,14 @@ from headscope.study.inference import FEWEST_SOURCES
 
 STUDY_CAVEATS = (
     "The model is small and so are the images. Nothing here says how heads of larger models behave.",
-    "Few images per group, and each at one noise draw per timestep: intervals describe the variation between sources,"
-    " not that between noise draws, training runs or models.",
+    "Intervals and tests describe the variation between sources of images (and within them that between draws of noise,"
+    " which are averaged first), not that between training runs or models: one model was trained once.",
 )
 
 
 def caveats_of(result: StudyResult) -> list[str]:
     """The caveats that follow from the tables."""
-    found = _left_out(result.left_out)
+    found = _void(result)
     if "lfw" in result.groups:
         found.append(
             "The LFW photographs come without identities; each is counted as its own source. If a person appears twice,"
@@ -51,23 +49,36 @@ def caveats_of(result: StudyResult) -> list[str]:
             " absolute damage is a larger percentage where the model is good. Read the absolute difference beside it."
         )
         found.append(
-            "Heads are removed one at a time. Heads that do the same thing hide each other, and the effects of several"
-            " do not add up."
+            "Heads that do the same thing hide each other when they are removed one at a time, and the effects of"
+            " several do not add up: what a head costs alone is no measure of what the model would lose without what it"
+            " does."
         )
         found.append(
-            "The mean fill stands on reference images of the same group; zero moves the activations further from what"
-            " the network knows, and may overstate a head's part."
+            "What takes a removed head's place decides what its removal costs: the mean fill keeps what it does on"
+            " average, zeros move the activations further from what the network knows, uniform attention keeps what it"
+            " carries, another image's output keeps everything but what this image says. Read the fills side by side."
         )
     return found
 
 
-def _left_out(left_out: Mapping[str, int]) -> list[str]:
-    """The caveat about numbers that aren't finite; `left_out` counts them by table and column."""
-    if not left_out:
+def _void(result: StudyResult) -> list[str]:
+    """The caveat about numbers that aren't finite: how many there are, and how many quantities they leave void."""
+    numbers = [f"{count:,} in {name}" for name, count in result.left_out.items()]
+    quantities = []
+    for name, table in result.tables().items():
+        if "void" not in table.columns:
+            continue
+        # where there is one key, H / ln K is 0 / 0 by itself
+        counted = table.filter(pl.col("keys") > 1) if "keys" in table.columns else table
+        void = int((counted["void"] > 0).sum())
+        if void:
+            quantities.append(f"{void:,} of {len(table):,} in {name.replace('_', ' ')}")
+    if not numbers and not quantities:
         return []
-    counts = ", ".join(f"{count:,} of {name}" for name, count in left_out.items())
+    broken = f" Rows with such a number: {', '.join(numbers)}." if numbers else ""
+    void = f" Void are {', '.join(quantities)}." if quantities else ""
     return [
-        "Some numbers are infinite or none at all (NaN), as those of a model that overflowed are, and H / ln K where"
-        f" there is one key: {counts}. A quantity that holds one has no value. A head whose removal does that changes"
-        " more than any number here says."
+        "Some numbers are infinite or none at all (NaN), as those of a model that overflowed are, or are missing. They"
+        " void every quantity that holds one: it has no value, no interval and no test, and nothing is averaged without"
+        f" them.{broken}{void} A head whose removal does that changes more than any number here says."
     ]

@@ -8,6 +8,7 @@ import polars as pl
 
 from headscope.report.naming import Names, fitted, interval, plot_text, probability
 from headscope.report.panels import Dots
+from headscope.report.tables import void_of
 
 # ordered by lightness, for colour-blind readers
 SEQUENTIAL = "Viridis"
@@ -52,6 +53,8 @@ def when(timestep: int | None) -> str:
 def estimate_note(row: dict, write: Callable[..., str] | None = None) -> str:
     sources = row["sources"]
     counted = " and ".join(map(str, sources)) if isinstance(sources, list) else str(sources)
+    if row["value"] is None and row.get("void"):
+        return void_of(row["void"])
     write = write or fitted((row["low"], row["high"]))
     text = f"{write(row['value'])} ({interval(row['low'], row['high'], write)}), sources: {counted}"
     corrected = next((row[name] for name in ("p_maxt", "p_holm") if row.get(name) is not None), None)

@@ -21,6 +21,11 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+def void_of(count: int) -> str:
+    """Why a quantity has no value."""
+    return f"void: {count:,} missing or not finite"
+
+
 SUBJECT = (("head", False), ("group", False), ("fill", False))
 INTERVAL = ("95 % interval", True)
 
@@ -31,6 +36,11 @@ def subject(row: dict[str, Any], names: Names) -> list[str]:
 
 
 def estimate(row: dict[str, Any], write: Callable[[float | None], str], name: str = "") -> list[str]:
-    """The cells of a number and its interval: value, low and high, or those that begin with a name."""
+    """The cells of a number and its interval: value, low and high, or those that begin with a name.
+
+    Where a quantity is void, they say so.
+    """
     value, low, high = (name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")
+    if row[value] is None and row.get("void"):
+        return [void_of(row["void"]), "–"]
     return [write(row[value]), interval(row[low], row[high], write)]

@@ -1,7 +1,9 @@
 """The experiments of a study and their statistics. Needs the extra study (scipy, polars).
 
-Reading order: inference (estimates with intervals, tests), finite (values that are left out), entropy and ablation (the
-experiments), further (scores without a section of their own), analysis (all of it, from a run's tables).
+Reading order: inference (estimates with intervals, tests), finite (numbers that aren't), entropy and contrast (the
+first experiment: entropies, and two groups compared beside controls), edits, ablation, fill_error, together, curves and
+interventions (the second: heads removed), attributions and further (other scores), analysis (all of it, from a run's
+tables), compare (two runs). docs/study.md defines every quantity.
 """
 
 from headscope.study.ablation import select_heads

@@ -86,7 +86,7 @@ def rank_heads(ablations: pl.DataFrame, selected: Sequence[tuple[str, int]] = ()
     """Every ablated head's degradation, averaged over timesteps, without tests: exploratory, as all are looked at.
 
     Returns a table: group, fill, rank (within group and fill, 1 is the largest), site, head, value (relative), low,
-    high, absolute, absolute_low, absolute_high, sources, selected, exploratory.
+    high, absolute, absolute_low, absolute_high, sources, selected, exploratory, void.
     """
     ranked = per_group_and_fill(
         ablations,
@@ -95,7 +95,7 @@ def rank_heads(ablations: pl.DataFrame, selected: Sequence[tuple[str, int]] = ()
     names = {f"{site}\n{head}" for site, head in selected}
     name = pl.format("{}\n{}", "site", "head")
     columns = ["group", "fill", "rank", "site", "head", "value", "low", "high"]
-    columns += ["absolute", "absolute_low", "absolute_high", "sources", "selected", "exploratory"]
+    columns += ["absolute", "absolute_low", "absolute_high", "sources", "selected", "exploratory", "void"]
     table = ranked.with_columns(name.is_in(names).alias("selected"), pl.lit(True).alias("exploratory"))
     return table.select(columns)
 

@@ -46,7 +46,7 @@ class StudyResult:
         further: what a sweep measured beside these, see `further.further_scores`.
         unshown: kind: columns of numbers that the report doesn't show.
         omitted: a section's name, and why it is absent.
-        left_out: "kind.column": how many of its numbers aren't finite; they are in no mean.
+        left_out: "kind.column": how many of its numbers aren't finite; what they enter has no value.
     """
 
     groups: list[str]
@@ -120,6 +120,7 @@ def analyse(
     discover, discover_sets = (_of_split(table, "discover") for table in (discover, discover_sets))
     confirm, confirm_sets, curves = (_of_split(table, "confirm") for table in (confirm, confirm_sets, curves))
     left_out: dict[str, int] = {}
+    observations = _finite("observations", observations, ENTROPIES, left_out)
     discover, confirm = (
         _finite(kind, table, ("clean",), left_out) for kind, table in (("discover", discover), ("confirm", confirm))
     )
@@ -161,7 +162,7 @@ def analyse(
             None if steps is None else dose_effects(steps, seed),
         )
     return StudyResult(
-        **_described(sites, observations, discover, confirm),
+        **_described(sites, observations, discover, confirm, discover_sets, confirm_sets, curves),
         **_entropies(observations, seed),
         contrast=contrast,
         controls=made,
@@ -192,7 +193,7 @@ def analyse_sweep(
     every = {"observations": observations, "ablations": ablations, "generations": generations, **(others or {})}
     filled = {kind: table for kind, table in every.items() if table is not None and len(table)}
     left_out: dict[str, int] = {}
-    observations = _filled(observations)
+    observations = _finite("observations", _filled(observations), ENTROPIES, left_out)
     ablations = _finite("ablations", _filled(ablations), ("clean",), left_out)
     generations = _finite("generations", _filled(generations), ("distance",), left_out)
     attributed = _filled(filled.get("attributions"))

@@ -60,10 +60,10 @@ def entropy_by_head(items: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
     """Every head's entropy in every group, over all sources of a table of `item_means`.
 
     Returns a table: group, site, head, query_group, keys, timestep (null: mean over timesteps), measure (see
-    `MEASURES`), value, low, high, sources, exploratory.
+    `MEASURES`), value, low, high, sources, exploratory, void.
     """
     frames = []
-    columns = ["group", *HEAD, "timestep", "measure", "value", "low", "high", "sources", "exploratory"]
+    columns = ["group", *HEAD, "timestep", "measure", "value", "low", "high", "sources", "exploratory", "void"]
     for (group,), members in items.group_by("group", maintain_order=True):
         for measure in ("normalised", "nats"):
             at_timesteps = means(members, measure, [*HEAD, "timestep"], seed=seed)

@@ -21,7 +21,8 @@ class Interventions:
         edits: what was edited.
         effects: see `ablation.effects`, of the edits that the confirm split tests (or of a plain sweep's sets).
         timesteps: the relative degradation at every timestep, headline fill: group, fill, kind, edit, timestep,
-            value, low, high, standard_error, fill_error (null without folds), sources, exploratory, void.
+            value, low, high, p_value, p_maxt (one family per group: edits and timesteps), standard_error, fill_error
+            (null without folds), sources, exploratory, void.
         variance: of the degradation by every edit with the headline fill, between sources, items and draws of noise
             (`inference.components`, in squared fractions): group, kind, edit, between_sources, ...
         joint: group, split, fill, kind, edit, heads (their number), joint (degradation), sum (of its heads'), value
@@ -63,21 +64,22 @@ class Interventions:
         return {name: table for name, table in found.items() if table is not None}
 
 
-def effects_by_timestep(losses: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
-    """The relative degradation by every edit at every timestep, with the headline fill; nothing is tested."""
+def effects_by_timestep(losses: pl.DataFrame, seed: int = 0, *, test: bool = True) -> pl.DataFrame:
+    """The relative degradation by every edit at every timestep, with the headline fill; one family per group."""
     headline = headline_fill(losses)
     errors = fill_errors(losses, at_timesteps=True) if headline == "mean" else None
     rows = without_bias(losses).filter(pl.col("fill") == headline)
     by = [*EDIT, "timestep"]
+    nothing = pl.lit(None, pl.Float64)
 
     def estimate(part: pl.DataFrame) -> pl.DataFrame:
         mine = None if errors is None else errors.filter(pl.col("group") == part["group"][0])
-        found = degradations(part, by, seed=seed, test=False, added=mine)[0].drop("p_value")
-        if mine is None:
-            return found.with_columns(fill_error=pl.lit(None, pl.Float64))
-        return found.rename({"added_error": "fill_error"})
+        found = degradations(part, by, seed=seed, test=test, family=test, added=mine)[0]
+        absent = [name for name in ("p_maxt", "added_error") if name not in found.columns]
+        return found.with_columns(nothing.alias(name) for name in absent).rename({"added_error": "fill_error"})
 
-    return per_group_and_fill(rows, estimate)
+    columns = ["group", "fill", *by, "value", "low", "high", "p_value", "p_maxt", "standard_error", "fill_error"]
+    return per_group_and_fill(rows, estimate).select(*columns, "sources", "exploratory", "void")
 
 
 def variance_of_effects(losses: pl.DataFrame) -> pl.DataFrame:

@@ -141,15 +141,16 @@ def rankings(cells: Cells, scores: Callable[[np.ndarray], Sequence[np.ndarray]],
     if sources >= 4 and np.isfinite(value):
         draws = generator.multinomial(sources, np.full(sources, 1 / sources), _RANKINGS) / sources
         spread = np.std(np.arctanh(np.clip(_correlation(*ranked(draws)), -1 + 1e-9, 1 - 1e-9)), ddof=1)
-        centre, half = np.arctanh(value), student.ppf((1 + settings.LEVEL) / 2, sources - 1) * spread
-        if np.isfinite(centre + half):
-            found["low"], found["high"] = np.tanh(centre - half), np.tanh(centre + half)
+        # rankings that never change, or are one, bound nothing
+        if np.isfinite(spread) and spread > 0 and abs(value) < 1 - 1e-12:
+            half = student.ppf((1 + settings.LEVEL) / 2, sources - 1) * spread
+            found["low"], found["high"] = np.tanh(np.arctanh(value) + np.array([-half, half]))
         order = generator.permuted(np.tile(np.arange(sources), (_HALVES, 1)), axis=1) < sources // 2
         one, two = (ranked(half / half.sum(axis=1, keepdims=True)) for half in (order * 1.0, ~order * 1.0))
         found["within_first"], found["within_second"] = (_correlation(one[run], two[run]).mean() for run in (0, 1))
         found["across"] = (_correlation(one[0], two[1]).mean() + _correlation(one[1], two[0]).mean()) / 2
-    numbers = {"value": value, **found}.items()
-    frame = pl.DataFrame([pl.Series(name, [one], pl.Float64, nan_to_null=True) for name, one in numbers])
+    numbers = {"value": value, **found}
+    frame = pl.DataFrame([numbers], schema=dict.fromkeys(numbers, pl.Float64)).with_columns(pl.all().fill_nan(None))
     return frame.with_columns(
         heads=pl.lit(int(sound.sum()), pl.Int64),
         sources=pl.lit(sources, pl.Int64),

@@ -9,26 +9,21 @@ factor (antialiasing), and it computes in fixed point, so that every machine get
 
 from __future__ import annotations
 
-import hashlib
-import math
-import operator
-import os
-from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from headscope._extras import require
-from headscope._files import is_utf8, local_path, read_plain
-from headscope._images import nearest_parts, read_image, read_square, resized
-from headscope.counter import counter_permutation, counter_uniform, whole
+from headscope._images import nearest_parts, read_image, resized
+from headscope.counter import counter_permutation, counter_uniform
+from headscope.zoo.base import SPLITS, ImageGroup, Item, checked_size
 from headscope.zoo.contrast import with_common_histogram
 from headscope.zoo.faces import PART_NAMES, face_attributes, render_face
+from headscope.zoo.folders import FolderGroup
 from headscope.zoo.structure import (
     EYE_PARTS,
     GLYPH_PARTS,
@@ -58,99 +53,8 @@ __all__ = [
     "open_group",
 ]
 
-SPLITS = ("train", "discover", "confirm")
 # of every hundred sources: 60 train, 20 discover, 20 confirm
 _SPLIT_OF_RANK = ("train",) * 60 + ("discover",) * 20 + ("confirm",) * 20
-
-
-@dataclass(frozen=True, eq=False)
-class Item:
-    """One image of a group and what is known of it."""
-
-    group: str
-    index: int
-    source_id: str  # the photograph, identity or file that the image came from
-    split: str  # "train", "discover" or "confirm"
-    image: np.ndarray = field(repr=False)  # uint8 [size, size, 3]
-    caption: str = ""
-    attributes: dict[str, Any] | None = field(default=None, repr=False)
-    part_mask: np.ndarray | None = field(default=None, repr=False)  # uint8 [size, size], indices of part_names
-    # int32 [size, size, n]: of each pixel, the pixels that its group's tie is to (row * size + column), then -1
-    counterparts: np.ndarray | None = field(default=None, repr=False)
-    part_names: tuple[str, ...] = field(default=(), repr=False)  # the group's, where the item has a part mask
-
-    @property
-    def key(self) -> str:
-        """The item's address, as in "faces/3": the key of its noise."""
-        return f"{self.group}/{self.index}"
-
-
-class ImageGroup(ABC):
-    """A finite set of images. Item i is the same on every machine and whatever the group's length.
-
-    Attributes:
-        name: the group's name.
-        description: what it is, in a line.
-        augmented: True if training may flip and shift its images.
-        note: what lies beside its images and isn't read, for a person to know; "" where nothing does.
-    """
-
-    name: str
-    description: str
-    note: str = ""
-    augmented: bool = True
-    part_names: tuple[str, ...] = ()
-
-    def __init__(self, length: int, size: int = 32) -> None:
-        length = whole("length", length)
-        if length < 1:
-            raise ValueError(f"length: got {length}, expected at least 1")
-        self.length = length
-        self.size = _checked_size(size)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {len(self)} images of {self.size} x {self.size})"
-
-    @abstractmethod
-    def _source(self, index: int) -> tuple[str, str]:
-        """Source and split of an item, without its image."""
-
-    @abstractmethod
-    def _load(self, index: int) -> Item:
-        """The item itself; `index` is valid."""
-
-    def item(self, index: int) -> Item:
-        """Item `index`, 0 <= index < len(group). Raises IndexError outside, TypeError for what is no whole number."""
-        index = operator.index(index)
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: got {index}, expected 0 to {len(self) - 1} in the group {self.name!r}")
-        item = self._load(index)
-        known = item.part_mask is None or item.part_names
-        return item if known else replace(item, part_names=self.part_names)
-
-    def indices(self, split: str | None = None) -> list[int]:
-        """Indices of one split's items, or of all; ascending. Raises ValueError for an unknown split."""
-        _check_split(split)
-        return [index for index in range(len(self)) if split is None or self._source(index)[1] == split]
-
-    def sources(self, split: str | None = None) -> list[str]:
-        """Source ids of one split, or of all, each once, in the order of their first items."""
-        return list(dict.fromkeys(self._source(index)[0] for index in self.indices(split)))
-
-
-def _checked_size(size: int) -> int:
-    size = whole("size", size)
-    if size < 8:
-        raise ValueError(f"size: got {size}, expected at least 8 pixels")
-    return size
-
-
-def _check_split(split: str | None) -> None:
-    if split is not None and split not in SPLITS:
-        raise ValueError(f"split: got {split!r}, expected None or one of {', '.join(SPLITS)}")
 
 
 @lru_cache(maxsize=1024)
@@ -367,106 +271,6 @@ def _photograph(file: str) -> np.ndarray:
     return read_image(folder / file)
 
 
-class FolderGroup(ImageGroup):
-    """Any folder of images, searched recursively and sorted by relative path; one source is one file.
-
-    Links to files and folders are followed; a folder that is met twice, as in a circle of links, is read once.
-    Half of the sources are for discovery and half for confirmation, by a hash of the relative path; none is for
-    training. An image is cropped to its central square and resized; `headscope._images` says how other kinds than 8-bit
-    RGB become that, and which are refused.
-    """
-
-    suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-    def __init__(self, path: str | Path, name: str | None = None, size: int = 32) -> None:
-        folder = local_path("path", path)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"path: got {str(path)!r}, expected an existing folder of images")
-        every = _files_below(folder)
-        self.files = sorted(file for file in every if Path(file).suffix.lower() in self.suffixes)
-        if not self.files:
-            raise ValueError(
-                f"path: got {str(path)!r}, which holds no image, expected files ending in {', '.join(self.suffixes)}"
-            )
-        check_names(self.files)
-        self.folder = folder
-        self.name = name or folder.resolve().name
-        self.description = f"{len(self.files)} images of a folder"
-        self.note = _unread(set(every) - set(self.files))
-        super().__init__(len(self.files), size)
-
-    @cached_property
-    def _splits(self) -> list[str]:
-        # ranked by hash, so that the halves are equal; an odd one goes to discovery
-        order = sorted(range(len(self.files)), key=lambda i: hashlib.sha256(self.files[i].encode()).digest())
-        splits = ["confirm"] * len(order)
-        for index in order[: math.ceil(len(order) / 2)]:
-            splits[index] = "discover"
-        return splits
-
-    def _source(self, index: int) -> tuple[str, str]:
-        return self.files[index], self._splits[index]
-
-    def _load(self, index: int) -> Item:
-        source, split = self._source(index)
-        try:
-            image = read_square(read_plain(self.folder / source), self.size)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"path: the file {source!r} of the group {self.name!r} can't be read: {error}") from error
-        return Item(self.name, index, source, split, image)
-
-
-def _files_below(folder: Path) -> list[str]:
-    """The paths, relative to a folder, of all that is in it and in the folders below, but for folders.
-
-    Raises:
-        OSError: a folder that can't be read.
-        ValueError: a link that leads nowhere: whether to an image or to a folder of them, nobody can say. Hidden ones
-            are left out: editors mark so which file is open.
-    """
-    found, seen = [], set()
-    # folders that lie there keep their own names: links come last
-    waiting, links = [""], []
-    while waiting or links:
-        name = waiting.pop() if waiting else links.pop()
-        status = (folder / name).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder / name) as entries:
-            below = sorted(entries, key=lambda entry: entry.name, reverse=True)
-        for entry in below:
-            path = f"{name}/{entry.name}" if name else entry.name
-            if entry.is_symlink() and not os.path.exists(entry.path):
-                if entry.name.startswith("."):
-                    continue
-                raise ValueError(f"path: {entry.path!r} is a link that leads nowhere; mend or remove it")
-            if entry.is_dir():
-                (links if entry.is_symlink() else waiting).append(path)
-            else:
-                found.append(path)
-    return found
-
-
-def _unread(files: set[str]) -> str:
-    """Of files that are no images of a known kind, how many of each ending there are; hidden ones aside."""
-    counts = Counter(Path(file).suffix.lower() or Path(file).name for file in files if Path(file).name[0] != ".")
-    if not counts:
-        return ""
-    # the most common first; folders list their files in any order
-    ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
-    kinds = [f"{count} {ending}" for ending, count in ordered[:5]]
-    others = sum(count for _, count in ordered[5:])
-    return f"files of other endings are not read: {', '.join(kinds)}{f', {others} others' if others else ''}"
-
-
-def check_names(names: list[str]) -> None:
-    """Raises ValueError for the first name that isn't UTF-8: tables and manifests hold no other text."""
-    for name in names:
-        if not is_utf8(name):
-            raise ValueError(f"path: the name of the file {os.fsencode(name)!r} isn't UTF-8, expected it renamed")
-
-
 # of each tied group: its control, how it is drawn, its parts, what it and its control are
 _TIES: tuple[tuple[str, str, Callable[[str, int, bool], Drawing], tuple[str, ...], str, str], ...] = (
     ("twins", "distinct", draw_glyphs, GLYPH_PARTS, "Four copies of one random glyph", "Four different random glyphs"),
@@ -516,5 +320,5 @@ def open_group(name: str, path: str | Path | None = None, size: int = 32) -> Ima
     if name not in GROUPS:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(GROUPS)}, or a path to a folder of images")
     group = GROUPS[name]()
-    group.size = _checked_size(size)
+    group.size = checked_size(size)
     return group

@@ -26,8 +26,9 @@ from headscope.report.rendering import write_page
 from headscope.report.scatter import Points, scatter_views
 from headscope.report.section import Section
 from headscope.report.tables import Table
-from headscope.study import compare, inference, paired
+from headscope.study import inference, paired
 from headscope.study.compare import Comparison
+from headscope.study.compare import comparison as words
 
 SUMMARY = "Every number is of the same images in both runs, paired by source; differences are run 2 minus run 1."
 CAVEATS = (
@@ -88,7 +89,7 @@ def _clean(comparison: Comparison) -> Section | None:
     if comparison.clean is None:
         return None
     return Section(
-        "compared_clean", "Clean loss", {"clean": compare.CLEAN, "table_of_losses": clean_table(comparison.clean)}
+        "compared_clean", "Clean loss", {"clean": words.CLEAN, "table_of_losses": clean_table(comparison.clean)}
     )
 
 
@@ -96,8 +97,8 @@ def _entropy(comparison: Comparison, names: Names) -> Section | None:
     if comparison.entropy is None or comparison.entropy_sites is None:
         return None
     values = {
-        "entropy": compare.ENTROPY,
-        "ratio": compare.SITE_RATIO,
+        "entropy": words.ENTROPY,
+        "ratio": words.SITE_RATIO,
         "sites": site_table(comparison.entropy_sites, names),
         "heads": head_table(comparison.entropy, names, "Entropy H of every head, nats.", None),
     }
@@ -108,7 +109,7 @@ def _entropy(comparison: Comparison, names: Names) -> Section | None:
 def _ablation(comparison: Comparison, names: Names) -> Section | None:
     if comparison.heads is None and comparison.sets is None:
         return None
-    values: dict[str, Any] = {"degradation": compare.DEGRADATION, "ranks_definition": paired.RANKS}
+    values: dict[str, Any] = {"degradation": words.DEGRADATION, "ranks_definition": paired.RANKS}
     values |= {"heads": None, "sets": None, "ranks": None}
     figures: dict[str, Any] = {}
     if comparison.heads is not None:

@@ -18,7 +18,7 @@ def clean_table(clean: pl.DataFrame) -> Table:
     columns += [("run 1", True), ("run 2", True), ("run 2 / run 1", True), INTERVAL, *_TESTS]
     write = fitted(*clean.select("low", "high").rows())
     rows = [
-        [*place(row), significant(row["first"]), significant(row["second"]), *_estimate(row, write), *_tests(row)]
+        [*place(row), significant(row["first"]), significant(row["second"]), *estimate(row, write), *_tests(row)]
         for row in clean.iter_rows(named=True)
     ]
     return Table("Denoising loss, nothing removed, and its ratio.", columns, rows)
@@ -32,7 +32,7 @@ def site_table(sites: pl.DataFrame, names: Names) -> Table:
     columns += [("keys", True), ("heads", True), ("exp(difference of H)", True), INTERVAL, *_TESTS]
     write = fitted(*table.select("low", "high").rows())
     rows = [
-        [*place(row), str(row["keys"]), str(row["heads"]), *_estimate(row, write), *_tests(row)]
+        [*place(row), str(row["keys"]), str(row["heads"]), *estimate(row, write), *_tests(row)]
         for row in table.iter_rows(named=True)
     ]
     return Table("Ratio of exp H per site, run 2 / run 1.", columns, rows)
@@ -58,7 +58,7 @@ def head_table(heads: pl.DataFrame, names: Names, caption: str, write: Write | N
             *place(row),
             *estimate(row, write, "first"),
             *estimate(row, write, "second"),
-            *_estimate(row, write),
+            *estimate(row, write),
             *(estimate(row, significant, "absolute") if absolute else []),
             *_tests(row),
         ]
@@ -78,7 +78,7 @@ def set_table(sets: pl.DataFrame) -> Table:
             *place(row),
             *estimate(row, percent, "first"),
             *estimate(row, percent, "second"),
-            *_estimate(row, percent),
+            *estimate(row, percent),
             *(estimate(row, significant, "absolute") if absolute else []),
             *_tests(row),
         ]
@@ -118,13 +118,6 @@ def _labels(
         return ["overall" if row[name] is None else str(row[name]) for name in chosen]
 
     return [(_TITLES.get(name, name), False) for name in chosen], cells
-
-
-def _estimate(row: dict[str, Any], write: Write) -> list[str]:
-    """The cells of an estimate; of a void one, why it isn't there."""
-    if row["void"]:
-        return [f"void: {row['void']} not finite", "–"]
-    return estimate(row, write)
 
 
 def _tests(row: dict[str, Any]) -> list[str]:

@@ -32,15 +32,18 @@ def findings(result: StudyResult, names: Names) -> list[Finding]:
     found = result.interventions
     if found is None or not len(found.effects):
         return []
-    table = in_order(found.effects, names).filter(pl.col("fill") == headline_fill(found.effects)).drop_nulls("value")
+    every = in_order(found.effects, names).filter(pl.col("fill") == headline_fill(found.effects))
+    table = every.drop_nulls("value")
     tested = table.filter(corrected_column(table).is_not_null())
     if not len(tested):
         # of a plain sweep, or too few sources
         return _exploratory(table, found, names)
     kinds = [kind for kind in _KINDS if kind in set(tested["kind"])]
     made = [_largest(tested.filter(pl.col("kind") == kind), found, names, kind) for kind in kinds]
+    made.append(_at_a_timestep(found, names))
     made += [_not_established(tested.filter(pl.col("kind") == kind), kind) for kind in kinds]
-    return [finding for finding in [*made, _range(tested)] if finding is not None]
+    made += [_range(tested), _void(every)]
+    return [finding for finding in made if finding is not None]
 
 
 def _largest(tested: pl.DataFrame, found: Interventions, names: Names, kind: str) -> Finding | None:
@@ -66,6 +69,28 @@ def _largest(tested: pl.DataFrame, found: Interventions, names: Names, kind: str
     return Finding(Strength.CONFIRMED, sentence.strip(), True, tile)
 
 
+def _at_a_timestep(found: Interventions, names: Names) -> Finding | None:
+    """The largest established effect of a single head at one timestep."""
+    steps = found.timesteps
+    if steps is None:
+        return None
+    rows = [row for row in steps.filter(pl.col("kind") == "head").iter_rows(named=True) if established(row)]
+    if not rows:
+        return None
+    row = max(rows, key=lambda one: abs(one["value"]))
+    when, subject = f"At timestep {row['timestep']} alone", edit_label(row, found, names)
+    size, change = percent(abs(row["value"])), "raises" if row["value"] > 0 else "lowers"
+    facts = f"{interval_of(row, percent)}; {tested_of(row)}, {sources_of(row['sources'])}"
+    beside = _elsewhere(steps.filter(pl.col("timestep") == row["timestep"]), row)
+    sentence = (
+        f"{when}, removing {subject} ({row['fill']} fill) {change} the loss on {row['group']} by {size} ({facts} of the"
+        f" confirm split), the largest effect of a single head at any timestep. {beside}"
+    )
+    more = "more" if row["value"] > 0 else "less"
+    tile = Tile(size, f"{more} loss on {row['group']} at timestep {row['timestep']} without {subject}", facts)
+    return Finding(Strength.CONFIRMED, sentence.strip(), True, tile)
+
+
 def _elsewhere(tested: pl.DataFrame, row: dict[str, Any]) -> str:
     """The control: the same removal on the other groups."""
     others = tested.filter((pl.col("edit") == row["edit"]) & (pl.col("group") != row["group"]))
@@ -82,13 +107,25 @@ def _not_established(tested: pl.DataFrame, kind: str) -> Finding | None:
     for (group,), rows in tested.group_by("group", maintain_order=True):
         if not any(established(row) for row in rows.iter_rows(named=True)):
             low, high = rows["low"].min(), rows["high"].max()
+            reach = "nothing bounds them"
             if isinstance(low, float) and isinstance(high, float):
-                lacking.append(
-                    f"{group} ({len(rows)} tested, 95 % intervals reach from {percent(low)} to {percent(high)})"
-                )
+                reach = f"95 % intervals reach from {percent(low)} to {percent(high)}"
+            lacking.append(f"{group} ({len(rows)} tested, {reach})")
     if not lacking:
         return None
     sentence = f"No effect of a {_KINDS[kind]} was established on {' and on '.join(lacking)}."
+    return Finding(Strength.CONFIRMED, sentence)
+
+
+def _void(every: pl.DataFrame) -> Finding | None:
+    """The effects that have no value, which may be the largest."""
+    void = every.filter(pl.col("void") > 0) if "void" in every.columns else every.clear()
+    if not len(void):
+        return None
+    sentence = (
+        f"{len(void)} of {len(every)} effects are void, as losses are missing or not finite; what makes a model diverge"
+        " matters more than any number here says."
+    )
     return Finding(Strength.CONFIRMED, sentence)
 
 

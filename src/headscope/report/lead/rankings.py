@@ -36,6 +36,9 @@ def _ablations(ranking: pl.DataFrame, names: Names) -> list[Finding]:
             f" {head}, by {percent(top['value'])} ({interval_of(top, percent)}; exploratory ranking,"
             f" {sources_of(top['sources'])})."
         )
+        void = len(_headline(ranking).filter((pl.col("group") == group) & pl.col("value").is_null()))
+        if void:
+            sentence += f" {void} more heads are void: losses without them are not finite."
         detail = f"{interval_of(top, percent)}; the largest of {len(rows)} heads; {sources_of(top['sources'])}"
         tile = Tile(percent(top["value"]), f"more loss on {group} without {head}; exploratory", detail)
         made.append(_finding(sentence, tile, top))

@@ -181,12 +181,17 @@ def timesteps_table(timesteps: pl.DataFrame, names: Names, groups: Sequence[str]
         of_group = timesteps.filter(pl.col("group") == group)
         for (kind, edit), part in of_group.group_by("kind", "edit", maintain_order=True):
             found = {row["timestep"]: row for row in part.iter_rows(named=True)}
-            cells = [estimate(found[step], percent) if step in found else ["–", "–"] for step in steps]
-            rows.append([names.edit(kind, edit), group, *(cell for pair in cells for cell in pair)])
+            cells = [
+                [*estimate(found[step], percent), probability(found[step]["p_maxt"])] if step in found else ["–"] * 3
+                for step in steps
+            ]
+            rows.append([names.edit(kind, edit), group, *(cell for step in cells for cell in step)])
     columns = [("edit", False), ("group", False)]
     for step in steps:
-        columns += [(f"at {step}", True), INTERVAL]
-    return Table("Degradation at every timestep, confirm split; not tested.", columns, rows)
+        columns += [(f"at {step}", True), INTERVAL, ("corrected p", True)]
+    return Table(
+        "Degradation at every timestep, confirm split; one family per group: all edits at all timesteps.", columns, rows
+    )
 
 
 def variance_table(variance: pl.DataFrame, names: Names, groups: Sequence[str]) -> Table:

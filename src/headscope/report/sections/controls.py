@@ -11,7 +11,7 @@ from headscope.report.section import Section
 from headscope.report.sections.contrast import chance
 from headscope.report.tables import Table
 from headscope.study.analysis import StudyResult
-from headscope.study.contrast import controls
+from headscope.study.contrast import Control, controls
 from headscope.study.contrast.comparison import SIGNIFICANT
 
 
@@ -25,6 +25,7 @@ def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section
         "controls",
         "Controls",
         {
+            "summary": summary(result.controls),
             "kinds": {_KINDS[kind]: controls.CONTROLS[kind] for kind in kinds},
             "omitted": [(control.name, control.omitted) for control in result.controls if control.omitted],
             "controls": controls_table(made),
@@ -41,6 +42,21 @@ _KINDS = {
     "untrained": "Untrained weights",
     "training": "Training images",
 }
+
+
+def summary(made: Sequence[Control]) -> str:
+    """In one sentence how many heads differ in the comparison and in every control that was made."""
+    counts: dict[str, list[str]] = {}
+    for control in made:
+        found = control.comparison
+        if found is not None and found.heads["p_maxt"].is_not_null().any():
+            counts.setdefault(control.kind, []).append(str(len(found.different)))
+    others = ((_KINDS[kind].lower(), found) for kind, found in counts.items() if kind != "main")
+    beside = ", ".join(f"{name} {' and '.join(found)}" for name, found in others)
+    if not beside:
+        return ""
+    main = f"{counts['main'][0]} in the comparison; " if "main" in counts else ""
+    return f"Heads that differ (corrected p < 0.05): {main}{beside}."
 
 
 def controls_figure(made: pl.DataFrame) -> list[View]:

@@ -1,7 +1,8 @@
 """How spread out attention is: entropies of heads and groups."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
+from typing import Any
 
 import polars as pl
 
@@ -9,7 +10,7 @@ from headscope.report.marks import SEQUENTIAL, by_group, colour_bar, dots_of, es
 from headscope.report.naming import Names, fitted, interval, percent, plot_text, significant
 from headscope.report.panels import Figure, View, heat_maps, over_timesteps
 from headscope.report.section import Section
-from headscope.report.tables import Table
+from headscope.report.tables import Table, void_of
 from headscope.study import entropy, inference
 from headscope.study.analysis import StudyResult
 from headscope.study.entropy import query_groups
@@ -77,6 +78,13 @@ def entropy_maps(entropy: pl.DataFrame, names: Names, groups: Sequence[str], tim
     return views
 
 
+def _cell(row: dict[str, Any], write: Callable[[float | None], str]) -> str:
+    # a single key has no normalised entropy, which nothing is wrong with
+    if row["void"] and row["keys"] > 1:
+        return void_of(row["void"])
+    return f"{write(row['value'])} ({interval(row['low'], row['high'], write)})"
+
+
 def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) -> Table:
     """Every head's entropy, averaged over timesteps, groups side by side; sites in the order of execution."""
     overall = entropy.filter(pl.col("timestep").is_null() & pl.col("group").is_in(groups))
@@ -93,7 +101,7 @@ def entropy_table(entropy: pl.DataFrame, names: Names, groups: Sequence[str]) ->
         cells = [names.of_queries(one, len(kinds) > 1), str(one["keys"])]
         for group in groups:
             row, nats = (found.get((*one.values(), group, measure)) for measure in ("normalised", "nats"))
-            cells.append("–" if row is None else f"{write(row['value'])} ({interval(row['low'], row['high'], write)})")
+            cells.append("–" if row is None else _cell(row, write))
             cells.append("–" if nats is None else write(nats["value"]))
         rows.append(cells)
     columns = [("head", False), ("keys", True)]

@@ -25,6 +25,12 @@ _KINDS = {
     "dose": "a gate",
     "other": "an edit",
 }
+_VIEWS = (
+    ("Sites", ("site", "level")),
+    ("Sets", ("set",)),
+    ("All heads", ("all",)),
+    ("Other edits", ("dose", "other")),
+)
 _ORDERS = {curves.MOST: (FIRST, "circle"), curves.LEAST: (SECOND, "diamond"), curves.RANDOM: (BEFORE, "square")}
 
 
@@ -56,19 +62,24 @@ def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section
     return Section("together", "Heads together", values, figures)
 
 
-def effects_of_sets(sets: pl.DataFrame, names: Names, groups: Sequence[str]) -> Figure | None:
-    """The degradation by every set, a panel per group, a series per fill; sites first."""
+def effects_of_sets(sets: pl.DataFrame, names: Names, groups: Sequence[str]) -> list[View]:
+    """The degradation by every set, a panel per group, a series per fill; a view for each kind of set."""
     headline = headline_fill(sets)
-    order = _in_order(sets, names)
-    titles = [names.edit(kind, edit) for kind, edit in order]
-    panels = []
-    for group in groups:
-        rows = sets.filter(pl.col("group") == group).to_dicts()
-        if rows:
-            series = of_fills(rows, lambda row: (row["kind"], row["edit"]), order, titles, headline, percent)
-            panels.append((group, titles, series))
-    axis = "degradation of the loss"
-    return dot_panels(panels, axis, row_height=34, share_rows=True, tick_format=".3~p") if panels else None
+    views = []
+    for label, kinds in _VIEWS:
+        part = sets.filter(pl.col("kind").is_in(kinds))
+        order = _in_order(part, names)
+        titles = [names.edit(kind, edit) for kind, edit in order]
+        panels = []
+        for group in groups:
+            rows = part.filter(pl.col("group") == group).to_dicts()
+            if rows:
+                series = of_fills(rows, lambda row: (row["kind"], row["edit"]), order, titles, headline, percent)
+                panels.append((group, titles, series))
+        if panels:
+            axis = "degradation of the loss"
+            views.append(View(label, dot_panels(panels, axis, row_height=34, share_rows=True, tick_format=".3~p")))
+    return views
 
 
 def joint_and_sum(joint: pl.DataFrame, names: Names, groups: Sequence[str]) -> list[View]:
@@ -139,7 +150,10 @@ def doses_of_groups(table: pl.DataFrame, groups: Sequence[str], names: Names) ->
         lines = []
         for index, edit in enumerate(rows["edit"].unique(maintain_order=True)):
             colour, symbol = colours[index % len(colours)]
-            members = rows.filter(pl.col("edit") == edit).sort("gate").to_dicts()
+            members = rows.filter(pl.col("edit") == edit).to_dicts()
+            # at 1 nothing is edited
+            nothing = members[0] | {"gate": 1.0, "value": 0.0, "low": None, "high": None}
+            members = sorted([*members, nothing], key=lambda row: row["gate"])
             notes = head_notes([f"{edit}, gate {row['gate']:g}" for row in members], members, percent)
             gates = [row["gate"] for row in members]
             lines.append(Line(gates, dots_of(edit, members, notes, colour, symbol)))

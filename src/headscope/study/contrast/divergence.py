@@ -36,7 +36,8 @@ DIVERGENCES = {
 }
 PERMUTED = (
     "The null is that of sources divided at random into groups of the same sizes, or, where the groups share their"
-    " sources, swapped within pairs: its mean, its 95 % quantile and the share of it that is at least as large (p)."
+    " sources, swapped within pairs: its mean, its 95 % quantile and the share of it that is at least as large (p). The"
+    f" energy distance has as many permutations as every test, the others {PERMUTATIONS}."
 )
 PAPER_RANGE = (0.015, 0.166)
 

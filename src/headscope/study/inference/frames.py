@@ -236,7 +236,8 @@ def _both(
         cells = pl.concat([first.select(by), second.select(by)]).unique(maintain_order=True)
     if bands:
         levels = sorted(set(first[bands].to_list()) | set(second[bands].to_list()))
-    return (*(source_means(rows, [value], by, bands, cells, levels) for rows in (first, second)), paired)
+    found = [source_means(rows, [value], by, bands, cells, levels) for rows in (first, second)]
+    return found[0], found[1], paired
 
 
 def _added(added: pl.DataFrame | None, cells: pl.DataFrame, by: Sequence[str], name: str) -> Added | None:

@@ -58,6 +58,11 @@ class SweptItem:
         self._image = image if keep else None
 
     @property
+    def image_bytes(self) -> int:
+        """How much memory the image takes."""
+        return self._size * self._size * 3
+
+    @property
     def image(self) -> np.ndarray:
         """uint8 [size, size, 3].
 

@@ -21,7 +21,7 @@ from headscope._files import local_path, read_plain
 from headscope._images import read_square
 from headscope.sweep.plan.texts import decoded
 from headscope.zoo import FolderGroup, ImageGroup, Item, open_group
-from headscope.zoo.groups import check_names
+from headscope.zoo.folders import check_names
 
 CAPTION_COLUMNS = ("caption", "text", "prompt", "caption_0")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")

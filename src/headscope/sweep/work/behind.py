@@ -20,8 +20,8 @@ from headscope.sweep.store.store import Results, RunStore
 
 # units that may be computed and not yet on disk while the next is computed: results take memory
 PENDING = 2
-# items of a unit whose images are held while it is computed; those of larger ones are read as they are needed
-HELD = 64
+# a unit's images are held while it is computed up to so many bytes; those of larger ones are read as they are needed
+HELD_BYTES = 64 * 2**20
 
 # hears of a unit whose results were written, or what went wrong, in the writer's thread
 Ended = Callable[[Unit, Exception | None], None]
@@ -140,10 +140,8 @@ class ReadAhead:
             item.drop()
 
     def _on_disk(self, unit: Unit) -> set[SweptItem]:
-        items = self._items(unit)
-        if len(items) > HELD:
-            return set()
-        return {item for item in items if isinstance(item, SweptItem) and not item.in_memory}
+        found = {item for item in self._items(unit) if isinstance(item, SweptItem) and not item.in_memory}
+        return found if sum(item.image_bytes for item in found) <= HELD_BYTES else set()
 
 
 def _fetch(items: set[SweptItem]) -> None:

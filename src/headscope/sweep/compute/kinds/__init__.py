@@ -3,7 +3,9 @@
 A new kind is a file here with a subclass of `UnitKind`, and a line below, after the kinds that it reads. Plans, the run
 directory, status, estimates and progress know it from then on. One with `optional = True` runs only where it is named:
 `SweepConfig.kinds`, `headscope sweep --kind NAME`. That changes no ids of other sweeps; a new field of `SweepConfig`
-would change all of them.
+would change all of them, unless `plan.config` lists it among the later ones.
+
+One with `repeated = True` has units for every draw of the noise, and takes `unit.replicate` for noise and labels.
 
 `Context` has the items, the model and what else units need; `observations` is a plain example. Work that goes through
 `context.rows.run` is done again with fewer rows where memory ran out, so write a result to its place, never append it.

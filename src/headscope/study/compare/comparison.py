@@ -1,8 +1,8 @@
 """Two runs compared, of two models or of two checkpoints of one: second minus first, pair by pair.
 
-Everything is paired by source: both models saw the same images (see `matching`), so what is resampled or sign-flipped
-is a source with its numbers of both runs. All sources that both runs have are used, of every split: nothing is
-selected. A family of tests is all heads (or sets) of a group and fill.
+Everything is paired by source: both models saw the same images (see `compare.matching`), so what is drawn anew is
+a source with its numbers of both runs. All sources that both runs have are used, of every split: nothing is selected. A
+family of tests is all heads (or sets) of a group and fill.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
-from headscope.study.matching import Differing, Matched, Side, match
+from headscope.study.compare.matching import Matched, match
+from headscope.study.compare.sides import Differing, Side
 from headscope.study.paired import Cells, cells_of, difference, estimates, interval, mean, rankings, ratio, weighed
 
 ENTROPY = (

@@ -5,20 +5,17 @@ the same is known from the manifests: by the digest of a group's items, or, of t
 where both runs were made by the same version. Of folders whose digests differ nothing is paired.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import polars as pl
 
-from headscope._extras import require
-from headscope.models.tasks import Diffusion, FlowMatching
+from headscope.study.compare.schedules import matched_timesteps, target_of
+from headscope.study.compare.sides import Differing, Side, listing
 from headscope.study.inference import plain_text
 from headscope.sweep.plan.config import fold_of
 
-# two timesteps of different schedules are one band where their log-SNRs differ by no more, in nats
-TOLERANCE = 0.05
 _ITEM = ("group", "split", "source_id", "item", "replicate", "timestep")
 PROMPTS = "prompts"
 
@@ -45,29 +42,6 @@ _SETTINGS = {
     "reference_items": "mean fills are taken over different numbers of images",
     "cotangents": "the importances' second-order term is estimated more closely in one",
 }
-
-
-class Differing(NamedTuple):
-    """Something that one run lacks or has otherwise.
-
-    Attributes:
-        what: the thing.
-        first, second: what each run has.
-        consequence: what the comparison does about it.
-    """
-
-    what: str
-    first: str
-    second: str
-    consequence: str
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two runs: its manifest and its tables by kind."""
-
-    manifest: Mapping[str, Any]
-    tables: Mapping[str, pl.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -97,17 +71,17 @@ def match(first: Side, second: Side) -> Matched:
     """
     differing: list[Differing] = _settings(first, second)
     groups = _groups(first, second, differing)
-    timesteps = _timesteps(first, second, differing)
+    timesteps = matched_timesteps(first, second, differing)
     steps = dict(timesteps.select("second", "first").iter_rows())
     sites = _sites(first, second, differing)
     sets = _sets(first, second, differing)
-    same_target = _target(first) == _target(second)
+    same_target = target_of(first) == target_of(second)
     if not same_target:
         differing.append(
             Differing(
                 "target of the loss",
-                _target(first),
-                _target(second),
+                target_of(first),
+                target_of(second),
                 "losses have other units: ratios are compared",
             )
         )
@@ -213,97 +187,13 @@ def _absent(what: str, in_first: bool, in_second: bool, consequence: str = "not 
     return Differing(what, "there" if in_first else "–", "there" if in_second else "–", consequence)
 
 
-def _timesteps(first: Side, second: Side, differing: list[Differing]) -> pl.DataFrame:
-    """The pairs of timesteps, of the same noise: the same timesteps of one schedule, else bands in order.
-
-    Raises:
-        ValueError: there is none, or bands of two schedules whose log-SNRs differ by more than `TOLERANCE`.
-    """
-    steps = [list(side.manifest["timesteps"]) for side in (first, second)]
-    ratios = [_log_snr(side) for side in (first, second)]
-    if _one_schedule(first, second, ratios):
-        pairs = [(step, step) for step in steps[0] if step in steps[1]]
-        if not pairs:
-            raise ValueError(
-                f"second: the runs have no timestep in common: {_list(steps[0])} against {_list(steps[1])}"
-            )
-        if len(pairs) < max(map(len, steps)):
-            shared = _list([one for one, _ in pairs])
-            differing.append(Differing("timesteps", _list(steps[0]), _list(steps[1]), f"compared at {shared}"))
-    else:
-        if ratios[0] is None or ratios[1] is None:
-            raise ValueError("second: the noise schedules differ, and that of one is unknown, so no timesteps match")
-        ordered = [
-            sorted(((ratio[step], step) for step in one), reverse=True)
-            for one, ratio in zip(steps, ratios, strict=True)
-        ]
-        text = [", ".join(f"{step} ({ratio:.2f})" for ratio, step in one) for one in ordered]
-        pairs = [(a, b) for (_, a), (_, b) in zip(*ordered, strict=False)]
-        apart = [abs(a - b) for (a, _), (b, _) in zip(*ordered, strict=False)]
-        if len(steps[0]) != len(steps[1]) or not max(apart, default=0.0) <= TOLERANCE:
-            raise ValueError(
-                f"second: the noise schedules differ and their timesteps (log-SNR in nats) are no pairs within"
-                f" {TOLERANCE}: {text[0]} against {text[1]}"
-            )
-        differing.append(
-            Differing(
-                "noise schedule, timesteps (log-SNR)",
-                text[0],
-                text[1],
-                f"matched by band: log-SNRs at most {max(apart):.3f} nats apart; the noise itself is not the same",
-            )
-        )
-    known = ratios[0] or {}
-    rows = [(one, two, known.get(one)) for one, two in pairs]
-    return pl.DataFrame(rows, schema={"first": pl.Int64, "second": pl.Int64, "log_snr": pl.Float64}, orient="row").sort(
-        "first"
-    )
-
-
-def _one_schedule(first: Side, second: Side, ratios: Sequence[Mapping[int, float] | None]) -> bool:
-    one, two = (side.manifest["identity"].get("scheduler") for side in (first, second))
-    if one == two:
-        return True
-    if ratios[0] is None or ratios[1] is None:
-        return False
-    schedules = [_noising(side) for side in (first, second)]
-    if type(schedules[0]) is not type(schedules[1]) or schedules[0].timesteps != schedules[1].timesteps:
-        return False
-    every = {*ratios[0], *ratios[1]}
-    return all(math.isclose(*(one.log_snr(step) for one in schedules), abs_tol=1e-6) for step in every)
-
-
-def _log_snr(side: Side) -> dict[int, float] | None:
-    """The log-SNR at every timestep of a run, in nats; None where its scheduler isn't one of diffusers'."""
-    noising = _noising(side)
-    return None if noising is None else {step: noising.log_snr(step) for step in side.manifest["timesteps"]}
-
-
-def _noising(side: Side) -> Any:
-    name, settings = side.manifest["identity"].get("scheduler") or (None, {})
-    kind = getattr(require("diffusers", "study"), str(name), None)
-    if kind is None:
-        return None
-    try:
-        scheduler = kind.from_config(dict(settings))
-        return FlowMatching(scheduler) if hasattr(scheduler, "scale_noise") else Diffusion(scheduler)
-    except (TypeError, ValueError):
-        return None
-
-
-def _target(side: Side) -> str:
-    """What the model predicts."""
-    name, settings = side.manifest["identity"].get("scheduler") or ("unknown", {})
-    return settings.get("prediction_type", "velocity of the flow" if "Flow" in name else "epsilon")
-
-
 def _sites(first: Side, second: Side, differing: list[Differing]) -> list[str]:
     """The sites that both models have, of one kind, number and size of heads."""
     known = [{site["name"]: site for site in side.manifest["sites"]} for side in (first, second)]
     absent = [[name for name in known[i] if name not in known[1 - i]] for i in (0, 1)]
     if any(absent):
         differing.append(
-            Differing("attention sites that the other lacks", _list(absent[0]), _list(absent[1]), "not compared")
+            Differing("attention sites that the other lacks", listing(absent[0]), listing(absent[1]), "not compared")
         )
     shared = []
     for name in known[0]:
@@ -416,10 +306,6 @@ def _counted(tables: Mapping[str, pl.DataFrame], groups: Mapping[str, _GroupMatc
     found = [(name, *rows[name], how.how) for name, how in groups.items() if name in rows]
     schema = {"group": pl.String, "items": pl.Int64, "sources": pl.Int64, "how": pl.String}
     return pl.DataFrame(found, schema=schema, orient="row")
-
-
-def _list(values: Iterable[Any]) -> str:
-    return ", ".join(map(str, values)) or "–"
 
 
 def _told(differing: Sequence[Differing]) -> str:
