@@ -116,7 +116,8 @@ def effects(
 ) -> pl.DataFrame:
     """The degradation by every edit, single heads and sets alike, averaged over timesteps; see `FAMILY`.
 
-    losses: see `edits.losses`. before: those of the discover split, whose degradations stand beside. Returns a table:
+    losses: see `edits.losses`. before: those of the discover split, whose degradations stand beside as they are: they
+    have no folds, so that the mean fill's bias is in them. Returns a table:
     group, fill, kind, edit, value (relative), low, high, absolute, absolute_low, absolute_high, p_value, p_maxt (null
     without a test), standard_error, fill_error, fill_bias (null without folds), sources, exploratory, void, discover.
     """
