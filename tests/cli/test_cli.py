@@ -25,7 +25,7 @@ def call(*arguments: object):
 def test_version_and_help():
     assert call("--version").output.strip() == headscope.__version__
     text = call("--help").output
-    for command in ("study", "sweep", "report", "train", "doctor"):
+    for command in ("study", "sweep", "report", "compare", "train", "doctor"):
         assert command in text
 
 

@@ -175,7 +175,7 @@ def test_the_null_stands_beside_every_divergence(result, page):
     ):
         rows = result.contrast.divergences.filter(pl.col("measure") == measure)
         points = [trace for trace in view["data"] if "name" in trace]
-        assert [trace["name"][:6] for trace in points] == ["chance", "observ"]
+        assert [trace["name"].partition(":")[0] for trace in points] == ["chance", "observed"]
         assert points[0]["y"] == pytest.approx(rows["null_mean"].to_list())
         tops = [y + up for y, up in zip(points[0]["y"], points[0]["error_y"]["array"], strict=True)]
         assert tops == pytest.approx(rows["null_high"].to_list())

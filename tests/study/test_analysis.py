@@ -228,3 +228,24 @@ def test_a_plain_sweep_has_no_tests(observations, discover):
 def test_tables_can_be_written_as_csv(study):
     for name, table in study.tables().items():
         assert len(pl.read_csv(table.write_csv().encode(), infer_schema_length=None)) == len(table), name
+
+
+def test_entropies_that_are_no_numbers_are_counted_and_void(observations):
+    broken = (pl.col("item") == 1003) & (pl.col("group") == "lfw") & (pl.col("head") == 1) & (pl.col("timestep") == 100)
+    broken &= pl.col("site") == SITES[0][0]
+    measures = ("entropy_mean", "entropy_normalised_mean")
+    table = observations.with_columns(pl.when(broken).then(np.inf).otherwise(name).alias(name) for name in measures)
+    result = analyse(table, untrained=observations)
+    assert result.left_out == {f"observations.{name}": 1 for name in measures}
+    assert result.entropy_heads is not None
+    at = result.entropy_heads.filter(pl.col("void") > 0)
+    assert set(at.select("group", "site", "head").rows()) == {("lfw", SITES[0][0], 1)}
+    # at its timestep and over all, in three measures
+    assert len(at) == 6
+    assert at["value"].is_null().all()
+    assert contrast_of(result).heads.filter(pl.col("void") > 0)["head"].to_list() == [1]
+    # a single key has no H / ln K, which is no fault
+    single = observations.with_columns(
+        keys=pl.lit(1, pl.Int64), entropy_mean=pl.lit(0.0), entropy_normalised_mean=pl.lit(np.nan)
+    )
+    assert not analyse(pl.concat([observations, single.with_columns(site=pl.lit("text"))])).left_out

@@ -118,18 +118,22 @@ def test_versions_of_the_same_sources_are_compared_in_pairs():
 def test_what_cannot_be_compared_is_said():
     one, two = items(noise(20, 1), "a"), items(noise(20, 2), "b")
     both = pl.concat([one, two])
-    assert "group c was not observed" in compare_groups(both, "a", "c")
-    assert "group c and the group d" in compare_groups(both, "c", "d")
-    assert "train split was not observed" in compare_groups(both, "a", "b", splits=("train",))
-    assert "different timesteps" in compare_groups(both.filter(~pl.struct("group", "timestep").is_in(
-        [{"group": "b", "timestep": 500}])), "a", "b")  # fmt: skip
+
+    def reason(table, first="a", second="b", **splits):
+        outcome = compare_groups(table, first, second, **splits)
+        assert isinstance(outcome, str)
+        return outcome
+
+    assert "group c was not observed" in reason(both, "a", "c")
+    assert "group c and the group d" in reason(both, "c", "d")
+    assert "train split was not observed" in reason(both, splits=("train",))
+    assert "different timesteps" in reason(pl.concat([one, two.filter(pl.col("timestep") == 100)]))
     other = two.with_columns(keys=pl.when(pl.col("site") == "up").then(81).otherwise("keys"))
-    assert "numbers of keys" in compare_groups(pl.concat([one, other]), "a", "b")
-    half = two.with_columns(source_id=pl.when(pl.col("item") < 5).then(pl.lit("a-confirm-") + pl.col("item").cast(str))
-                            .otherwise("source_id"))  # fmt: skip
-    assert "share 5 of 35 sources" in compare_groups(pl.concat([one, half]), "a", "b")
-    single = both.with_columns(keys=pl.lit(1), normalised=pl.lit(math.nan))
-    assert "more than one key" in compare_groups(single, "a", "b")
+    assert "numbers of keys" in reason(pl.concat([one, other]))
+    shared = pl.lit("a-confirm-") + pl.col("item").cast(pl.String)
+    half = two.with_columns(source_id=pl.when(pl.col("item") < 5).then(shared).otherwise("source_id"))
+    assert "share 5 of 35 sources" in reason(pl.concat([one, half]))
+    assert "more than one key" in reason(both.with_columns(keys=pl.lit(1), normalised=pl.lit(math.nan)))
 
 
 def test_entropies_that_are_no_numbers_void_what_they_enter_and_are_counted():
@@ -146,6 +150,24 @@ def test_entropies_that_are_no_numbers_void_what_they_enter_and_are_counted():
         assert (of_row(found.pooled, timestep=step)["value"] is None) == bool(void)
     assert found.omnibus["void"] == 1
     assert found.omnibus["p_value"] is None
+
+
+def test_a_row_that_is_missing_voids_what_it_would_enter():
+    one, two = noise(20, 1), noise(20, 2) + 0.5
+    table = pl.concat([items(one, "a"), items(two, "b")])
+    # of the first item, whose rows come first everywhere
+    gone = (pl.col("group") == "a") & (pl.col("item") == 0) & (pl.col("timestep") == 100)
+    whole = made(compare_groups(table, "a", "b"))
+    for gap, heads in ((gone & (pl.col("site") == "mid") & (pl.col("head") == 2), 1), (gone, len(SITES) * HEADS)):
+        found = made(compare_groups(table.filter(~gap), "a", "b"))
+        assert (found.heads["void"] > 0).sum() == heads
+        for step in (100, None):
+            assert of_row(found.sites, site="mid", timestep=step)["value"] is None
+            assert of_row(found.pooled, timestep=step)["value"] is None
+            assert found.divergences.filter(pl.col("timestep").eq_missing(step))["value"].is_null().all()
+        for name in ("value", "first", "second", "p_value"):
+            assert of_row(found.pooled, timestep=500)[name] == of_row(whole.pooled, timestep=500)[name]
+        assert of_row(found.sites, site="mid", timestep=500) == of_row(whole.sites, site="mid", timestep=500)
 
 
 def test_few_sources_are_not_tested():

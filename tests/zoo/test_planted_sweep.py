@@ -205,7 +205,9 @@ def check_pairs(truth, effect, fill, g, c):
 
 
 def swept(pipeline, out, **fields):
-    """A run and its configuration."""
+    """A run and its configuration; the truth of all training items would take long."""
+    if "mean" in fields.get("fills", ("mean",)):
+        fields["reference_items"] = 16
     run = headscope.sweep(out, model=pipeline, progress=False, **fields)
     return run, SweepConfig.from_dict(fields)
 

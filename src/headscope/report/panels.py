@@ -16,6 +16,11 @@ from headscope.report.naming import Names, plot_text
 Figure = dict[str, Any]
 # titles of more panels than these stand aslant: they would overlap
 _UPRIGHT = 6
+# dot plots beside each other, with labels of their own and with shared ones, and pixels between lines of them
+_ABREAST, _ABREAST_SHARED, _BETWEEN_LINES = 3, 4, 100
+# characters of labels: of heads and groups, of sites, of groups aslant and of those above narrow panels; and of labels
+# that fit between three panels
+_LABEL, _SITE, _ASLANT, _TITLES_ABREAST, _SHORT = 30, 30, 18, 20, 24
 _TITLE = {"showarrow": False, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
 
 
@@ -84,6 +89,8 @@ def heat_maps(
     gap = 0.02
     width = (1 - gap * (len(panels) - 1)) / len(panels)
     centres, labels, lines = _site_marks(rows, names)
+    # narrow panels have one title for all
+    titled = range(len(panels)) if len(panels) <= _UPRIGHT else (len(panels) // 2,)
     for index, (title, table) in enumerate(panels):
         number = "" if index == 0 else str(index + 1)
         cells: list[list[float | None]] = [[None] * len(timesteps) for _ in rows]
@@ -108,7 +115,7 @@ def heat_maps(
             "anchor": f"y{number}",
             "tickvals": list(range(len(timesteps))),
             "ticktext": [str(timestep) for timestep in timesteps],
-            "title": {"text": "timestep", "standoff": 8},
+            "title": {"text": "timestep" if index in titled else "", "standoff": 8},
             "showgrid": False,
             "zeroline": False,
         }
@@ -122,6 +129,7 @@ def heat_maps(
             "ticks": "",
         }
         slope = {"textangle": -35} if len(panels) > _UPRIGHT else {}
+        title = _fitting(title, _ASLANT if slope else _LABEL)
         layout["annotations"].append({**_TITLE, **slope, "text": f"<b>{plot_text(title)}</b>", "x": left, "y": 1.005})
         layout["shapes"] += [
             {"type": "line", "xref": f"x{number} domain", "x0": 0, "x1": 1, "yref": f"y{number}", "y0": y, "y1": y}
@@ -143,21 +151,29 @@ def dot_panels(
     share_rows: bool = False,
     tick_format: str | None = None,
 ) -> Figure:
-    """Horizontal dot plots side by side: title, labels from top to bottom, and series of each panel.
+    """Horizontal dot plots in lines of a few: title, labels from top to bottom, and series of each panel.
 
-    reference: where a line stands for "no difference". share_rows: the labels of the first panel serve all.
+    reference: where a line stands for "no difference". share_rows: all have the labels of the first, which stand once
+    in every line.
     """
+    long = any(len(label) > _SHORT for _, labels, _ in panels for label in labels)
+    lines = math.ceil(len(panels) / (_ABREAST_SHARED if share_rows else 2 if long else _ABREAST))
+    columns = math.ceil(len(panels) / lines)
     longest = max(len(labels) for _, labels, _ in panels)
-    layout = _layout(height=row_height * max(3, longest) + 150)
+    tall = row_height * max(3, longest)
+    pixels = lines * tall + (lines - 1) * _BETWEEN_LINES
+    layout = _layout(height=pixels)
     # narrow panels would cut it off
-    axis_title = axis_title.replace(" of ", "<br>of ", 1) if len(panels) > 3 else axis_title
+    axis_title = axis_title.replace(" of ", "<br>of ", 1) if columns > 2 else axis_title
     data = []
-    gap = 0.04 if share_rows or len(panels) == 1 else 0.17
-    width = (1 - gap * (len(panels) - 1)) / len(panels)
+    gap = 0.04 if share_rows or columns == 1 else 0.28 if long else 0.17
+    width = (1 - gap * (columns - 1)) / columns
     shown: set[str] = set()
     for index, (title, labels, series) in enumerate(panels):
         number = "" if index == 0 else str(index + 1)
-        left = index * (width + gap)
+        line, column = divmod(index, columns)
+        left = column * (width + gap)
+        top = 1 - line * (tall + _BETWEEN_LINES) / pixels
         for dots in series:
             trace = _dots_trace(dots, [row + dots.shift for row in range(len(labels))], horizontal=True)
             trace |= {"xaxis": f"x{number}", "yaxis": f"y{number}", "legendgroup": dots.name}
@@ -174,21 +190,24 @@ def dot_panels(
             layout[f"xaxis{number}"]["tickformat"] = tick_format
         if index:
             layout[f"xaxis{number}"]["matches"] = "x"
-        hidden = share_rows and index > 0
+        hidden = share_rows and column > 0
         layout[f"yaxis{number}"] = {
+            "domain": [max(0.0, top - tall / pixels), top],
             "anchor": f"x{number}",
             "range": [longest - 0.4, -0.6],
             "tickvals": list(range(len(labels))),
-            "ticktext": [""] * len(labels) if hidden else [plot_text(label) for label in labels],
+            "ticktext": [""] * len(labels) if hidden else [plot_text(_fitting(label, _LABEL)) for label in labels],
             "zeroline": False,
         }
         if title:
-            layout["annotations"].append({**_TITLE, "text": f"<b>{plot_text(title)}</b>", "x": left, "y": 1.005})
+            shortened = _fitting(title, _LABEL if columns < 3 else _TITLES_ABREAST) if columns > 1 else title
+            place = {"text": f"<b>{plot_text(shortened)}</b>", "x": left, "y": top + 0.005}
+            layout["annotations"].append({**_TITLE, **place})
         if reference is not None:
-            line = {"type": "line", "yref": f"y{number} domain", "y0": 0, "y1": 1, "xref": f"x{number}"}
-            layout["shapes"].append(line | {"x0": reference, "x1": reference, "line": {"width": 1.5, "color": "axis"}})
+            shape = {"type": "line", "yref": f"y{number} domain", "y0": 0, "y1": 1, "xref": f"x{number}"}
+            layout["shapes"].append(shape | {"x0": reference, "x1": reference, "line": {"width": 1.5, "color": "axis"}})
     layout["margin"] |= {"t": 64 if any(shown) else 40, "b": 60}
-    pixels = layout["height"] - layout["margin"]["t"] - layout["margin"]["b"]
+    layout["height"] = pixels + layout["margin"]["t"] + layout["margin"]["b"]
     layout["legend"] = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1 + 30 / pixels, "yanchor": "bottom"}
     return {"data": data, "layout": layout}
 
@@ -328,4 +347,13 @@ def _site_marks(rows: Sequence[tuple[str, int]], names: Names) -> tuple[list[flo
         places = [index for index, (other, _) in enumerate(rows) if other == site]
         centres.append((places[0] + places[-1]) / 2)
         lines.append(places[-1] + 0.5)
-    return centres, [plot_text(names.sites.get(site, site)) for site in sites], lines[:-1]
+    return centres, [plot_text(_fitting(names.sites.get(site, site), _SITE)) for site in sites], lines[:-1]
+
+
+def _fitting(text: str, most: int) -> str:
+    """The text, without its middle where it is too long for its place; hovering says it whole."""
+    if len(text) <= most:
+        return text
+    # the end tells heads of one site apart
+    end = most // 2
+    return f"{text[: most - end - 1]}…{text[-end:]}"

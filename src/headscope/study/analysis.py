@@ -120,7 +120,10 @@ def analyse(
     discover, discover_sets = (_of_split(table, "discover") for table in (discover, discover_sets))
     confirm, confirm_sets, curves = (_of_split(table, "confirm") for table in (confirm, confirm_sets, curves))
     left_out: dict[str, int] = {}
-    observations = _finite("observations", observations, ENTROPIES, left_out)
+    observations, untrained = (
+        _entropies_of(kind, table, left_out)
+        for kind, table in (("observations", observations), ("untrained", untrained))
+    )
     discover, confirm = (
         _finite(kind, table, ("clean",), left_out) for kind, table in (("discover", discover), ("confirm", confirm))
     )
@@ -193,7 +196,7 @@ def analyse_sweep(
     every = {"observations": observations, "ablations": ablations, "generations": generations, **(others or {})}
     filled = {kind: table for kind, table in every.items() if table is not None and len(table)}
     left_out: dict[str, int] = {}
-    observations = _finite("observations", _filled(observations), ENTROPIES, left_out)
+    observations = _entropies_of("observations", _filled(observations), left_out)
     ablations = _finite("ablations", _filled(ablations), ("clean",), left_out)
     generations = _finite("generations", _filled(generations), ("distance",), left_out)
     attributed = _filled(filled.get("attributions"))
@@ -268,6 +271,14 @@ def _finite(
             if count:
                 left_out[f"{kind}.{name}"] = count
     return table
+
+
+def _entropies_of(kind: str, table: pl.DataFrame | None, left_out: dict[str, int]) -> pl.DataFrame | None:
+    """Observations without what isn't finite, which is counted, but for H / ln K of a single key, which is 0 / 0."""
+    if table is not None:
+        several = pl.when(pl.col("keys") > 1).then(pl.col("entropy_normalised_mean"))
+        table = table.with_columns(several.alias("entropy_normalised_mean"))
+    return _finite(kind, table, ENTROPIES, left_out)
 
 
 def _described(sites: Sequence[str], *tables: pl.DataFrame | None) -> dict:

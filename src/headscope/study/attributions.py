@@ -11,7 +11,7 @@ from headscope.study.paired import cells_of, rankings, weighed
 
 # as in headscope.models.attribution; a gate is 1 where its head is as it is, 0 where the fill has taken its place
 TERMS = {
-    "importance": "g + c: what removing the head adds to the loss, estimated to second order.",
+    "importance": "What removing the head adds to the loss, estimated to second order.",
     "g": "−∂ loss / ∂ gate of the head. At a trained optimum it averages to about 0.",
     "c": "Gauss-Newton term of the second order: mean over outputs of (∂ prediction / ∂ gate)², from random vectors.",
     "integrated": (

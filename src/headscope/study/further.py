@@ -1,7 +1,7 @@
-"""Scores of a sweep beside entropies, the loss without single heads and the distance of drawn images.
+"""Scores of a sweep beside entropies, losses, attributions and the distance of images drawn without single heads.
 
-Sets of heads that were edited together, and further scores: the distance of predictions, the error of the implied clean
-image, those of drawn images, those of the user's own. Nothing is ranked or tested.
+The distance of predictions, the error of the implied clean image, scores of drawn images, those of the user's own; of
+single heads and of sets. Nothing is ranked or tested.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ LABELS = (
     *("steps", "first_step", "end_step"),
 )
 # scores that other sections of the report show
-_SHOWN = {"ablations": ("clean", "edited"), "generations": ("distance",)}
+_SHOWN = {"generations": ("distance",)}
 
 
 class Score(NamedTuple):
@@ -58,11 +58,10 @@ def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Sc
             continue
         rows = plain_text(table)
         edited = kind.removeprefix("set_")
-        for first, pair in PAIRS.items():
-            if first in rows.columns and first not in _SHOWN.get(kind, ()):
-                paired = rows.with_columns(pl.col(pair[0]).alias("clean"), pl.col(pair[1]).alias("edited"))
-                found += _degradation(kind, first, paired, seed)
+        if "x0_clean" in rows.columns:
+            found += _degradation_of_x0(kind, rows, seed)
         for name in unlabelled(rows):
+            # losses have sections of their own
             if any(name in pair for pair in PAIRS.values()) or name in _SHOWN.get(kind, ()):
                 continue
             own = name not in _titles(edited)
@@ -81,24 +80,22 @@ def unlabelled(table: pl.DataFrame) -> list[str]:
     return [name for name, kind in table.schema.items() if name not in LABELS and kind.is_numeric()]
 
 
-def _degradation(kind: str, first: str, rows: pl.DataFrame, seed: int) -> list[Score]:
-    of = "the loss" if first == "clean" else "the error of the clean image that the prediction implies (x0)"
-    short = "loss" if first == "clean" else "error"
-    unit = "In units of the loss." if first == "clean" else "In squared units of what the model denoises."
+def _degradation_of_x0(kind: str, rows: pl.DataFrame, seed: int) -> list[Score]:
     hows = ("Relative", "Absolute")
+    rows = rows.with_columns(pl.col("x0_clean").alias("clean"), pl.col("x0_edited").alias("edited"))
 
     def both(part: pl.DataFrame) -> pl.DataFrame:
         pair = degradations(part, _by(part), _bands(part), seed, test=False)
         return pl.concat(table.with_columns(how=pl.lit(how)) for how, table in zip(hows, pair, strict=True))
 
     values = per_group_and_fill(rows, both).drop("p_value")
-    name = "loss" if first == "clean" else "x0"
-    definitions = RELATIVE.format(of=short), f"{ABSOLUTE.format(of=short)} {unit}"
+    unit = "In squared units of what the model denoises."
+    definitions = RELATIVE.format(of="error"), f"{ABSOLUTE.format(of='error')} {unit}"
     return [
         Score(
             kind,
-            f"{name}_{how.lower()}",
-            f"{how} degradation of {of}",
+            f"x0_{how.lower()}",
+            f"{how} degradation of the error of the clean image that the prediction implies (x0)",
             text,
             how == "Relative",
             values.filter(pl.col("how") == how).drop("how"),

@@ -80,9 +80,9 @@ def _rank_sentence(row: dict) -> str:
     if row["value"] is None or row["low"] is None:
         return f"How alike the runs rank heads {place}, can't be said: {row['heads']} heads, {row['sources']} sources."
     spans = row["low"] <= 0 <= row["high"]
-    lead = "No agreement between the runs' rankings of heads was established" if spans else "The runs rank heads alike"
-    if not spans and row["high"] < 0:
-        lead = "The runs rank heads in opposite orders"
+    lead = f"The runs' rankings of heads {'agree' if row['low'] > 0 else 'are opposite'}"
+    if spans:
+        lead = "No agreement between the runs' rankings of heads was established"
     halves = (
         f"control, between halves of the images: {number(row['across'], 2)} across the runs,"
         f" {number(row['within_first'], 2)} and {number(row['within_second'], 2)} within each"

@@ -10,7 +10,7 @@ from headscope.report.marks import BEFORE, FIRST, dots_of, estimate_note, when
 from headscope.report.naming import Names, fitted, interval, plot_text, probability, significant
 from headscope.report.panels import Dots, View, dot_panels, over_timesteps
 from headscope.report.section import Section
-from headscope.report.tables import INTERVAL, Table, estimate
+from headscope.report.tables import INTERVAL, Table, estimate, void_of
 from headscope.study import entropy
 from headscope.study.analysis import StudyResult
 from headscope.study.contrast import comparison, divergence
@@ -64,7 +64,7 @@ def answer(contrast: Comparison) -> str:
     """What the comparison found, strongest first: all heads at once, single heads, the pooled ratio."""
     omnibus, ratio = contrast.omnibus, contrast.ratio
     if omnibus["value"] is None:
-        return f"All heads at once: not tested, {_voids(omnibus['void'])}."
+        return f"All heads at once: {void_of(omnibus['void'])}."
     if omnibus["p_value"] is None:
         first = "All heads at once: too few sources for a test"
     else:
@@ -238,29 +238,14 @@ def _ratio_writer(rows: Sequence[dict[str, Any]]):
 
 def _dots(titles: Sequence[str], rows: Sequence[dict[str, Any]]) -> Dots:
     """Estimates with intervals, solid where the corrected p is below 0.05."""
-    notes = [
-        f"<b>{plot_text(title)}</b><br>{estimate_note(row)}" + _corrected(row) + _void_note(row)
-        for title, row in zip(titles, rows, strict=True)
-    ]
+    notes = [f"<b>{plot_text(title)}</b><br>{estimate_note(row)}" for title, row in zip(titles, rows, strict=True)]
     solid = [row["p_maxt"] is not None and row["p_maxt"] < SIGNIFICANT for row in rows]
     return replace(dots_of("", rows, notes, FIRST), filled=solid)
 
 
-def _corrected(row: dict[str, Any]) -> str:
-    return "" if row["p_maxt"] is None else f", corrected {probability(row['p_maxt'])}"
-
-
-def _void_note(row: dict[str, Any]) -> str:
-    return f"<br>{_voids(row['void'])}" if row["void"] else ""
-
-
-def _voids(count: int) -> str:
-    return f"{count} of the entropies that take part {'is' if count == 1 else 'are'} not finite or absent"
-
-
 def _divergence_note(row: dict[str, Any]) -> str:
     if row["value"] is None:
-        return _voids(row["void"])
+        return void_of(row["void"])
     value, mean, high = (significant(row[name]) for name in ("value", "null_mean", "null_high"))
     text = f"{value}; by chance {mean}, 95 % below {high}"
     if row["p_value"] is not None:

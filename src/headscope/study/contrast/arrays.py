@@ -35,7 +35,7 @@ def arrays_of(first: pl.DataFrame, second: pl.DataFrame) -> tuple[pl.DataFrame, 
     both = both.filter(pl.col("query_group") == query_groups(both)[0], pl.col("keys") > 1)
     heads = both.select(HEAD).unique().sort(HEAD)
     timesteps = sorted(both["timestep"].unique().to_list())
-    return heads, timesteps, *(_sources(rows, heads, timesteps) for rows in (first, second))
+    return heads, timesteps, _sources(first, heads, timesteps), _sources(second, heads, timesteps)
 
 
 def _sources(rows: pl.DataFrame, heads: pl.DataFrame, timesteps: list[int]) -> Sources:
