@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from headscope.study import analyse
+from headscope.study import analyse, analyse_sweep
 from headscope.study.ablation import effects, ranked_heads, select_heads
 from headscope.study.curves import LEAST, MOST, RANDOM, curve_losses, curve_sets, dose_name, dose_of, step_of
 from headscope.study.edits import Edited, edits_of, head_name, heads_in, losses
@@ -262,6 +262,18 @@ def test_the_error_of_the_mean_fill_is_in_every_timestep(folded):
     assert (found["p_maxt"] > 0.05).all()
     assert ((found["low"] < 0) & (found["high"] > 0)).all()
     assert effects_by_timestep(without_folds(table))["fill_error"].is_null().all()
+
+
+def test_folds_are_no_fills_of_a_plain_sweep(folded):
+    table, _ = folded
+    heads = table.with_columns(site=pl.lit("a"), head=0, distance=0.1).drop("kind", "edit")
+    result = analyse_sweep(ablations=heads)
+    assert result.ablation_ranking is not None
+    assert result.ablation_timesteps is not None
+    assert result.ablation_ranking["fill"].to_list() == ["mean", "zero"]
+    assert set(result.ablation_timesteps["fill"]) == {"mean", "zero"}
+    (distance,) = result.further
+    assert set(distance.values["fill"]) == {"mean", "zero"}
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
