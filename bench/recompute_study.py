@@ -100,7 +100,7 @@ def chosen(table: Table, where: np.ndarray) -> Table:
 
 
 def by_cell(table: Table, by: tuple[str, ...], value: str) -> dict[tuple, np.ndarray]:
-    """Means over a source's draws, then items: [sources, timesteps] of every cell, by its names."""
+    """Means over a source's draws, then items: [sources, timesteps], by the names that tell cells apart."""
     for last in (("source_id", "item", "timestep"), ("source_id", "timestep")):
         table = averaged(table, (*by, *last), (value,))
     steps, count = np.unique(table["timestep"], return_counts=True)

@@ -152,6 +152,24 @@ def test_entropies_that_are_no_numbers_void_what_they_enter_and_are_counted():
     assert found.omnibus["p_value"] is None
 
 
+def test_a_row_that_is_missing_voids_what_it_would_enter():
+    one, two = noise(20, 1), noise(20, 2) + 0.5
+    table = pl.concat([items(one, "a"), items(two, "b")])
+    # of the first item, whose rows come first everywhere
+    gone = (pl.col("group") == "a") & (pl.col("item") == 0) & (pl.col("timestep") == 100)
+    whole = made(compare_groups(table, "a", "b"))
+    for gap, heads in ((gone & (pl.col("site") == "mid") & (pl.col("head") == 2), 1), (gone, len(SITES) * HEADS)):
+        found = made(compare_groups(table.filter(~gap), "a", "b"))
+        assert (found.heads["void"] > 0).sum() == heads
+        for step in (100, None):
+            assert of_row(found.sites, site="mid", timestep=step)["value"] is None
+            assert of_row(found.pooled, timestep=step)["value"] is None
+            assert found.divergences.filter(pl.col("timestep").eq_missing(step))["value"].is_null().all()
+        for name in ("value", "first", "second", "p_value"):
+            assert of_row(found.pooled, timestep=500)[name] == of_row(whole.pooled, timestep=500)[name]
+        assert of_row(found.sites, site="mid", timestep=500) == of_row(whole.sites, site="mid", timestep=500)
+
+
 def test_few_sources_are_not_tested():
     found = made(compare_groups(pl.concat([items(noise(19, 1), "a"), items(noise(40, 2) + 1, "b")]), "a", "b"))
     assert found.omnibus["p_value"] is None

@@ -4,11 +4,12 @@ import numpy as np
 import polars as pl
 import pytest
 
+from headscope.study import analyse, analyse_sweep
 from headscope.study.ablation import effects, ranked_heads, select_heads
 from headscope.study.curves import LEAST, MOST, RANDOM, curve_losses, curve_sets, dose_name, dose_of, step_of
 from headscope.study.edits import Edited, edits_of, head_name, heads_in, losses
 from headscope.study.fill_error import fill_errors, without_bias, without_folds
-from headscope.study.interventions import curve_effects, dose_effects, joint_effects
+from headscope.study.interventions import curve_effects, dose_effects, effects_by_timestep, joint_effects
 from study import simulated
 
 SITES = {"a": 2, "b": 2, "c": 1}
@@ -241,6 +242,83 @@ def test_the_error_of_the_mean_fill_widens_its_interval(folded):
     assert alone["fill_error"] is None
     assert alone["fill_bias"] is None
     assert alone["high"] - alone["low"] < 1e-9
+
+
+def test_the_error_of_the_mean_fill_is_in_every_timestep(folded):
+    """An effect of nothing but the fill's error isn't told from 0 at any timestep, with all images alike."""
+    table, errors = folded
+    by_fold = 0.1 + 2 * errors + 3 * errors**2
+    found = effects_by_timestep(table)
+    assert found["fill_error"].to_list() == pytest.approx([by_fold.std(ddof=1) / 2] * 2, rel=1e-9)
+    half = (found["high"] - found["low"]) / 2
+    assert half.to_list() == pytest.approx([3.182446 * by_fold.std(ddof=1) / 2] * 2, rel=1e-4)
+    overall = effects(table).filter(fill="mean")["value"].item()
+    assert found["value"].mean() == pytest.approx(overall, rel=1e-12)
+    shift = 0.1 - overall + 0.001
+    clean = pl.col("clean")
+    none = table.with_columns(edited=pl.col("edited") + clean * (shift - 0.1))
+    found = effects_by_timestep(none)
+    assert found["value"].to_list() == pytest.approx([0.001] * 2, rel=1e-6)
+    assert (found["p_maxt"] > 0.05).all()
+    assert ((found["low"] < 0) & (found["high"] > 0)).all()
+    assert effects_by_timestep(without_folds(table))["fill_error"].is_null().all()
+
+
+def test_folds_are_no_fills_of_a_plain_sweep(folded):
+    table, _ = folded
+    heads = table.with_columns(site=pl.lit("a"), head=0, distance=0.1).drop("kind", "edit")
+    result = analyse_sweep(ablations=heads)
+    assert result.ablation_ranking is not None
+    assert result.ablation_timesteps is not None
+    assert result.ablation_ranking["fill"].to_list() == ["mean", "zero"]
+    assert set(result.ablation_timesteps["fill"]) == {"mean", "zero"}
+    (distance,) = result.further
+    assert set(distance.values["fill"]) == {"mean", "zero"}
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_a_fold_that_diverges_makes_its_edit_void_and_no_other(folded, value):
+    """A mean would leave out null; the error of a fill that isn't known isn't 0."""
+    table, _ = folded
+    table = pl.concat([table, table.with_columns(edit=pl.lit("a h1"))])
+    one = (pl.col("edit") == "a h0") & (pl.col("fill") == "mean 2/4") & (pl.col("item") == 3)
+    broken = table.with_columns(edited=pl.when(one).then(pl.lit(value)).otherwise("edited"))
+    absent = table.filter(~(one & (pl.col("timestep") == STEPS[0])))
+    for lacking, steps in ((broken, 2), (absent, 1)):
+        rows = {row["edit"]: row for row in effects(lacking).filter(fill="mean").iter_rows(named=True)}
+        assert [rows["a h0"][name] for name in ("value", "low", "high", "p_value", "p_maxt")] == [None] * 5
+        assert rows["a h0"]["void"] == SOURCES * DRAWS * steps
+        for name in ("value", "low", "high", "fill_error", "fill_bias"):
+            assert rows["a h1"][name] == pytest.approx(effects(table).filter(fill="mean")[name][0], rel=1e-9)
+        at = effects_by_timestep(lacking).filter(edit="a h0")
+        assert at["value"].is_null().sum() == steps
+
+
+def test_a_random_order_that_lacks_an_image_makes_the_mean_void():
+    table = pl.concat(
+        [paired(f"random {number}: 2", 0.1 * number, kind="set", split="confirm") for number in (1, 2, 3)]
+    )
+    lacking = table.filter(~((pl.col("edit") == "random 2: 2") & (pl.col("item") == 4)))
+    found = curve_effects(lacking)
+    assert found is not None
+    values = dict(found.select("number", "value").iter_rows())
+    assert (values[0], values[2]) == (None, None)
+    assert values[1] == pytest.approx(0.1, rel=1e-9)
+    whole = curve_effects(table)
+    assert whole is not None
+    assert whole.filter(number=0)["value"].item() == pytest.approx(0.2, rel=1e-9)
+
+
+def test_sets_of_another_split_have_no_part_in_what_is_tested():
+    """Selected on discover, a set's losses there would make its effect too large."""
+    confirm, discover = paired("some", 0.1, kind="set"), paired("some", 0.9, kind="set", split="discover")
+    both = pl.concat([confirm, discover]).drop("kind")
+    found = analyse(None, confirm_sets=both, discover_sets=both, edits=[Edited("some", "set", (("a", 0), ("b", 0)))])
+    assert found.interventions is not None
+    row = found.interventions.effects.row(0, named=True)
+    assert row["value"] == pytest.approx(0.1, rel=1e-9)
+    assert row["discover"] == pytest.approx(0.9, rel=1e-9)
+    assert row["sources"] == SOURCES
 
 
 def test_selection_is_two_sided_and_ranking_is_not():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import polars as pl
 
 from headscope.study.edits import EDIT
-from headscope.study.fill_error import fill_errors, without_bias
+from headscope.study.fill_error import fill_errors, without_bias, without_folds
 from headscope.study.inference import degradations, means, plain_text
 from headscope.sweep.plan.config import fold_of
 
@@ -85,11 +85,12 @@ def _relative(rows: pl.DataFrame, group: str) -> pl.DataFrame:
 def rank_heads(ablations: pl.DataFrame, selected: Sequence[tuple[str, int]] = (), seed: int = 0) -> pl.DataFrame:
     """Every ablated head's degradation, averaged over timesteps, without tests: exploratory, as all are looked at.
 
-    Returns a table: group, fill, rank (within group and fill, 1 is the largest), site, head, value (relative), low,
-    high, absolute, absolute_low, absolute_high, sources, selected, exploratory, void.
+    The mean fill's bias, see `fill_error`, is in them; its folds are no fills of their own. Returns a table: group,
+    fill, rank (within group and fill, 1 is the largest), site, head, value (relative), low, high, absolute,
+    absolute_low, absolute_high, sources, selected, exploratory, void.
     """
     ranked = per_group_and_fill(
-        ablations,
+        without_folds(ablations),
         lambda rows: _ranked(_overall(rows, ["site", "head"], seed, test=False)).with_row_index("rank", offset=1),
     )
     names = {f"{site}\n{head}" for site, head in selected}
@@ -106,7 +107,8 @@ def degradation_by_timestep(ablations: pl.DataFrame, seed: int = 0) -> pl.DataFr
     Returns a table: group, fill, site, head, timestep, value, low, high, sources, exploratory.
     """
     relative = per_group_and_fill(
-        ablations, lambda rows: degradations(rows, ["site", "head", "timestep"], seed=seed, test=False)[0]
+        without_folds(ablations),
+        lambda rows: degradations(rows, ["site", "head", "timestep"], seed=seed, test=False)[0],
     )
     return relative.drop("p_value").with_columns(pl.lit(True).alias("exploratory"))
 
@@ -116,7 +118,8 @@ def effects(
 ) -> pl.DataFrame:
     """The degradation by every edit, single heads and sets alike, averaged over timesteps; see `FAMILY`.
 
-    losses: see `edits.losses`. before: those of the discover split, whose degradations stand beside. Returns a table:
+    losses: see `edits.losses`. before: those of the discover split, whose degradations stand beside as they are: they
+    have no folds, so that the mean fill's bias is in them. Returns a table:
     group, fill, kind, edit, value (relative), low, high, absolute, absolute_low, absolute_high, p_value, p_maxt (null
     without a test), standard_error, fill_error, fill_bias (null without folds), sources, exploratory, void, discover.
     """

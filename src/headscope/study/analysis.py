@@ -165,7 +165,7 @@ def analyse(
             None if steps is None else dose_effects(steps, seed),
         )
     return StudyResult(
-        **_described(sites, observations, discover, confirm),
+        **_described(sites, observations, discover, confirm, discover_sets, confirm_sets, curves),
         **_entropies(observations, seed),
         contrast=contrast,
         controls=made,

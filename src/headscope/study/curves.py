@@ -18,10 +18,12 @@ CURVE = (
     "Degradation with the first 1, 2, 4, ... heads of an order removed together. Most and least important first: by the"
     " degradation that each head's removal alone costs the group on the discover split; measured on the confirm split."
     " Random: the mean over {orders} random orders, and the smallest and largest of them as a band."
+    " What the mean fill's number of reference images adds is neither subtracted here nor in the interval."
 )
 DOSE = (
     "Degradation with the gate of a set's heads at other values than 1: output = gate x attention + (1 - gate) x fill."
     " 0 is removal; where the loss falls below the clean one, the model would do better with less (or more) of them."
+    " What the mean fill's number of reference images adds is neither subtracted here nor in the interval."
 )
 _NAME = re.compile(r"(?:(most|least) (\d+)|random (\d+): (\d+))")
 _GATE = re.compile(r"(.+) at gate (\d+(?:\.\d+)?)")

@@ -79,11 +79,16 @@ def entropy_by_head(items: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
 def pooled_items(items: pl.DataFrame) -> pl.DataFrame:
     """One row per item and timestep: its normalised entropy averaged over heads, column normalised.
 
-    Sites with a single key have no normalised entropy and no part in it.
+    Sites with a single key have no normalised entropy and no part in it. NaN where an item lacks a head.
     """
     rows = items.filter(pl.col("query_group") == query_groups(items)[0], pl.col("keys") > 1)
     item = [*_ITEM, "timestep"]
-    return rows.group_by(item, maintain_order=True).agg(pl.col("normalised").mean()).sort(item)
+    heads = rows.group_by(*item, "site", "head", maintain_order=True).agg(pl.col("normalised").mean())
+    count = heads.select("site", "head").n_unique()
+    pooled = heads.group_by(item, maintain_order=True).agg(
+        normalised=pl.when(pl.len() == count).then(pl.col("normalised").mean()).otherwise(float("nan"))
+    )
+    return pooled.sort(item)
 
 
 def entropy_by_group(items: pl.DataFrame, seed: int = 0) -> pl.DataFrame:

@@ -40,8 +40,8 @@ def without_bias(losses: pl.DataFrame) -> pl.DataFrame:
     """The losses without the folds, those of the mean fill less its bias, with a column fill_bias (relative).
 
     losses: see `edits.losses`. At every timestep edited becomes edited - bias * clean, which lowers the relative
-    degradation by the bias, and the absolute one by as much of the clean loss. fill_bias is null without folds, and
-    NaN, as edited then is, where other edits have folds and this one has not, or not finite ones.
+    degradation by the bias, and the absolute one by as much of the clean loss. fill_bias is null without folds; where
+    other edits have folds and this one has not, or not finite ones, it is NaN, and so is edited.
     """
     both = _compared(losses)
     rows = without_folds(losses)

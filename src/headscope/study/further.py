@@ -10,6 +10,7 @@ from typing import NamedTuple
 import polars as pl
 
 from headscope.study.ablation import DISTANCE, per_group_and_fill
+from headscope.study.fill_error import without_folds
 from headscope.study.finite import PAIRS
 from headscope.study.inference import ABSOLUTE, MEAN, RELATIVE, degradations, means, plain_text
 
@@ -56,7 +57,7 @@ def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Sc
         # an observation is of no edit, and attributions have a section of their own
         if "fill" not in table.columns or kind == "attributions" or not len(table):
             continue
-        rows = plain_text(table)
+        rows = without_folds(plain_text(table))
         edited = kind.removeprefix("set_")
         if "x0_clean" in rows.columns:
             found += _degradation_of_x0(kind, rows, seed)

@@ -64,19 +64,19 @@ class Interventions:
         return {name: table for name, table in found.items() if table is not None}
 
 
-def effects_by_timestep(losses: pl.DataFrame, seed: int = 0) -> pl.DataFrame:
+def effects_by_timestep(losses: pl.DataFrame, seed: int = 0, *, test: bool = True) -> pl.DataFrame:
     """The relative degradation by every edit at every timestep, with the headline fill; one family per group."""
     headline = headline_fill(losses)
     errors = fill_errors(losses, at_timesteps=True) if headline == "mean" else None
     rows = without_bias(losses).filter(pl.col("fill") == headline)
     by = [*EDIT, "timestep"]
+    nothing = pl.lit(None, pl.Float64)
 
     def estimate(part: pl.DataFrame) -> pl.DataFrame:
         mine = None if errors is None else errors.filter(pl.col("group") == part["group"][0])
-        found = degradations(part, by, seed=seed, family=True, added=mine)[0]
-        if mine is None:
-            return found.with_columns(fill_error=pl.lit(None, pl.Float64))
-        return found.rename({"added_error": "fill_error"})
+        found = degradations(part, by, seed=seed, test=test, family=test, added=mine)[0]
+        absent = [name for name in ("p_maxt", "added_error") if name not in found.columns]
+        return found.with_columns(nothing.alias(name) for name in absent).rename({"added_error": "fill_error"})
 
     columns = ["group", "fill", *by, "value", "low", "high", "p_value", "p_maxt", "standard_error", "fill_error"]
     return per_group_and_fill(rows, estimate).select(*columns, "sources", "exploratory", "void")

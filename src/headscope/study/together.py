@@ -3,7 +3,7 @@
 *Joint minus sum* of a set of heads = its degradation minus the sum of the degradations of its heads, each removed
 alone, on the same noisy images. Above 0 the heads stand in for each other (redundancy: each alone is missed less than
 its share), below 0 they need each other (synergy: without one the others are useless already). Exactly 0 where effects
-add.
+add. Bias and error of the mean fill (see `fill_error`) are those of this difference, computed from the folds' own.
 """
 
 from collections.abc import Sequence

@@ -146,8 +146,7 @@ def compare(
 
 def _sites(one: pl.DataFrame, two: pl.DataFrame, seed: int) -> pl.DataFrame:
     """The ratios of every site: see `SITES`."""
-    item = ["group", "split", "source_id", "item", "timestep", *_SITE]
-    one, two = (rows.group_by(item, maintain_order=True).agg(pl.col("nats").mean()) for rows in (one, two))
+    one, two = _site_means(one), _site_means(two)
     overall = differences(one, two, "nats", _SITE, "timestep", seed, family=True)
     at_timesteps = differences(one, two, "nats", [*_SITE, "timestep"], seed=seed, test=False)
     at_timesteps = at_timesteps.with_columns(p_maxt=pl.lit(None, pl.Float64))
@@ -157,20 +156,27 @@ def _sites(one: pl.DataFrame, two: pl.DataFrame, seed: int) -> pl.DataFrame:
     return both.with_columns(pl.col("value", "low", "high").exp())
 
 
+def _site_means(rows: pl.DataFrame) -> pl.DataFrame:
+    """One row per item, timestep and site: the mean over its heads, NaN where the item lacks one."""
+    item = ["group", "split", "source_id", "item", "timestep", *_SITE]
+    found = rows.group_by(item, maintain_order=True).agg(pl.col("nats").mean(), pl.len().alias("heads"))
+    whole = pl.col("heads") == pl.col("heads").max().over(_SITE)
+    return found.with_columns(pl.when(whole).then("nats").otherwise(float("nan")).alias("nats"))
+
+
 def _pooled(one: pl.DataFrame, two: pl.DataFrame, seed: int) -> pl.DataFrame:
     """The pooled ratio at every timestep and over all: see `POOLED_RATIO`."""
     one, two = pooled_items(one), pooled_items(two)
     frames = []
     for by, bands in ((["timestep"], None), ([], "timestep")):
         found = ratios(one, two, "normalised", by, bands, seed)
-        tested = differences(one, two, "normalised", by, bands, seed)
-        columns = [
-            found.select(*by, "value", "low", "high", "sources", "exploratory", "void"),
-            tested.select("p_value"),
-        ]
+        beside = [differences(one, two, "normalised", by, bands, seed).select(*by, "p_value")]
         for name, rows in (("first", one), ("second", two)):
-            columns.append(means(rows, "normalised", by, bands, seed).select(pl.col("value").alias(name)))
-        frames.append(pl.concat(columns, how="horizontal"))
+            beside.append(means(rows, "normalised", by, bands, seed).select(*by, pl.col("value").alias(name)))
+        for table in beside:
+            # without `by` there is one row
+            found = found.join(table, on=by, how="left", maintain_order="left") if by else found.hstack(table)
+        frames.append(found)
     at_timesteps, overall = frames
     overall = overall.with_columns(timestep=pl.lit(None, at_timesteps.schema["timestep"]))
     columns = ["timestep", "first", "second", "value", "low", "high", "p_value", "sources", "exploratory", "void"]
