@@ -15,6 +15,7 @@ import sys
 from collections import defaultdict
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -297,12 +298,12 @@ class Losses:
                     store.update({key: np.stack([change[key], clean[key]]) for key in change})
         self.folds = sorted({key[-1] for key in self.first if FOLD.fullmatch(key[-1])})
 
-    def damage(self, parts: dict[tuple, float], group: str, split: str, fill: str) -> dict[str, float | np.ndarray]:
+    def damage(self, parts: dict[tuple, float], group: str, split: str, fill: str) -> dict[str, Any]:
         """Of a weighted sum of edits: relative and absolute degradation, errors, bias, and what each timestep has."""
 
         def both(cells: dict, fill: str) -> tuple[np.ndarray, np.ndarray]:
             found = [(weight, cells[(*edit, group, split, fill)]) for edit, weight in parts.items()]
-            return sum(weight * pair[0] for weight, pair in found), found[0][1][1]
+            return np.sum([weight * pair[0] for weight, pair in found], axis=0), found[0][1][1]
 
         change, clean = both(self.cells, fill)
         at = change.mean(0) / clean.mean(0)
@@ -324,7 +325,7 @@ class Losses:
             "fill_error": fold_error,
             "fill_bias": bias.mean(),
             "at": at - taken,
-            "error_at": [error_of(column) for column in influence.T],
+            "error_at": np.array([error_of(column) for column in influence.T]),
             "fill_error_at": error_at,
         }
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from scipy.stats import binom
 
@@ -51,6 +52,30 @@ def test_one_study(command):
     rows = command.rates({kind: [True, False, False] for kind in command.KINDS})
     assert rows[0]["rate"] == pytest.approx(1 / 3)
     assert rows[0]["low"] < 1 / 3 < rows[0]["high"]
+
+
+def test_what_is_there_is_found(command, monkeypatch):
+    """The same study with one group's entropies 5 % higher, and losses that all edits raise."""
+    entropies, losses = command.entropies, command.losses
+
+    def higher(generator, group, skewed):
+        factor = 1.05 if group == "lfw" else 1.0
+        return entropies(generator, group, skewed).with_columns(
+            pl.col("entropy_mean", "entropy_normalised_mean") * factor
+        )
+
+    def worse(*arguments, **further):
+        return losses(*arguments, **further).with_columns(edited=pl.col("edited") + 0.05 * pl.col("clean"))
+
+    monkeypatch.setattr(command, "entropies", higher)
+    monkeypatch.setattr(command, "losses", worse)
+    with simulated.fewer_draws(499):
+        found = command.null_study(0)
+    # halves of one group don't differ; every edit raises the loss alike, so that a set costs less than its heads' sum
+    assert not any(found["omnibus of halves"])
+    for kind in ("omnibus", "heads", "sites", "pooled ratio", "effects, mean fill", "effects, zero fill"):
+        assert all(found[kind]), kind
+    assert any(found["joint minus sum"])
 
 
 @pytest.mark.full

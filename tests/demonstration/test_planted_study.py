@@ -247,16 +247,17 @@ def test_pairs(tmp_path):
 @pytest.mark.parametrize("fills", [("zero",), ("zero", "mean")])
 @pytest.mark.parametrize("name", ["pairs", "roles", "all"])
 def test_whole_models(name, fills, tmp_path):
-    """Every head of every planted model, entropies too, on two groups at two noise levels with several draws."""
-    groups = ("lfw", "faces_grey")
+    """Every head of every planted model, entropies too; of the small one two groups, noise levels and draws."""
+    more = {"groups": ("lfw", "faces_grey"), "timesteps": (132, 495), "draws": 2} if name == "pairs" else {}
     with simulated.fewer_draws(999):
-        result, truth, sets = studied(name, tmp_path / "run", groups=groups, timesteps=(132, 495), draws=2, fills=fills)
+        result, truth, sets = studied(name, tmp_path / "run", fills=fills, **more)
     found, joint, clear, none = check_effects(result, truth, sets)
-    for group in groups:
+    for group in truth.config.groups:
         check_closed_forms(truth, found, joint, group)
         check_entropies(result, truth, group)
-    assert clear >= 8
-    assert none >= 2
+    assert clear >= 4
+    # dead heads, one_hot with means, and those of which either suffices
+    assert none >= {"pairs": 3, "roles": 1, "all": 3}[name]
 
 
 @pytest.mark.full
