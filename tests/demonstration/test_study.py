@@ -49,7 +49,7 @@ def tables(out):
     found = {}
     for stage in StudyConfig(**json.loads((out / "study.json").read_text())).stages:
         run = Run.open(out / stage)
-        for kind in run.kinds:
+        for kind in run.tables:
             frame = run.table(kind).with_columns(pl.col(pl.Categorical).cast(pl.String)).collect()
             keys = [name for name in frame.columns if frame[name].dtype not in (pl.Float32, pl.Float64)]
             found[stage, kind] = frame.sort(keys, nulls_last=True)

@@ -184,6 +184,8 @@ def test_attributions_beside_ablations_say_how_they_agree():
     sentences = [text for text in lead(result).sentences if text.startswith("By gradients")]
     assert len(sentences) == 2
     # ranked alike but for nothing, which no interval bounds
+    assert result.attributions is not None
+    assert result.attributions.agreement is not None
     assert result.attributions.agreement["value"].to_list() == pytest.approx([1.0, 1.0])
     assert result.attributions.agreement["low"].to_list() == [None, None]
 

@@ -260,10 +260,10 @@ def test_losses_that_are_no_numbers_void_their_head_and_are_counted(broken, ever
     path = tmp_path / "report.html"
     write_sweep_report(path, title="t", run_info={}, ablations=pl.DataFrame(rows))
     count = 4 if every else 1
-    assert (
-        f"there is one key: {count} of ablations.clean. A quantity that holds one has no value. A head"
-        in path.read_text()
-    )
+    page = path.read_text()
+    assert f"Rows with such a number: {count} in ablations.clean. Void are 1 of 2 in ablation ranking," in page
+    assert f'<td class="number">void: {count} missing or not finite</td><td class="number">–</td>' in page
+    assert "1 more heads are void: losses without them are not finite." in page
     ranking = analyse_sweep(ablations=pl.DataFrame(rows)).ablation_ranking
     assert ranking is not None
     ranking = ranking.sort("head")

@@ -249,7 +249,7 @@ def test_degradations(page, labels, tables):
         else:
             assert row[3] == "–"
         check(row[4], relative["confirm", row[1], row[2]][one], 100)
-        check(row[6], absolute["confirm", row[1], row[2]][one])
+        check(row[7], absolute["confirm", row[1], row[2]][one])
     (view,) = page.figures["degradation_maps"]
     for group, panel in zip(titles(view), view["data"], strict=True):
         for one, cells in zip(EVERY, panel["z"], strict=True):

@@ -132,15 +132,17 @@ def _claim(out: Path, config: StudyConfig) -> None:
 
 def read_study(out: Path) -> StudyConfig:
     """The settings a study was started with."""
+    file = out / STUDY
     try:
-        settings = json.loads((out / STUDY).read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"study: {str(file)!r} can't be read ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"study: {str(file)!r} holds no study's settings, expected what headscope study wrote")
+    try:
         return from_table(StudyConfig, settings)
-    except OSError as error:
-        raise ValueError(f"study: {str(out / STUDY)!r} can't be read ({error})") from None
     except ValueError as error:
-        raise ValueError(
-            f"study: {str(out / STUDY)!r} holds no settings of this version's headscope study ({error})"
-        ) from None
+        raise ValueError(f"study: {str(file)!r} holds no study's settings of this version ({error})") from None
 
 
 def report_study(out: Path) -> Path:

@@ -16,7 +16,7 @@ def tiles(comparison: Comparison, names: Names) -> list[Tile]:
     """How alike heads are ranked, with its control, and what differs: nothing whose interval spans no change."""
     found = []
     if comparison.ranks is not None:
-        for row in _first_of_groups(comparison.ranks.drop_nulls(["low", "across"]))[:2]:
+        for row in _first_of_groups(comparison.ranks.drop_nulls("across").filter(_clear(0.0)))[:2]:
             halves = f"halves of the images: {number(row['across'], 2)} across the runs"
             within = f"{number(row['within_first'], 2)} and {number(row['within_second'], 2)} within them"
             found.append(
@@ -80,9 +80,9 @@ def _rank_sentence(row: dict) -> str:
     if row["value"] is None or row["low"] is None:
         return f"How alike the runs rank heads {place}, can't be said: {row['heads']} heads, {row['sources']} sources."
     spans = row["low"] <= 0 <= row["high"]
-    lead = f"The runs' rankings of heads {'agree' if row['low'] > 0 else 'are opposite'}"
+    lead = f"The runs' rankings of heads correlate {'positively' if row['low'] > 0 else 'negatively'}"
     if spans:
-        lead = "No agreement between the runs' rankings of heads was established"
+        lead = "No correlation of the runs' rankings of heads was established"
     halves = (
         f"control, between halves of the images: {number(row['across'], 2)} across the runs,"
         f" {number(row['within_first'], 2)} and {number(row['within_second'], 2)} within each"

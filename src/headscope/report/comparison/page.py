@@ -178,7 +178,8 @@ def _points(title: str, rows: list[dict], names: Names, group: str, write: Any) 
 
 def _side_by_side(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     every = dict.fromkeys(name for run in runs for name in run)
-    return [(name, *(listed(run.get(name)) for run in runs)) for name in every]
+    first, second = runs
+    return [(name, listed(first.get(name)), listed(second.get(name))) for name in every]
 
 
 def _groups_table(comparison: Comparison) -> Table:

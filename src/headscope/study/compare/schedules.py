@@ -32,11 +32,11 @@ def matched_timesteps(first: Side, second: Side, differing: list[Differing]) -> 
             shared = listing([one for one, _ in pairs])
             differing.append(Differing("timesteps", listing(steps[0]), listing(steps[1]), f"compared at {shared}"))
     else:
-        if ratios[0] is None or ratios[1] is None:
+        known = [ratio for ratio in ratios if ratio is not None]
+        if len(known) < len(ratios):
             raise ValueError("second: the noise schedules differ, and that of one is unknown, so no timesteps match")
         ordered = [
-            sorted(((ratio[step], step) for step in one), reverse=True)
-            for one, ratio in zip(steps, ratios, strict=True)
+            sorted(((ratio[step], step) for step in one), reverse=True) for one, ratio in zip(steps, known, strict=True)
         ]
         text = [", ".join(f"{step} ({ratio:.2f})" for ratio, step in one) for one in ordered]
         pairs = [(a, b) for (_, a), (_, b) in zip(*ordered, strict=False)]
@@ -54,8 +54,8 @@ def matched_timesteps(first: Side, second: Side, differing: list[Differing]) -> 
                 f"matched by band: log-SNRs at most {max(apart):.3f} nats apart; the noise itself is not the same",
             )
         )
-    known = ratios[0] or {}
-    rows = [(one, two, known.get(one)) for one, two in pairs]
+    of_first = ratios[0] or {}
+    rows = [(one, two, of_first.get(one)) for one, two in pairs]
     return pl.DataFrame(rows, schema={"first": pl.Int64, "second": pl.Int64, "log_snr": pl.Float64}, orient="row").sort(
         "first"
     )
