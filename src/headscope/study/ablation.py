@@ -27,14 +27,12 @@ FILLS = {
 }
 FAMILY = (
     "One family per group of images and fill: every edit that was tested there, single heads and sets alike. The mean"
-    " fill is the headline; the others stand beside it, as checks that do not rest on a mean."
+    " fill is the headline; the others stand beside it, as checks that do not rest on a mean. Losses are those of"
+    " predictions in single precision: a standard error of 5e-7 of the clean loss stands for their rounding in every"
+    " interval and test, so that nothing below a millionth of the loss is found."
 )
 # the standard error that single precision brings into a relative degradation
 ROUNDING = 5e-7
-ROUNDED = (
-    "Losses are those of predictions in single precision: a standard error of 5e-7 of the clean loss stands for their"
-    " rounding in every interval and test, so that nothing below a millionth of the loss is found."
-)
 DISTANCE = (
     "Mean over sources of the mean squared difference between the image drawn with the head removed and the image drawn"
     " with the whole model from the same noise, pixel values from 0 to 1."
@@ -160,7 +158,7 @@ def effects(
 
 
 def with_rounding(rows: pl.DataFrame, by: Sequence[str], added: pl.DataFrame | None = None) -> pl.DataFrame:
-    """The errors beside that of sampling sources, for `inference.degradations`: those of the fill, and see `ROUNDED`.
+    """The errors beside that of sampling sources, for `inference.degradations`: those of the fill, and `ROUNDING`.
 
     rows: paired losses of one group and fill. added: see `fill_error.fill_errors`, of the group; None without folds.
     """
