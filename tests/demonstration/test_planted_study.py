@@ -192,7 +192,8 @@ def check_closed_forms(truth, found, joint, group):
         row, tolerance, error = joint[group, "confirm", "zero", pair.name]
         clear = abs(row["value"]) > CLEAR * error
         if pair.kind == "either suffices":
-            assert row["value"] == row["joint"]
+            # alone each costs nothing, but for what single precision rounds
+            assert abs(row["value"] - row["joint"]) < 1e-7
             assert row["low"] > 0 or not clear
         elif pair.kind == "both are needed":
             assert abs(row["value"] + one) <= tolerance
