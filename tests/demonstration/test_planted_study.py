@@ -143,10 +143,10 @@ def check_effects(result, truth, sets):
         assert abs(row["standard_error"] - error) <= 2 * tolerance, row
         if row["fill"] == "mean" and truth.config.reference_folds:
             assert abs(bias - truth.bias(parts, row["group"], "confirm")) <= tolerance
-        if value == 0 and not row["fill_error"]:
+        if abs(value) < 1e-12 and not row["fill_error"]:
             assert not row["p_maxt"] < SIGNIFICANT, row
             none += 1
-        elif abs(value) > CLEAR * np.hypot(error, 2 * (row["fill_error"] or 0.0)):
+        elif abs(value) > max(1e-5, CLEAR * np.hypot(error, 2 * (row["fill_error"] or 0.0))):
             assert row["p_maxt"] < SIGNIFICANT, row
             assert row["low"] * row["high"] > 0, row
             assert np.sign(row["value"]) == np.sign(value), row
@@ -180,8 +180,10 @@ def check_closed_forms(truth, found, joint, group):
             and (fill == "zero" or not name.startswith("either"))
         ):
             row = found[group, fill, names[name]]
-            assert (row["value"], row["low"], row["high"]) == (0.0, 0.0, 0.0), (name, row)
-            assert row["p_maxt"] == 1.0
+            # at most what single precision rounds
+            assert abs(row["value"]) < 1e-7, (name, row)
+            assert row["low"] < 0 < row["high"]
+            assert row["p_maxt"] > 0.9
     for pair in truth.truth.pairs:
         if "mean" in fills:
             # joint effects are those of the headline fill
@@ -190,7 +192,8 @@ def check_closed_forms(truth, found, joint, group):
         row, tolerance, error = joint[group, "confirm", "zero", pair.name]
         clear = abs(row["value"]) > CLEAR * error
         if pair.kind == "either suffices":
-            assert row["value"] == row["joint"]
+            # alone each costs nothing, but for what single precision rounds
+            assert abs(row["value"] - row["joint"]) < 1e-7
             assert row["low"] > 0 or not clear
         elif pair.kind == "both are needed":
             assert abs(row["value"] + one) <= tolerance

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from headscope.study.ablation import effects, headline_fill, per_group_and_fill
+from headscope.study.ablation import effects, headline_fill, per_group_and_fill, with_rounding
 from headscope.study.curves import curve_losses, dose_of
 from headscope.study.edits import EDIT, Edited
 from headscope.study.fill_error import fill_errors, without_bias
@@ -74,9 +74,12 @@ def effects_by_timestep(losses: pl.DataFrame, seed: int = 0, *, test: bool = Tru
 
     def estimate(part: pl.DataFrame) -> pl.DataFrame:
         mine = None if errors is None else errors.filter(pl.col("group") == part["group"][0])
-        found = degradations(part, by, seed=seed, test=test, family=test, added=mine)[0]
-        absent = [name for name in ("p_maxt", "added_error") if name not in found.columns]
-        return found.with_columns(nothing.alias(name) for name in absent).rename({"added_error": "fill_error"})
+        added = with_rounding(part, by, mine)
+        found = degradations(part, by, seed=seed, test=test, family=test, added=added)[0]
+        if mine is not None:
+            found = found.join(mine.select(*by, fill_error="added_relative"), on=by, how="left", maintain_order="left")
+        absent = [name for name in ("p_maxt", "fill_error") if name not in found.columns]
+        return found.with_columns(nothing.alias(name) for name in absent)
 
     columns = ["group", "fill", *by, "value", "low", "high", "p_value", "p_maxt", "standard_error", "fill_error"]
     return per_group_and_fill(rows, estimate).select(*columns, "sources", "exploratory", "void")
