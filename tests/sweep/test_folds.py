@@ -84,7 +84,7 @@ def test_rows_are_the_plain_loop_s(fields, tmp_path):
     }
     members["mean"] = list(group.reference)
     singles, sets = ordered(run, "ablations"), ordered(run, "set_ablations")
-    for timestep in config.timesteps:
+    for timestep in config.timesteps or ():
         with torch.inference_mode():
             recorded = {}
             for fill, some in members.items():

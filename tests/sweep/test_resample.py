@@ -128,7 +128,7 @@ def test_attributions_are_to_the_donor_s_output(config, tmp_path):
     for item in group.swept:
         donor = group.reference[donor_of(item.key, 2, 5)]
         with torch.no_grad(), scope.record("head_output", reduce=None) as recorded:
-            for timestep in config.timesteps:
+            for timestep in config.timesteps or ():
                 task.predict(task.noisy_inputs(task.prepare([donor]), timestep, 2))
         expected = scope.attribute(
             task, [item], config.timesteps, sites=[SITE, "down_blocks.1.attentions.0"], cotangents=2,

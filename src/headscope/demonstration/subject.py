@@ -89,8 +89,8 @@ def describe_heads(
     attended = {}
     if ties:
         tied = tuple(group for pair in ties.items() for group in pair)
-        base = replace(base, groups=tied, heads=None, sets=(), fills=(), scores=(), reference_items=None)
-        base = replace(base, kinds=("regions",))
+        nothing = {"heads": None, "sets": (), "fills": (), "scores": (), "reference_items": None}
+        base = replace(base, groups=tied, kinds=("regions",), **nothing)
         regions = run_sweep(base, work / "regions", title="where tied parts attend", **show)
         attended = _counterparts(table_in_memory(regions, "regions"))
 
