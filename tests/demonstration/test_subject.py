@@ -27,7 +27,8 @@ def described(tmp_path_factory):
     shutil.copytree(WEIGHTS, folder / "model")
     card = "# A model\n\nSome text.\n\n## What its heads do\n\nAn earlier one.\n"
     (folder / "model" / "MODEL_CARD.md").write_text(card)
-    summary = describe_heads(folder / "model", folder / "work", groups=GROUPS, items=2, bands=1, progress=False)
+    settings = {"groups": GROUPS, "items": 2, "bands": 1, "reference_items": 16}
+    summary = describe_heads(folder / "model", folder / "work", **settings, progress=False)
     return folder, summary
 
 

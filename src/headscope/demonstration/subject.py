@@ -39,6 +39,7 @@ def describe_heads(
     groups: Sequence[str] = (),
     items: int = 20,
     bands: int = 3,
+    reference_items: int | None = None,
     progress: bool = True,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def describe_heads(
         groups: the groups to measure on; none given are those that the model was trained on.
         items: items of each group and split.
         bands: timesteps, evenly spaced in log-SNR from 3 to -3.
+        reference_items: training items of each group that the mean fill is taken over; None takes all.
 
     Returns:
         What heads.json holds.
@@ -67,7 +69,7 @@ def describe_heads(
 
     everything = HeadSet(_ALL, sites=("*",))
     base = SweepConfig(model=IN_MEMORY, groups=groups, splits=("discover",), items=items, bands=bands, observe=False)
-    base = replace(base, fills=("mean",), sets=(everything,))
+    base = replace(base, fills=("mean",), sets=(everything,), reference_items=reference_items)
     found = run_sweep(base, work / "discover", title="every head removed", **show)
     discover = _effects(table_in_memory(found, "ablations"))
     singles = {group: _singles(discover, group) for group in groups}
@@ -87,7 +89,8 @@ def describe_heads(
     attended = {}
     if ties:
         tied = tuple(group for pair in ties.items() for group in pair)
-        base = replace(base, groups=tied, heads=None, sets=(), fills=(), scores=(), kinds=("regions",))
+        base = replace(base, groups=tied, heads=None, sets=(), fills=(), scores=(), reference_items=None)
+        base = replace(base, kinds=("regions",))
         regions = run_sweep(base, work / "regions", title="where tied parts attend", **show)
         attended = _counterparts(table_in_memory(regions, "regions"))
 

@@ -7,6 +7,7 @@ import polars as pl
 from headscope.report.lead import Tile
 from headscope.report.marks import SIGNIFICANT
 from headscope.report.naming import Names, fitted, interval, number, percent, probability
+from headscope.study.ablation import headline_fill
 from headscope.study.compare import Comparison
 
 Write = Callable[[float | None], str]
@@ -16,7 +17,7 @@ def tiles(comparison: Comparison, names: Names) -> list[Tile]:
     """How alike heads are ranked, with its control, and what differs: nothing whose interval spans no change."""
     found = []
     if comparison.ranks is not None:
-        for row in _first_of_groups(comparison.ranks.drop_nulls("across").filter(_clear(0.0)))[:2]:
+        for row in _first_of_groups(_by_size(comparison.ranks).drop_nulls("across").filter(_clear(0.0)))[:2]:
             halves = f"halves of the images: {number(row['across'], 2)} across the runs"
             within = f"{number(row['within_first'], 2)} and {number(row['within_second'], 2)} within them"
             found.append(
@@ -52,16 +53,19 @@ def tiles(comparison: Comparison, names: Names) -> list[Tile]:
 
 
 def findings(comparison: Comparison, names: Names) -> list[str]:
-    """The answer first: are heads ranked alike, do the models denoise alike, which heads differ."""
+    """The answer first: are heads ranked alike, do the models denoise alike, which heads differ.
+
+    Of several fills, the headline's; the tables have all.
+    """
     sentences = []
     if comparison.ranks is not None:
-        sentences += [_rank_sentence(row) for row in comparison.ranks.iter_rows(named=True)]
+        sentences += [_rank_sentence(row) for row in _by_size(comparison.ranks).iter_rows(named=True)]
     if comparison.clean is not None:
         overall = comparison.clean.filter(pl.col("timestep").is_null())
         sentences += [_clean_sentence(row) for row in overall.iter_rows(named=True)]
     for table, singular in ((comparison.heads, "head"), (comparison.sets, "set")):
         if table is not None:
-            sentences += _family_sentences(table, names, singular, "degradation", points)
+            sentences += _family_sentences(_of_headline(table), names, singular, "degradation", points)
     if comparison.entropy is not None:
         sentences += _family_sentences(comparison.entropy, names, "head", "entropy", None)
     if comparison.entropy_sites is not None:
@@ -163,12 +167,25 @@ def _largest(table: pl.DataFrame | None) -> dict | None:
     """The largest of the differences that are clear of 0 and whose corrected p is below 0.05."""
     if table is None:
         return None
-    rows = table.filter(_clear(0.0) & (pl.col("p_maxt") < SIGNIFICANT)).sort(pl.col("value").abs(), descending=True)
+    clear = _of_headline(table).filter(_clear(0.0) & (pl.col("p_maxt") < SIGNIFICANT))
+    rows = clear.sort(pl.col("value").abs(), descending=True)
     return rows.row(0, named=True) if len(rows) else None
 
 
 def _clear(null: float) -> pl.Expr:
     return (pl.col("low") > null) | (pl.col("high") < null)
+
+
+def _by_size(ranks: pl.DataFrame) -> pl.DataFrame:
+    """The rankings of most heads first, those that can't be compared last."""
+    order = [pl.col("low").is_null(), -pl.col("heads").cast(pl.Int64)]
+    return _of_headline(ranks).sort(order, maintain_order=True)
+
+
+def _of_headline(table: pl.DataFrame) -> pl.DataFrame:
+    """The rows of every stage's headline fill."""
+    parts = table.partition_by("part", maintain_order=True)
+    return pl.concat(part.filter(pl.col("fill") == headline_fill(part)) for part in parts)
 
 
 def _first_of_groups(table: pl.DataFrame) -> list[dict]:
