@@ -121,6 +121,10 @@ def test_bad_settings():
         StudyConfig(groups=("cats",))
     with pytest.raises(ValueError, match="ablate_groups: got cats"):
         StudyConfig(ablate_groups=("cats",))
+    with pytest.raises(ValueError, match="reference_items: got 3, expected at least 4"):
+        StudyConfig(reference_items=3)
+    with pytest.raises(ValueError, match="ablate_groups: got photographs, whose training images are of 3 sources"):
+        StudyConfig(ablate_groups=("photographs",))
     with pytest.raises(ValueError, match="model: got 'sd15', expected one of pixeldit, unet, planted:"):
         StudyConfig(model="sd15")
 

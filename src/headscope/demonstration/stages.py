@@ -82,6 +82,11 @@ class StudyConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.reference_items is not None and self.reference_items < REFERENCE_FOLDS:
+            raise ValueError(
+                f"reference_items: got {self.reference_items}, expected at least {REFERENCE_FOLDS}, of the parts whose"
+                " means give the fill's own error"
+            )
         if self.drawn_images < 0:
             raise ValueError(f"drawn_images: got {self.drawn_images}, expected at least 0")
         for field in ("groups", "ablate_groups"):
@@ -98,6 +103,13 @@ class StudyConfig:
             if getattr(self, name) > least:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)} of each split, expected at most the groups' {least}"
+                )
+        for name in self.ablate_groups:
+            count = len(open_group(name).sources("train"))
+            if count < REFERENCE_FOLDS:
+                raise ValueError(
+                    f"ablate_groups: got {name}, whose training images are of {count} sources; expected groups of at"
+                    f" least {REFERENCE_FOLDS}"
                 )
         # settings that no sweep can have are refused now, not when the sweeps begin
         for stage in (observe(self), discover(self, {})):
