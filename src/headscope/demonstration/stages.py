@@ -246,6 +246,17 @@ def top_name(config: StudyConfig, group: str) -> str:
     return f"top {config.heads_per_group} of {group}"
 
 
+def carriers_name(group: str) -> str:
+    """What the set of the heads that carry a group's tie is called."""
+    return f"carriers of {group}"
+
+
+def targets_of(config: StudyConfig) -> dict[str, str]:
+    """The group that each set was selected for, by the names that sets may have."""
+    groups = config.ablate_groups
+    return {name: group for group in groups for name in (top_name(config, group), carriers_name(group))}
+
+
 def selected_sets(config: StudyConfig, ablations: pl.DataFrame) -> list[HeadSet]:
     """The sets that discover selects: each group's largest heads; of a tied group those that cost it most beyond what
     they cost its control."""
@@ -257,7 +268,7 @@ def selected_sets(config: StudyConfig, ablations: pl.DataFrame) -> list[HeadSet]
             heads = ranked_heads(ablations, group, beyond=opened.control)[:count]
             # often they are the group's largest
             if all(set(heads) != set(chosen.heads) for chosen in sets):
-                sets.append(HeadSet(f"carriers of {group}", heads=tuple(heads)))
+                sets.append(HeadSet(carriers_name(group), heads=tuple(heads)))
     return sets
 
 

@@ -175,6 +175,7 @@ def report_study(out: Path) -> Path:
         untrained=table("untrained", "observations"),
         curves=pl.concat(curves, how="diagonal") if curves else None,
         edits=tuple(edits.values()),
+        targets=stages.targets_of(config),
         count_per_group=config.heads_per_group,
         sites=sites_of(finished["observe"]),
         seed=config.seed,

@@ -99,6 +99,7 @@ def analyse(
     curves: pl.DataFrame | None = None,
     untrained: pl.DataFrame | None = None,
     edits: Sequence[Edited] = (),
+    targets: Mapping[str, str] | None = None,
     natural: str = NATURAL,
     synthetic: str = SYNTHETIC,
     count_per_group: int = 5,
@@ -112,9 +113,9 @@ def analyse(
     discover, on the confirm split. discover_sets, confirm_sets: those of sets of heads. curves: those of the sets of
     curves and doses, see `curves`, on the confirm split. untrained: entropies of the same groups in the model with
     random weights, for another control. edits: what was edited, see `edits.edits_of`; none given are the heads of
-    confirm. natural, synthetic: the groups to compare. count_per_group: what `select_heads` was called with, to mark
-    the selected heads in the ranking. sites: the model's, in the order of execution, which the tables' own rows don't
-    follow. seed: of the resampling.
+    confirm. targets: the groups that sets were selected for, by their names. natural, synthetic: the groups to compare.
+    count_per_group: what `select_heads` was called with, to mark the selected heads in the ranking. sites: the model's,
+    in the order of execution, which the tables' own rows don't follow. seed: of the resampling.
     """
     observations, untrained = map(_filled, (observations, untrained))
     discover, discover_sets = (_of_split(table, "discover") for table in (discover, discover_sets))
@@ -163,6 +164,7 @@ def analyse(
             joint_effects(together, edits, seed),
             None if steps is None else curve_effects(steps, seed),
             None if steps is None else dose_effects(steps, seed),
+            targets or {},
         )
     return StudyResult(
         **_described(sites, observations, discover, confirm, discover_sets, confirm_sets, curves),

@@ -1,7 +1,7 @@
 """Experiment two, whole: heads removed alone and together, more and more of them, and by degrees."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import polars as pl
 
@@ -30,6 +30,7 @@ class Interventions:
             were all removed alone.
         curves: group, order, number, count, value, low, high, sources, exploratory; None without curves.
         doses: group, edit, gate, value, low, high, sources, exploratory; None without doses.
+        targets: the group that each selected set was selected for, by the set's name; empty where that isn't known.
     """
 
     edits: Sequence[Edited]
@@ -39,6 +40,7 @@ class Interventions:
     joint: pl.DataFrame | None = None
     curves: pl.DataFrame | None = None
     doses: pl.DataFrame | None = None
+    targets: Mapping[str, str] = field(default_factory=dict)
 
     def of_heads(self) -> pl.DataFrame:
         """The effects of single heads, with columns site and head."""

@@ -1,6 +1,6 @@
 """What the lead says of removed heads that were tested on the confirm split: heads, sites, sets, and their range."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -129,9 +129,13 @@ def _void(every: pl.DataFrame) -> Finding | None:
     return Finding(Strength.CONFIRMED, sentence)
 
 
-def _range(tested: pl.DataFrame) -> Finding | None:
-    """What the removals of targeted sets span, beside the abstract's range."""
+def _range(tested: pl.DataFrame, targets: Mapping[str, str]) -> Finding | None:
+    """What the removals of targeted sets span, beside the abstract's range.
+
+    targets: the group that a set was selected for; removed from others it is a control. Empty: unknown.
+    """
     sets = tested.filter(pl.col("kind") == "set").to_dicts()
+    sets = [row for row in sets if targets.get(row["edit"], row["group"]) == row["group"]]
     if not sets:
         return None
     found = [row for row in sets if established(row) and row["value"] > 0]
@@ -140,7 +144,9 @@ def _range(tested: pl.DataFrame) -> Finding | None:
         return Finding(Strength.RANGE, sentence)
     ends = [pick(found, key=lambda row: row["value"]) for pick in (min, max)]
     texts = [f"{percent(row['value'])} ({row['edit']} on {row['group']}, {interval_of(row, percent)})" for row in ends]
-    counted = f"{len(found)} of {len(sets)} removals of a targeted set from a group"
+    counted = f"{len(found)} of {len(sets)} removals of a targeted set from the group that it was selected for"
+    if not targets:
+        counted = f"{len(found)} of {len(sets)} removals of a targeted set from a group"
     sentence = (
         f"{counted[0].upper()}{counted[1:]} raise the loss (corrected p < 0.05), from {texts[0]} to {texts[1]}; the"
         f" abstract's range is {ABSTRACT_RANGE}, of other models and images."
