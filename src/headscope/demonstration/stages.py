@@ -30,7 +30,7 @@ DOSES = (0.25, 0.5, 0.75, 1.25, 1.5)
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The settings of a study. The defaults take about five minutes on two cores.
+    """The settings of a study. The defaults take about eight minutes on two cores.
 
     Attributes:
         model: the bundled model's name.
