@@ -42,7 +42,7 @@ def findings(result: StudyResult, names: Names) -> list[Finding]:
     made = [_largest(tested.filter(pl.col("kind") == kind), found, names, kind) for kind in kinds]
     made.append(_at_a_timestep(found, names))
     made += [_not_established(tested.filter(pl.col("kind") == kind), kind) for kind in kinds]
-    made += [_range(tested), _void(every)]
+    made += [_range(tested, found.targets), _void(every)]
     return [finding for finding in made if finding is not None]
 
 
