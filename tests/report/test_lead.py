@@ -98,6 +98,21 @@ def test_kinds_have_a_finding_each_and_the_largest_of_each_is_named():
     assert ABSTRACT_RANGE in found.tiles[-1].detail
 
 
+def test_the_range_is_that_of_sets_on_the_groups_they_were_selected_for():
+    """Removed from other groups' images, they are controls."""
+    found = study(
+        ("untied", "set", "copies", 0.05, 0.02, 0.08, 0.01),
+        ("tied", "set", "copies", 1.5, 1.2, 1.8, 0.001),
+        ("untied", "set", "others", 0.3, 0.2, 0.4, 0.001),
+    )
+    assert found.interventions is not None
+    targeted = replace(found.interventions, targets={"copies": "tied", "others": "untied"})
+    span = lead(replace(found, interventions=targeted)).sentences[-1]
+    assert span.startswith("2 of 2 removals of a targeted set from the group that it was selected for raise the loss")
+    assert "from 30.0 % (others on untied" in span
+    assert "to 150 % (copies on tied" in span
+
+
 def test_removals_that_lower_the_loss_are_told_as_such():
     found = lead(study(("tied", "head", "block 1 h0", -0.2, -0.3, -0.1, 0.001)))
     assert found.tiles[0].label == "less loss on tied without block 1 h0"
