@@ -37,7 +37,6 @@ DISTANCE = (
     "Mean over sources of the mean squared difference between the image drawn with the head removed and the image drawn"
     " with the whole model from the same noise, pixel values from 0 to 1."
 )
-_HEAD = ["site", "head", "fill"]
 
 
 def headline_fill(ablations: pl.DataFrame) -> str:

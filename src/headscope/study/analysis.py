@@ -125,8 +125,15 @@ def analyse(
         _entropies_of(kind, table, left_out)
         for kind, table in (("observations", observations), ("untrained", untrained))
     )
-    discover, confirm = (
-        _finite(kind, table, ("clean",), left_out) for kind, table in (("discover", discover), ("confirm", confirm))
+    discover, confirm, discover_sets, confirm_sets, curves = (
+        _finite(kind, table, ("clean",), left_out)
+        for kind, table in (
+            ("discover", discover),
+            ("confirm", confirm),
+            ("discover_sets", discover_sets),
+            ("confirm_sets", confirm_sets),
+            ("curves", curves),
+        )
     )
     omitted: dict[str, str] = {}
     contrast: Comparison | None = None

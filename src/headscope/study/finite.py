@@ -7,7 +7,7 @@ PAIRS = {"clean": ("clean", "edited"), "x0_clean": ("x0_clean", "x0_edited")}
 
 
 def finite(table: pl.DataFrame, name: str) -> tuple[pl.DataFrame, int]:
-    """Replace what isn't finite in a column, or in its pair of columns, by null, which means and sums leave out.
+    """Replace what isn't finite in a column, or in its pair of columns, by null, which makes void what it enters.
 
     Returns the table, and the number of rows with such a value.
     """
