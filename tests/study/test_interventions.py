@@ -80,6 +80,8 @@ def test_the_kind_of_an_edit_is_told_from_its_heads():
     assert by_name["warm"].gate == 1.0
     assert by_name["everything"].heads == tuple(EVERY)
     assert edits_of([chosen("site alone", ["x"])], {"x": 3})[-1].kind == "all"
+    # of a site that the run doesn't have
+    assert edits_of([chosen("foreign", heads=[("y", 0)])], {"x": 3})[-1].kind == "set"
 
 
 def test_losses_are_one_table():

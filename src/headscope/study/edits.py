@@ -81,7 +81,8 @@ def _kind(heads: set[tuple[str, int]], sites: Mapping[str, int]) -> str:
     if len(heads) == sum(sites.values()):
         return "all"
     touched = {site for site, _ in heads}
-    if len(heads) < sum(sites[site] for site in touched):
+    # a run's description may come from anywhere
+    if not touched <= set(sites) or len(heads) < sum(sites[site] for site in touched):
         return "set"
     return "site" if len(touched) == 1 else "level"
 
