@@ -217,6 +217,8 @@ def test_no_text_of_a_run_is_markup_in_its_report(run, outside):
         group |= {"name": group["name"] + EVIL, "description": EVIL, "items": EVIL}
     for site in manifest["sites"]:
         site["name"] += EVIL
+    for chosen in manifest["config"]["sets"]:
+        chosen["heads"] = [[site + EVIL, head] for site, head in chosen["heads"]]
     manifest["config"]["seed"], manifest["timesteps"] = 0, [EVIL]
     del manifest["seal"]
     (run / MANIFEST).write_bytes(files.seals.to_json(manifest, MANIFEST))

@@ -36,6 +36,9 @@ def write_contact_sheets(run: Run, *, edits: int = 12, items: int = 8) -> list[P
         raise ValueError(f"run: {str(run.path)!r} has no generations, expected a sweep with the score generate")
     written = []
     for sheet in sheets:
+        for name in (sheet.group, sheet.fill):
+            if "/" in name or "\0" in name:
+                raise ValueError(f"run: a table of {str(run.path)!r} has {name!r}, expected a name without /")
         path = run.path / f"contact-{sheet.kind}-{sheet.group}-{sheet.fill}.png"
         _write(path, sheet.rows)
         written.append(path)
@@ -63,9 +66,6 @@ def contact_sheets(run: Run, *, edits: int = 12, items: int = 8) -> list[Contact
         with as_written(run):
             frame, images, clean = _read(run, kind)
             for (group, fill), rows in frame.group_by("group", "fill", maintain_order=True):
-                for name in (str(group), str(fill)):
-                    if "/" in name or "\0" in name:
-                        raise ValueError(f"run: a table of {str(run.path)!r} has {name!r}, expected a name without /")
                 found.append(ContactSheet(kind, str(group), str(fill), _sheet(rows, images, clean, edits, items)))
     return found
 
