@@ -206,7 +206,7 @@ def test_no_text_of_a_run_is_markup_in_its_report(run, outside):
                 table = table.set_column(table.schema.get_field_index(name), name, column.dictionary_encode())
         return table
 
-    for kind in ("observations", "ablations", "generations"):
+    for kind in ("observations", "ablations", "generations", "attributions"):
         rewrite_table(run, kind, marked)
     manifest = manifest_of(run)
     for name in ("device", "created", "threads"):
@@ -217,8 +217,6 @@ def test_no_text_of_a_run_is_markup_in_its_report(run, outside):
         group |= {"name": group["name"] + EVIL, "description": EVIL, "items": EVIL}
     for site in manifest["sites"]:
         site["name"] += EVIL
-    for chosen in manifest["config"]["sets"]:
-        chosen["heads"] = [[site + EVIL, head] for site, head in chosen["heads"]]
     manifest["config"]["seed"], manifest["timesteps"] = 0, [EVIL]
     del manifest["seal"]
     (run / MANIFEST).write_bytes(files.seals.to_json(manifest, MANIFEST))
