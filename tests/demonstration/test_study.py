@@ -57,7 +57,7 @@ def tables(out):
 
 
 @pytest.mark.parametrize(
-    "model", ["pixeldit", *(pytest.param(name, marks=pytest.mark.full) for name in EXECUTED if name != "pixeldit")]
+    "model", ["planted:pairs", *(pytest.param(name, marks=pytest.mark.full) for name in ("pixeldit", "unet"))]
 )
 def test_a_whole_study(model, tmp_path):
     config = StudyConfig(**SMALL, model=model)

@@ -164,7 +164,8 @@ def misplaced(problems: list[dict]) -> list[list[str]]:
     return answers(SCRIPT, problems)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_forward_kernels_for_hopper(dtype):
     found = misplaced([{**problem, "dtype": dtype} for problem in PROBLEMS])
     assert len(found) == len(PROBLEMS)

@@ -55,6 +55,7 @@ def killed_until_finished(
     assert_same(folder / "run", whole)
 
 
+@pytest.mark.full
 def test_a_kill_changes_nothing(ddpm_directory, whole, tmp_path):
     killed_until_finished(tmp_path, ddpm_directory, whole, [1.0], "local", 1)
 

@@ -29,6 +29,7 @@ class Counting(Silent):
         self.tensors.append(sum(issubclass(type(entry), torch.Tensor) for entry in alive))
 
 
+@pytest.mark.full
 def test_nothing_piles_up_over_units(ddpm_directory, tmp_path):
     config = SweepConfig(
         model=ddpm_directory,
