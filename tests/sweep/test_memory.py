@@ -3,6 +3,7 @@
 import gc
 from collections import Counter
 
+import pytest
 import torch
 
 from headscope.sweep import Execution, SweepConfig
