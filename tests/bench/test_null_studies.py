@@ -81,10 +81,10 @@ def test_what_is_there_is_found(command, monkeypatch):
 @pytest.mark.full
 @pytest.mark.timeout(1500)
 def test_few_null_studies_find_something(command):
-    """Of 40, no more than what a rate of 6 % gives with a probability of 0.1 %."""
+    """Of 20, no more than what a rate of 6 % gives with a probability of 0.1 %."""
     found = defaultdict(list)
     with simulated.fewer_draws(999):
-        for seed in range(1000, 1040):
+        for seed in range(1000, 1020):
             for kind, rejected in command.null_study(seed).items():
                 found[kind] += rejected
     for kind in command.KINDS:

@@ -62,8 +62,8 @@ def test_a_kill_changes_nothing(ddpm_directory, whole, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", range(5))
-def test_fifty_kills_change_nothing(ddpm_directory, whole, tmp_path, seed):
+@pytest.mark.parametrize("seed", range(2))
+def test_twenty_kills_change_nothing(ddpm_directory, whole, tmp_path, seed):
     random = np.random.default_rng(seed)
     killed_until_finished(tmp_path, ddpm_directory, whole, random.uniform(0.0, 8.0, 8).tolist(), "local", 1)
     # processes of a killed one end, too
