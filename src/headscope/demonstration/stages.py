@@ -227,12 +227,11 @@ def drawn(config: StudyConfig, ablations: pl.DataFrame) -> SweepConfig:
     )
 
 
-def wholes_of(observations: pl.DataFrame, sites: Sequence[str]) -> dict[str, list[str]]:
+def wholes_of(sizes: Mapping[str, int], sites: Sequence[str]) -> dict[str, list[str]]:
     """The sites of every site, and of every resolution that several, but not all, attend at, by their numbers of keys.
 
-    sites: in the order of execution.
+    sizes: each site's number of keys. sites: in the order of execution.
     """
-    sizes = dict(observations.select("site", "keys").unique().iter_rows())
     found = {site: [site] for site in sites} if len(sites) > 1 else {}
     for keys in dict.fromkeys(sizes[site] for site in sites):
         level = [site for site in sites if sizes[site] == keys]

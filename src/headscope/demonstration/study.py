@@ -110,7 +110,8 @@ def _sweep_of(config: StudyConfig, stage: str, ran: dict[str, Run]) -> SweepConf
 
 
 def _wholes(observed: Run) -> dict[str, list[str]]:
-    return stages.wholes_of(table_in_memory(observed, "observations"), sites_of(observed))
+    sizes = observed.table("observations").select(pl.col("site").cast(pl.String), "keys").unique().collect()
+    return stages.wholes_of(dict(sizes.iter_rows()), sites_of(observed))
 
 
 def _claim(out: Path, config: StudyConfig) -> None:

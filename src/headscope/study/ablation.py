@@ -82,7 +82,12 @@ def _of_discover(ablations: pl.DataFrame) -> pl.DataFrame:
 
 
 def _relative(rows: pl.DataFrame, group: str) -> pl.DataFrame:
-    return _overall(rows.filter(pl.col("group") == group), ["site", "head"], 0, test=False)
+    return _values(rows.filter(pl.col("group") == group), ["site", "head"])
+
+
+def _values(rows: pl.DataFrame, by: list[str]) -> pl.DataFrame:
+    """The relative degradations of one group with one fill, averaged over timesteps, without intervals."""
+    return degradations(rows, by, "timestep", test=False, interval=False)[0].select(*by, "value")
 
 
 def rank_heads(ablations: pl.DataFrame, selected: Sequence[tuple[str, int]] = (), seed: int = 0) -> pl.DataFrame:
@@ -136,9 +141,9 @@ def effects(
             of_fill = mine.select(*EDIT, fill_error="added_relative")
             found = found.join(of_fill, on=list(EDIT), how="left", maintain_order="left")
         bias = (
-            rows.group_by(*EDIT, "timestep")
+            rows.group_by(*EDIT, "timestep", maintain_order=True)
             .agg(pl.col("fill_bias").first())
-            .group_by(EDIT)
+            .group_by(EDIT, maintain_order=True)
             .agg(pl.col("fill_bias").mean())
         )
         found = found.join(bias, on=list(EDIT), how="left", maintain_order="left")
@@ -146,14 +151,19 @@ def effects(
     table = pl.concat(frames, how="diagonal")
     discover = pl.lit(None, pl.Float64).alias("discover")
     if before is not None:
-        beside = per_group_and_fill(before, lambda rows: degradations(rows, list(EDIT), "timestep", test=False)[0])
-        beside = beside.select(*key, pl.col("value").alias("discover"))
+        beside = per_group_and_fill(before, lambda rows: _values(rows, list(EDIT))).rename({"value": "discover"})
         table, discover = table.join(beside, on=key, how="left", maintain_order="left"), pl.col("discover")
     nothing = {name: pl.lit(None, pl.Float64).alias(name) for name in ("p_maxt", "fill_error")}
     table = table.with_columns(*(column for name, column in nothing.items() if name not in table.columns))
     columns = [*key, "value", "low", "high", "absolute", "absolute_low", "absolute_high", "p_value", "p_maxt"]
     columns += ["standard_error", "fill_error", "fill_bias", "sources", "exploratory"]
     return table.select(*columns, "void", discover)
+
+
+def effect_values(losses: pl.DataFrame, name: str) -> pl.DataFrame:
+    """The values alone of `effects`, in a column of a name, by group, fill, kind and edit."""
+    found = per_group_and_fill(without_bias(losses), lambda rows: _values(rows, list(EDIT)))
+    return found.rename({"value": name})
 
 
 def with_rounding(rows: pl.DataFrame, by: Sequence[str], added: pl.DataFrame | None = None) -> pl.DataFrame:

@@ -48,7 +48,9 @@ def without_bias(losses: pl.DataFrame) -> pl.DataFrame:
     if both is None:
         return rows.with_columns(fill_bias=pl.lit(None, pl.Float64))
     key = [*_KEY, "timestep"]
-    bias = both.group_by(key).agg(fill_bias=(pl.col("value").mean() - pl.col("whole").first()) / (pl.len() - 1))
+    bias = both.group_by(key, maintain_order=True).agg(
+        fill_bias=(pl.col("value").mean() - pl.col("whole").first()) / (pl.len() - 1)
+    )
     rows = rows.join(bias, on=key, how="left", maintain_order="left")
     rows = rows.with_columns(fill_bias=pl.when(pl.col("fill") == "mean").then(pl.col("fill_bias").fill_null(np.nan)))
     return rows.with_columns(edited=pl.col("edited") - pl.col("fill_bias").fill_null(0.0) * pl.col("clean"))
@@ -65,8 +67,8 @@ def fill_errors(losses: pl.DataFrame, *, at_timesteps: bool = False) -> pl.DataF
     if both is None:
         return None
     key = [*_KEY, "timestep"] if at_timesteps else _KEY
-    overall = both.group_by(*key, "fill").agg(pl.col("value", "absolute").mean())
-    errors = overall.group_by(key).agg(
+    overall = both.group_by(*key, "fill", maintain_order=True).agg(pl.col("value", "absolute").mean())
+    errors = overall.group_by(key, maintain_order=True).agg(
         added_relative=(pl.col("value").var() / pl.len()).sqrt(),
         added_absolute=(pl.col("absolute").var() / pl.len()).sqrt(),
     )

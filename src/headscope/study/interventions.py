@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from headscope.study.ablation import effects, headline_fill, per_group_and_fill, with_rounding
+from headscope.study.ablation import effect_values, effects, headline_fill, per_group_and_fill, with_rounding
 from headscope.study.curves import curve_losses, dose_of
 from headscope.study.edits import EDIT, Edited
 from headscope.study.fill_error import fill_errors, without_bias
@@ -111,8 +111,7 @@ def joint_effects(
         table = effects(rest, seed, test=test)
         together = part.join(rest.select(EDIT).unique(), on=list(EDIT), how="semi", maintain_order="left")
         for name, rows in (("joint", together), ("sum", sums)):
-            beside = effects(rows, seed, test=False).select(*key, pl.col("value").alias(name))
-            table = table.join(beside, on=key, how="left", maintain_order="left")
+            table = table.join(effect_values(rows, name), on=key, how="left", maintain_order="left")
         heads = pl.col("edit").replace_strict(sizes, return_dtype=pl.Int64)
         found.append(table.with_columns(split=pl.lit(split), heads=heads))
     if not found:

@@ -163,6 +163,7 @@ def degradations(
     *,
     family: bool = False,
     added: pl.DataFrame | None = None,
+    interval: bool = True,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Relative and absolute degradation of the loss, per quantity: see `RELATIVE`, `ABSOLUTE` and `EFFECT_TEST`.
 
@@ -175,6 +176,7 @@ def degradations(
         seed, family: as in `means`.
         test: whether to test; without it, p_value is null.
         added: as in `means`, with columns added_relative and added_absolute in place of added_error.
+        interval: whether intervals are needed; without them (and without tests) nothing is drawn, which is quick.
 
     Returns:
         Two tables, the relative one as a fraction (0.25 is 25 %), the absolute one in units of the loss.
@@ -196,7 +198,8 @@ def degradations(
 
         def run(cells: np.ndarray, _: np.ndarray, columns=columns, function=function, extra=extra) -> Inference:
             groups = [columns[:, :, cells]]
-            return infer(groups, function, seed, _of(extra, cells), tested=test or family, family=family)
+            error, tested = _of(extra, cells), test or family
+            return infer(groups, function, seed, error, interval=interval, tested=tested, family=family)
 
         outcome = _everywhere(len(table.cells), _dense(offending == 0), run)
         errors = {"added_error": extra.standard_error} if extra else {}

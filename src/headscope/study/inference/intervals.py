@@ -70,6 +70,7 @@ def infer(
     seed: int = 0,
     added: Added | None = None,
     *,
+    interval: bool = True,
     tested: bool = True,
     family: bool = False,
 ) -> Inference:
@@ -87,13 +88,14 @@ def infer(
         function: see `smooth`.
         seed: of the draws.
         added: an error beside that of sampling sources.
+        interval: whether to draw anew at all; without it there are values and standard errors alone.
         tested: whether to compute p-values.
         family: whether to correct them for all cells.
     """
     value, standard_error = estimate(groups, function)
     fewest = min(group.shape[1] for group in groups)
     undefined = np.full(value.shape, np.nan)
-    if fewest < 2 or not len(value):
+    if fewest < 2 or not len(value) or not interval:
         return Inference(value, undefined, undefined, standard_error, undefined, undefined)
     extra = np.zeros_like(value) if added is None else added.widened()
     if fewest < FEWEST_RESAMPLED:
