@@ -79,14 +79,8 @@ def write_report(
         sections=[*sections_of(result, names, order), *filter(None, [drawn_section(drawn)])],
         caveats=[*caveats, *caveats_of(result)],
         example=_example(result, names),
-        interval=inference.INTERVAL,
-        void=inference.VOID,
         difference_test=inference.DIFFERENCE_TEST,
-        effect_test=inference.EFFECT_TEST,
-        max_t=inference.MAX_T,
         holm=inference.HOLM,
-        fewest=inference.FEWEST_SOURCES,
-        resamples=inference.settings.RESAMPLES,
     )
 
 

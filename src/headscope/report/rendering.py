@@ -13,17 +13,25 @@ from plotly.offline import get_plotlyjs
 from headscope._files import write_atomic
 from headscope.report.panels import Figure, View
 from headscope.report.section import Section
+from headscope.study import inference
 
 
 def write_page(path: Path, template: str, *, sections: Sequence[Section], **values: Any) -> Path:
     """Write a page of the templates' folder, with the style, the script and Plotly inside; returns its path.
 
-    sections: what the template gets as name, title and html. values: what else it reads.
+    sections: what the template gets as name, title and html. values: what else it reads, beside the words for how
+    numbers are estimated.
     """
     environment = _environment()
     text = environment.get_template(template).render(
         **values,
         sections=[_rendered(environment, section) for section in sections],
+        interval=inference.INTERVAL,
+        void=inference.VOID,
+        effect_test=inference.EFFECT_TEST,
+        max_t=inference.MAX_T,
+        fewest=inference.FEWEST_SOURCES,
+        resamples=inference.settings.RESAMPLES,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
     write_atomic(path, text.encode())

@@ -26,7 +26,7 @@ from headscope.report.rendering import write_page
 from headscope.report.scatter import Points, scatter_views
 from headscope.report.section import Section
 from headscope.report.tables import Table
-from headscope.study import inference, paired
+from headscope.study import paired
 from headscope.study.compare import Comparison
 from headscope.study.compare import comparison as words
 
@@ -72,12 +72,6 @@ def write_comparison(
         differing=_differing_table(comparison),
         sections=[s for s in (_clean(comparison), *_sections(comparison, names)) if s is not None],
         caveats=[*CAVEATS, *_void_caveat(comparison)],
-        interval=inference.INTERVAL,
-        effect_test=inference.EFFECT_TEST,
-        max_t=inference.MAX_T,
-        void=inference.VOID,
-        fewest=inference.FEWEST_SOURCES,
-        resamples=inference.settings.RESAMPLES,
     )
 
 
