@@ -9,12 +9,12 @@ import polars as pl
 from headscope.report.naming import Names, fitted, interval, plot_text, probability
 from headscope.report.panels import Dots
 from headscope.report.tables import void_of
+from headscope.study.inference import is_finding
 
 # ordered by lightness, for colour-blind readers
 SEQUENTIAL = "Viridis"
 # none of them the colour of one of the first four groups
 BEFORE, FIRST, SECOND = "#8A8F98", "#1F8FA6", "#B8860B"
-SIGNIFICANT = 0.05
 _FILLS = ((FIRST, "circle"), (SECOND, "diamond"), (BEFORE, "square"), ("#7A6FBF", "cross"))
 
 
@@ -100,7 +100,7 @@ def of_fills(
         colour, symbol = _FILLS[index % len(_FILLS)]
         shift = (index - (len(fills) - 1) / 2) * 0.8 / max(3, len(fills))
         drawn = dots_of(f"{fill} fill", members, head_notes(titles, members, write), colour, symbol)
-        filled = [row is not None and row["p_maxt"] is not None and row["p_maxt"] < SIGNIFICANT for row in members]
+        filled = [row is not None and is_finding(row["p_maxt"]) for row in members]
         series.append(replace(drawn, filled=filled, shift=shift))
     return series
 

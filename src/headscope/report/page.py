@@ -84,7 +84,7 @@ def write_report(
     )
 
 
-# the tables with a section of their own
+# the tables that are given by name; a run's others come together
 SECTIONS = ("observations", "ablations", "generations")
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import polars as pl
 
 from headscope.report.lead import Tile
-from headscope.report.marks import SIGNIFICANT
 from headscope.report.naming import Names, fitted, interval, number, percent, probability
 from headscope.study.ablation import headline_fill
 from headscope.study.compare import Comparison
+from headscope.study.inference import SIGNIFICANT
 
 Write = Callable[[float | None], str]
 

@@ -9,7 +9,7 @@ import polars as pl
 from headscope._files import local_path
 from headscope.report.comparison.findings import findings, tiles
 from headscope.report.comparison.tables import clean_table, head_table, rank_table, set_table, site_table
-from headscope.report.marks import FIRST, SIGNIFICANT
+from headscope.report.marks import FIRST
 from headscope.report.naming import (
     Names,
     fitted,
@@ -29,6 +29,7 @@ from headscope.report.tables import Table
 from headscope.study import paired
 from headscope.study.compare import Comparison
 from headscope.study.compare import comparison as words
+from headscope.study.inference import is_finding
 
 SUMMARY = "Every number is of the same images in both runs, paired by source; differences are run 2 minus run 1."
 CAVEATS = (
@@ -159,7 +160,7 @@ def _points(title: str, rows: list[dict], names: Names, group: str, write: Any) 
         ]
         corrected = f"<br>corrected p = {probability(row['p_maxt'])}" if row["p_maxt"] is not None else ""
         notes.append(f"<b>{plot_text(names.head(row['site'], row['head']))}</b><br>{'<br>'.join(lines)}{corrected}")
-    filled = [row["p_maxt"] is not None and row["p_maxt"] < SIGNIFICANT for row in rows]
+    filled = [is_finding(row["p_maxt"]) for row in rows]
     return Points(
         title,
         [row["first"] for row in rows],

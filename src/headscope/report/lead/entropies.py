@@ -2,12 +2,13 @@
 
 import polars as pl
 
-from headscope.report.lead.finding import SIGNIFICANT, Finding, Strength, Tile, interval_of, pair, sources_of, value_of
+from headscope.report.lead.finding import Finding, Strength, Tile, interval_of, pair, sources_of, value_of
 from headscope.report.naming import Names, probability
 from headscope.report.sections.contrast import answer
 from headscope.study.analysis import StudyResult
 from headscope.study.contrast import Comparison, Control
 from headscope.study.entropy import query_groups
+from headscope.study.inference import is_finding
 
 # the controls that stand beside the comparison, in this order
 _BESIDE = {"halves": "halves", "colour": "colour against grey", "matched": "matched contrast", "untrained": "untrained"}
@@ -23,7 +24,7 @@ def findings(result: StudyResult, names: Names) -> list[Finding]:
 
 def _omnibus(contrast: Comparison, controls: list[Control]) -> Finding:
     p = contrast.omnibus["p_value"]
-    established = p is not None and p < SIGNIFICANT
+    established = is_finding(p)
     sentence = f"Entropy of attention on {contrast.first} and {contrast.second}. {answer(contrast)}"
     beside = _controls(controls)
     tile = None

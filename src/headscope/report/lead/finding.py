@@ -8,8 +8,7 @@ from typing import Any
 import polars as pl
 
 from headscope.report.naming import Names, fitted, interval, probability
-
-SIGNIFICANT = 0.05
+from headscope.study.inference import is_finding
 
 
 class Strength(IntEnum):
@@ -77,7 +76,7 @@ def clear(row: Mapping[str, Any], null: float = 0.0) -> bool:
 def established(row: Mapping[str, Any]) -> bool:
     """True if an effect was tested and found, and its interval says the same."""
     p = corrected(row)
-    return clear(row) and p is not None and p < SIGNIFICANT
+    return clear(row) and is_finding(p)
 
 
 def value_of(row: Mapping[str, Any]) -> str:

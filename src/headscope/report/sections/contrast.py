@@ -14,8 +14,9 @@ from headscope.report.tables import INTERVAL, Table, estimate, void_of
 from headscope.study import entropy
 from headscope.study.analysis import StudyResult
 from headscope.study.contrast import comparison, divergence
-from headscope.study.contrast.comparison import SIGNIFICANT, Comparison
+from headscope.study.contrast.comparison import Comparison
 from headscope.study.entropy import query_groups
+from headscope.study.inference import SIGNIFICANT, is_finding
 
 _DIVERGENCES = {
     "energy": ("Energy distance", "energy distance,<br>standard deviations"),
@@ -127,7 +128,7 @@ def divergence_by_timestep(contrast: Comparison) -> list[View]:
         notes = [f"<b>{when(row['timestep'])}</b><br>{_divergence_note(row)}" for row in rows]
         empty = [None] * len(rows)
         found = [(row["p_value"] if row["p_holm"] is None else row["p_holm"]) for row in rows]
-        solid = [p is not None and p < SIGNIFICANT for p in found]
+        solid = [is_finding(p) for p in found]
         observed = Dots("observed", [row["value"] for row in rows], empty, empty, solid, notes, FIRST)
         figure = over_timesteps(labels, [chance(rows, notes), observed], axis, reference=0.0)
         views.append(View(label, figure))
@@ -239,7 +240,7 @@ def _ratio_writer(rows: Sequence[dict[str, Any]]):
 def _dots(titles: Sequence[str], rows: Sequence[dict[str, Any]]) -> Dots:
     """Estimates with intervals, solid where the corrected p is below 0.05."""
     notes = [f"<b>{plot_text(title)}</b><br>{estimate_note(row)}" for title, row in zip(titles, rows, strict=True)]
-    solid = [row["p_maxt"] is not None and row["p_maxt"] < SIGNIFICANT for row in rows]
+    solid = [is_finding(row["p_maxt"]) for row in rows]
     return replace(dots_of("", rows, notes, FIRST), filled=solid)
 
 

@@ -12,7 +12,7 @@ from headscope.report.sections.contrast import chance
 from headscope.report.tables import Table
 from headscope.study.analysis import StudyResult
 from headscope.study.contrast import Control, controls
-from headscope.study.contrast.comparison import SIGNIFICANT
+from headscope.study.inference import is_finding
 
 
 def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section | None:
@@ -65,7 +65,7 @@ def controls_figure(made: pl.DataFrame) -> list[View]:
     titles = [row["control"] for row in rows]
     empty = [None] * len(rows)
     nulls = [{"null_mean": row["energy_null_mean"], "null_high": row["energy_null_high"]} for row in rows]
-    solid = [row["p_omnibus"] is not None and row["p_omnibus"] < SIGNIFICANT for row in rows]
+    solid = [is_finding(row["p_omnibus"]) for row in rows]
     notes = [_note(row) for row in rows]
     energy = Dots("observed", [row["energy"] for row in rows], empty, empty, solid, notes, FIRST)
     clear = [row["ratio_low"] is not None and not row["ratio_low"] <= 1 <= row["ratio_high"] for row in rows]

@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from headscope.report.marks import BEFORE, FIRST, SECOND, SIGNIFICANT, dots_of, head_notes, of_fills
+from headscope.report.marks import BEFORE, FIRST, SECOND, dots_of, head_notes, of_fills
 from headscope.report.naming import Names, percent, plot_text, probability, significant
 from headscope.report.panels import Dots, Figure, Line, View, curve_panels, dot_panels
 from headscope.report.section import Section
@@ -15,6 +15,7 @@ from headscope.study import curves, inference, together
 from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult
 from headscope.study.edits import KINDS
+from headscope.study.inference import is_finding
 from headscope.study.interventions import Interventions
 
 _KINDS = {
@@ -58,7 +59,7 @@ def section(result: StudyResult, names: Names, groups: Sequence[str]) -> Section
     if found.curves is not None:
         figures["curves"] = curves_of_groups(found.curves, groups)
     if found.doses is not None:
-        figures["doses"] = doses_of_groups(found.doses, groups, names)
+        figures["doses"] = doses_of_groups(found.doses, groups)
     return Section("together", "Heads together", values, figures)
 
 
@@ -96,7 +97,7 @@ def joint_and_sum(joint: pl.DataFrame, names: Names, groups: Sequence[str]) -> l
             members = [rows.get(edit) for edit in order]
             if label == "Joint − sum":
                 dots = dots_of("", members, head_notes(titles, members, percent), names.colour(group))
-                filled = [row is not None and (row["p_maxt"] or 1.0) < SIGNIFICANT for row in members]
+                filled = [row is not None and is_finding(row["p_maxt"]) for row in members]
                 panels.append((group, titles, [replace(dots, filled=filled)]))
                 continue
             series = []
@@ -141,7 +142,7 @@ def curves_of_groups(table: pl.DataFrame, groups: Sequence[str]) -> Figure | Non
     return curve_panels(panels, "heads removed", "degradation of the loss", logarithmic=True) if panels else None
 
 
-def doses_of_groups(table: pl.DataFrame, groups: Sequence[str], names: Names) -> Figure | None:
+def doses_of_groups(table: pl.DataFrame, groups: Sequence[str]) -> Figure | None:
     """Degradation against the gate, a panel per group, a line per set."""
     panels = []
     colours = ((FIRST, "circle"), (SECOND, "diamond"), (BEFORE, "square"))

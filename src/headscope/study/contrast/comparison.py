@@ -8,7 +8,7 @@ import polars as pl
 from headscope.study.contrast.arrays import arrays_of
 from headscope.study.contrast.divergence import divergences
 from headscope.study.entropy import HEAD, pooled_items
-from headscope.study.inference import differences, means, ratios
+from headscope.study.inference import SIGNIFICANT, differences, means, ratios
 
 OMNIBUS = (
     "One test of all heads at all timesteps together: do the two groups differ in anything? Each source is the vector"
@@ -36,7 +36,6 @@ CANCELS = (
     " comes last for that reason."
 )
 PAPER_RATIO = "1.084 ± 0.008"
-SIGNIFICANT = 0.05
 _SITE = ["site", "query_group", "keys"]
 
 

@@ -15,11 +15,11 @@ from headscope.study.inference.combinations import combined
 from headscope.study.inference.components import COMPONENTS, components, linearised
 from headscope.study.inference.energy import ENERGY, EnergyTest, energy_test
 from headscope.study.inference.estimates import ABSOLUTE, DIFFERENCE, MEAN, RATIO, RELATIVE, Estimate, plain_text
-from headscope.study.inference.families import HOLM, MAX_T, holm, strongest, with_holm
+from headscope.study.inference.families import HOLM, MAX_T, holm, is_finding, strongest, with_holm
 from headscope.study.inference.frames import degradations, differences, means, ratios
 from headscope.study.inference.intervals import EFFECT_TEST, INTERVAL
 from headscope.study.inference.permutation import DIFFERENCE_TEST
-from headscope.study.inference.settings import FEWEST_SOURCES, LEVEL, RESAMPLES
+from headscope.study.inference.settings import FEWEST_SOURCES, LEVEL, RESAMPLES, SIGNIFICANT
 from headscope.study.inference.sources import VOID, source_means
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "RATIO",
     "RELATIVE",
     "RESAMPLES",
+    "SIGNIFICANT",
     "VOID",
     "EnergyTest",
     "Estimate",
@@ -47,6 +48,7 @@ __all__ = [
     "differences",
     "energy_test",
     "holm",
+    "is_finding",
     "linearised",
     "means",
     "plain_text",

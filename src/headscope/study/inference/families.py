@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
+from headscope.study.inference.settings import SIGNIFICANT
+
 HOLM = (
     "Holm's step-down correction: the smallest of m p-values is multiplied by m, the next by m - 1, and so on, none"
     " falling below one before it, none above 1. It bounds the chance of one or more false findings in the family."
@@ -14,6 +16,11 @@ MAX_T = (
     " quantities of the family in every draw. A draw moves whole sources, so that the dependence between quantities"
     " stays, and many alike cost little. It bounds the chance of one or more false findings in the family."
 )
+
+
+def is_finding(p: float | None) -> bool:
+    """True if a p-value, corrected where it is one of a family, is a finding: there is one, and it is small."""
+    return p is not None and p < SIGNIFICANT
 
 
 def with_holm(table: pl.DataFrame) -> pl.DataFrame:

@@ -4,6 +4,7 @@ import numpy as np
 
 from headscope.study.inference import settings
 from headscope.study.inference.draws import divided
+from headscope.study.inference.intervals import counts_at_least
 
 DIFFERENCE_TEST = (
     "Two-sided test that both groups have one mean. The sources of both are divided at random into groups of their"
@@ -46,8 +47,7 @@ def permuted(
         largest = np.maximum(largest, lengths.max(axis=1))
     corrected = np.full_like(p_values, np.nan)
     if family:
-        reached = draws - np.searchsorted(np.sort(largest), bar, side="left")
-        corrected = (1 + reached) / (draws + 1)
+        corrected = (1 + counts_at_least(largest, bar)) / (draws + 1)
     undefined = np.isnan(observed)
     return np.where(undefined, np.nan, p_values), np.where(undefined, np.nan, corrected)
 

@@ -6,3 +6,5 @@ RESAMPLES = 9999
 LEVEL = 0.95
 # a group of fewer gets no p-value, and its interval is marked exploratory
 FEWEST_SOURCES = 20
+# a corrected p-value below it is a finding
+SIGNIFICANT = 0.05
