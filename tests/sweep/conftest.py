@@ -1,5 +1,6 @@
 """Tiny pipelines on disk, as `--model DIR` takes them, one of each family that sweeps know; and a finished run."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import tiny
 from headscope.sweep import SweepConfig, run_sweep
 from headscope.sweep.plan.config import HeadSet
 from headscope.sweep.plan.units import KINDS
+from headscope.sweep.work import worker
 
 SITE = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
@@ -58,3 +60,20 @@ def run_of_every_kind(diffusion_directory, tmp_path_factory) -> Path:
     # a kind that runs without being named needs a setting above that makes it run
     assert {unit["kind"] for unit in run.units} == {name for name, kind in KINDS.items() if not kind.optional}
     return run.path
+
+
+@pytest.fixture
+def advanced(monkeypatch) -> Counter:
+    """The forwards that units say they made while they were computed, by unit id."""
+    made = Counter()
+    compute = worker.compute_unit
+
+    def counted(unit, context, advance):
+        def add(forwards):
+            made[unit.id] += forwards
+            advance(forwards)
+
+        return compute(unit, context, add)
+
+    monkeypatch.setattr(worker, "compute_unit", counted)
+    return made

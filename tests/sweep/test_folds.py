@@ -16,7 +16,6 @@ from headscope.sweep.plan.choosing import dealt
 from headscope.sweep.plan.config import FILLS, fold_of
 from headscope.sweep.plan.items import load_task, open_items
 from headscope.sweep.store.store import RunStore
-from headscope.sweep.work import worker
 from sweep.faults import ordered
 
 SITE = "mid_block.attentions.0"
@@ -145,19 +144,8 @@ class _Store:
         self.path = path
 
 
-def test_every_forward_is_counted_and_none_is_repeated(fields, tmp_path, monkeypatch):
+def test_every_forward_is_counted_and_none_is_repeated(fields, tmp_path, advanced):
     """A set whose fills change nothing runs once; the folds run in the first draw alone."""
-    advanced = Counter()
-    compute = worker.compute_unit
-
-    def counted(unit, context, advance):
-        def add(forwards):
-            advanced[unit.id] += forwards
-            advance(forwards)
-
-        return compute(unit, context, add)
-
-    monkeypatch.setattr(worker, "compute_unit", counted)
     config = SweepConfig(**fields, draws=2)
     run = run_sweep(config, tmp_path / "run", progress=False, batch=4)
     assert advanced == {unit["id"]: unit["forwards"] for unit in run.units}

@@ -13,7 +13,6 @@ from headscope.sweep import HeadSet, SweepConfig, run_sweep
 from headscope.sweep.compute.donors import donor_of
 from headscope.sweep.plan.config import SCORES
 from headscope.sweep.plan.items import load_task, open_items
-from headscope.sweep.work import worker
 from sweep.faults import ordered
 
 SITE = "mid_block.attentions.0"
@@ -92,19 +91,8 @@ def test_rows_are_the_plain_loop_s(config, tmp_path, batch):
     assert (both["zero"] != both["resample"]).all()
 
 
-def test_forwards_of_donors_are_counted(config, tmp_path, monkeypatch):
+def test_forwards_of_donors_are_counted(config, tmp_path, advanced):
     """One for each item, draw and timestep, whatever the edits; none where nothing is replaced."""
-    advanced = Counter()
-    compute = worker.compute_unit
-
-    def counted(unit, context, advance):
-        def add(forwards):
-            advanced[unit.id] += forwards
-            advance(forwards)
-
-        return compute(unit, context, add)
-
-    monkeypatch.setattr(worker, "compute_unit", counted)
     run = run_sweep(config, tmp_path / "run", progress=False, batch=4)
     assert advanced == {unit["id"]: unit["forwards"] for unit in run.units}
     rows = {unit["kind"]: unit["forwards"] // unit["items"] for unit in run.units}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope._files import local_path
-from headscope.demonstration.runs import check_described, run_info, sites_of, table_in_memory
+from headscope.demonstration.runs import check_described, run_info, sites_of, table_in_memory, unfinished
 from headscope.demonstration.study import is_study
 from headscope.report.comparison import write_comparison
 from headscope.study.compare import KINDS, Side, compare
@@ -57,12 +57,8 @@ def _stages(name: str, path: Path) -> dict[str, Run]:
             raise ValueError(f"{name}: {error}") from None
     for run in found.values():
         check_described(run)
-        status = run.status()
-        lacking = [f"{kind} {done:,} of {every:,}" for kind, (done, every) in status.units.items() if done < every]
-        if lacking:
-            raise ValueError(
-                f"{name}: {str(run.path)!r} isn't finished (units: {', '.join(lacking)}), expected a finished run"
-            )
+        if lacking := unfinished(run):
+            raise ValueError(f"{name}: {str(run.path)!r} isn't finished (units: {lacking}), expected a finished run")
     return found
 
 

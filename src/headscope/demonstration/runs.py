@@ -73,12 +73,18 @@ def report_sweep(path: Path) -> Path:
         )
 
 
+def unfinished(run: Run) -> str:
+    """The units that are done of each kind that lacks some, as in "ablations 3 of 12"; "" of a finished run."""
+    units = run.status().units.items()
+    return ", ".join(f"{kind} {done:,} of {every:,}" for kind, (done, every) in units if done < every)
+
+
 def _unfinished(run: Run) -> list[str]:
     """The caveat of an unfinished run."""
-    lacking = [f"{kind} {done:,} of {every:,}" for kind, (done, every) in run.status().units.items() if done < every]
-    if not lacking:
-        return []
-    return [f"This run is not finished: every number here will change. Units that are done: {', '.join(lacking)}."]
+    lacking = unfinished(run)
+    return (
+        [f"This run is not finished: every number here will change. Units that are done: {lacking}."] if lacking else []
+    )
 
 
 def _not_shown(tables: Mapping[str, pl.DataFrame]) -> list[str]:

@@ -245,6 +245,12 @@ def top_name(config: StudyConfig, group: str) -> str:
     return f"top {config.heads_per_group} of {group}"
 
 
+def control_of(group: str) -> str:
+    """The untied control of a tied group; "" of every other group."""
+    opened = open_group(group)
+    return opened.control if isinstance(opened, Tied) else ""
+
+
 def carriers_name(group: str) -> str:
     """What the set of the heads that carry a group's tie is called."""
     return f"carriers of {group}"
@@ -262,9 +268,8 @@ def selected_sets(config: StudyConfig, ablations: pl.DataFrame) -> list[HeadSet]
     count, groups = config.heads_per_group, sorted(ablations["group"].unique())
     sets = [HeadSet(top_name(config, group), heads=tuple(ranked_heads(ablations, group)[:count])) for group in groups]
     for group in groups:
-        opened = open_group(group)
-        if isinstance(opened, Tied) and opened.control in groups:
-            heads = ranked_heads(ablations, group, beyond=opened.control)[:count]
+        if (control := control_of(group)) in groups:
+            heads = ranked_heads(ablations, group, beyond=control)[:count]
             # often they are the group's largest
             if all(set(heads) != set(chosen.heads) for chosen in sets):
                 sets.append(HeadSet(carriers_name(group), heads=tuple(heads)))

@@ -17,12 +17,13 @@ from rich.console import Console
 
 from headscope._files import local_path, write_atomic
 from headscope.demonstration.runs import table_in_memory
+from headscope.demonstration.stages import carriers_name, control_of
 from headscope.report.naming import Names
-from headscope.study.ablation import per_group_and_fill
+from headscope.study.ablation import per_group_and_fill, ranked_heads
 from headscope.study.inference import degradations
 from headscope.sweep import HeadSet, SweepConfig, run_sweep
 from headscope.sweep.plan.config import IN_MEMORY
-from headscope.zoo import MODELS, Tied, load_pipeline, open_group
+from headscope.zoo import MODELS, load_pipeline
 from headscope.zoo.card_pictures import heat_map
 
 __all__ = ["describe_heads"]
@@ -64,24 +65,22 @@ def describe_heads(
     pipeline = load_pipeline(folder)
     part = "transformer" if hasattr(pipeline, "transformer") else "unet"
     groups = tuple(groups) or next(model.groups for model in MODELS.values() if model.part == part)
-    ties = {group: control for group in groups if (control := _control(group)) in groups}
+    ties = {group: control for group in groups if (control := control_of(group)) in groups}
     show: dict[str, Any] = {"progress": progress, "console": console, "pipeline": pipeline}
 
     everything = HeadSet(_ALL, sites=("*",))
     base = SweepConfig(model=IN_MEMORY, groups=groups, splits=("discover",), items=items, bands=bands, observe=False)
     base = replace(base, fills=("mean",), sets=(everything,), reference_items=reference_items)
     found = run_sweep(base, work / "discover", title="every head removed", **show)
-    discover = _effects(table_in_memory(found, "ablations"))
+    ablations = table_in_memory(found, "ablations")
+    discover = _effects(ablations)
     singles = {group: _singles(discover, group) for group in groups}
-    largest = {group: _first(singles[group]) for group in groups}
-    carrying = {}
-    for group, control in ties.items():
-        more = {head: effect - singles[control][head] for head, effect in singles[group].items()}
-        carrying[group] = _first(more)
+    largest = {group: ranked_heads(ablations, group)[:_CHOSEN] for group in groups}
+    carrying = {group: ranked_heads(ablations, group, beyond=control)[:_CHOSEN] for group, control in ties.items()}
     heads = tuple(
         dict.fromkeys(head for chosen in (largest, carrying) for several in chosen.values() for head in several)
     )
-    sets = (everything, *(HeadSet(_carriers(group), heads=tuple(chosen)) for group, chosen in carrying.items()))
+    sets = (everything, *(HeadSet(carriers_name(group), heads=tuple(chosen)) for group, chosen in carrying.items()))
     base = replace(base, splits=("confirm",), heads=heads, sets=sets)
     found = run_sweep(base, work / "confirm", title="chosen heads removed", **show)
     of_sets = table_in_memory(found, "set_ablations")
@@ -112,7 +111,7 @@ def describe_heads(
                 "tied": group,
                 "control": control,
                 "heads": [described(head, group, control) for head in carrying[group]],
-                "together": {name: _estimate(together, name, _carriers(group)) for name in (group, control)},
+                "together": {name: _estimate(together, name, carriers_name(group)) for name in (group, control)},
             }
             for group, control in ties.items()
         ],
@@ -124,10 +123,6 @@ def describe_heads(
     written = card.partition(_MARK)[0].rstrip("\n") + "\n" + _MARK + _section(summary, sites, groups)
     write_atomic(folder / "MODEL_CARD.md", written.encode())
     return summary
-
-
-def _carriers(group: str) -> str:
-    return f"carriers of {group}"
 
 
 def _effects(ablations: pl.DataFrame) -> pl.DataFrame:
@@ -145,11 +140,6 @@ def _singles(effects: pl.DataFrame, group: str) -> dict[tuple[str, int], float]:
     rows = effects.filter((pl.col("group") == group) & pl.col("timestep").is_null())
     parted = ((*edit.rsplit(" ", 1), value) for edit, value in rows.select("edit", "value").iter_rows())
     return {(site, int(head)): value for site, head, value in parted}
-
-
-def _first(effects: dict[tuple[str, int], float]) -> list[tuple[str, int]]:
-    """The heads of the largest effects; ties are broken by name."""
-    return sorted(effects, key=lambda head: (-effects[head], head))[:_CHOSEN]
 
 
 def _estimate(effects: pl.DataFrame, group: str, edit: str | tuple[str, int]) -> dict[str, Any]:
@@ -271,8 +261,3 @@ def _section(summary: dict[str, Any], sites: Sequence[str], groups: Sequence[str
 def _mass(found: dict[str, dict[str, list[float]]], names: Sequence[str], entry: dict[str, Any]) -> str:
     parts = [found[name][f"{entry['site']} {entry['head']}"] for name in names]
     return " / ".join(f"{mass:.2f} ({share:.2f})" for mass, share in parts)
-
-
-def _control(group: str) -> str:
-    opened = open_group(group)
-    return opened.control if isinstance(opened, Tied) else ""
