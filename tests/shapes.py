@@ -26,6 +26,7 @@ from beartype.door import is_bearable
 from jaxtyping import AbstractArray, jaxtyped, print_bindings
 
 CHECKED = (
+    "headscope.features",
     "headscope.ops",
     "headscope.models.attending",
     "headscope.models.editing.combining",

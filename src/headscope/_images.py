@@ -53,10 +53,37 @@ def read_image(source: Path | bytes) -> np.ndarray:
 
 def read_square(source: Path | bytes, size: int) -> np.ndarray:
     """The central square of `read_image`, at another size (bicubic): uint8 [size, size, 3]. Raises as it does."""
-    image = read_image(source)
+    return resized(central_square(read_image(source)), size)
+
+
+def central_square(image: np.ndarray) -> np.ndarray:
+    """The central square of an image or mask, [height, width, ...]."""
     side = min(image.shape[:2])
     top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    return resized(image[top : top + side, left : left + side], size)
+    return image[top : top + side, left : left + side]
+
+
+def read_indices(content: bytes) -> np.ndarray:
+    """A PNG of whole numbers, 0 to 255: levels of grey of 8 bits, or places in a palette; uint8 [height, width].
+
+    Raises:
+        ValueError: it can't be read or is another kind of image; says why, to be put behind the name.
+    """
+    image_module = require("PIL.Image", "study")
+    try:
+        with image_module.open(io.BytesIO(content)) as opened:
+            # Pillow spreads levels of fewer bits over all 8
+            raw = opened.tile[0][3] if opened.format == "PNG" and opened.tile else opened.mode
+            if opened.format != "PNG" or opened.mode not in ("L", "P") or (opened.mode == "L" and raw != "L"):
+                raise ValueError(
+                    f"it is a {opened.format} of the kind {raw}, expected a PNG of 8 bits of grey, or of a palette"
+                )
+            return np.asarray(opened)
+    except image_module.UnidentifiedImageError:
+        raise ValueError("it is no image of a kind that Pillow knows") from None
+    # each decoder raises errors of other classes
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def resized(image: np.ndarray, size: int) -> np.ndarray:

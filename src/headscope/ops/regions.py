@@ -203,12 +203,12 @@ def coverage(
     # MPS has no float64
     dtype = torch.float32 if masks.device.type == "mps" else torch.float64
     down, across = (
-        _overlaps(tokens, pixels).to(masks.device, dtype) for tokens, pixels in zip(grid, masks.shape[1:], strict=True)
+        overlaps(tokens, pixels).to(masks.device, dtype) for tokens, pixels in zip(grid, masks.shape[1:], strict=True)
     )
     return down @ masks.to(dtype) @ across.T
 
 
-def _overlaps(tokens: int, pixels: int) -> Shaped[Tensor, "tokens pixels"]:
+def overlaps(tokens: int, pixels: int) -> Shaped[Tensor, "tokens pixels"]:
     """How much of each pixel lies in each token, along an edge: a token is `pixels` long, a pixel `tokens`."""
     token, pixel = torch.arange(tokens + 1) * pixels, torch.arange(pixels + 1) * tokens
     ends = torch.minimum(token[1:, None], pixel[None, 1:])

@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 from headscope._files import is_utf8, local_path, read_plain
-from headscope._images import read_square
+from headscope._images import central_square, read_image, resized
 from headscope.zoo.base import ImageGroup, Item
+from headscope.zoo.masks import BESIDE, MaskFolder
 
 __all__ = ["FolderGroup", "check_names"]
 
@@ -22,7 +23,8 @@ class FolderGroup(ImageGroup):
     Links to files and folders are followed; a folder that is met twice, as in a circle of links, is read once.
     Half of the sources are for discovery and half for confirmation, by a hash of the relative path; none is for
     training. An image is cropped to its central square and resized; `headscope._images` says how other kinds than 8-bit
-    RGB become that, and which are refused.
+    RGB become that, and which are refused. A folder of masks beside it says what its parts are
+    (`headscope.zoo.masks.MaskFolder`).
     """
 
     suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -41,6 +43,11 @@ class FolderGroup(ImageGroup):
         self.folder = folder
         self.name = name or folder.resolve().name
         self.description = f"{len(self.files)} images of a folder"
+        masks = Path(os.path.abspath(folder) + BESIDE)
+        self._masks = MaskFolder(masks, self.files) if masks.is_dir() else None
+        if self._masks is not None:
+            self.part_names = self._masks.names
+            self.description += f", with masks of {len(self.part_names)} part(s)"
         self.note = _unread(set(every) - set(self.files))
         super().__init__(len(self.files), size)
 
@@ -59,10 +66,12 @@ class FolderGroup(ImageGroup):
     def _load(self, index: int) -> Item:
         source, split = self._source(index)
         try:
-            image = read_square(read_plain(self.folder / source), self.size)
+            image = read_image(read_plain(self.folder / source))
         except (OSError, ValueError) as error:
             raise ValueError(f"path: the file {source!r} of the group {self.name!r} can't be read: {error}") from error
-        return Item(self.name, index, source, split, image)
+        mask = None if self._masks is None else self._masks.of(source, image.shape[:2], self.size)
+        square = resized(central_square(image), self.size)
+        return Item(self.name, index, source, split, square, part_mask=mask)
 
 
 def _files_below(folder: Path) -> list[str]:
