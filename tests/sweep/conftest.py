@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from headscope.sweep import SweepConfig, run_sweep
-from headscope.sweep.plan.config import HeadSet
+from headscope.sweep.plan.sets import HeadSet
 from headscope.sweep.plan.units import KINDS
 from headscope.sweep.work import worker
 

@@ -12,7 +12,10 @@ from headscope.sweep import HeadSet, SweepConfig
 WHOLE = ("items", "bands", "reference_items", "generate_steps", "cotangents", "seed")
 FLAGS = ("observe", "attribute", "channels_last", "compile", "graphs")
 TEXTS = ("model", "prompts", "device", "dtype", "autocast")
-LISTS = ("groups", "splits", "timesteps", "fills", "scores", "heads", "sites", "sets", "image_scores", "kinds")
+LISTS = (
+    *("groups", "splits", "timesteps", "fills", "scores", "heads", "sites", "sets", "image_scores", "kinds"),
+    "features",
+)
 
 
 def refused(message: str, **fields) -> None:

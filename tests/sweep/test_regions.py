@@ -7,7 +7,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-import torch.nn.functional as functional
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
@@ -20,6 +19,7 @@ from headscope.sweep.plan.items import load_task, open_items
 from headscope.zoo import Item, open_group
 from headscope.zoo.groups import ImageGroup
 from sweep.faults import ordered
+from sweep.softmax import attention_of, part_of_each_token
 
 TIMESTEPS = (60, 500)
 # means of float32 numbers, which err by 1e-5 and a few roundings of logits below 20; batches round differently
@@ -38,32 +38,6 @@ def config(ddpm_directory):
         fills=(),
         kinds=("regions",),
     )
-
-
-def attention_of(task, inputs) -> list[torch.Tensor]:
-    """Every attention call's probabilities [1, heads, queries, keys], float64, in order; by torch alone."""
-    found = []
-    stock = functional.scaled_dot_product_attention
-
-    def spy(query, key, value, **options):
-        logits = query.double() @ key.double().transpose(-1, -2) / query.shape[-1] ** 0.5
-        found.append(logits.softmax(-1))
-        return stock(query, key, value, **options)
-
-    functional.scaled_dot_product_attention = spy
-    try:
-        with torch.inference_mode():
-            task.predict(inputs)
-    finally:
-        functional.scaled_dot_product_attention = stock
-    return found
-
-
-def part_of_each_token(mask: np.ndarray, edge: int, parts: int) -> np.ndarray:
-    """Masks of 32 x 32: the part that most pixels of a token are of, the first of equals."""
-    pixels = 32 // edge
-    blocks = mask.reshape(edge, pixels, edge, pixels).transpose(0, 2, 1, 3).reshape(edge * edge, -1)
-    return np.array([np.bincount(block, minlength=parts).argmax() for block in blocks])
 
 
 def expected_rows(item, probabilities: torch.Tensor) -> dict[tuple[int, str, str], tuple]:

@@ -33,6 +33,7 @@ PLANNED = (
     "no_ablation",
     "attribute",
     "kind",
+    "feature",
     "items",
     "generate_steps",
     "device",
@@ -63,7 +64,10 @@ def sweep(
     ] = None,
     score: Annotated[
         list[str] | None,
-        typer.Option(help="loss, distance, x0, generate or module:function; may be repeated. Default: loss."),
+        typer.Option(
+            help="loss, distance, x0, generate, 'on FEATURE' (the loss of its pixels, as in 'on edge') or"
+            " module:function; may be repeated. Default: loss."
+        ),
     ] = None,
     no_ablation: Annotated[bool, typer.Option("--no-ablation", help="Observe entropies only.")] = False,
     attribute: Annotated[
@@ -71,6 +75,10 @@ def sweep(
     ] = False,
     kind: Annotated[
         list[str] | None, typer.Option(help="A further table, of a kind of unit that must be named; may be repeated.")
+    ] = None,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(help="A feature of your own, module:function, for the kind features and scores; may be repeated."),
     ] = None,
     items: Annotated[
         int | None,
@@ -131,6 +139,7 @@ def sweep(
             generate_steps=generate_steps,
             attribute=attribute,
             kinds=tuple(kind or ()),
+            features=tuple(feature or ()),
             seed=seed,
             draws=draws,
             device=device,
@@ -154,6 +163,8 @@ def _workforce(workers: int, executor: str | None, address: str | None, job: lis
 def _run(config, out: Path, batch: int | None, workforce, quiet: bool, dry_run: bool = False) -> None:
     """Run a sweep, or say what it would take, and print the result."""
     need("diffusers", "diffusers", "polars", "pyarrow")
+    import polars as pl
+
     from headscope.sweep import Execution, run_sweep
 
     local_path("out", out)
@@ -164,7 +175,7 @@ def _run(config, out: Path, batch: int | None, workforce, quiet: bool, dry_run: 
         return
     run = run_sweep(config, out, batch=batch, workers=workforce, progress=not quiet, console=console)
     for kind in run.tables:
-        rows = run.table(kind).select("item").collect().height
+        rows = run.table(kind).select(pl.len()).collect().item()
         console.print(f"{kind:<15} {rows:>9,} rows  {escaped(str(out / kind))}", highlight=False)
     console.print(f"to read it: headscope report {escaped(str(out))}", highlight=False)
 

@@ -15,7 +15,8 @@ import sys
 
 from headscope.sweep.api import SweepModule
 from headscope.sweep.compute.opened import Execution
-from headscope.sweep.plan.config import HeadSet, SweepConfig
+from headscope.sweep.plan.config import SweepConfig
+from headscope.sweep.plan.sets import HeadSet
 from headscope.sweep.store.room import DiskFull
 from headscope.sweep.store.run import Run
 from headscope.sweep.work.launch import SweepFailed, Workers, run_sweep

@@ -15,8 +15,9 @@ from typing import Any, TypedDict, Unpack
 from rich.console import Console
 
 from headscope.models.structure.sites import find_denoiser
-from headscope.sweep.plan.config import IN_MEMORY, HeadSet, SweepConfig
+from headscope.sweep.plan.config import IN_MEMORY, SweepConfig
 from headscope.sweep.plan.in_memory import check_pipeline
+from headscope.sweep.plan.sets import HeadSet
 from headscope.sweep.store.run import Run
 from headscope.sweep.work.launch import Workers, run_sweep
 from headscope.zoo import DEFAULT_MODEL
@@ -53,6 +54,10 @@ class Fields(TypedDict, total=False):
     compile: bool
     graphs: bool
     kinds: Sequence[str]
+    features: Sequence[str]
+    faithfulness: float
+    circuit_metric: str
+    paths: Sequence[HeadSet | Mapping[str, Any]]
 
 
 def sweep(

@@ -13,6 +13,7 @@ from headscope.models import Recording, Scope, Task
 from headscope.models.editing.edits import Fill
 from headscope.models.tasks import NoisyInputs, Prepared
 from headscope.sweep.compute import means
+from headscope.sweep.compute.features import own_features
 from headscope.sweep.compute.fitting import Rows
 from headscope.sweep.compute.graphs import Forwards, Graphs
 from headscope.sweep.compute.scores import image_scores, own_scores
@@ -63,6 +64,7 @@ class Context:
         self.rows = Rows(fit.rows, fit.clean or fit.rows, self._release)
         self.image_scores: dict[str, Callable[..., Any]] = image_scores(config.image_scores)
         self.own_scores = own_scores(config.scores)
+        self.own_features = own_features(config.features)
         # by the unit that wrote them
         self._means: dict[str, dict[str, Recording]] = {}
         self._drawn: dict[str, dict[str, Tensor]] = {}

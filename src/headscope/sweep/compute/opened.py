@@ -17,6 +17,7 @@ from headscope.models import Scope, Task
 from headscope.models.tasks import NoisyInputs
 from headscope.sweep.compute.context import Context, learned_prefix
 from headscope.sweep.compute.edits import check_keys
+from headscope.sweep.compute.features import own_features
 from headscope.sweep.compute.fitting import Sharing, fit, prefers_channels_last
 from headscope.sweep.compute.kinds import KINDS
 from headscope.sweep.compute.scores import image_scores, own_scores
@@ -68,6 +69,7 @@ class Opened:
         # the user's functions are there, before anything is written
         own_scores(config.scores)
         image_scores(config.image_scores)
+        own_features(config.features)
         self.task: Task = load_task(config, pipeline)
         self.groups: list[GroupItems] = open_items(config, self.task)
         self.scope = Scope(self.task.denoiser)
@@ -76,6 +78,9 @@ class Opened:
         if by_key:
             self.plan = replace(self.plan, keys=self._keys(frozenset().union(*(edit.sites for edit in by_key))))
             check_keys(by_key, self.plan.keys)
+        of_grids = [name for name in dict.fromkeys(unit.kind for unit in self.plan.units) if KINDS[name].grids]
+        if of_grids:
+            self.plan = replace(self.plan, grids=self._grids(of_grids[0]))
         self._prefix: Prefix | None = None
         self._prepare_denoiser()
 
@@ -106,6 +111,33 @@ class Opened:
             self.forward(1)
         table = recording.to_arrow()
         return dict(zip(table["site"].to_pylist(), table["keys"].to_pylist(), strict=True))
+
+    def _grids(self, kind: str) -> dict[str, tuple[int, int]]:
+        """The grids of tokens that sites of self-attention have as queries and keys, from a forward.
+
+        Raises:
+            ValueError: there is none, or a site has several; names the kind of unit that needs them.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        sites = [site.name for site in self.scope.sites if site.kind == "self"]
+        if sites:
+            with torch.inference_mode(), self.scope.record("entropy", sites=sites) as recording:
+                self.forward(1)
+            for row in recording.to_arrow().to_pylist():
+                grid = row["grid_height"], row["grid_width"]
+                if row["query_group"] != "image" or None in grid or row["keys"] != grid[0] * grid[1]:
+                    continue
+                if found.setdefault(row["site"], grid) != grid:
+                    raise ValueError(
+                        f"kinds: got {kind!r}, which needs one grid of tokens of each site, and {row['site']!r} has"
+                        f" {found[row['site']]} and {grid}"
+                    )
+        if not found:
+            raise ValueError(
+                f"kinds: got {kind!r}, which is of self-attention from an image's tokens to the same ones; the model"
+                " has no site of it"
+            )
+        return found
 
     def store(self, out: Path) -> RunStore:
         """The run directory, made if it is new.

@@ -6,19 +6,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from headscope.models import Recording
 from headscope.models.editing.edits import Fill
 from headscope.models.recording.recording import Resampled
 from headscope.models.recording.tensors import moved
-from headscope.models.tasks import NoisyInputs
+from headscope.models.tasks import NoisyInputs, Prepared
 from headscope.ops import HeadEdit
 from headscope.sweep.compute.context import Context
 from headscope.sweep.compute.edits import fills_at, head_edits, tensors
 from headscope.sweep.compute.graphs import Forwards
 from headscope.sweep.compute.sharing import Cache
 from headscope.sweep.plan.heads import Edit
+from headscope.sweep.plan.items import PromptItem, SweptItem
 
 
 class Predictions:
@@ -88,3 +90,18 @@ class Predictions:
         looked_up = any(isinstance(fill, (Recording, Resampled)) for fill in fills.values())
         forwards = Forwards() if looked_up else self._context.forwards
         return forwards.run(key, inputs.timestep, given, inside, lambda: self._context.task.predict(inputs))[0]
+
+
+def prepared(context: Context, items: Sequence[SweptItem | PromptItem]) -> Prepared:
+    """Items encoded, as many at once as fit."""
+    pieces: dict[int, Prepared] = {}
+
+    def prepare(piece: range) -> None:
+        pieces[piece.start] = context.prepared([items[index] for index in piece])
+
+    context.rows.run_clean(len(items), prepare)
+    found = [pieces[start] for start in sorted(pieces)]
+    conditioning = {name: torch.cat([one.conditioning[name] for one in found]) for name in found[0].conditioning}
+    keys = tuple(key for one in found for key in one.keys)
+    # a family of somebody's own may not give them
+    return Prepared(keys, torch.cat([one.clean for one in found]), conditioning, tuple(items))

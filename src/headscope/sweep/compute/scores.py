@@ -46,7 +46,7 @@ def _named(name: str) -> ImageScore:
     score = imported("image_scores", name)
 
     def run(clean: np.ndarray, edited: np.ndarray) -> Any:
-        with _naming("image_scores", name):
+        with naming("image_scores", name):
             # copies: what one score does in place, others would see
             return score(clean.copy(), edited.copy())
 
@@ -54,7 +54,7 @@ def _named(name: str) -> ImageScore:
 
 
 @contextmanager
-def _naming(field: str, name: str) -> Iterator[None]:
+def naming(field: str, name: str) -> Iterator[None]:
     """Errors of the user's function name it; memory that ran out stays what it is, and fewer rows are tried."""
     try:
         yield
@@ -125,7 +125,7 @@ def own_scores(names: Sequence[str]) -> dict[str, Callable[[Tensor, Tensor, Any]
             copies = replace(
                 inputs, sample=inputs.sample.clone(), target=inputs.target.clone(), conditioning=conditioning
             )
-            with _naming("scores", name):
+            with naming("scores", name):
                 values = score(edited.clone(), clean.clone(), copies.target, copies)
             return checked_score(name, values, len(edited), "scores")
 

@@ -1,6 +1,5 @@
 """The configuration of a sweep, from Python or a TOML file."""
 
-import math
 import re
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,6 +9,8 @@ from typing import Any
 from headscope._fields import from_table, settle
 from headscope._files import local_path, read_plain
 from headscope.counter import LARGEST_SEED, check_seed
+from headscope.features import BUILT_IN, ON_FEATURE, PART
+from headscope.sweep.plan.sets import HeadSet
 from headscope.zoo import BUNDLED, DEFAULT_MODEL, GROUPS
 from headscope.zoo import SPLITS as EVERY_SPLIT
 
@@ -20,6 +21,8 @@ FILLS = ("mean", "zero", "uniform", "identity", RESAMPLE)
 # those of the teacher-forced forward, then those of whole generations
 FORWARD_SCORES = ("loss", "distance", "x0")
 SCORES = (*FORWARD_SCORES, "generate")
+# before a feature's name, the score of its pixels alone
+ON = "on "
 IMAGE_SCORES = ("mse", "psnr", "ssim")
 # columns that a score of the user's can't be called
 COLUMNS = (
@@ -30,65 +33,21 @@ COLUMNS = (
 SPLITS = ("discover", "confirm")
 # fields that came after the first runs, and what they are where they aren't asked for: plans and runs without them are
 # what they were before
-_LATER = {"draws": 1, "reference_folds": 0, "kinds": ()}
+_LATER = {
+    "draws": 1,
+    "reference_folds": 0,
+    "kinds": (),
+    "features": (),
+    "faithfulness": 0.9,
+    "circuit_metric": "loss",
+    "paths": (),
+}
+# kinds of unit that fields here are of
+CIRCUITS, PATHS = "circuits", "paths"
+CIRCUIT_METRICS = ("loss", "prediction")
 # the model of a run that was given a pipeline instead of a directory
 IN_MEMORY = "in memory"
 DTYPES = ("float32", "bfloat16", "float16")
-# of float32, in which edits are applied: one beyond would be infinite, a temperature below 0
-_LARGEST, _SMALLEST = (2.0 - 2.0**-23) * 2.0**127, 2.0**-126
-
-
-@dataclass(frozen=True)
-class HeadSet:
-    """Heads that are edited together.
-
-    Attributes:
-        name: what its rows are called.
-        sites: patterns of site names (as in a shell: * and ?), all of whose heads belong to the set.
-        heads: (site, head) pairs that belong to it besides.
-        keep: the gate, how much of the heads is left: 0 removes them, 0.5 halves them, 2 doubles them. None is 0, or 1
-            where the set says something of the following; the fills then change nothing.
-        temperature: divides their logits: above 1 flattens their attention, below 1 sharpens it.
-        key_bias: numbers added to the logits of keys 0, 1, ...; -inf mutes a key. Later keys have 0.
-        key_scale: numbers that multiply the probabilities of keys 0, 1, ... after the softmax, not renormalised. Later
-            keys have 1.
-    """
-
-    name: str
-    sites: tuple[str, ...] = ()
-    heads: tuple[tuple[str, int], ...] = ()
-    keep: float | None = None
-    temperature: float | None = None
-    key_bias: tuple[float, ...] = ()
-    key_scale: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        settle(self)
-        if not self.name:
-            raise ValueError("sets.name: got an empty name, expected some text")
-        if not self.sites and not self.heads:
-            raise ValueError(f"sets: {self.name!r} has neither sites nor heads, expected some")
-        if len(set(self.heads)) != len(self.heads):
-            raise ValueError(f"sets: {self.name!r} names a head twice, expected each once")
-        if self.keep is not None and not _is_float32(self.keep):
-            raise ValueError(f"sets: {self.name!r}: keep: got {self.keep}, expected a finite number of float32")
-        if self.temperature is not None and not (self.temperature >= _SMALLEST and _is_float32(self.temperature)):
-            raise ValueError(
-                f"sets: {self.name!r}: temperature: got {self.temperature}, expected a number above 0 of float32"
-            )
-        for number in self.key_bias:
-            if number != -math.inf and not _is_float32(number):
-                raise ValueError(f"sets: {self.name!r}: key_bias: got {number}, expected finite numbers or -inf")
-        for number in self.key_scale:
-            if not _is_float32(number):
-                raise ValueError(f"sets: {self.name!r}: key_scale: got {number}, expected finite numbers of float32")
-
-    @property
-    def gate(self) -> float:
-        """`keep`, or what it is by default."""
-        if self.keep is not None:
-            return self.keep
-        return 1.0 if self.temperature is not None or self.key_bias or self.key_scale else 0.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +72,9 @@ class SweepConfig:
             "resample" (its output on one reference item, with that one's own noise, another for every item and draw;
             not of whole generations); none for no ablation.
         scores: "loss" (the paired denoising loss), "distance" (of the edited prediction to the clean one), "x0" (error
-            of the clean image that a prediction implies), "generate" (distance of the edited image to the clean one);
+            of the clean image that a prediction implies), "on FEATURE" (the loss over the pixels of a feature of
+            `headscope.features`, of a part, as in "on part nose", or of your own in `features`; the top quarter of maps
+            that are no masks), "generate" (distance of the edited image to the clean one);
             or "module:function" for a score of your own of the teacher-forced forward. It takes the edited and the
             clean prediction, the target (tensors [rows, ...] on the device) and the inputs (`headscope.models.tasks`'s
             NoisyInputs: sample, timestep, conditioning, target, and items, each row's item with its key, caption, image
@@ -149,7 +110,18 @@ class SweepConfig:
         graphs: replay teacher-forced forwards from CUDA graphs, which spares small models the launching of kernels one
             by one. Each kind of forward (clean, and one for every edited site and number of rows) is captured once.
         kinds: further kinds of unit, and so tables: those that run only where they are named (`UnitKind.optional`), as
-            "regions", which says where queries of each part of the image attend to.
+            "regions", which says where queries of each part of the image attend to; "circuits", which searches each
+            group's discover items for a small set of heads that is enough; "paths", the edges between heads.
+        faithfulness: of the kind "circuits", how much of what all heads do the heads of a circuit have to do: above 0,
+            below 1.
+        circuit_metric: of the kind "circuits", what is to be kept: the "loss", or the whole model's "prediction", which
+            a set that keeps the loss by opposite errors doesn't.
+        paths: of the kind "paths", the heads between which edges are measured: for each group a set of its name with at
+            most 30 heads.
+        features: features of your own beside those of `headscope.features`, for the kind "features" and for scores "on
+            NAME": "module:function", which takes an item (with key, caption, image and, in groups that have them,
+            part_names, part_mask and counterparts) and returns a number for each of its pixels, [height, width], or for
+            each whether it belongs to the feature. The feature is called as the function is.
     """
 
     model: str = DEFAULT_MODEL
@@ -181,6 +153,10 @@ class SweepConfig:
     compile: bool = False
     graphs: bool = False
     kinds: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    faithfulness: float = 0.9
+    circuit_metric: str = "loss"
+    paths: tuple[HeadSet, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, what came and what was expected."""
@@ -200,9 +176,11 @@ class SweepConfig:
             elif group not in GROUPS:
                 raise ValueError(f"groups: got {group!r}, expected NAME=DIR or one of {', '.join(GROUPS)}")
         _subset("fills", self.fills, FILLS, empty=True)
-        _subset("scores", tuple(name for name in self.scores if ":" not in name), SCORES, empty=True)
+        plain = tuple(name for name in self.scores if ":" not in name and not name.startswith(ON))
+        _subset("scores", plain, SCORES, empty=True)
         _own("scores", self.scores)
         _own("image_scores", self.image_scores)
+        self._check_features()
         _subset("splits", self.splits, EVERY_SPLIT)
         _subset("dtype", (self.dtype,), DTYPES)
         for name in ("items", "reference_items", "generate_steps", "bands", "cotangents", "draws"):
@@ -242,6 +220,7 @@ class SweepConfig:
 
         self._check_generation()
         self._check_execution()
+        self._check_circuits()
         if self.sets and not (self.fills and self.scores):
             raise ValueError("sets: got some without fills or without scores, expected both")
         names = [chosen.name for chosen in self.sets]
@@ -252,13 +231,15 @@ class SweepConfig:
         """Raises ValueError where something is asked for that nothing of the sweep would look at."""
         edits = bool(self.fills and (self.scores or self.attribute))
         # of an empty list of heads none is ablated, and sites limit the attributions alone
-        limited = {"heads": edits, "sites": edits and (self.heads != () or self.attribute)}
+        of_sites = (edits and (self.heads != () or self.attribute)) or CIRCUITS in self.kinds
+        limited = {"heads": edits, "sites": of_sites}
         for name, used in limited.items():
             if getattr(self, name) and not used:
                 raise ValueError(
                     f"{name}: got some without anything done to them, expected fills and either scores or attribute"
                 )
-        if self.reference_items is not None and not (edits and self.referenced):
+        filled = edits or CIRCUITS in self.kinds or PATHS in self.kinds
+        if self.reference_items is not None and not (filled and self.referenced):
             raise ValueError(
                 f"reference_items: got {self.reference_items} without the fills mean and resample, which"
                 " are made of them"
@@ -278,11 +259,39 @@ class SweepConfig:
         drawn = "generate" in self.scores or self.prompts is not None
         for name, used, lacking in (
             ("bands", self.timesteps is None, "beside timesteps, which they would be chosen by"),
-            ("cotangents", self.attribute, "without attribute, whose c is estimated from them"),
+            (
+                "cotangents",
+                self.attribute or CIRCUITS in self.kinds,
+                "without attribute, whose c is estimated from them",
+            ),
             ("generate_steps", drawn, "without the score generate and without prompts, whose images are drawn in them"),
         ):
             if not used and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"{name}: got {getattr(self, name)} {lacking}")
+
+    def _check_features(self) -> None:
+        """Raises ValueError for features of the user's own that can't be named, or that nothing looks at."""
+        _own("features", self.features)
+        own = tuple(name.rpartition(":")[2] for name in self.features)
+        for name, full in zip(own, self.features, strict=True):
+            if ":" not in full or name in BUILT_IN:
+                raise ValueError(
+                    f"features: got {full!r}, expected module:function, of another name than {', '.join(BUILT_IN)}"
+                )
+        scored = self.scored_features
+        for name in scored:
+            if name not in (*BUILT_IN, *own) and not (name.startswith(PART) and name != PART):
+                expected = ", ".join((*BUILT_IN, *own))
+                raise ValueError(f"scores: got '{ON}{name}', expected {ON}and one of {expected}, or {PART}NAME")
+        # two names of one column, too
+        if len({name.replace(" ", "_") for name in scored}) != len(scored):
+            raise ValueError(f"scores: got {ON}{', '.join(scored)}, expected features whose columns differ")
+        unused = [name for name in own if "features" not in self.kinds and name not in scored]
+        if unused:
+            raise ValueError(
+                f"features: got {unused[0]!r}, expected the kind 'features', whose table it is in, or the score"
+                f" '{ON}{unused[0]}'"
+            )
 
     def _check_generation(self) -> None:
         for name in self.image_scores:
@@ -300,6 +309,37 @@ class SweepConfig:
                 )
             if "generate" not in self.scores:
                 raise ValueError("generate_window: got one without the score generate, whose steps it is of")
+
+    def _check_circuits(self) -> None:
+        """Raises ValueError for circuits or paths that can't be, or settings of theirs that nothing would look at."""
+        if not 0.0 < self.faithfulness < 1.0:
+            raise ValueError(f"faithfulness: got {self.faithfulness}, expected a number above 0 and below 1")
+        _subset("circuit_metric", (self.circuit_metric,), CIRCUIT_METRICS)
+        for name, kind in (("faithfulness", CIRCUITS), ("circuit_metric", CIRCUITS), ("paths", PATHS)):
+            if getattr(self, name) != _LATER[name] and kind not in self.kinds:
+                raise ValueError(f"{name}: got {getattr(self, name)!r} without the kind {kind}, which it is of")
+        for kind in (CIRCUITS, PATHS):
+            if kind in self.kinds and not self.fills:
+                raise ValueError(f"fills: got none with the kind {kind}, expected what takes the place of heads")
+        if CIRCUITS in self.kinds and "discover" not in self.splits:
+            raise ValueError(
+                f"splits: got {', '.join(self.splits)} with the kind {CIRCUITS}, expected discover among them, on which"
+                " circuits are chosen"
+            )
+        if CIRCUITS in self.kinds and self.compile:
+            raise ValueError(f"compile: got true with the kind {CIRCUITS}, whose gradients compiled models don't give")
+        if PATHS in self.kinds and not self.paths:
+            raise ValueError(f"paths: got none with the kind {PATHS}, expected the heads between which edges are")
+        names = [chosen.name for chosen in self.paths]
+        known = {group.partition("=")[0] for group in self.groups} | ({"prompts"} if self.prompts else set())
+        for name in names:
+            if name not in known:
+                raise ValueError(f"paths: got a set {name!r}, expected the names of groups: {', '.join(sorted(known))}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"paths: got sets of {', '.join(names)}, expected one for each group")
+        for chosen in self.paths:
+            if chosen.gate != 0.0 or chosen.temperature is not None or chosen.key_bias or chosen.key_scale:
+                raise ValueError(f"paths: {chosen.name!r}: got an edit of its heads, expected sites and heads alone")
 
     def _check_execution(self) -> None:
         if self.autocast is not None:
@@ -336,6 +376,11 @@ class SweepConfig:
     def referenced(self) -> bool:
         """True if a fill is made of reference items."""
         return "mean" in self.fills or RESAMPLE in self.fills
+
+    @property
+    def scored_features(self) -> tuple[str, ...]:
+        """The features over whose pixels alone the loss is taken, too."""
+        return tuple(score.removeprefix(ON) for score in self.scores if score.startswith(ON))
 
     @property
     def fold_fills(self) -> tuple[str, ...]:
@@ -418,12 +463,8 @@ def _own(field: str, names: tuple[str, ...]) -> None:
         if name.count(":") != 1 or not all(part.isidentifier() for part in name.replace(":", ".").split(".")):
             raise ValueError(f"{field}: got {name!r}, expected module:function")
         # those that begin so are the statistics'
-        if column.startswith("_") or column in COLUMNS or columns.count(column) > 1:
+        if column.startswith(("_", *ON_FEATURE)) or column in COLUMNS or columns.count(column) > 1:
             raise ValueError(f"{field}: got {name!r}, expected a function whose name isn't taken by another column")
-
-
-def _is_float32(number: float) -> bool:
-    return abs(number) <= _LARGEST
 
 
 def _subset(name: str, values: tuple[str, ...], allowed: tuple[str, ...], *, empty: bool = False) -> None:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from headscope.models import Site
 from headscope.sweep.plan.config import SweepConfig
+from headscope.sweep.plan.sets import HeadSet
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,16 @@ def chosen_sets(config: SweepConfig, sites: tuple[Site, ...]) -> tuple[Edit, ...
         return ()
     found = []
     for chosen in config.sets:
-        _known(chosen.heads, sites, f"sets: {chosen.name!r}: heads")
-        matching = _matching(sites, chosen.sites, f"sets: {chosen.name!r}: sites") if chosen.sites else ()
-        heads = tuple(dict.fromkeys((*matching, *chosen.heads)))
+        heads = heads_of(chosen, sites, "sets")
         found.append(Edit(chosen.name, heads, chosen.gate, chosen.temperature, chosen.key_bias, chosen.key_scale))
     return tuple(found)
+
+
+def heads_of(chosen: HeadSet, sites: tuple[Site, ...], field: str) -> tuple[tuple[str, int], ...]:
+    """The heads of a set. Raises ValueError for one that the model doesn't have; `field` is the configuration's."""
+    _known(chosen.heads, sites, f"{field}: {chosen.name!r}: heads")
+    matching = _matching(sites, chosen.sites, f"{field}: {chosen.name!r}: sites") if chosen.sites else ()
+    return tuple(dict.fromkeys((*matching, *chosen.heads)))
 
 
 def check_identity_fill(config: SweepConfig, single: set[str], sets: tuple[Edit, ...], sites: tuple[Site, ...]) -> None:

@@ -5,9 +5,10 @@ import json
 from typing import Any
 
 from headscope._version import __version__
+from headscope.features import has_feature
 from headscope.models import Site, Task
 from headscope.sweep.plan.choosing import ITEMS
-from headscope.sweep.plan.config import IN_MEMORY, SweepConfig
+from headscope.sweep.plan.config import IN_MEMORY, ON, SweepConfig
 from headscope.sweep.plan.functions import CODE, code_of, code_of_class
 from headscope.sweep.plan.heads import attributed_sites, check_identity_fill, chosen_heads, chosen_sets
 from headscope.sweep.plan.in_memory import structure
@@ -23,10 +24,12 @@ def make_plan(config: SweepConfig, task: Task, groups: list[GroupItems], sites: 
             have, or more sampling steps than the scheduler has timesteps.
     """
     _check_kinds(config)
-    asked = Asked(config, task, choose_timesteps(config, task), chosen_heads(config, sites), chosen_sets(config, sites))
+    edited = chosen_heads(config, sites), chosen_sets(config, sites)
+    asked = Asked(config, task, sites, choose_timesteps(config, task), *edited)
     attributed = attributed_sites(config, sites) if config.attribute else ()
     check_identity_fill(config, {name for name, _ in asked.heads} | set(attributed), asked.sets, sites)
     _check_steps(config, task, groups)
+    _check_features(config, groups)
     identity = _identity(config, task, asked.timesteps, groups)
     units: list[Unit] = []
     for name, kind in KINDS.items():
@@ -62,6 +65,15 @@ def _check_steps(config: SweepConfig, task: Task, groups: list[GroupItems]) -> N
         raise ValueError(f"generate_steps: got {config.generate_steps}, expected at most {len(task.timesteps)}")
 
 
+def _check_features(config: SweepConfig, groups: list[GroupItems]) -> None:
+    """Raises ValueError where a score is of a feature that no item has anything of."""
+    own = [name.rpartition(":")[2] for name in config.features]
+    for name in config.scored_features:
+        if not any(has_feature(item, name, own) for group in groups for item in group.swept):
+            named = ", ".join(group.name for group in groups)
+            raise ValueError(f"scores: got '{ON}{name}', which no item of {named} has anything of")
+
+
 def _identity(
     config: SweepConfig,
     task: Task,
@@ -76,6 +88,7 @@ def _identity(
     if config.kinds:
         asked["kinds"] = sorted(config.kinds)
     scheduler = {name: value for name, value in task.scheduler.config.items() if not name.startswith("_")}
+    own = (*config.scores, *config.image_scores, *config.features)
     identity = {
         **asked,
         # what was taken for granted and what was asked for are the same
@@ -87,11 +100,12 @@ def _identity(
         "device_type": task.device.type,
         "timesteps": list(timesteps),
         "groups": [[group.name, _sha(_item_keys(group.swept)), _sha(_item_keys(group.reference))] for group in groups],
-        **{CODE + name: digest for name, digest in code_of((*config.scores, *config.image_scores)).items()},
+        **{CODE + name: digest for name, digest in code_of(own).items()},
     }
     # masks may change while images don't; only runs that may look at them are known by them
     kinds = [kind for name, kind in KINDS.items() if name in config.kinds or not kind.optional]
-    if any(":" in score for score in config.scores) or any(kind.parts for kind in kinds):
+    looked_at = any(":" in score for score in config.scores) or config.scored_features
+    if looked_at or any(kind.parts for kind in kinds):
         masks = {group.name: [item.parts for item in group.swept] for group in groups}
         known = {name: _sha(found) for name, found in masks.items() if any(found)}
         identity |= {"parts": known} if known else {}

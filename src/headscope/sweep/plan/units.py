@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
-from headscope.models import Task
+from headscope.models import Site, Task
 from headscope.sweep.plan.config import SweepConfig
 from headscope.sweep.plan.heads import Edit
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
@@ -61,6 +61,7 @@ class Asked:
     """A sweep as it is asked for, from which the kinds of unit plan.
 
     Attributes:
+        sites: the model's, in the order of execution.
         timesteps: those of the sweep.
         heads: the (site, head) pairs to edit, each in turn.
         sets: the sets of heads to edit.
@@ -69,6 +70,7 @@ class Asked:
     # plans of the same units are equal, however they were asked for
     config: SweepConfig = field(compare=False)
     task: Task = field(compare=False)
+    sites: tuple[Site, ...] = field(compare=False)
     timesteps: tuple[int, ...]
     heads: tuple[tuple[str, int], ...]
     sets: tuple[Edit, ...]
@@ -124,6 +126,7 @@ class UnitKind:
         repeated: it has units for every draw of the noise, whose replicate is `Unit.replicate`; else for the
             first alone.
         parts: its units look at the part masks of items, which then decide their numbers, too.
+        grids: its units need to know the grid of tokens of each site (`Plan.grids`).
 
     Raises:
         ValueError: a subclass takes the name of another kind, or reads one that isn't there yet.
@@ -140,6 +143,7 @@ class UnitKind:
     differentiates: ClassVar[bool] = False
     repeated: ClassVar[bool] = False
     parts: ClassVar[bool] = False
+    grids: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -196,11 +200,14 @@ class Plan(Asked):
         identity: all that decides the numbers, as JSON types; a run directory belongs to one identity.
         units: in the order they run.
         keys: how many keys the sites have that sets with a key_bias or key_scale edit; filled in when a run is opened.
+        grids: (height, width) in tokens of the sites of self-attention whose queries and keys are the image's tokens,
+            where some kind needs them; filled in when a run is opened.
     """
 
     identity: dict[str, Any]
     units: tuple[Unit, ...]
     keys: Mapping[str, int] = field(default_factory=dict)
+    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def needs(self, unit: Unit) -> list[Unit]:
         """The units whose files this one reads."""

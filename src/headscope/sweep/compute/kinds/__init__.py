@@ -21,3 +21,8 @@ from headscope.sweep.compute.kinds import attributions as attributions
 from headscope.sweep.compute.kinds import ablations as ablations
 from headscope.sweep.compute.kinds import generations as generations
 from headscope.sweep.compute.kinds import regions as regions
+from headscope.sweep.compute.kinds import features as features
+from headscope.sweep.compute.kinds import key_mass as key_mass
+from headscope.sweep.compute.kinds import counterparts as counterparts
+from headscope.sweep.compute.kinds import circuits as circuits
+from headscope.sweep.compute.kinds import paths as paths

@@ -10,14 +10,14 @@ import torch
 
 from headscope.models.editing.edits import Fill
 from headscope.models.recording.tensors import moved
-from headscope.models.tasks import Prepared
 from headscope.sweep.compute.context import Context
 from headscope.sweep.compute.donors import Donors
 from headscope.sweep.compute.editing import ITEMS, Batch, EditingKind, EveryEdit
-from headscope.sweep.compute.predictions import Predictions
+from headscope.sweep.compute.features import FeatureErrors
+from headscope.sweep.compute.predictions import Predictions, prepared
 from headscope.sweep.compute.scores import squared_error
 from headscope.sweep.plan.config import RESAMPLE, SweepConfig
-from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
+from headscope.sweep.plan.items import GroupItems
 from headscope.sweep.plan.units import Advance, Asked, Planned, Unit, chunks
 from headscope.sweep.store.store import Results
 
@@ -30,8 +30,10 @@ class Ablations(EditingKind):
 
     Its table: the item's labels (item, group, source_id, split, replicate), timestep, site, head, fill, and the losses
     of the two predictions, "clean" and "edited". Where the configuration's scores ask for them, also "distance" (of the
-    two predictions), "x0_clean" and "x0_edited" (errors of the clean image that a prediction implies), and a column for
-    each score of the user's.
+    two predictions), "x0_clean" and "x0_edited" (errors of the clean image that a prediction implies), a column for
+    each score of the user's, and for each score "on FEATURE" "clean_on_FEATURE" and "edited_on_FEATURE", the losses
+    over the feature's pixels alone (NaN where the item has none), and "share_on_FEATURE", which share of the item's
+    pixels they are; _ stands for spaces.
 
     Edits of one site share a batch, and take over what the clean forward computed before that site.
     """
@@ -61,9 +63,13 @@ class Ablations(EditingKind):
         assert unit.timestep is not None
         every = EveryEdit(self, unit, context)
         task, scores, grid = context.task, context.config.scores, every.grid
-        inputs = context.noisy_inputs(_prepared(context, every.items), unit.timestep, unit.replicate)
+        inputs = context.noisy_inputs(prepared(context, every.items), unit.timestep, unit.replicate)
         x0 = task.x0_factor(unit.timestep) if "x0" in scores else None
         predictions = Predictions(context, inputs, (edit.sites for edit in every.edits))
+        features = FeatureErrors(every.items, context.config.scored_features, context.own_features, inputs.target)
+        everything = slice(None), slice(None), slice(None)
+        for (_, _, share), values in features.shares.items():
+            grid.put(share, *everything, values)
 
         def ablate(piece: range) -> None:
             some = inputs.rows(torch.arange(piece.start, piece.stop, device=task.device))
@@ -73,6 +79,8 @@ class Ablations(EditingKind):
             grid.put("clean", *everywhere, clean_loss)
             if x0 is not None:
                 grid.put("x0_clean", *everywhere, clean_loss * x0)
+            for (name, _, _), values in features.of(clean, some.target, list(piece)).items():
+                grid.put(name, *everywhere, values)
             advance(len(piece))
 
             donors: Donors | None = None
@@ -99,6 +107,8 @@ class Ablations(EditingKind):
                     grid.put("distance", *batch.places, squared_error(edited, before))
                 if x0 is not None:
                     grid.put("x0_edited", *batch.places, loss * x0)
+                for (_, name, _), values in features.of(edited, mine.target, batch.places[-1]).items():
+                    grid.put(name, *batch.places, values)
                 for name, score in context.own_scores.items():
                     grid.put(name, *batch.places, score(edited, before, mine))
                 advance(len(batch.items))
@@ -116,18 +126,3 @@ class SetAblations(Ablations):
     name = "set_ablations"
     reported = False
     of_sets = True
-
-
-def _prepared(context: Context, items: Sequence[SweptItem | PromptItem]) -> Prepared:
-    """Items encoded, as many at once as fit."""
-    pieces: dict[int, Prepared] = {}
-
-    def prepare(piece: range) -> None:
-        pieces[piece.start] = context.prepared([items[index] for index in piece])
-
-    context.rows.run_clean(len(items), prepare)
-    found = [pieces[start] for start in sorted(pieces)]
-    conditioning = {name: torch.cat([one.conditioning[name] for one in found]) for name in found[0].conditioning}
-    keys = tuple(key for one in found for key in one.keys)
-    # a family of somebody's own may not give them
-    return Prepared(keys, torch.cat([one.clean for one in found]), conditioning, tuple(items))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
@@ -32,8 +32,9 @@ class Observations(UnitKind):
                 yield Planned(items, len(items) * len(asked.timesteps))
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
-        def tabulate(table: pa.Table, items: Items) -> pa.Table:
+        def tabulate(tables: Sequence[pa.Table], items: Items) -> pa.Table:
+            (table,) = tables
             described = labels(items, table["sample"].to_numpy(), unit.replicate)
             return prepend(described, table.drop_columns(["step", "sample"]))
 
-        return observed(unit, context, advance, lambda items: context.loss_scope.record("entropy"), tabulate)
+        return observed(unit, context, advance, lambda items: [context.loss_scope.record("entropy")], tabulate)

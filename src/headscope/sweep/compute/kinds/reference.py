@@ -11,7 +11,7 @@ from headscope.sweep.compute.means import stored
 from headscope.sweep.plan.choosing import dealt
 from headscope.sweep.plan.config import SweepConfig
 from headscope.sweep.plan.items import GroupItems, PromptItem, SweptItem
-from headscope.sweep.plan.units import IMAGES, REFERENCE, TENSORS, Advance, Asked, Planned, Unit, UnitKind
+from headscope.sweep.plan.units import IMAGES, KINDS, REFERENCE, TENSORS, Advance, Asked, Planned, Unit, UnitKind
 from headscope.sweep.store.store import Results
 
 
@@ -31,12 +31,13 @@ class Reference(UnitKind):
 
     def plan(self, asked: Asked, group: GroupItems) -> Iterator[Planned]:
         config = asked.config
-        if "mean" not in config.fills or not (asked.heads or asked.sets or config.attribute):
+        read = any(REFERENCE in KINDS[name].reads for name in config.kinds)
+        if "mean" not in config.fills or not (asked.heads or asked.sets or config.attribute or read):
             return
         items = range(len(group.reference))
         # what can't be dealt out is refused before work starts
         _folds(config, group)
-        if asked.teacher_forced or config.attribute:
+        if asked.teacher_forced or config.attribute or read:
             yield Planned(items, len(items) * len(asked.timesteps), score="loss")
         if asked.generates:
             yield Planned(items, len(items) * asked.rows_per_image, score="generate")

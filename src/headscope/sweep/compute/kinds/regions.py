@@ -60,14 +60,15 @@ class RegionMasses(UnitKind):
             yield Planned(items, len(items) * len(asked.timesteps))
 
     def compute(self, unit: Unit, context: Context, advance: Advance) -> Results:
-        def record(items: Items) -> AbstractContextManager[Recording]:
+        def record(items: Items) -> list[AbstractContextManager[Recording]]:
             regions = Regions.of(items)
             wanted: list[str | Statistic] = ["entropy", GroupMass(regions, name=_MASS)]
             if regions.counterparts is not None:
                 wanted.append(CounterpartMass(regions, name=_TIED))
-            return context.loss_scope.record(*wanted, queries=regions)
+            return [context.loss_scope.record(*wanted, queries=regions)]
 
-        def tabulate(table: pa.Table, items: Items) -> pa.Table:
+        def tabulate(tables: Sequence[pa.Table], items: Items) -> pa.Table:
+            (table,) = tables
             table = table.filter(pc.is_valid(table["query_class"]))
             described = labels(items, table["sample"].to_numpy(), unit.replicate)
             return _long(prepend(described, table), list(described), items[0].part_names)
