@@ -11,6 +11,7 @@ from polars.testing import assert_frame_equal
 from headscope.study.inference import (
     FEWEST_SOURCES,
     Estimate,
+    degradation_differences,
     degradations,
     differences,
     means,
@@ -245,3 +246,34 @@ def test_no_rows_at_all():
     assert differences(empty, empty, "value", ["head"]).is_empty()
     with pytest.raises(ValueError, match="got 2 rows"):
         Estimate.from_row(pl.DataFrame({"value": [1, 2]}), "", "")
+
+
+def test_the_difference_of_two_parts_degradations_by_hand():
+    """Ratios of sums at every timestep, their mean, and the first part's minus the second's."""
+    generator = np.random.default_rng(4)
+    clean, other = 1 + generator.random((2, 24, 2))
+    damage, beside = generator.random((2, 24, 2))
+    rows = pl.DataFrame(
+        {
+            "source_id": [f"s{source:02}" for source in range(24) for _ in range(2)],
+            "timestep": [100, 500] * 24,
+            "clean_in": clean.ravel(),
+            "change_in": damage.ravel(),
+            "clean_out": other.ravel(),
+            "change_out": beside.ravel(),
+        }
+    )
+    parts = ("in", "out")
+    found = degradation_differences(rows, parts, (), "timestep", test=True).row(0, named=True)
+    first, second = damage.sum(0) / clean.sum(0), beside.sum(0) / other.sum(0)
+    assert found["value"] == pytest.approx(first.mean() - second.mean())
+    # what every source adds, to first order
+    adds = (damage - first * clean) / clean.mean(0) - (beside - second * other) / other.mean(0)
+    assert found["standard_error"] == pytest.approx(adds.mean(1).std(ddof=1) / np.sqrt(24))
+    assert found["low"] < found["value"] < found["high"]
+    # in proportion to the clean loss of either: none
+    even = rows.with_columns(change_in=0.7 * pl.col("clean_in"), change_out=0.7 * pl.col("clean_out"))
+    assert degradation_differences(even, parts, (), "timestep")["value"].item() == pytest.approx(0, abs=1e-15)
+    nothing = rows.with_columns(clean_out=pl.when(pl.col("timestep") == 100).then(0.0).otherwise("clean_out"))
+    void = degradation_differences(nothing, parts, (), "timestep", test=True).row(0, named=True)
+    assert [void["value"], void["p_value"], void["void"]] == [None, None, 24]

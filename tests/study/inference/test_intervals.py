@@ -41,6 +41,11 @@ def plain_relative(x):
     return (change / clean).mean()
 
 
+def plain_relative_difference(x):
+    first, second = np.split(x, 2)
+    return plain_relative(first) - plain_relative(second)
+
+
 CASES = {
     "mean": (smooth.mean, plain_mean, (1,)),
     "difference": (smooth.difference, plain_difference, (1, 1)),
@@ -48,6 +53,8 @@ CASES = {
     "paired log ratio": (smooth.paired_log_ratio, plain_paired_log_ratio, (2,)),
     "relative, one band": (smooth.relative, plain_relative, (2,)),
     "relative, three bands": (smooth.relative, plain_relative, (6,)),
+    "relative difference, one band": (smooth.relative_difference, plain_relative_difference, (4,)),
+    "relative difference, three bands": (smooth.relative_difference, plain_relative_difference, (12,)),
 }
 
 

@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import polars as pl
 
-from headscope._extras import require
-from headscope.models.tasks import Diffusion, FlowMatching
 from headscope.study.compare.sides import Differing, Side, listing
+from headscope.study.noise import log_snr_of, noising_of
 
 # two timesteps of different schedules are one band where their log-SNRs differ by no more, in nats
 TOLERANCE = 0.05
@@ -21,7 +19,7 @@ def matched_timesteps(first: Side, second: Side, differing: list[Differing]) -> 
         ValueError: there is none, or bands of two schedules whose log-SNRs differ by more than `TOLERANCE`.
     """
     steps = [list(side.manifest["timesteps"]) for side in (first, second)]
-    ratios = [_log_snr(side) for side in (first, second)]
+    ratios = [log_snr_of(side.manifest) for side in (first, second)]
     if _one_schedule(first, second, ratios):
         pairs = [(step, step) for step in steps[0] if step in steps[1]]
         if not pairs:
@@ -67,29 +65,11 @@ def _one_schedule(first: Side, second: Side, ratios: Sequence[Mapping[int, float
         return True
     if ratios[0] is None or ratios[1] is None:
         return False
-    schedules = [_noising(side) for side in (first, second)]
+    schedules = [noising_of(side.manifest) for side in (first, second)]
     if type(schedules[0]) is not type(schedules[1]) or schedules[0].timesteps != schedules[1].timesteps:
         return False
     every = {*ratios[0], *ratios[1]}
     return all(math.isclose(*(one.log_snr(step) for one in schedules), abs_tol=1e-6) for step in every)
-
-
-def _log_snr(side: Side) -> dict[int, float] | None:
-    """The log-SNR at every timestep of a run, in nats; None where its scheduler isn't one of diffusers'."""
-    noising = _noising(side)
-    return None if noising is None else {step: noising.log_snr(step) for step in side.manifest["timesteps"]}
-
-
-def _noising(side: Side) -> Any:
-    name, settings = side.manifest["identity"].get("scheduler") or (None, {})
-    kind = getattr(require("diffusers", "study"), str(name), None)
-    if kind is None:
-        return None
-    try:
-        scheduler = kind.from_config(dict(settings))
-        return FlowMatching(scheduler) if hasattr(scheduler, "scale_noise") else Diffusion(scheduler)
-    except (TypeError, ValueError):
-        return None
 
 
 def target_of(side: Side) -> str:

@@ -14,9 +14,9 @@ from headscope.study.inference import settings
 from headscope.study.inference.combinations import combined
 from headscope.study.inference.components import COMPONENTS, components, linearised
 from headscope.study.inference.energy import ENERGY, EnergyTest, energy_test
-from headscope.study.inference.estimates import ABSOLUTE, DIFFERENCE, MEAN, RATIO, RELATIVE, Estimate, plain_text
+from headscope.study.inference.estimates import ABSOLUTE, DIFFERENCE, MEAN, RATIO, RELATIVE, SHARE, Estimate, plain_text
 from headscope.study.inference.families import HOLM, MAX_T, holm, is_finding, strongest, with_holm
-from headscope.study.inference.frames import degradations, differences, means, ratios
+from headscope.study.inference.frames import degradation_differences, degradations, differences, means, ratios, shares
 from headscope.study.inference.intervals import EFFECT_TEST, INTERVAL
 from headscope.study.inference.permutation import DIFFERENCE_TEST
 from headscope.study.inference.settings import FEWEST_SOURCES, LEVEL, RESAMPLES, SIGNIFICANT
@@ -38,12 +38,14 @@ __all__ = [
     "RATIO",
     "RELATIVE",
     "RESAMPLES",
+    "SHARE",
     "SIGNIFICANT",
     "VOID",
     "EnergyTest",
     "Estimate",
     "combined",
     "components",
+    "degradation_differences",
     "degradations",
     "differences",
     "energy_test",
@@ -54,6 +56,7 @@ __all__ = [
     "plain_text",
     "ratios",
     "settings",
+    "shares",
     "source_means",
     "strongest",
     "with_holm",

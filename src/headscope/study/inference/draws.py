@@ -39,3 +39,18 @@ def divided(seed: int, first: int, second: int, count: int) -> np.ndarray:
 def flipped(seed: int, sources: int, count: int) -> np.ndarray:
     """Random signs, 1 or -1: [count, sources]."""
     return np.random.default_rng(seed).integers(0, 2, (count, sources)) * 2.0 - 1.0
+
+
+@lru_cache(maxsize=2)
+def paired(seed: int, sources: int, count: int) -> np.ndarray:
+    """Which source every source is paired with: itself, then in every permutation another: [sources, 1 + count]."""
+    order = np.arange(sources, dtype=np.int32)
+    permuted = np.random.default_rng(seed).permuted(np.tile(order, (count, 1)), axis=1)
+    return np.ascontiguousarray(np.concatenate([order[None], permuted]).T)
+
+
+@lru_cache(maxsize=2)
+def picked(seed: int, choices: tuple[int, ...], count: int) -> np.ndarray:
+    """Which of its choices every source takes: the first, then in every draw any of them: [sources, 1 + count]."""
+    found = np.random.default_rng(seed).integers(0, choices, (count, len(choices)), dtype=np.int32)
+    return np.ascontiguousarray(np.concatenate([np.zeros_like(found[:1]), found]).T)

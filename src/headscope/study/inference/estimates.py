@@ -25,6 +25,12 @@ ABSOLUTE = (
     " weight."
 )
 
+SHARE = (
+    "One degradation divided by another, each averaged over the timesteps first; sums over sources as in either. The"
+    " interval is that of the quotient (delta method and bootstrap-t, both drawn together). There is none, and no"
+    " value, where the divisor's own interval reaches 0."
+)
+
 
 @dataclass(frozen=True)
 class Estimate:

@@ -207,6 +207,83 @@ def degradations(
     return found[0], found[1]
 
 
+def degradation_differences(
+    rows: pl.DataFrame,
+    parts: tuple[str, str],
+    by: Sequence[str] = (),
+    bands: str | None = None,
+    seed: int = 0,
+    *,
+    test: bool = False,
+    added: pl.DataFrame | None = None,
+) -> pl.DataFrame:
+    """The relative degradation of one part of the items minus that of another part of the same: see `RELATIVE`.
+
+    Both are drawn together, source by source. Damage in proportion to the clean loss of either part makes it 0. Void at
+    a timestep at which the clean losses of a part sum to 0.
+
+    Args:
+        rows: one row per item (and draw of noise, and quantity); the columns change_PART and clean_PART of both parts.
+        parts: their names.
+        by, bands, seed, test, added: as in `means`.
+    """
+    columns = [f"{kind}_{part}" for part in parts for kind in ("change", "clean")]
+    table = source_means(rows, columns, by, bands)
+    # [sources, cells, bands] -> [bands, sources, cells]
+    arrays = [np.moveaxis(array, 2, 0) for array in table.values]
+    empty = sum((clean.sum(axis=1) == 0).sum(axis=0) for clean in arrays[1::2]) * table.rows_per_band
+    void = np.where(table.void == 0, empty, table.void)
+    extra = _added(added, table.cells, by, "added_error")
+
+    def run(cells: np.ndarray, _: np.ndarray) -> Inference:
+        groups = [np.concatenate(arrays)[:, :, cells]]
+        return infer(groups, smooth.relative_difference, seed, _of(extra, cells), tested=test)
+
+    outcome = _everywhere(len(table.cells), _dense(void == 0), run)
+    return _frame(table.cells, by, outcome, table.counts(), void, test, False)
+
+
+def shares(
+    rows: pl.DataFrame,
+    by: Sequence[str] = (),
+    bands: str | None = None,
+    seed: int = 0,
+    *,
+    test: bool = False,
+    family: bool = False,
+    rounding: float = 0.0,
+) -> pl.DataFrame:
+    """One degradation divided by another, per quantity: see `SHARE`.
+
+    A quantity whose divisor isn't clearly above 0 (the lower end of its interval is not) has no value and no interval.
+
+    Args:
+        rows: one row per item (and draw of noise, and quantity); columns part and whole, the changes of the loss that
+            are divided, and clean.
+        by, bands, seed, test, family: as in `means`.
+        rounding: the standard error that rounding brings into a degradation.
+    """
+    table = source_means(rows, ["part", "whole", "clean"], by, bands)
+    # [sources, cells, bands] -> [bands, sources, cells]
+    part, whole, clean = (np.moveaxis(array, 2, 0) for array in table.values)
+    below = _everywhere(
+        len(table.cells),
+        _dense(table.void == 0),
+        lambda cells, _: infer([np.concatenate([whole, clean])[:, :, cells]], smooth.relative, seed, tested=False),
+    )
+    # of a single source there is no interval
+    sound = (table.void == 0) & (np.where(np.isnan(below.standard_error), below.value, below.low) > rounding)
+    columns = np.concatenate([part, whole, clean])
+
+    def run(cells: np.ndarray, _: np.ndarray) -> Inference:
+        error = Added(rounding / below.value[cells], np.full(len(cells), np.inf))
+        groups = [columns[:, :, cells]]
+        return infer(groups, smooth.share, seed, error, tested=test or family, family=family)
+
+    outcome = _everywhere(len(table.cells), _dense(sound), run)
+    return _frame(table.cells, by, outcome, table.counts(), table.void, test, family)
+
+
 def _over_bands(table: SourceMeans) -> np.ndarray:
     """A single value column averaged over bands: [sources, cells]."""
     return table.values[0].mean(axis=2)

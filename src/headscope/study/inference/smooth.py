@@ -50,6 +50,27 @@ def relative(means: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         return ratio.mean(axis=0), (np.concatenate([1 / clean, -ratio / clean]) / bands,)
 
 
+def relative_difference(means: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """f = (mean over bands of d_b / c_b) - (mean over bands of e_b / f_b); one group, whose columns are d of every
+    band, then c, e and f."""
+    half = len(means) // 2
+    (first, (slopes,)), (second, (others,)) = relative(means[:half]), relative(means[half:])
+    return first - second, (np.concatenate([slopes, -others]),)
+
+
+def share(means: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """f = (mean over bands b of d_b / c_b) / (mean over bands of e_b / c_b); one group, whose columns are d of every
+    band, then e, then c."""
+    bands = len(means) // 3
+    part, whole, clean = means[:bands], means[bands : 2 * bands], means[2 * bands :]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        parts, wholes = part / clean, whole / clean
+        below = wholes.mean(axis=0)
+        value = parts.mean(axis=0) / below
+        slopes = [1 / clean, -value / clean, -(parts - value * wholes) / clean]
+        return value, (np.concatenate(slopes) / (bands * below),)
+
+
 @dataclass(frozen=True)
 class Studentised:
     """Estimates and their bootstrap-t distribution.
