@@ -249,3 +249,23 @@ def test_entropies_that_are_no_numbers_are_counted_and_void(observations):
         keys=pl.lit(1, pl.Int64), entropy_mean=pl.lit(0.0), entropy_normalised_mean=pl.lit(np.nan)
     )
     assert not analyse(pl.concat([observations, single.with_columns(site=pl.lit("text"))])).left_out
+
+
+def test_a_search_and_paths_between_heads_are_no_edits_of_items(discover):
+    """Their tables are of a sweep, too: they have fills, and no site and head, or no item."""
+    labels = {"group": "lfw", "fill": "mean", "split": "discover"}
+    step = {**labels, "method": "greedy", "faithfulness": 0.5}
+    steps = pl.DataFrame(
+        [{**step, "step": 0, "site": None, "head": None}, {**step, "step": 1, "site": "mid", "head": 1}]
+    )
+    ends = {"sender_site": "mid", "sender_head": 1, "receiver_site": None, "receiver_head": None, "part": "output"}
+    paths = pl.DataFrame(
+        [{**labels, **ends, "item": 1, "source_id": "a", "replicate": 0, "timestep": 100, "clean": 1.0, "edited": 2.0}]
+    )
+    result = analyse_sweep(ablations=discover, others={"circuits": steps, "paths": paths})
+    assert result.further == []
+    assert result.ablation_ranking is not None
+    assert result.ablation_ranking.equals(analyse_sweep(ablations=discover).ablation_ranking)
+    alone = analyse_sweep(others={"circuits": steps})
+    assert [alone.groups, alone.sites] == [["lfw"], ["mid"]]
+    assert len(alone.sources) == 0

@@ -2,8 +2,9 @@
 
 Reading order: inference (estimates with intervals, tests), finite (numbers that aren't), entropy and contrast (the
 first experiment: entropies, and two groups compared beside controls), edits, ablation, fill_error, together, curves and
-interventions (the second: heads removed), attributions and further (other scores), analysis (all of it, from a run's
-tables), compare (two runs). docs/study.md defines every quantity.
+interventions (the second: heads removed), attributions and further (other scores), roles (what heads attend to) and
+circuits (which of them are enough), analysis (all of it, from a run's tables), compare (two runs). docs/study.md
+defines every quantity.
 """
 
 from headscope.study.ablation import select_heads

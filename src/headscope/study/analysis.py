@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
+from headscope.features import ON_FEATURE
 from headscope.study.ablation import degradation_by_timestep, effects, rank_distances, rank_heads, select_heads
 from headscope.study.attributions import Attributions, attribute
+from headscope.study.circuits import Circuits
+from headscope.study.claims import claims_of
 from headscope.study.contrast import Comparison, Control, compare_groups, controls_of
 from headscope.study.contrast.controls import TRAINED, controls_table
 from headscope.study.edits import Edited, heads_in, losses
@@ -22,8 +25,11 @@ from headscope.study.interventions import (
     joint_effects,
     variance_of_effects,
 )
+from headscope.study.roles import Roles, assess
 
 NATURAL, SYNTHETIC = "lfw", "faces_grey"
+# the kinds of tables that roles are made of
+LOOKED = ("features", "key_mass", "counterparts")
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,9 @@ class StudyResult:
         ablation_timesteps: see `ablation.degradation_by_timestep`.
         interventions: what was tested on the confirm split, heads and sets of heads; of a plain sweep its sets.
         attributions: importances from gradients.
+        roles: what each head does, see `roles.assess`.
+        role_effects: what removing each role's heads costs its feature's pixels and others, see `roles.causal`.
+        circuits: which heads are enough, see `circuits.analyse_circuits`.
         generation_ranking: see `ablation.rank_distances`.
         further: what a sweep measured beside these, see `further.further_scores`.
         unshown: kind: columns of numbers that the report doesn't show.
@@ -62,6 +71,9 @@ class StudyResult:
     ablation_timesteps: pl.DataFrame | None = None
     interventions: Interventions | None = None
     attributions: Attributions | None = None
+    roles: Roles | None = None
+    role_effects: pl.DataFrame | None = None
+    circuits: Circuits | None = None
     generation_ranking: pl.DataFrame | None = None
     further: list[Score] = field(default_factory=list)
     unshown: dict[str, list[str]] = field(default_factory=dict)
@@ -86,7 +98,24 @@ class StudyResult:
         }
         found |= self.interventions.tables() if self.interventions else {}
         found |= self.attributions.tables() if self.attributions else {}
+        found |= _under("roles", self.roles.tables() if self.roles else {})
+        found |= {"roles_causal": self.role_effects}
+        found |= _under("circuits", self.circuits.tables() if self.circuits else {})
+        found |= {"claims": self.claims()}
         return {name: _flat(table) for name, table in found.items() if table is not None}
+
+    def claims(self) -> pl.DataFrame | None:
+        """The abstract's claims beside what was measured, see `claims.claims_of`; None for a plain sweep's numbers."""
+        if self.contrast is None and self.roles is None and self.circuits is None:
+            return None
+        return claims_of(
+            sources=self.sources,
+            contrast=self.contrast,
+            interventions=self.interventions,
+            roles=self.roles,
+            role_effects=self.role_effects,
+            circuits=self.circuits,
+        )
 
 
 def analyse(
@@ -194,13 +223,16 @@ def analyse_sweep(
     others: Mapping[str, pl.DataFrame] | None = None,
     edits: Sequence[Edited] = (),
     sites: Sequence[str] = (),
+    log_snr: Mapping[int, float] | None = None,
     seed: int = 0,
 ) -> StudyResult:
     """The numbers of a plain sweep: entropies and rankings over the sources of all its splits, nothing selected.
 
-    Without a selection on one split and a test on another, every ranking is exploratory and there are no p-values.
-    others: the run's further tables by kind (attributions, set_ablations, set_generations). edits: what was edited, see
-    `edits.edits_of`. sites: the model's, in the order of execution.
+    Without a selection on one split and a test on another, every ranking is exploratory and there are no p-values; but
+    roles, which are chosen on one and tested on the other, where both splits were looked at.
+    others: the run's further tables by kind (attributions, set_ablations, set_generations; features and key_mass, and
+    counterparts, for roles). edits: what was edited, see `edits.edits_of`. sites: the model's, in the order of
+    execution. log_snr: of every timestep, nats.
     """
     every = {"observations": observations, "ablations": ablations, "generations": generations, **(others or {})}
     filled = {kind: table for kind, table in every.items() if table is not None and len(table)}
@@ -209,6 +241,10 @@ def analyse_sweep(
     ablations = _finite("ablations", _filled(ablations), ("clean",), left_out)
     generations = _finite("generations", _filled(generations), ("distance",), left_out)
     attributed = _filled(filled.get("attributions"))
+    looked = [filled.get(kind) for kind in LOOKED]
+    roles = None
+    if looked[0] is not None and looked[1] is not None:
+        roles = assess(looked[0], looked[1], looked[2], log_snr=log_snr, seed=seed)
     return StudyResult(
         **_described(sites, *(_filled(table) for table in filled.values())),
         **_entropies(observations, seed),
@@ -218,7 +254,8 @@ def analyse_sweep(
         attributions=None if attributed is None else attribute(attributed, ablations, seed),
         generation_ranking=None if generations is None else rank_distances(generations, seed),
         further=further_scores(filled, seed),
-        unshown={} if observations is None else _unshown(observations),
+        roles=roles,
+        unshown=_unshown(observations, filled),
         left_out=left_out,
     )
 
@@ -250,11 +287,14 @@ def _of_sweep(
     return Interventions(edits, found, joint=None if joint is None else joint.with_columns(exploratory=pl.lit(True)))
 
 
-def _unshown(observations: pl.DataFrame) -> dict[str, list[str]]:
-    """The observed columns that aren't on the page: all but the means of entropies."""
+def _unshown(observations: pl.DataFrame | None, tables: Mapping[str, pl.DataFrame]) -> dict[str, list[str]]:
+    """The columns that aren't on the page: what was observed beside entropies, losses over a feature's pixels."""
     shown = ("call", "queries", "keys", "grid_height", "grid_width", *ENTROPIES)
-    rest = [name for name in unlabelled(observations) if name not in (*shown, "forward", "frame")]
-    return {"observations": rest} if rest else {}
+    observed = [] if observations is None else unlabelled(observations)
+    found = {"observations": [name for name in observed if name not in (*shown, "forward", "frame")]}
+    for kind, table in tables.items():
+        found[kind] = [*found.get(kind, []), *(name for name in table.columns if name.startswith(ON_FEATURE))]
+    return {kind: names for kind, names in found.items() if names}
 
 
 def _filled(table: pl.DataFrame | None) -> pl.DataFrame | None:
@@ -302,13 +342,16 @@ def _described(sites: Sequence[str], *tables: pl.DataFrame | None) -> dict:
                 for table in found
                 # sets of heads are of no single site
                 if name in table.columns
-                for value in table[name].unique(maintain_order=True)
+                for value in table[name].drop_nulls().unique(maintain_order=True)
             )
         )
         for name in ("group", "site")
     }
     timesteps = {int(value) for table in found if "timestep" in table.columns for value in table["timestep"].unique()}
-    items = pl.concat(table.select("group", "split", "item", "source_id") for table in found)
+    # a search's steps are of no single item
+    of_items = [table for table in found if "item" in table.columns]
+    labels = pl.Schema(dict.fromkeys(("group", "split", "source_id"), pl.String) | {"item": pl.Int64})
+    items = pl.concat([table.select(list(labels)) for table in of_items]) if of_items else pl.DataFrame(schema=labels)
     counts = items.group_by("group", "split", maintain_order=True).agg(
         pl.col("item").n_unique().alias("items"), pl.col("source_id").n_unique().alias("sources")
     )
@@ -316,6 +359,10 @@ def _described(sites: Sequence[str], *tables: pl.DataFrame | None) -> dict:
     place = {site: index for index, site in enumerate(sites)}
     ordered = sorted(named["site"], key=lambda site: place.get(site, len(place)))
     return {"groups": named["group"], "sites": ordered, "timesteps": sorted(timesteps), "sources": counts}
+
+
+def _under(prefix: str, tables: Mapping[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
+    return {f"{prefix}_{name}": table for name, table in tables.items()}
 
 
 def _flat(table: pl.DataFrame) -> pl.DataFrame:

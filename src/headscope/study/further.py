@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import polars as pl
 
+from headscope.features import ON_FEATURE
 from headscope.study.ablation import DISTANCE, per_group_and_fill
 from headscope.study.fill_error import without_folds
 from headscope.study.finite import PAIRS
@@ -54,16 +55,18 @@ def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Sc
     """
     found = []
     for kind, table in sorted(tables.items(), key=lambda entry: not entry[0].startswith("set_")):
-        # an observation is of no edit, and attributions have a section of their own
-        if "fill" not in table.columns or kind == "attributions" or not len(table):
+        # attributions have a section of their own
+        if not of_edits(table) or kind == "attributions" or not len(table):
             continue
         rows = without_folds(plain_text(table))
         edited = kind.removeprefix("set_")
         if "x0_clean" in rows.columns:
             found += _degradation_of_x0(kind, rows, seed)
         for name in unlabelled(rows):
-            # losses have sections of their own
+            # losses have sections of their own, and those over a feature's pixels are tested with the heads' roles
             if any(name in pair for pair in PAIRS.values()) or name in _SHOWN.get(kind, ()):
+                continue
+            if name.startswith(ON_FEATURE):
                 continue
             own = name not in _titles(edited)
 
@@ -74,6 +77,11 @@ def further_scores(tables: Mapping[str, pl.DataFrame], seed: int = 0) -> list[Sc
             left_out = int(values["left_out"].sum()) if own else 0
             found.append(Score(kind, name, _title(edited, name), _definition(edited, name), False, values, left_out))
     return found
+
+
+def of_edits(table: pl.DataFrame) -> bool:
+    """True for a table of what edits of heads did to items; not for observations, searches and paths between heads."""
+    return {"item", "fill"} <= set(table.columns) and bool({"site", "edit"} & set(table.columns))
 
 
 def unlabelled(table: pl.DataFrame) -> list[str]:
