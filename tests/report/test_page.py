@@ -15,6 +15,7 @@ from headscope.report.images import sheet
 from headscope.report.naming import Names, fitted, number, percent, probability, significant
 from headscope.study import analyse, select_heads
 from headscope.study.analysis import analyse_sweep
+from report import roles_and_circuits as made
 from study import simulated
 
 EVIL = '<img src=x onerror=alert(1)></script><script>alert("&")'
@@ -195,6 +196,10 @@ def test_controls_stand_below_the_comparison_or_say_what_they_lack(page):
 
 
 def test_plotly_accepts_the_figures(page):
+    check_with_plotly(page)
+
+
+def check_with_plotly(page):
     graph_objects = pytest.importorskip("plotly.graph_objects")
     for views in page.figures().values():
         for view in views:
@@ -222,6 +227,60 @@ def test_names_are_escaped_everywhere(tables, tmp_path):
     assert EVIL in page.text["h1"]
     # Plotly obeys a little markup in labels: none may come from a name
     assert "<img" not in json.dumps(page.figures())
+
+
+def test_roles_circuits_and_claims_stand_on_the_page(tmp_path):
+    path = write_report(tmp_path / "r.html", title="t", run_info={}, groups=[], result=made.result())
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert page.unbalanced == []
+    links = [attrs["href"] for tag, attrs in page.elements if tag == "a"]
+    assert {"#roles", "#circuits", "#claims"} <= set(links)
+    assert {"role_grid", "role_excess", "role_gating", "role_causal"} <= set(page.figures())
+    assert {"circuit_faithfulness", "circuit_curves", "circuit_minimality"} <= set(page.figures())
+    assert sum(tag == "svg" for tag, _ in page.elements) == 1
+    text = " ".join(" ".join(parts) for tag, parts in page.text.items() if tag not in ("script", "style"))
+    for phrase in (
+        "None is an answer",
+        "The circuit of tiled.",
+        "The abstract and this run, line by line",
+        "ln 64 = 4.159",
+        "A role is the one measured feature",
+        "A circuit keeps the loss of the images that it was searched for",
+    ):
+        assert phrase in text, phrase
+    check_with_plotly(page)
+
+
+def test_names_of_roles_and_circuits_are_escaped(tmp_path):
+    renamed = {made.TIED: EVIL, made.SITES[0]: EVIL, "counterpart": EVIL}
+
+    def hostile(table):
+        kinds = table.schema
+        return table.with_columns(pl.col(name).replace(renamed) for name in kinds if kinds[name] == pl.String)
+
+    roles, circuits = made.roles(), made.circuits()
+    for found in (roles, circuits):
+        for name in found.tables():
+            object.__setattr__(found, name, hostile(getattr(found, name)))
+    result = made.result(roles=roles, circuits=circuits, role_effects=hostile(made.role_effects()))
+    result.groups[0] = EVIL
+    path = write_report(tmp_path / "r.html", title="t", run_info={}, groups=infos([EVIL]), result=result)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.unbalanced == []
+    assert page.open == []
+    assert not [attrs for _, attrs in page.elements if "onerror" in attrs]
+    assert sum(tag == "script" for tag, _ in page.elements) == len(page.figures()) + 2
+    assert "<img" not in "".join(obeyed(page.figures()))
+
+
+def obeyed(figure):
+    """The texts of figures in which Plotly obeys markup: not the labels of views, nor names that aren't shown."""
+    if isinstance(figure, dict):
+        return [text for name, part in figure.items() if name not in ("label", "legendgroup") for text in obeyed(part)]
+    if isinstance(figure, list):
+        return [text for part in figure for text in obeyed(part)]
+    return [figure] if isinstance(figure, str) else []
 
 
 def test_one_group_without_ablations(tables, tmp_path):

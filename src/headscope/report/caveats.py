@@ -58,6 +58,27 @@ def caveats_of(result: StudyResult) -> list[str]:
             " average, zeros move the activations further from what the network knows, uniform attention keeps what it"
             " carries, another image's output keeps everything but what this image says. Read the fills side by side."
         )
+    return [*found, *_roles(result)]
+
+
+def _roles(result: StudyResult) -> list[str]:
+    """What roles and circuits don't say."""
+    found = []
+    if result.roles is not None:
+        found.append(
+            "A role is the one measured feature that a head's attention follows most, not all it does; what wasn't"
+            " measured can't be named, and heads without a role may matter. Features of images depend on each other: a"
+            " head is named for what the others don't explain."
+        )
+        if result.role_effects is None:
+            found.append("Roles were not held against removal here: they say where attention goes, not what it is for.")
+    if result.circuits is not None:
+        found.append(
+            "A circuit keeps the loss of the images that it was searched for, with the fill that took the other heads'"
+            " places. It is one small set that is enough, not the only one: heads that stand in for each other make"
+            " several. Edges are effects of one head through one input of another while all other heads stay as they"
+            " were, and don't add up to the circuit's effect."
+        )
     return found
 
 

@@ -13,6 +13,8 @@ from headscope.study.inference import is_finding
 
 # ordered by lightness, for colour-blind readers
 SEQUENTIAL = "Viridis"
+# less in blue, more in red, as strong for colour-blind readers
+DIVERGING = [[0, "#2166AC"], [0.25, "#86BBDA"], [0.5, "#F2F1EE"], [0.75, "#F0A582"], [1, "#B2182B"]]
 # none of them the colour of one of the first four groups
 BEFORE, FIRST, SECOND = "#8A8F98", "#1F8FA6", "#B8860B"
 _FILLS = ((FIRST, "circle"), (SECOND, "diamond"), (BEFORE, "square"), ("#7A6FBF", "cross"))

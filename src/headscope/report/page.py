@@ -15,6 +15,7 @@ from headscope.report.lead import lead_of
 from headscope.report.naming import Names, listed
 from headscope.report.rendering import write_page
 from headscope.report.sections import sections_of
+from headscope.report.sections.circuits import pictures
 from headscope.report.sections.drawn import Drawn, drawn_section
 from headscope.report.sites import sites_table
 from headscope.study import inference
@@ -60,9 +61,7 @@ def write_report(
     drawn: images to show side by side. Returns the path.
     """
     path = local_path("path", path)
-    shown = [info.name for info in groups]
-    names = Names(result.sites, [*shown, *(group for group in result.groups if group not in shown)])
-    order = [*(group for group in shown if group in result.groups), *(g for g in result.groups if g not in shown)]
+    names, order = _named(groups, result)
     lead = lead_of(result, names)
     return write_page(
         path,
@@ -84,6 +83,19 @@ def write_report(
     )
 
 
+def pictures_of(result: StudyResult, groups: Sequence[GroupInfo]) -> dict[str, str]:
+    """A study's pictures that files may hold: SVG texts by name, with the page's labels; groups: as the page has."""
+    names, order = _named(groups, result)
+    return {f"circuit-{group}": text for group, text in pictures(result, names, order).items()}
+
+
+def _named(groups: Sequence[GroupInfo], result: StudyResult) -> tuple[Names, list[str]]:
+    """The labels of sites and groups, and the tables' groups in the order to show them."""
+    shown = [info.name for info in groups]
+    others = [group for group in result.groups if group not in shown]
+    return Names(result.sites, [*shown, *others]), [*(group for group in shown if group in result.groups), *others]
+
+
 # the tables that are given by name; a run's others come together
 SECTIONS = ("observations", "ablations", "generations")
 
@@ -100,6 +112,7 @@ def write_sweep_report(
     others: Mapping[str, pl.DataFrame] | None = None,
     edits: Sequence[Edited] = (),
     sites: Sequence[str] = (),
+    log_snr: Mapping[int, float] | None = None,
     seed: int = 0,
     label: str = "Sweep",
     summary: str = SWEEP_SUMMARY,
@@ -109,9 +122,11 @@ def write_sweep_report(
     """Write the report of a plain sweep, from whichever of its tables there are. Otherwise as `write_report`.
 
     others: its further tables, by kind. edits: what was edited (`study.edits.edits_of`). sites: the model's, in the
-    order of execution.
+    order of execution. log_snr: of every timestep, nats.
     """
-    result = analyse_sweep(observations, ablations, generations, others=others, edits=edits, sites=sites, seed=seed)
+    result = analyse_sweep(
+        observations, ablations, generations, others=others, edits=edits, sites=sites, log_snr=log_snr, seed=seed
+    )
     return write_report(
         path,
         title=title,

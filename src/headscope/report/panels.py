@@ -21,6 +21,8 @@ _ABREAST, _ABREAST_SHARED, _BETWEEN_LINES = 3, 4, 100
 # characters of labels: of heads and groups, of sites, of groups aslant and of those above narrow panels; and of labels
 # that fit between three panels
 _LABEL, _SITE, _ASLANT, _TITLES_ABREAST, _SHORT = 30, 30, 18, 20, 24
+# between labels of a logarithmic axis
+_RATIO = 1.25
 _TITLE = {"showarrow": False, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
 
 
@@ -73,18 +75,22 @@ def heat_maps(
     panels: Sequence[tuple[str, pl.DataFrame]],
     names: Names,
     rows: Sequence[tuple[str, int]],
-    timesteps: Sequence[int],
+    columns: Sequence[Any],
     colour_axis: dict[str, Any],
     value: str,
     note: str,
+    *,
+    across: str = "timestep",
+    mark: str | None = None,
 ) -> Figure:
-    """Head x timestep, a panel per group on one colour scale; sites are separated by lines.
+    """Head x timestep (or another column), a panel per group on one colour scale; sites are separated by lines.
 
     panels: title and table (site, head, timestep, the column `value` to colour by, the column `note` to show).
-    rows: the heads, top to bottom, heads of a site together.
+    rows: the heads, top to bottom, heads of a site together. columns: the timesteps, left to right. across: the column
+    that stands in place of timestep. mark: a column of short texts to write into the cells.
     """
     place = {row: index for index, row in enumerate(rows)}
-    column = {timestep: index for index, timestep in enumerate(timesteps)}
+    column = {name: index for index, name in enumerate(columns)}
     data, layout = [], _layout(height=max(320, 11 * len(rows)) + 130)
     gap = 0.02
     width = (1 - gap * (len(panels) - 1)) / len(panels)
@@ -93,11 +99,11 @@ def heat_maps(
     titled = range(len(panels)) if len(panels) <= _UPRIGHT else (len(panels) // 2,)
     for index, (title, table) in enumerate(panels):
         number = "" if index == 0 else str(index + 1)
-        cells: list[list[float | None]] = [[None] * len(timesteps) for _ in rows]
-        texts = [[""] * len(timesteps) for _ in rows]
-        for row in table.filter(pl.col("timestep").is_not_null()).iter_rows(named=True):
-            y, x = place[row["site"], row["head"]], column[row["timestep"]]
-            cells[y][x], texts[y][x] = row[value], row[note]
+        cells: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+        texts, marks = ([[""] * len(columns) for _ in rows] for _ in range(2))
+        for row in table.filter(pl.col(across).is_not_null()).iter_rows(named=True):
+            y, x = place[row["site"], row["head"]], column[row[across]]
+            cells[y][x], texts[y][x], marks[y][x] = row[value], row[note], row[mark] if mark else ""
         data.append(
             {
                 "type": "heatmap",
@@ -109,13 +115,17 @@ def heat_maps(
                 "yaxis": f"y{number}",
             }
         )
+        if mark:
+            # what stands in the cells takes the place of what hovering says
+            data[-1] |= {"text": marks, "texttemplate": "%{text}", "hovertext": texts}
+            data[-1] |= {"hovertemplate": "%{hovertext}<extra></extra>", "textfont": {"size": 9}}
         left = index * (width + gap)
         layout[f"xaxis{number}"] = {
             "domain": [left, left + width],
             "anchor": f"y{number}",
-            "tickvals": list(range(len(timesteps))),
-            "ticktext": [str(timestep) for timestep in timesteps],
-            "title": {"text": "timestep" if index in titled else "", "standoff": 8},
+            "tickvals": list(range(len(columns))),
+            "ticktext": [plot_text(_fitting(str(name), _LABEL)) for name in columns],
+            "title": {"text": across if index in titled else "", "standoff": 8},
             "showgrid": False,
             "zeroline": False,
         }
@@ -258,10 +268,13 @@ def curve_panels(
     axis_title: str,
     *,
     logarithmic: bool = False,
+    tick_format: str | None = ".3~p",
+    reference: float | None = None,
 ) -> Figure:
     """Lines with intervals side by side: titles, and the lines of each panel.
 
-    logarithmic: along x.
+    logarithmic: along x. tick_format: along y; percentages, unless told otherwise. reference: along y, where a dotted
+    line stands.
     """
     layout = _layout(height=420)
     data: list[Figure] = []
@@ -291,14 +304,29 @@ def curve_panels(
             "zeroline": False,
         }
         if logarithmic:
-            ticks = sorted({place for line in lines for place in line.places})
+            ticks = _apart(sorted({place for line in lines for place in line.places}))
             layout[f"xaxis{number}"] |= {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
-        layout[f"yaxis{number}"] = {"anchor": f"x{number}", "zeroline": True, "tickformat": ".3~p"}
+        layout[f"yaxis{number}"] = {"anchor": f"x{number}", "zeroline": True}
+        if tick_format:
+            layout[f"yaxis{number}"]["tickformat"] = tick_format
+        if reference is not None:
+            shape = {"type": "line", "xref": f"x{number} domain", "x0": 0, "x1": 1, "yref": f"y{number}"}
+            line = {"line": {"width": 1.5, "color": "axis", "dash": "dot"}}
+            layout["shapes"].append(shape | {"y0": reference, "y1": reference} | line)
         layout["annotations"].append({**_TITLE, "text": f"<b>{plot_text(title)}</b>", "x": left, "y": 1.005})
     layout["yaxis"]["title"] = {"text": axis_title, "standoff": 10}
     layout["margin"] |= {"t": 64, "b": 60}
     layout["legend"] = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.08, "yanchor": "bottom"}
     return {"data": data, "layout": layout}
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Those of some numbers whose labels don't overlap on a logarithmic axis."""
+    found: list[float] = []
+    for tick in ticks:
+        if not found or tick >= _RATIO * found[-1]:
+            found.append(tick)
+    return found
 
 
 def _layout(height: int) -> Figure:

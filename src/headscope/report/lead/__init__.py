@@ -1,17 +1,20 @@
 """What a page leads with: its answers in order of how strong their design is, each with its interval and its control.
 
-Reading order: finding (what a finding is), entropies, effects (tested on the confirm split), rankings (exploratory).
+Reading order: finding (what a finding is), entropies, roles, circuits, effects (all tested on the confirm split),
+rankings (exploratory).
 """
 
 from dataclasses import dataclass
 
-from headscope.report.lead import effects, entropies, rankings
+from headscope.report.lead import circuits, effects, entropies, rankings, roles
 from headscope.report.lead.finding import Finding, Strength, Tile
 from headscope.report.naming import Names
 from headscope.study.analysis import StudyResult
 
 __all__ = ["Finding", "Lead", "Strength", "Tile", "lead_of"]
 
+# of findings whose design is equally strong, the earlier ones come first
+_EVERY = (entropies, roles, circuits, effects, rankings)
 # a screen of them
 _MOST_TILES = 6
 # of several exploratory findings of one kind, so many are enough to lead with
@@ -36,7 +39,7 @@ def lead_of(result: StudyResult, names: Names) -> Lead:
     An effect whose interval spans 0 has no tile: its sentence says that none was established, and how large it can be.
     Exploratory findings follow, and have tiles only where nothing stronger was looked for.
     """
-    found = [*entropies.findings(result, names), *effects.findings(result, names), *rankings.findings(result, names)]
+    found = [finding for module in _EVERY for finding in module.findings(result, names)]
     # equally strong ones stay in their order
     found.sort(key=lambda finding: finding.strength)
     tested = [finding for finding in found if finding.strength < Strength.EXPLORATORY]

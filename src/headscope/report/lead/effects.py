@@ -1,6 +1,6 @@
 """What the lead says of removed heads that were tested on the confirm split: heads, sites, sets, and their range."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
@@ -20,10 +20,9 @@ from headscope.report.lead.finding import (
 from headscope.report.naming import Names, interval, percent
 from headscope.study.ablation import headline_fill
 from headscope.study.analysis import StudyResult
+from headscope.study.claims import ABSTRACT_RANGE, targeted
 from headscope.study.interventions import Interventions
 
-# of the degradation by targeted removals, as the abstract gives it
-ABSTRACT_RANGE = "25.6 to 128.3 %"
 _KINDS = {"head": "single head", "site": "whole site", "level": "level", "set": "set of heads"}
 _MOST_BESIDE = 3
 
@@ -42,7 +41,7 @@ def findings(result: StudyResult, names: Names) -> list[Finding]:
     made = [_largest(tested.filter(pl.col("kind") == kind), found, names, kind) for kind in kinds]
     made.append(_at_a_timestep(found, names))
     made += [_not_established(tested.filter(pl.col("kind") == kind), kind) for kind in kinds]
-    made += [_range(tested, found.targets), _void(every)]
+    made += [_range(tested, found), _void(every)]
     return [finding for finding in made if finding is not None]
 
 
@@ -129,13 +128,9 @@ def _void(every: pl.DataFrame) -> Finding | None:
     return Finding(Strength.CONFIRMED, sentence)
 
 
-def _range(tested: pl.DataFrame, targets: Mapping[str, str]) -> Finding | None:
-    """What the removals of targeted sets span, beside the abstract's range.
-
-    targets: the group that a set was selected for; removed from others it is a control. Empty: unknown.
-    """
-    sets = tested.filter(pl.col("kind") == "set").to_dicts()
-    sets = [row for row in sets if targets.get(row["edit"], row["group"]) == row["group"]]
+def _range(tested: pl.DataFrame, interventions: Interventions) -> Finding | None:
+    """What the removals of targeted sets span, beside the abstract's range."""
+    sets = targeted(interventions, tested)
     if not sets:
         return None
     found = [row for row in sets if established(row) and row["value"] > 0]
@@ -145,7 +140,7 @@ def _range(tested: pl.DataFrame, targets: Mapping[str, str]) -> Finding | None:
     ends = [pick(found, key=lambda row: row["value"]) for pick in (min, max)]
     texts = [f"{percent(row['value'])} ({row['edit']} on {row['group']}, {interval_of(row, percent)})" for row in ends]
     counted = f"{len(found)} of {len(sets)} removals of a targeted set from the group that it was selected for"
-    if not targets:
+    if not interventions.targets:
         counted = f"{len(found)} of {len(sets)} removals of a targeted set from a group"
     sentence = (
         f"{counted[0].upper()}{counted[1:]} raise the loss (corrected p < 0.05), from {texts[0]} to {texts[1]}; the"

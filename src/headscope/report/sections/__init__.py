@@ -7,11 +7,23 @@ from collections.abc import Sequence
 
 from headscope.report.naming import Names
 from headscope.report.section import Section
-from headscope.report.sections import ablation, attribution, contrast, controls, entropy, further, generation, together
+from headscope.report.sections import (
+    ablation,
+    attribution,
+    circuits,
+    claims,
+    contrast,
+    controls,
+    entropy,
+    further,
+    generation,
+    roles,
+    together,
+)
 from headscope.study.analysis import StudyResult
 
 # in the page's order
-_EVERY = (entropy, contrast, controls, ablation, together, attribution, generation, further)
+_EVERY = (entropy, contrast, controls, roles, ablation, together, circuits, attribution, generation, further, claims)
 
 
 def sections_of(result: StudyResult, names: Names, groups: Sequence[str]) -> list[Section]:
