@@ -15,7 +15,8 @@ SCRIPT = Path(__file__).parents[2] / "bench" / "recompute_study.py"
 COMPARED = (
     *("ablation_ranking", "ablation_timesteps", "effects", "effects_timesteps", "joint", "curves", "doses"),
     *("entropy_heads", "entropy_groups", "contrast_heads", "contrast_sites", "contrast_pooled", "contrast_controls"),
-    "contrast_divergences",
+    *("contrast_divergences", "roles_excess", "roles_ties", "circuits_faithfulness", "circuits_minimality"),
+    *("circuits_completeness", "circuits_edges"),
 )
 
 
@@ -28,7 +29,7 @@ def recomputed(study):
 def test_a_study_is_recomputed(model, tmp_path):
     small = {"items": 3, "discover_items": 3, "confirm_items": 3, "heads_per_group": 2, "draws": 2, "drawn_images": 0}
     bands = {"observe_bands": 2, "ablate_bands": 2 if model != "pixeldit" else 1, "reference_items": 8}
-    run_study(StudyConfig(model=model, **small, **bands), tmp_path / "study", progress=False)
+    run_study(StudyConfig(model=model, full=True, **small, **bands), tmp_path / "study", progress=False)
     done = recomputed(tmp_path / "study")
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(re.findall(r"^(\w+) +\d+ numbers", done.stdout, re.MULTILINE)) == set(COMPARED)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -10,7 +11,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from headscope import Scope
-from headscope.demonstration import StudyConfig, is_study, report_study, run_study
+from headscope.demonstration import StudyConfig, is_study, report_study, report_sweep, run_study
 from headscope.report.naming import Names
 from headscope.sweep import Run
 from headscope.zoo import load_pipeline
@@ -31,8 +32,11 @@ EXECUTED = {
     "planted:pairs": ["blocks.0.attn", "blocks.1.attn"],
 }
 TIED = {"lfw", "faces_grey", "tiled", "untiled"}
-ABLATED = {"pixeldit": TIED, "unet": {"lfw", "faces_grey"}, "planted:pairs": TIED}
+ABLATED = {"pixeldit": TIED, "unet": {"lfw", "faces_grey"}, "planted:pairs": {"lfw"}}
+# of the model that is always tested: as few sweeps as a study can have
+FEWER = {"planted:pairs": {"ablate_groups": ("lfw",), "role_groups": ("twins", "distinct")}}
 SMALL = {
+    "full": True,
     "items": 3,
     "discover_items": 2,
     "confirm_items": 2,
@@ -60,7 +64,7 @@ def tables(out):
     "model", ["planted:pairs", *(pytest.param(name, marks=pytest.mark.full) for name in ("pixeldit", "unet"))]
 )
 def test_a_whole_study(model, tmp_path):
-    config = StudyConfig(**SMALL, model=model)
+    config = StudyConfig(**SMALL, **FEWER.get(model, {}), model=model)
     assert StudyConfig() == StudyConfig(model="pixeldit")
     page = run_study(config, tmp_path / "study", progress=False)
     assert is_study(tmp_path / "study")
@@ -98,13 +102,43 @@ def test_a_whole_study(model, tmp_path):
     assert ("untrained", "observations") in found or model.startswith("planted")
     assert {path.stem for path in (tmp_path / "study" / "tables").iterdir()} >= {
         *("entropy_heads", "contrast_heads", "contrast_controls", "effects", "effects_timesteps", "joint"),
-        *("curves", "doses"),
+        *("curves", "doses", "roles_names", "roles_excess", "roles_clusters", "claims"),
+        *(("roles_ties",) if config.tied_groups else ()),
     }
+    # too few sources for names, and never for circuits
+    names = pl.read_csv(tmp_path / "study" / "tables" / "roles_names.csv")
+    assert set(names["group"]) == set(config.role_groups)
+    assert set(names["role"]) == {"none"}
+    assert ("circuits", "circuits") in found
+    for group in config.curve_groups:
+        searched = found["circuits", "circuits"].filter(pl.col("group") == group)
+        drawn = (tmp_path / "study" / f"circuit-{group}.svg").is_file()
+        refused = tmp_path / "study" / "tables" / "circuits_refused.csv"
+        without = pl.read_csv(refused)["group"].to_list() if refused.is_file() else []
+        assert drawn == (searched["chosen"].any() and group not in without)
+        assert (f"circuit-{group}", "paths") in found or not drawn
     with pytest.raises(ValueError, match=r"another configuration.*\n  seed: 0 there, 1 now"):
-        run_study(StudyConfig(**{**SMALL, "seed": 1}, model=model), tmp_path / "study", progress=False)
+        run_study(replace(config, seed=1), tmp_path / "study", progress=False)
     assert "not finished" not in text
-    shutil.rmtree(tmp_path / "study" / "confirm")
-    assert "This study is not finished (confirm)" in report_study(tmp_path / "study").read_text()
+    out = tmp_path / "study"
+    looked = "ties" if config.tied_groups else "roles"
+    # a stage by itself is a sweep, and says what heads do, too
+    assert 'id="roles"' in report_sweep(out / looked).read_text()
+    # another stage's run in the place of one
+    (out / "circuits").rename(out / "kept")
+    shutil.copytree(out / "observe", out / "circuits")
+    with pytest.raises(ValueError, match="its stage 'circuits' holds a run with groups "):
+        report_study(out)
+    shutil.rmtree(out / "circuits")
+    (out / "kept").rename(out / "circuits")
+    shutil.rmtree(out / "confirm")
+    assert "This study is not finished (confirm)" in report_study(out).read_text()
+    # of what isn't there any more no table is left
+    assert not (out / "tables" / "effects.csv").exists()
+    settings = json.loads((out / "study.json").read_text())
+    (out / "study.json").write_text(json.dumps(settings | {"seed": 7}))
+    with pytest.raises(ValueError, match="its stage 'observe' holds a run with seed 0, expected 7"):
+        report_study(out)
 
 
 def test_a_directory_with_something_else_is_refused(tmp_path):
@@ -125,6 +159,12 @@ def test_bad_settings():
         StudyConfig(reference_items=3)
     with pytest.raises(ValueError, match="ablate_groups: got photographs, whose training images are of 3 sources"):
         StudyConfig(ablate_groups=("photographs",))
+    with pytest.raises(ValueError, match="role_groups: got lfw, lfw, expected each once"):
+        StudyConfig(role_groups=("lfw", "lfw"))
+    with pytest.raises(ValueError, match="confirm_items: got 300 of each split, expected at most the groups' 20"):
+        StudyConfig(ablate_groups=("tiled", "untiled"), discover_items=300, confirm_items=300)
+    with pytest.raises(ValueError, match="seed: got -5"):
+        StudyConfig(seed=-5)
     with pytest.raises(ValueError, match="model: got 'sd15', expected one of pixeldit, unet, planted:"):
         StudyConfig(model="sd15")
 

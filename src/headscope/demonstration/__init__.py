@@ -1,13 +1,14 @@
 """The application above study and report: `headscope study` and `headscope report` in one call each.
 
-Reading order: stages (the sweeps of a study), study (their analysis and the page), runs (the page of a plain sweep, and
-what every page says of a run), comparison (the page of two runs), subject (what the heads of a trained model do, for
-its card).
+Reading order: config (the settings of a study), stages (its sweeps), study (running them), results (their
+analysis and the page), runs (the
+page of a plain sweep, and what every page says of a run), comparison (the page of two runs), subject (what the heads of
+a trained model do, for its card).
 """
 
 from headscope.demonstration.comparison import compare_runs
+from headscope.demonstration.config import StudyConfig
 from headscope.demonstration.runs import report_sweep
-from headscope.demonstration.stages import StudyConfig
 from headscope.demonstration.study import is_study, report_study, run_study
 from headscope.demonstration.subject import describe_heads
 

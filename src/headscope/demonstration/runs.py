@@ -14,7 +14,10 @@ from headscope.counter import check_seed
 from headscope.report.naming import listed
 from headscope.report.page import SECTIONS, GroupInfo, write_sweep_report
 from headscope.report.sections.drawn import Drawn
+from headscope.study.analysis import LOOKED
 from headscope.study.edits import Edited, edits_of
+from headscope.study.further import of_edits
+from headscope.study.noise import log_snr_of
 from headscope.sweep import Run
 from headscope.sweep.store.run import as_written
 from headscope.sweep.store.sheet import contact_sheets
@@ -66,6 +69,7 @@ def report_sweep(path: Path) -> Path:
             sites=sites_of(run),
             edits=edits_in(run),
             drawn=drawn_in(run),
+            log_snr=log_snr_of(run.manifest),
             seed=run.manifest["config"]["seed"],
             others={kind: table for kind, table in tables.items() if kind not in SECTIONS},
             caveats=[*_unfinished(run), *_not_shown(tables)],
@@ -88,9 +92,23 @@ def _unfinished(run: Run) -> list[str]:
 
 
 def _not_shown(tables: Mapping[str, pl.DataFrame]) -> list[str]:
-    """The caveat of tables that the page says nothing of: those of no edits, but for the observations."""
-    lacking = [kind for kind, table in tables.items() if kind not in SECTIONS and "fill" not in table.columns]
-    return [f"Tables of the run that this page doesn't show: {', '.join(lacking)}."] if lacking else []
+    """The caveat of tables that the page says nothing of: those of no edits, but for observations and roles."""
+    lacking = [kind for kind, table in tables.items() if kind not in SECTIONS and not of_edits(table)]
+    looked = [tables[kind] for kind in LOOKED[:2] if kind in tables]
+    if len(looked) == 2 and all({"discover", "confirm"} <= set(table["split"].unique()) for table in looked):
+        lacking = [kind for kind in lacking if kind not in LOOKED]
+    if not lacking:
+        return []
+    read = [said for said, kinds in _READ_BY.items() if set(kinds) & set(lacking)]
+    said = f" ({'; '.join(read)})" if read else ""
+    return [f"Tables of the run that this page doesn't show: {', '.join(lacking)}{said}."]
+
+
+# what reads tables that a page of a sweep doesn't show
+_READ_BY = {
+    "headscope.study.roles.assess reads those of features and key_mass of both splits": LOOKED,
+    "headscope.study.circuits reads those of circuits and paths": ("circuits", "paths"),
+}
 
 
 def check_described(run: Run) -> None:

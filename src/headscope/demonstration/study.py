@@ -4,9 +4,15 @@ observe/         every head's entropy, all groups and splits
 untrained/       the same of the model before it was trained, the contrast's groups
 discover/        every head, site and level ablated (mean fill), the contrast's groups and a tied pair's, discover split
 confirm/         the heads and sets selected there, sites and levels, every fill, confirm split
-curves-GROUP/    more and more heads removed, and by degrees, confirm split
-drawn/           images drawn with and without the selected sets
+curves-GROUP/    more and more heads removed, and by degrees, confirm split; of a full study alone
+drawn/           images drawn with and without the selected sets; of a full study alone
+roles/           features of images, and the attention that each place receives, both splits
+ties/            the same of tied groups and their controls, and the attention on counterparts
+causal-GROUP/    the heads of each role removed, with the loss on the role's pixels, confirm split
+circuits/        sets of heads that are enough, searched, discover split
+circuit-GROUP/   what was found, tested, and its edges, confirm split
 tables/          the numbers of the page, as CSV
+circuit-*.svg    pictures of the circuits
 report.html
 """
 
@@ -22,35 +28,12 @@ from headscope._fields import from_table
 from headscope._files import local_path, write_atomic
 from headscope._machine import checked_device
 from headscope.demonstration import stages
-from headscope.demonstration.runs import (
-    REPORT,
-    check_described,
-    drawn_in,
-    edits_in,
-    group_infos,
-    run_info,
-    sites_of,
-    table_in_memory,
-    work_of,
-)
-from headscope.demonstration.stages import StudyConfig
-from headscope.report.caveats import STUDY_CAVEATS
-from headscope.report.page import write_report
-from headscope.study.analysis import analyse
+from headscope.demonstration.config import StudyConfig
+from headscope.demonstration.results import Stages, result_of, write_study
+from headscope.demonstration.runs import check_described, sites_of
 from headscope.sweep import Run, SweepConfig, run_sweep
 
 STUDY = "study.json"
-TITLE = "Attention heads of a small diffusion model"
-TRAINING_CAVEAT = (
-    "The model was trained on as many images and presentations of the drawn faces in grey as of photographed faces,"
-    " none of them observed here; but drawn faces come in other groups, too (in colour), so it has met their shapes"
-    " more often. The two differ in more than being photographs: sensor noise, varied poses."
-)
-
-PLANTED_CAVEAT = (
-    "The model's heads were written by hand (docs/planted.md): what is found here can be held against what is known of"
-    " them, and says nothing about models that were trained."
-)
 
 
 def run_study(
@@ -77,13 +60,15 @@ def run_study(
     out = local_path("out", out)
     show: dict[str, Any] = {"batch": batch, "progress": progress, "console": console}
     checked_device(config.device)
+    # settings that no sweep can have are refused now, not when the sweeps begin
+    for stage in (stages.observe(config), stages.discover(config, {})):
+        assert stage
     _claim(out, config)
-    ran: dict[str, Run] = {}
+    done = Stages(config.seed)
     for stage in config.stages:
-        ran[stage] = run_sweep(
-            _sweep_of(config, stage, ran), out / stage, title=_TITLES[stage.partition("-")[0]], **show
-        )
-    return report_study(out)
+        asked = _sweep_of(config, stage, done)
+        done.runs[stage] = run_sweep(asked, out / stage, title=_TITLES[stage.partition("-")[0]], **show)
+    return write_study(out, config, done, result_of(config, done))
 
 
 _TITLES = {
@@ -93,20 +78,39 @@ _TITLES = {
     "confirm": "what was selected, tested",
     "curves": "more and more heads removed",
     "drawn": "images drawn without heads",
+    "roles": "where heads look",
+    "ties": "where heads look in tied images",
+    "causal": "heads of a role removed",
+    "circuits": "circuits searched",
+    "circuit": "a circuit tested",
 }
 
 
-def _sweep_of(config: StudyConfig, stage: str, ran: dict[str, Run]) -> SweepConfig:
+def _sweep_of(config: StudyConfig, stage: str, done: Stages) -> SweepConfig:
     """A stage's sweep, given those that ran before it."""
     name, _, group = stage.partition("-")
-    if name in ("observe", "untrained"):
-        return {"observe": stages.observe, "untrained": stages.untrained}[name](config)
+    if name in _FIRST:
+        return _FIRST[name](config)
     if name == "discover":
-        return stages.discover(config, _wholes(ran["observe"]))
-    ablations = table_in_memory(ran["discover"], "ablations")
+        return stages.discover(config, _wholes(done.runs["observe"]))
+    if name == "causal":
+        return stages.causal(config, group, done.role_sets)
+    if name == "circuit":
+        return stages.circuit(config, group, done.of("circuits", "circuits"))
+    ablations = done.of("discover", "ablations")
     if name == "confirm":
-        return stages.confirm(config, _wholes(ran["observe"]), ablations)
+        return stages.confirm(config, _wholes(done.runs["observe"]), ablations)
     return stages.curves(config, group, ablations) if name == "curves" else stages.drawn(config, ablations)
+
+
+# the stages that take nothing from others
+_FIRST = {
+    "observe": stages.observe,
+    "untrained": stages.untrained,
+    "roles": stages.roles,
+    "ties": stages.ties,
+    "circuits": stages.circuits,
+}
 
 
 def _wholes(observed: Run) -> dict[str, list[str]]:
@@ -147,7 +151,7 @@ def read_study(out: Path) -> StudyConfig:
 
 
 def report_study(out: Path) -> Path:
-    """Write report.html and tables/ from a study's finished stages.
+    """Write report.html, tables/ and pictures from a study's finished stages.
 
     Raises:
         ValueError: nothing is finished yet.
@@ -155,53 +159,38 @@ def report_study(out: Path) -> Path:
     out = local_path("out", out)
     config = read_study(out)
     runs = {stage: Run.open(out / stage) for stage in config.stages if (out / stage / "manifest.json").is_file()}
-    for run in runs.values():
+    for stage, run in runs.items():
         check_described(run)
-    finished = {stage: run for stage, run in runs.items() if run.tables}
-    if "observe" not in finished:
+        _check_stage(config, stage, run)
+    finished = Stages(config.seed, {stage: run for stage, run in runs.items() if run.tables})
+    if "observe" not in finished.runs:
         raise ValueError(f"study: {str(out)!r} has no finished unit yet, expected some results to report")
-
-    def table(stage: str, kind: str) -> pl.DataFrame | None:
-        return table_in_memory(finished[stage], kind) if stage in finished and kind in finished[stage].tables else None
-
-    curves = [table(stage, "set_ablations") for stage in config.stages if stage.startswith("curves-")]
-    curves = [part for part in curves if part is not None]
-    edits = {edit.name: edit for run in finished.values() for edit in edits_in(run)}
-    result = analyse(
-        table("observe", "observations"),
-        table("discover", "ablations"),
-        table("confirm", "ablations"),
-        discover_sets=table("discover", "set_ablations"),
-        confirm_sets=table("confirm", "set_ablations"),
-        untrained=table("untrained", "observations"),
-        curves=pl.concat(curves, how="diagonal") if curves else None,
-        edits=tuple(edits.values()),
-        targets=stages.targets_of(config),
-        count_per_group=config.heads_per_group,
-        sites=sites_of(finished["observe"]),
-        seed=config.seed,
-    )
-    for name, numbers in result.tables().items():
-        write_atomic(out / "tables" / f"{name}.csv", numbers.write_csv)
-    manifest = finished["observe"].manifest
-    info = run_info(manifest)
-    for stage in config.stages[1:]:
-        if stage in finished:
-            info[f"Work, {stage}"] = work_of(finished[stage].manifest)
     unfinished = [stage for stage in config.stages if stage not in runs or not runs[stage].complete]
-    planted = config.model.startswith("planted:")
-    caveats = [*STUDY_CAVEATS, PLANTED_CAVEAT if planted else TRAINING_CAVEAT]
-    if unfinished:
-        caveats.insert(0, f"This study is not finished ({', '.join(unfinished)}): every number here will change.")
-    return write_report(
-        out / REPORT,
-        title=TITLE,
-        run_info=info,
-        groups=group_infos(manifest),
-        result=result,
-        caveats=caveats,
-        drawn=drawn_in(finished["drawn"]) if "drawn" in finished else (),
-    )
+    return write_study(out, config, finished, result_of(config, finished), unfinished)
+
+
+def _check_stage(config: StudyConfig, stage: str, run: Run) -> None:
+    """Raise ValueError where a stage's directory holds a run of another stage or study."""
+    made = run.manifest["config"]
+    model = f"untrained:{config.model}" if stage == "untrained" else config.model
+    group = stage.partition("-")[2]
+    groups = [group] if group else _GROUPS.get(stage, lambda _: None)(config)
+    for name, there, expected in (
+        ("model", made["model"], model),
+        ("seed", made["seed"], config.seed),
+        ("groups", made["groups"], groups),
+    ):
+        if expected is not None and there != (list(expected) if name == "groups" else expected):
+            raise ValueError(f"study: its stage {stage!r} holds a run with {name} {there}, expected {expected}")
+
+
+# of the stages that are of several groups
+_GROUPS = {
+    "discover": lambda config: config.ablate_groups,
+    "confirm": lambda config: config.ablate_groups,
+    "ties": lambda config: config.tied_groups,
+    "circuits": lambda config: config.curve_groups,
+}
 
 
 def is_study(path: Path) -> bool:
