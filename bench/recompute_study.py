@@ -21,6 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recompute_roles import causal, circuits, roles
+
 AGREES = 1e-9
 FOLD = re.compile(r"mean \d+/\d+")
 CONTRAST = ("lfw", "faces_grey")
@@ -35,7 +37,7 @@ Found = dict[tuple, dict[str, float]]
 
 
 def main(study: Path) -> int:
-    found = {**entropies(study), **interventions(study)}
+    found = {**entropies(study), **interventions(study), **roles(study), **causal(study), **circuits(study)}
     failed = False
     for path in sorted((study / "tables").glob("*.csv")):
         if path.stem not in found:
