@@ -27,6 +27,7 @@ from headscope.bench import records
 from headscope.features import feature_maps, on_tokens
 from headscope.study.inference import settings
 from headscope.study.roles import assess
+from headscope.study.roles.maps import IMAGE_FEATURES
 from headscope.zoo import open_group
 
 # what the tests plant
@@ -34,16 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from study.simulated_roles import Head, World, world
 
 GROUPS, IMAGES, GRID = ("lfw", "faces", "twins"), 200, 8
-# of these maps every item has one, and they can be told apart
-FEATURES = (
-    "luminance",
-    "edge",
-    "edge orientation",
-    "texture",
-    "red against green",
-    "yellow against blue",
-    "saturation",
-)
 TIMESTEPS = (100, 500)
 NULL_SOURCES = (20, 40)
 SOURCES, EFFECTS = (20, 40, 100), (0.1, 0.2, 0.4, 0.8)
@@ -105,12 +96,12 @@ def maps_of(group: str) -> Shown:
     found = []
     for index in range(min(IMAGES, len(opened))):
         pictures = feature_maps(opened.item(index))
-        found.append([on_tokens(pictures[name], (GRID, GRID)).ravel() for name in FEATURES])
+        found.append([on_tokens(pictures[name], (GRID, GRID)).ravel() for name in IMAGE_FEATURES])
     maps = np.array(found)
     # photographs of lfw are grey
     there = maps.std(axis=(0, 2)) > 1e-9
     maps = maps[:, there] - maps[:, there].mean(axis=(0, 2), keepdims=True)
-    return Shown(tuple(np.array(FEATURES)[there].tolist()), maps / maps.std(axis=(0, 2), keepdims=True))
+    return Shown(tuple(np.array(IMAGE_FEATURES)[there].tolist()), maps / maps.std(axis=(0, 2), keepdims=True))
 
 
 def profiles_of(group: str) -> np.ndarray:
@@ -168,7 +159,7 @@ def power(sources: int, effect: float, worlds: int, maps: dict[str, Shown], prof
         assert roles is not None
         for head, role in zip(heads, roles.names.sort("head")["role"], strict=True):
             right.append(role == head.feature)
-            wrong.append(role != head.feature and role in FEATURES)
+            wrong.append(role != head.feature and role in IMAGE_FEATURES)
         planted = pl.DataFrame({"head": range(len(heads)), "feature": [head.feature for head in heads]})
         excess += (
             roles.excess.filter(pl.col("split") == "confirm").join(planted, on=["head", "feature"])["value"].to_list()

@@ -216,6 +216,7 @@ def degradation_differences(
     *,
     test: bool = False,
     added: pl.DataFrame | None = None,
+    interval: bool = True,
 ) -> pl.DataFrame:
     """The relative degradation of one part of the items minus that of another part of the same: see `RELATIVE`.
 
@@ -226,6 +227,7 @@ def degradation_differences(
         rows: one row per item (and draw of noise, and quantity); the columns change_PART and clean_PART of both parts.
         parts: their names.
         by, bands, seed, test, added: as in `means`.
+        interval: as in `degradations`.
     """
     columns = [f"{kind}_{part}" for part in parts for kind in ("change", "clean")]
     table = source_means(rows, columns, by, bands)
@@ -237,7 +239,7 @@ def degradation_differences(
 
     def run(cells: np.ndarray, _: np.ndarray) -> Inference:
         groups = [np.concatenate(arrays)[:, :, cells]]
-        return infer(groups, smooth.relative_difference, seed, _of(extra, cells), tested=test)
+        return infer(groups, smooth.relative_difference, seed, _of(extra, cells), interval=interval, tested=test)
 
     outcome = _everywhere(len(table.cells), _dense(void == 0), run)
     return _frame(table.cells, by, outcome, table.counts(), void, test, False)

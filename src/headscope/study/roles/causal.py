@@ -276,26 +276,31 @@ def _of_set(one: RoleSet, errors: pl.DataFrame, controls: list[pl.DataFrame], se
         # the same items, hence the same clean errors: the difference of a mean change is the mean of differences
         cleans = errors.select(*_ITEM, *(f"clean_{place}" for place in _PLACES))
         paired = cleans.join(mean, on=list(_ITEM), how="left", maintain_order="left")
-        found["control_difference"] = degradation_differences(paired, _PLACES, (), "timestep", seed)["value"][0]
+        found["control_difference"] = _difference(paired)
         own = errors.select(*_ITEM, *(pl.col(name).alias(f"_{name}") for name in _CHANGES))
         beyond = paired.join(own, on=list(_ITEM), how="left", maintain_order="left")
         beyond = beyond.with_columns((pl.col(f"_{name}") - pl.col(name)).alias(name) for name in _CHANGES)
-        spread = _spread(controls, seed)
+        spread = _spread(controls)
         if spread is not None:
             found |= _bounds("beyond", degradation_differences(beyond, _PLACES, (), "timestep", seed, added=spread))
     return found
 
 
-def _spread(controls: list[pl.DataFrame], seed: int) -> pl.DataFrame | None:
+def _spread(controls: list[pl.DataFrame]) -> pl.DataFrame | None:
     """What the choice of control sets adds to the error of a difference to their mean; None of fewer than two.
 
     That a set is one more draw of them is the hypothesis: their standard deviation * sqrt(1 + 1 / number).
     """
-    parts = [degradation_differences(one, _PLACES, (), "timestep", seed)["value"][0] for one in controls]
+    parts = [_difference(one) for one in controls]
     if len(parts) < 2 or None in parts:
         return None
     between = stdev(parts) * (1 + 1 / len(parts)) ** 0.5
     return pl.DataFrame({"added_error": [max(between, ROUNDING)], "added_freedom": [float(len(parts) - 1)]})
+
+
+def _difference(rows: pl.DataFrame) -> float | None:
+    """The relative degradation inside minus that outside, without an interval; None where it is void."""
+    return degradation_differences(rows, _PLACES, (), "timestep", interval=False)["value"][0]
 
 
 def _bounds(name: str, table: pl.DataFrame) -> dict:

@@ -20,8 +20,8 @@ RESIDUAL = (
 RESOLVING, RESOLVED = 16, 0.25
 # what the other features have to leave of a feature's variance
 SEPARABLE = 0.05
-# of features that say the same the first stands: what images show before what masks say
-PREFERENCE = (
+# what every image shows
+IMAGE_FEATURES = (
     "luminance",
     "edge",
     "edge orientation",
@@ -30,7 +30,8 @@ PREFERENCE = (
     "yellow against blue",
     "saturation",
 )
-PREFERENCE += ("object", "boundary")
+# of features that say the same the first stands: what images show before what masks say
+PREFERENCE = (*IMAGE_FEATURES, "object", "boundary")
 _CONSTANT = 1e-10
 
 

@@ -12,7 +12,7 @@ from headscope.models import Recording
 from headscope.models.editing.edits import Fill
 from headscope.models.recording.recording import HEAD_OUTPUT
 from headscope.sweep.compute.context import Context
-from headscope.sweep.plan.items import PromptItem, SweptItem
+from headscope.sweep.plan.items import PromptItem, SweptItem, source_weights
 from headscope.sweep.plan.units import Advance
 
 ATTRIBUTION, INTEGRATED, MAGNITUDE, RANDOM = "attribution", "integrated", "magnitude", "random"
@@ -40,8 +40,7 @@ def orders_of(context: Context, items: Items, fill: Fill, heads: Heads, advance:
 
     Items count by their sources. Equal heads stay in the order of execution.
     """
-    sources = [item.source_id for item in items]
-    weights = np.array([1.0 / sources.count(source) for source in sources])
+    weights = source_weights(items)
     scores = {**_attributed(context, items, fill, heads, weights, advance)}
     scores[MAGNITUDE] = _magnitudes(context, items, fill, heads, weights, advance)
     # what overflowed comes last

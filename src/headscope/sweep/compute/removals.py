@@ -16,7 +16,7 @@ from headscope.sweep.compute.context import Context
 from headscope.sweep.compute.edits import fills_at
 from headscope.sweep.compute.predictions import prepared
 from headscope.sweep.compute.scores import squared_error
-from headscope.sweep.plan.items import PromptItem, SweptItem
+from headscope.sweep.plan.items import PromptItem, SweptItem, source_weights
 from headscope.sweep.plan.units import Advance, Unit
 
 Heads = Sequence[tuple[str, int]]
@@ -56,9 +56,7 @@ class Removals:
             self._places.setdefault(site, []).append((place, head))
         self._counts = {site: context.loss_scope.site(site).heads for site in self._places}
         self._at = [self._clean(timestep, context.fill(unit, fill)) for timestep in context.plan.timesteps]
-        sources = [item.source_id for item in self._items]
-        # a source counts once, with the mean of its items
-        self._weights = np.array([1.0 / sources.count(source) for source in sources])
+        self._weights = source_weights(self._items)
 
     def _clean(self, timestep: int, fill: Fill) -> _Clean:
         """The clean model at a timestep, and what takes the place of heads there."""

@@ -346,6 +346,12 @@ class PromptItem:
         return hashlib.sha256(self.caption.encode()).hexdigest()[:16]
 
 
+def source_weights(items: Sequence[SweptItem | PromptItem]) -> np.ndarray:
+    """The weight of each item, [items]: a source counts once, with the mean of its items."""
+    sources = [item.source_id for item in items]
+    return np.array([1.0 / sources.count(source) for source in sources])
+
+
 def _open_prompts(path: Path, config: SweepConfig) -> GroupItems:
     lines = read_prompts(path)
     captions = list(dict.fromkeys(lines))
