@@ -1,4 +1,4 @@
-// The C ABI of headscope's CPU kernel: fused attention, head edits and row statistics.
+// The C ABI of headscope's CPU kernel: fused attention, head edits, row statistics, and the gradients of all of them.
 //
 // No torch and no Python types cross it, so it can be called from anything that can call C.
 #ifndef HEADSCOPE_CPU_H
@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a function below does.
-#define HEADSCOPE_ABI_VERSION 2
+#define HEADSCOPE_ABI_VERSION 3
 
 enum headscope_dtype {
     HEADSCOPE_FLOAT32 = 0,
@@ -45,6 +45,7 @@ enum headscope_status {
     HEADSCOPE_NO_MEMORY = 6,
     HEADSCOPE_BAD_INSTRUCTION_SET = 7,
     HEADSCOPE_BAD_STATISTIC = 8,
+    HEADSCOPE_BAD_GRADIENT = 9,
 };
 
 // What a statistic says about a row's probabilities p, before gate, fill and key_scale. All results are float32 and
@@ -58,7 +59,8 @@ enum headscope_statistic_kind {
     HEADSCOPE_DISTANCE = 5,       // sum p * Euclidean distance of row and key on their grids [batch, heads, queries]
     HEADSCOPE_GROUP_MASS = 6,     // sum of p over each group's keys [batch, heads, queries, count]
     HEADSCOPE_GROUP_ENTROPY = 7,  // entropy of p renormalised within each group [batch, heads, queries, count]
-    HEADSCOPE_KEY_MASS = 8,       // sum of p over the queries [batch, heads, keys]; a second pass
+    HEADSCOPE_KEY_MASS = 8,       // sum of p over the queries [batch, heads, keys]; beyond 512 keys, fewer where
+                                  // dims are large, a second pass
 };
 
 // The most statistics of one call.
@@ -105,6 +107,12 @@ typedef struct headscope_attention {
     headscope_edit temperature;  // [batch, heads]
     headscope_edit key_bias;     // [batch, heads, keys], added to the logits; -inf mutes a key
     headscope_edit key_scale;    // [batch, heads, keys], multiplies p after the softmax
+    // What the backward needs, all or nothing; data NULL: not wanted. The output before gate and fill, in query's dtype
+    // (no need of it without a gate); and, contiguous [batch, heads, queries], each row's largest logit m and
+    // s = log2 sum_j 2^((logit_j - m) * log2(e)), so that p_j = 2^((logit_j - m) * log2(e) - s). A row without a valid
+    // key has m = 0 and s = inf, a NaN row a NaN s.
+    headscope_tensor attention;
+    float *row_max, *log2_sum;
     double scale;
     int64_t is_causal;        // key j is seen by query i where j <= i
     int64_t threads;          // 1 enters no parallel region
@@ -112,6 +120,40 @@ typedef struct headscope_attention {
     int64_t statistic_count;
     headscope_statistic statistics[HEADSCOPE_MAX_STATISTICS];  // only the first statistic_count are read
 } headscope_attention;
+
+// A tensor for each of several cotangents: the first stride is between them.
+typedef struct headscope_stack {
+    void* data;
+    int64_t strides[5];
+    int64_t dtype;
+} headscope_stack;
+
+// The cotangent of a group_mass.
+typedef struct headscope_group_cotangent {
+    const float* data;      // contiguous [cotangents, batch, heads, queries, count]
+    int64_t count, first;   // as sizes of headscope_statistic
+    const int32_t* groups;  // [batch, heads, keys], as there
+    int64_t group_strides[3];
+} headscope_group_cotangent;
+
+// Cotangents of a call's results, and where its gradients go. Where there are several, p is worked out once for all of
+// them. Everything is float32 and contiguous unless it has strides; data NULL is a cotangent of 0, or a gradient that
+// isn't wanted. Edits that repeat along a dimension have gradients here for each of batch and heads, to be summed.
+typedef struct headscope_gradients {
+    int64_t cotangents;      // how many
+    headscope_stack output;  // [cotangents, batch, heads, queries, dim_v], query's dtype
+    // [cotangents, batch, heads, queries]: what logsumexp's cotangent, and sum_j p_j dp_j of all statistics' cotangents
+    // dp, come to: subtracted from the gradient of p in every row
+    const float* row_constants;
+    const float* entropy;               // the entropy's cotangent, [cotangents, batch, heads, queries]
+    headscope_stack query, key, value;  // in query's dtype; every element is written
+    float *gate, *temperature;          // [cotangents, batch, heads]; the temperature's needs the query's beside it
+    float *key_bias, *key_scale;        // [cotangents, batch, heads, keys]
+    float* mask;                        // of an additive mask: [cotangents, mask_sizes]
+    int64_t mask_sizes[4];              // of [batch, heads, queries, keys], each 1 (summed) or whole
+    int64_t group_count;
+    headscope_group_cotangent groups[HEADSCOPE_MAX_STATISTICS];  // only the first group_count are read
+} headscope_gradients;
 
 HEADSCOPE_EXPORT int headscope_abi_version(void);
 
@@ -122,6 +164,20 @@ HEADSCOPE_EXPORT int headscope_abi_version(void);
 // Runs the call. Returns enum headscope_status; anything but HEADSCOPE_OK and
 // HEADSCOPE_NO_MEMORY has written nothing.
 HEADSCOPE_EXPORT int headscope_attention_forward(const headscope_attention* call);
+
+// The gradients of a call. `call` is the forward's with attention (its output where it has no gate), row_max and
+// log2_sum as the forward wrote them; its output and statistics aren't looked at. The bits don't depend on the number
+// of threads.
+//
+// With p = softmax(logits), dp the gradient of p and ds that of the logits,
+//     dp_j = key_scale_j * (gate * d output . value_j) - ln(p_j) * d entropy + sum of d group_mass of j's groups
+//     ds_j = p_j * (dp_j - gate * d output . attention - row_constant)
+// A row without a valid key has gradients of 0. A thread works in less than 16 MiB: cotangents that would take more
+// together come in several passes. Beside that, the queries' gradients of two key heads for each thread are kept in
+// float32 where their own tensor can't hold their sums. Returns as headscope_attention_forward does; out of memory,
+// some gradients may be written.
+HEADSCOPE_EXPORT int headscope_attention_backward(const headscope_attention* call,
+                                                  const headscope_gradients* gradients);
 
 // The meaning of a status, in English. Never NULL.
 HEADSCOPE_EXPORT const char* headscope_status_message(int status);

@@ -3,9 +3,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checks.h"
 #include "headscope_cpu.h"
 #include "instruction_sets.h"
 #include "threads.h"
+#include "turns.h"
 
 namespace {
 
@@ -17,14 +19,6 @@ using headscope::spread;
 constexpr int64_t MAX_GROUPS = 65536;
 // what a thread may work in before the groups' sums are left to further passes; 16 MiB are promised
 constexpr size_t MANY_BYTES = size_t{12} << 20;
-// rows whose sums wait for the second pass at a time: 2 MiB
-constexpr int64_t SAVED_ROWS = 262144;
-
-bool is_input_dtype(int64_t dtype) {
-    return dtype == HEADSCOPE_FLOAT32 || dtype == HEADSCOPE_BFLOAT16 || dtype == HEADSCOPE_FLOAT16;
-}
-
-bool is_floating(int64_t dtype) { return is_input_dtype(dtype) || dtype == HEADSCOPE_FLOAT64; }
 
 bool is_grouped(const headscope_statistic& statistic) {
     return statistic.kind == HEADSCOPE_GROUP_MASS || statistic.kind == HEADSCOPE_GROUP_ENTROPY;
@@ -49,99 +43,21 @@ int check(const headscope_attention& call, const headscope_statistic& statistic)
     return HEADSCOPE_OK;
 }
 
-int check(const headscope_attention& call) {
-    const int64_t sizes[] = {call.batch, call.heads, call.kv_heads, call.queries, call.keys, call.dim, call.dim_v};
-    for (const int64_t size : sizes) {
-        if (size < 0) return HEADSCOPE_BAD_SIZE;
-    }
-    if (call.heads > 0 && (call.kv_heads == 0 || call.heads % call.kv_heads != 0)) return HEADSCOPE_BAD_HEADS;
-    if (call.dim > HEADSCOPE_MAX_DIM || call.dim_v > HEADSCOPE_MAX_DIM) return HEADSCOPE_DIM_TOO_LARGE;
-    const int64_t dtype = call.query.dtype;
-    if (!is_input_dtype(dtype) || call.key.dtype != dtype || call.value.dtype != dtype || call.output.dtype != dtype) {
-        return HEADSCOPE_BAD_DTYPE;
-    }
-    if (call.mask.data && call.mask.dtype != HEADSCOPE_BOOL && !is_floating(call.mask.dtype))
-        return HEADSCOPE_BAD_DTYPE;
-    if (call.fill.data && !is_floating(call.fill.dtype)) return HEADSCOPE_BAD_DTYPE;
+// Of what only a forward has.
+int check_results(const headscope_attention& call) {
+    if (call.output.dtype != call.query.dtype) return HEADSCOPE_BAD_DTYPE;
     if (call.statistic_count < 0 || call.statistic_count > HEADSCOPE_MAX_STATISTICS) return HEADSCOPE_BAD_STATISTIC;
     for (int64_t i = 0; i < call.statistic_count; ++i) {
         const int status = check(call, call.statistics[i]);
         if (status != HEADSCOPE_OK) return status;
     }
-    // an empty tensor may well have no storage
-    const bool has_rows = call.batch && call.heads && call.queries;
-    const bool has_keys = has_rows && call.keys;
-    if ((has_rows && call.dim && !call.query.data) || (has_rows && call.dim_v && !call.output.data) ||
-        (has_keys && call.dim && !call.key.data) || (has_keys && call.dim_v && !call.value.data)) {
-        return HEADSCOPE_NULL_POINTER;
-    }
-    return HEADSCOPE_OK;
+    return call.batch && call.heads && call.queries && call.dim_v && !call.output.data ? HEADSCOPE_NULL_POINTER
+                                                                                       : HEADSCOPE_OK;
 }
 
-bool wants_key_mass(const headscope_attention& call) {
-    for (int64_t i = 0; i < call.statistic_count; ++i) {
-        if (call.statistics[i].kind == HEADSCOPE_KEY_MASS) return true;
-    }
-    return false;
-}
-
-// Without a row there is no mass.
-void clear_key_mass(const headscope_attention& call) {
-    for (int64_t i = 0; i < call.statistic_count; ++i) {
-        if (call.statistics[i].kind != HEADSCOPE_KEY_MASS) continue;
-        for (int64_t j = 0; j < call.batch * call.heads * call.keys; ++j) call.statistics[i].output[j] = 0.0f;
-    }
-}
-
-// Both passes, as many rows at a time as may be saved. False: out of memory.
-bool run_with_key_mass(const Kernel& kernel, const headscope_attention& call, Plan plan) {
-    const int64_t heads = call.batch * call.heads;
-    const int64_t key_blocks = (call.keys + plan.key_block - 1) / plan.key_block;
-    const auto both = [&](int64_t first_item, int64_t end_item, int64_t first_head, int64_t end_head, int64_t first_row,
-                          int64_t end_row) {
-        plan.first_saved_row = first_head * call.queries + first_row;
-        return spread(first_item, end_item, call.threads, plan.bytes_per_thread,
-                      [&](int64_t i, void* memory) { kernel.run(call, plan, i, memory); }) &&
-               spread(first_head * key_blocks, end_head * key_blocks, call.threads, plan.bytes_per_thread,
-                      [&](int64_t i, void* memory) {
-                          kernel.run_key_mass(call, plan, i / key_blocks, i % key_blocks * plan.key_block, first_row,
-                                              end_row, memory);
-                      });
-    };
-    const int64_t rows = heads * call.queries < SAVED_ROWS ? heads * call.queries : SAVED_ROWS;
-    float* saved = static_cast<float*>(malloc(2 * sizeof(float) * static_cast<size_t>(rows)));
-    if (!saved) return false;
-    plan.row_max = saved;
-    plan.row_share = saved + rows;
-    bool done = true;
-    const int64_t groups_at_once = SAVED_ROWS / (call.queries * plan.heads_per_item);
-    if (groups_at_once > 0) {
-        const int64_t groups = heads / plan.heads_per_item;
-        for (int64_t group = 0; done && group < groups; group += groups_at_once) {
-            const int64_t end = group + groups_at_once < groups ? group + groups_at_once : groups;
-            done = both(group * plan.items_per_head, end * plan.items_per_head, group * plan.heads_per_item,
-                        end * plan.heads_per_item, 0, call.queries);
-        }
-    } else {
-        // heads so long that each takes several turns; they are items of their own
-        const int64_t at_once = SAVED_ROWS / plan.rows_per_item;
-        for (int64_t turn = 0; done && turn < heads * plan.items_per_head;) {
-            const int64_t head = turn / plan.items_per_head, item = turn % plan.items_per_head;
-            const int64_t left = plan.items_per_head - item;
-            const int64_t end = turn + (left < at_once ? left : at_once);
-            const int64_t first_row = item * plan.rows_per_item;
-            const int64_t end_row = first_row + (end - turn) * plan.rows_per_item;
-            done = both(turn, end, head, head + 1, first_row, end_row < call.queries ? end_row : call.queries);
-            turn = end;
-        }
-    }
-    free(saved);
-    return done;
-}
-
-// The whole call, in one pass over the keys (two for key_mass). False: out of memory.
+// The whole call, in one pass over the keys, or two for key_mass. False: out of memory.
 bool run(const Kernel& kernel, const headscope_attention& call, const Plan& plan) {
-    if (wants_key_mass(call)) return run_with_key_mass(kernel, call, plan);
+    if (call.keys > 0 && headscope::wants_key_mass(call)) return headscope::run_with_key_mass(kernel, call, plan);
     return spread(0, plan.items, call.threads, plan.bytes_per_thread,
                   [&](int64_t i, void* memory) { kernel.run(call, plan, i, memory); });
 }
@@ -172,8 +88,11 @@ bool run_groups_in_turn(const Kernel& kernel, const headscope_attention& call) {
         }
         if (!run(kernel, part, plan)) return false;
         part.statistic_count = 0;
-        // the output is written
+        // The output is written, and what a backward needs: a pass without values may take other blocks of keys, whose
+        // logits aren't bit for bit those of the output.
         part.dim_v = 0;
+        part.row_max = part.log2_sum = nullptr;
+        part.attention.data = nullptr;
     } while (next < call.statistic_count);
     return true;
 }
@@ -184,14 +103,15 @@ int headscope_abi_version(void) { return HEADSCOPE_ABI_VERSION; }
 
 int headscope_attention_forward(const headscope_attention* call) {
     if (!call) return HEADSCOPE_NULL_POINTER;
-    const int status = check(*call);
+    int status = headscope::check_inputs(*call);
+    if (status == HEADSCOPE_OK) status = check_results(*call);
     if (status != HEADSCOPE_OK) return status;
     const Kernel* kernel = headscope::find_kernel(call->instruction_set);
     if (!kernel) return HEADSCOPE_BAD_INSTRUCTION_SET;
     kernel = headscope::kernel_for(kernel, call->query.dtype);
     const Plan plan = kernel->plan(*call);
     if (plan.items == 0) {
-        clear_key_mass(*call);
+        headscope::clear_key_mass(*call);
         return HEADSCOPE_OK;
     }
     const bool done =
@@ -221,6 +141,10 @@ const char* headscope_status_message(int status) {
         case HEADSCOPE_BAD_STATISTIC:
             return "a statistic is unknown, has a grid without a side or more than 65536 groups, or there are more "
                    "than 32";
+        case HEADSCOPE_BAD_GRADIENT:
+            return "there is no cotangent, there are more than 32 of groups, a gradient's mask sizes are neither 1 nor "
+                   "whole, or a gradient is wanted of something that isn't there, or of the temperature without the "
+                   "query's";
         default:
             return "unknown status";
     }

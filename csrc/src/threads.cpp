@@ -2,6 +2,8 @@
 
 #include <stdlib.h>
 
+#include <thread>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -52,5 +54,14 @@ void* thread_memory(size_t bytes) {
     static thread_local Memory memory;
     return memory.at_least(bytes);
 }
+
+void wait_until_above(const std::atomic<int64_t>* progress, int64_t value) {
+    for (int tries = 0; progress->load(std::memory_order_acquire) <= value; ++tries) {
+        // the other thread is at work, unless it lost its processor to somebody
+        if (tries > 1000) std::this_thread::yield();
+    }
+}
+
+void publish(std::atomic<int64_t>* progress, int64_t value) { progress->store(value, std::memory_order_release); }
 
 }  // namespace headscope

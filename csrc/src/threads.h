@@ -20,6 +20,10 @@ namespace headscope {
 // until the thread ends or asks for more: a fresh mapping's page faults would show in every small call.
 void* thread_memory(size_t bytes);
 
+// Returns when another thread has published more than `value`; what it wrote before is then there to be read.
+void wait_until_above(const std::atomic<int64_t>* progress, int64_t value);
+void publish(std::atomic<int64_t>* progress, int64_t value);
+
 #if defined(HEADSCOPE_STD_THREADS)
 // For the thread sanitizer, which sees the synchronisation of these threads, but not that of an OpenMP runtime.
 constexpr const char* THREADING = "std::thread";
@@ -29,8 +33,8 @@ constexpr const char* THREADING = "OpenMP";
 constexpr const char* THREADING = "none";
 #endif
 
-// function(i, memory) for each i of first..end - 1, on several threads. False, and no call was made, where a thread got
-// no memory.
+// function(i, memory) for each i of first..end - 1, on several threads, begun in this order: a call may wait for those
+// before it. False, and no call was made, where a thread got no memory.
 template <typename Function>
 bool spread(int64_t first, int64_t end, int64_t threads, size_t bytes, const Function& function) {
     if (threads > end - first) threads = end - first;
@@ -51,17 +55,19 @@ bool spread(int64_t first, int64_t end, int64_t threads, size_t bytes, const Fun
     }
 #elif defined(_OPENMP)
     if (threads > 1) {
+        std::atomic<int64_t> next{first};
         std::atomic<bool> failed{false};
-        // dynamic: causal masks and removed heads make items uneven; several at a time where they are many and small
+        // one after another: causal masks and removed heads make items uneven; several at a time where they are many
+        // and small. Not by OpenMP's own schedule, which may begin with later ones.
         const int64_t chunk = 1 + (end - first) / (16 * threads);
 #pragma omp parallel num_threads(static_cast<int>(threads))
         {
             void* memory = thread_memory(bytes);
             if (!memory) failed.store(true);
 #pragma omp barrier
-            if (!failed.load()) {
-#pragma omp for schedule(dynamic, chunk) nowait
-                for (int64_t i = first; i < end; ++i) function(i, memory);
+            for (int64_t begin = end; !failed.load() && (begin = next.fetch_add(chunk)) < end;) {
+                const int64_t stop = begin + chunk < end ? begin + chunk : end;
+                for (int64_t i = begin; i < stop; ++i) function(i, memory);
             }
         }
         return !failed.load();

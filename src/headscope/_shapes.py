@@ -49,10 +49,14 @@ PerKey = Float[Tensor, "#batch #heads keys"]
 FillTensor = Float[Tensor, "#batch #heads #queries #dim_v"]
 # a number for each query
 RowValue = Float[Tensor, "batch heads queries"]
+# its gradient; several: one for each of as many cotangents
+RowGradient = Float[Tensor, "*several batch heads queries"]
 # a number for each query and group of keys
 GroupValue = Float[Tensor, "batch heads queries groups"]
 # a statistic's result: a number or a vector for each row, or a number for each key
 StatisticValue = Float[Tensor, "batch heads ..."]
+# its gradient: of the same shape, or with a dimension in front for several cotangents
+StatisticGradient = Float[Tensor, "..."]
 # what a statistic's formula reads beside the probabilities
 StatisticTensor = Int32[Tensor, "#batch #heads _length"] | Float[Tensor, "#batch #heads _length"]
 StatisticTensors = tuple[StatisticTensor, ...]

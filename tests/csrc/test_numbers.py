@@ -155,6 +155,9 @@ def test_null_and_nonsense_are_refused(library):
 
 def test_the_packing_matches_the_header():
     """Sizes as the header lays them out, every field eight bytes wide."""
-    tensor, edit = 1 + 4 + 1, 1 + 3
-    assert cpu_structs.ATTENTION.size == 8 * (7 + 6 * tensor + 4 * edit + 5)
+    tensor, edit, stack = 1 + 4 + 1, 1 + 3, 1 + 5 + 1
+    # the attention among the tensors; row_max and log2_sum before the five numbers at the end
+    assert cpu_structs.ATTENTION.size == 8 * (7 + 7 * tensor + 4 * edit + 2 + 5)
     assert cpu_structs.STATISTIC.size == 8 * (1 + 1 + 4 + 1 + 3)
+    assert cpu_structs.GRADIENTS.size == 8 * (1 + stack + 2 + 3 * stack + 5 + 4 + 1)
+    assert cpu_structs.GROUP_COTANGENT.size == 8 * (1 + 2 + 1 + 3)

@@ -276,14 +276,6 @@ def test_statistics_do_not_change_the_output_nor_threads_anything(instruction_se
             assert all(torch.equal(first[label], again[label]) for label in first)
 
 
-def test_key_mass_of_more_rows_than_are_saved_at_a_time(library):
-    """Beyond 262,144 rows the second pass comes in turns."""
-    for heads, queries in ((1, 300_000), (70, 4_000)):
-        call = make(1, heads, heads, queries, 5, 2, 2)
-        call.statistics = {"key_mass": ("key_mass", (), ())}
-        check(call)
-
-
 @pytest.mark.parametrize(
     ("statistic", "message"),
     [

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tiny
-from headscope import HeadEdit, Scope, Task
+from headscope import GroupMass, HeadEdit, Scope, Task
 from headscope.zoo import load_pipeline, open_group
 
 
@@ -44,6 +44,18 @@ def test_a_checkpointed_forward_is_recorded_once():
     assert len(checkpointed) == len(recorded) == 6
     one, other = recorded.to_polars(), checkpointed.to_polars()
     assert one.drop("entropy_std").equals(other.drop("entropy_std"))
+
+
+def test_a_checkpointed_forward_with_data_of_its_statistics():
+    """The repetition saves what the forward saved, the groups of keys, too."""
+    model = tiny.flux_transformer(double=1, single=2)
+    scope = Scope(model)
+    # 5 tokens of text and 12 of the image
+    mass = GroupMass(torch.arange(17) % 2, 2)
+    plain, recorded = gradients(model, scope, lambda: scope.record("logsumexp", mass), False)
+    again, checkpointed = gradients(model, scope, lambda: scope.record("logsumexp", mass), True)
+    assert float((again - plain).abs().max()) <= 1e-6
+    assert len(checkpointed) == len(recorded) == 6
 
 
 def test_an_edit_acts_in_the_repetition_as_it_did_in_its_forward():

@@ -19,6 +19,7 @@ from torch import Tensor
 from contract import FINFO_MIN, Inputs, Truth, statistic_tolerance, truth
 from headscope.ops import cpu_library
 from interpreter import replace_once_a_launch
+from ops.fuzz_backward import draw_backward, gradient_ratios
 
 BACKENDS = ("reference", "portable", "cpu", "triton")
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
@@ -222,7 +223,11 @@ def run(backend: str, numbers: Iterable[int], tally: Tally | None = None) -> Tal
     """Every call of these numbers through a backend, into a tally."""
     tally = Tally() if tally is None else tally
     for number in numbers:
-        tally.add(number, ratios(draw(number, backend), backend))
+        inputs = draw(number, backend)
+        tally.add(number, ratios(inputs, backend))
+        backward = draw_backward(number, backend, inputs)
+        if backward is not None:
+            tally.add(number, gradient_ratios(backward, backend))
     return tally
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import contract
 from headscope.ops import attention, cpu_library
-from ops import fuzz
+from ops import fuzz, fuzz_backward
 from ops.backends import require_backend
 
 # an interpreted kernel takes a fifth of a second a call
@@ -79,8 +79,9 @@ def _last_key_off(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> 
 @pytest.mark.parametrize("wrong", [_steeper, _last_key_off])
 def test_what_is_wrong_is_found(wrong: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(contract, "attention", wrong)
+    monkeypatch.setattr(fuzz_backward, "attention", wrong)
     tally = fuzz.run("reference", range(40))
-    assert {"output", "logsumexp", "entropy"} <= set(tally.past), tally
+    assert {"output", "logsumexp", "entropy", "d query", "d key", "d value"} <= set(tally.past), tally
 
 
 def test_a_call_depends_on_its_number_only():

@@ -272,3 +272,19 @@ def test_a_statistic_of_ones_own_that_returns_its_input():
     assert torch.equal(cotangent, before)
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "cpu"])
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, -1e30])
+def test_logsumexp_of_a_row_that_a_finite_mask_hides_has_the_gradient_p(backend, hidden):
+    require_backend(backend)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, rows, 8, generator=generator) for rows in (6, 5, 5))
+    mask = torch.zeros(6, 5)
+    mask[4] = hidden
+    mask.requires_grad_()
+    found = attention(query, key, value, attn_mask=mask, statistics="logsumexp", backend=backend)
+    (gradient,) = torch.autograd.grad(found.statistics["logsumexp"].sum(), mask)
+    # such logits are all one number, and each row's p sum to 1
+    assert torch.allclose(gradient[4], torch.full((5,), 0.2), rtol=0, atol=2e-7 * 5)
+    assert torch.allclose(gradient.sum(1), torch.ones(6), rtol=0, atol=1e-5)

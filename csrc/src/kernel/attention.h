@@ -3,7 +3,7 @@
 //     for each block of keys:               packed once per item
 //         for each block of rows:           packed when first met, or read where it is
 //             logits                        logits.h, mask.h
-//             running maximum, 2^x, sums    softmax.h, statistics.h
+//             running maximum, 2^x, sums    softmax.h, statistics.h, key_mass.h
 //             outputs                       values.h
 //             after its last keys: store    output.h, or values.h
 //
@@ -13,6 +13,7 @@
 #define HEADSCOPE_KERNEL_ATTENTION_H
 
 #include "instruction_sets.h"
+#include "key_mass.h"
 #include "output.h"
 #include "values.h"
 
@@ -23,18 +24,20 @@ namespace HEADSCOPE_TARGET {
 constexpr int64_t BLOCK_TILES = 8;
 constexpr int64_t BLOCK_ROWS = BLOCK_TILES * TILE_ROWS;
 static_assert(BLOCK_ROWS <= MAX_BLOCK_ROWS, "statistics are written a block at a time");
-// what one item may spend on packed keys and values, and on packed queries, outputs and sums
-constexpr int64_t KEY_BYTES = int64_t{1} << 20;
+// what one item may spend on packed queries, outputs and sums
 constexpr int64_t ROW_BYTES = int64_t{4} << 20;
 // Rows that an item has if it can: below the first packing the keys shows, above the second they leave the cache and
 // threads are dealt too much at a time.
 constexpr int64_t FEW_ROWS = 256;
 constexpr int64_t MANY_ROWS = 1024;
+// heads that share keys and an item: more gain nothing, and a turn of key_mass has room for their blocks of rows
+constexpr int64_t MANY_HEADS = 128;
 
 // The working memory of one item.
 struct Workspace {
     Unit *keys, *values, *queries;
     float *logits, *outputs, *bias, *key_scale;
+    float* powers;  // of GROUP_ROWS rows, for key_mass
     RowState* rows;
 };
 
@@ -58,16 +61,9 @@ inline int64_t lay_out(const headscope_attention& call, int64_t key_block, int64
     workspace->bias = floats(key_block);
     workspace->key_scale = floats(key_block);
     workspace->rows = static_cast<RowState*>(take(rows * static_cast<int64_t>(sizeof(RowState))));
+    workspace->powers = statistics->key_mass && call.keys <= key_block ? floats(GROUP_ROWS * LOGIT_STRIDE) : nullptr;
     lay_out_statistics(statistics, rows, key_block, take);
     return end;
-}
-
-inline int64_t key_block_of(const headscope_attention& call) {
-    const int64_t key_bytes = 4 * (units_of(call.dim) + padded_channels(call.dim_v));
-    constexpr int64_t LEAST = MAX_VECTORS * LANES;
-    int64_t block = MAX_KEY_BLOCK;
-    while (block / 2 > LEAST && block * key_bytes > KEY_BYTES) block /= 2;
-    return larger(LANES, smaller(block, round_up(call.keys, LANES)));
 }
 
 inline Plan plan(const headscope_attention& call) {
@@ -80,12 +76,14 @@ inline Plan plan(const headscope_attention& call) {
     const int64_t heads = call.batch * call.heads;
     const int64_t shared = call.kv_heads ? call.heads / call.kv_heads : 1;
     const int64_t wanted_items = call.threads > 1 ? 4 * call.threads : 1;
-    const int64_t affordable = larger(TILE_ROWS, ROW_BYTES / row_bytes / TILE_ROWS * TILE_ROWS);
+    const int64_t rows = ROW_BYTES / row_bytes;
+    const int64_t step = rows < BLOCK_ROWS ? TILE_ROWS : BLOCK_ROWS;
+    const int64_t affordable = larger(TILE_ROWS, rows / step * step);
     const int64_t head_rows = round_up(call.queries, TILE_ROWS);
     plan.heads_per_item = 1;
     if (call.queries > 0 && call.queries <= FEW_ROWS) {
         // heads that share keys, as many as leave enough items
-        for (int64_t n = shared; n > 1; --n) {
+        for (int64_t n = smaller(shared, MANY_HEADS); n > 1; --n) {
             if (shared % n || n * head_rows > affordable || heads / n < wanted_items) continue;
             plan.heads_per_item = n;
             break;
@@ -98,25 +96,20 @@ inline Plan plan(const headscope_attention& call) {
         const int64_t even = round_up(larger(1, (call.queries + pieces - 1) / pieces), BLOCK_ROWS);
         plan.rows_per_item = smaller(affordable, smaller(even, round_up(MANY_ROWS, BLOCK_ROWS)));
     }
+    plan.block_rows = smaller(BLOCK_ROWS, plan.rows_per_item);
+    plan.one_pass = statistics.key_mass && call.keys <= plan.key_block;
     plan.items_per_head = (call.queries + plan.rows_per_item - 1) / plan.rows_per_item;
     plan.items = heads / plan.heads_per_item * plan.items_per_head;
     Workspace workspace;
     Statistics none;
     // the second pass works on one block of rows at a time, which may be more than an item has
-    const int64_t second =
-        statistics.key_mass ? lay_out(call, plan.key_block, BLOCK_ROWS, nullptr, &workspace, &none) : 0;
+    const int64_t second = statistics.key_mass && !plan.one_pass
+                               ? lay_out(call, plan.key_block, BLOCK_ROWS, nullptr, &workspace, &none)
+                               : 0;
     const int64_t first =
         lay_out(call, plan.key_block, plan.heads_per_item * plan.rows_per_item, nullptr, &workspace, &statistics);
     plan.bytes_per_thread = static_cast<size_t>(larger(first, second));
     return plan;
-}
-
-// Whether the keys are scaled instead of the queries, which can then be read where they are: worth it where queries
-// meet all keys at once. Threads and statistics have no say in it, so that they don't change a bit of the result. Heads
-// that share keys have to share their scale.
-inline bool scales_keys(const headscope_attention& call, const Plan& plan) {
-    return TERMS == 1 && call.query.dtype == HEADSCOPE_FLOAT32 && call.query.strides[3] == 1 && call.dim > 0 &&
-           call.keys <= plan.key_block && (call.heads == call.kv_heads || !call.temperature.data);
 }
 
 class Item {
@@ -132,7 +125,7 @@ public:
         find_statistics(call, &statistics_);
         lay_out(call, plan.key_block, plan.heads_per_item * plan.rows_per_item, static_cast<char*>(memory), &space_,
                 &statistics_);
-        reads_queries_ = scales_keys(call, plan);
+        reads_queries_ = scales_keys(call, plan.key_block);
         writes_output_ =
             call.output.dtype == HEADSCOPE_FLOAT32 && call.output.strides[3] == 1 && output_stride_ == call.dim_v;
     }
@@ -145,7 +138,7 @@ public:
                 continue;
             }
             for (int64_t row = first_row_; row < end_row_; ++row) {
-                write_output(call_, sample_, head, row, nullptr, 0.0f, 0.0f);
+                write_output(call_, call_.output, sample_, head, row, nullptr, 0.0f, 0.0f);
             }
         }
         if (!wants_keys) return;
@@ -154,7 +147,8 @@ public:
         const int64_t keys = visible_keys(end_row_);
         for (int64_t key = 0; key == 0 || key < keys; key += plan_.key_block) {
             const int64_t count = smaller(plan_.key_block, keys - key);
-            pack_keys(call_, sample_, kv_head_, key, count, reads_queries_ ? scale(first_head_) : 1.0f, space_.keys);
+            pack_keys(call_.key, call_.dim, sample_, kv_head_, key, count, reads_queries_ ? scale(first_head_) : 1.0f,
+                      space_.keys);
             values_packed_ = false;
             for (int64_t head = first_head_; head < first_head_ + plan_.heads_per_item; ++head) {
                 if (!skipped(head)) head_step(head, key, count);
@@ -171,7 +165,10 @@ private:
     }
 
     // A removed head of which nothing is asked.
-    bool skipped(int64_t head) const { return gate(head) == 0.0f && !statistics_.any; }
+    bool skipped(int64_t head) const { return gate(head) == 0.0f && !statistics_.any && !call_.row_max; }
+
+    // Whether the attention of the head at hand is looked at.
+    bool wants_values() const { return gate_ != 0.0f || call_.attention.data; }
 
     // keys that some row before end_row sees, causality considered
     int64_t visible_keys(int64_t end_row) const { return call_.is_causal ? smaller(call_.keys, end_row) : call_.keys; }
@@ -184,8 +181,8 @@ private:
         gate_ = gate(head);
         scale_ = scale(head);
         first_local_ = (head - first_head_) * plan_.rows_per_item;
-        if (gate_ != 0.0f && !values_packed_) {
-            values_finite_ = pack_values(call_, sample_, kv_head_, key, count, space_.values);
+        if (wants_values() && !values_packed_) {
+            values_finite_ = pack_values(call_.value, call_.dim_v, sample_, kv_head_, key, count, space_.values);
             values_packed_ = true;
         }
         if (call_.key_bias.data) copy_edit(call_.key_bias, sample_, head, key, count, space_.bias);
@@ -208,12 +205,18 @@ private:
     // Whole tiles only: a read or a write of one must not go past the last row.
     bool reads_queries(int64_t row) const { return reads_queries_ && block_rows(row) % TILE_ROWS == 0; }
     float* outputs_of(int64_t row) { return space_.outputs + local(row) * output_stride_; }
+    // The masses of the block that a row is in.
+    float* masses_of(int64_t row) const {
+        const int64_t head_index = sample_ * call_.heads + head_;
+        const int64_t block = head_index * plan_.blocks_per_head(call_.queries) + row / plan_.block_rows;
+        return plan_.block_masses + (block - plan_.first_block) * plan_.key_block;
+    }
     RowState* state_of(int64_t row) { return space_.rows + local(row); }
 
     void start_rows(int64_t row) {
         const int64_t rows = round_up(block_rows(row), TILE_ROWS);
         if (!reads_queries(row)) {
-            pack_queries(call_, sample_, head_, row, block_rows(row), reads_queries_ ? 1.0f : scale_,
+            pack_queries(call_.query, call_.dim, sample_, head_, row, block_rows(row), reads_queries_ ? 1.0f : scale_,
                          space_.queries + local(row) * units_);
         }
         for (int64_t r = 0; r < rows; ++r) start_row(state_of(row) + r);
@@ -234,17 +237,25 @@ private:
         compute_logits(queries, in_place ? call_.query.strides[2] : units_, tiles, space_.keys, count, units_, scale_,
                        space_.logits);
         const bool last = key + count >= visible_keys(smaller(row + BLOCK_ROWS, end_row_));
+        if (plan_.block_masses) memset(masses_of(row), 0, static_cast<size_t>(padded) * sizeof(float));
         for (int64_t r = 0; r < rows; ++r) {
             float* logits = space_.logits + r * LOGIT_STRIDE;
             if (key == 0) prefetch_next(row, r);
-            if (last && gate_ != 0.0f) prefetch_output(row + r);
+            if (last && wants_values()) {
+                prefetch_written(call_.output, row + r);
+                if (call_.attention.data) prefetch_written(call_.attention, row + r);
+            }
             apply_mask(call_, sample_, head_, row + r, key, count, bias, logits);
             const int64_t ready = r % GROUP_ROWS + 1;
             if (ready < GROUP_ROWS && r + 1 < rows) continue;
             softmax(logits - (ready - 1) * LOGIT_STRIDE, ready, padded, row + r + 1 - ready, key_scale);
         }
+        if (plan_.block_masses) {
+            const float unseen = unseen_mass(state_of(row), rows);
+            for (int64_t j = padded; j < plan_.key_block; ++j) masses_of(row)[j] = unseen;
+        }
         stored_ = false;
-        if (gate_ == 0.0f) return;
+        if (!wants_values()) return;
         const Unit* powers = reinterpret_cast<const Unit*>(space_.logits);
         const bool hides = call_.is_causal || call_.mask.data || call_.key_bias.data;
         if ((values_finite_ && scales_finite_) || !hides) {
@@ -268,16 +279,19 @@ private:
 
     void softmax(float* logits, int64_t rows, int64_t padded, int64_t row, const float* key_scale) {
         RowState* states = state_of(row);
+        // what the values are multiplied with will do for key_mass, unless it is rounded or scaled
+        float* powers = plan_.block_masses && (TERMS > 1 || key_scale) ? space_.powers : nullptr;
         if (statistics_.general || key_scale) {
             for (int64_t r = 0; r < rows; ++r) {
                 softmax_with_statistics(logits + r * LOGIT_STRIDE, padded, states + r, &statistics_, key_scale,
-                                        local(row) + r, row + r);
+                                        powers ? powers + r * LOGIT_STRIDE : nullptr, local(row) + r, row + r);
             }
         } else if (statistics_.entropy) {
-            softmax_rows<true>(logits, rows, padded, states);
+            softmax_rows<true>(logits, rows, padded, states, powers);
         } else {
-            softmax_rows<false>(logits, rows, padded, states);
+            softmax_rows<false>(logits, rows, padded, states, powers);
         }
+        if (plan_.block_masses) add_masses(powers ? powers : logits, rows, padded, states, masses_of(row));
     }
 
     // What the block of rows after the one at `row` will read, row r of it: queries of this head, or, behind its last
@@ -303,12 +317,13 @@ private:
         prefetch_row(start, strides[3] == 1 ? smaller(512, call_.dim * size) : 1);
     }
 
-    void prefetch_output(int64_t row) const {
-        const int64_t size = call_.output.dtype == HEADSCOPE_FLOAT32 ? 4 : 2;
-        const int64_t* strides = call_.output.strides;
+    // A row of the output, or of the attention, before it is written.
+    void prefetch_written(const headscope_tensor& tensor, int64_t row) const {
+        const int64_t size = tensor.dtype == HEADSCOPE_FLOAT32 ? 4 : 2;
+        const int64_t* strides = tensor.strides;
         const int64_t offset = (sample_ * strides[0] + head_ * strides[1] + row * strides[2]) * size;
         for (int64_t b = 0; strides[3] == 1 && b < call_.dim_v * size; b += 64) {
-            HEADSCOPE_PREFETCH_WRITE(static_cast<const char*>(call_.output.data) + offset + b);
+            HEADSCOPE_PREFETCH_WRITE(static_cast<const char*>(tensor.data) + offset + b);
         }
     }
 
@@ -317,6 +332,7 @@ private:
         if (statistics_.any) {
             write_statistics(call_, statistics_, state_of(row), block_rows(row), local(row), first);
         }
+        if (call_.row_max) save_rows(state_of(row), block_rows(row), call_.row_max + first, call_.log2_sum + first);
         for (int64_t r = 0; r < block_rows(row); ++r) {
             const RowState& state = state_of(row)[r];
             const float share = normaliser(state);
@@ -324,7 +340,14 @@ private:
                 plan_.row_max[first + r - plan_.first_saved_row] = state.running_max;
                 plan_.row_share[first + r - plan_.first_saved_row] = share;
             }
-            if (!stored_) write_output(call_, sample_, head_, row + r, outputs_of(row + r), share, gate_);
+            const float* sums = outputs_of(row + r);
+            if (!stored_) write_output(call_, call_.output, sample_, head_, row + r, sums, share, gate_);
+            if (!call_.attention.data) continue;
+            if (gate_ == 1.0f) {
+                copy_output(call_, sample_, head_, row + r);
+            } else {
+                write_output(call_, call_.attention, sample_, head_, row + r, sums, share, 1.0f);
+            }
         }
     }
 

@@ -22,6 +22,8 @@ HEADSCOPE_INLINE float to_float(BFloat16 x) { return bit_cast<float>(static_cast
 HEADSCOPE_INLINE float to_float(Float16 x) {
 #if defined(__F16C__)
     return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+    return static_cast<float>(bit_cast<__fp16>(x.bits));
 #else
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
     const uint32_t exponent = x.bits & 0x7c00u;
@@ -64,6 +66,8 @@ template <>
 HEADSCOPE_INLINE Float16 from_float<Float16>(float x) {
 #if defined(__F16C__)
     return Float16{static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#elif defined(__aarch64__)
+    return Float16{bit_cast<uint16_t>(static_cast<__fp16>(x))};
 #else
     const uint32_t bits = bit_cast<uint32_t>(x);
     const uint32_t sign = (bits >> 16) & 0x8000u;
@@ -128,6 +132,21 @@ HEADSCOPE_INLINE Floats load_as_floats(const BFloat16* from) {
 HEADSCOPE_INLINE Floats load_as_floats(const Float16* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
+#elif defined(__GNUC__)
+typedef uint16_t Halfwords __attribute__((vector_size(2 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+HEADSCOPE_INLINE Floats load_as_floats(const BFloat16* from) {
+    Halfwords bits;
+    memcpy(&bits, from, sizeof bits);
+    return bit_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+}
+#if defined(__aarch64__)
+HEADSCOPE_INLINE Floats load_as_floats(const Float16* from) {
+    float16x4_t halves;
+    memcpy(&halves, from, sizeof halves);
+    return vcvt_f32_f16(halves);
+}
+#endif
 #endif
 
 // The first `count` of LANES numbers `stride` elements apart, 0 < count <= LANES; the other lanes are 0.
@@ -170,6 +189,20 @@ HEADSCOPE_INLINE void store_as(Float16* to, Floats x) {
 HEADSCOPE_INLINE void store_as(Float16* to, Floats x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__GNUC__)
+HEADSCOPE_INLINE void store_as(BFloat16* to, Floats x) {
+    const Words bits = bit_cast<Words>(x);
+    const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const Words quiet = x == x ? rounded : Words{} + 0x7fc00000u;
+    const Halfwords halves = __builtin_convertvector(quiet >> 16, Halfwords);
+    memcpy(to, &halves, sizeof halves);
+}
+#if defined(__aarch64__)
+HEADSCOPE_INLINE void store_as(Float16* to, Floats x) {
+    const float16x4_t halves = vcvt_f16_f32(x);
+    memcpy(to, &halves, sizeof halves);
+}
+#endif
 #endif
 
 // The first `count` lanes, `stride` elements apart.

@@ -1,62 +1,50 @@
-// The second pass that key_mass takes: some keys of one head against all of its rows, whose sums the first pass saved.
+// key_mass: what each key receives from all rows, sum_i p_ij.
 //
-//     mass_j = sum_i 2^((logit_ij - max_i) * log2(e)) / sum_i
+// Where all keys are in one block, a row's maximum and sum are final right after its softmax. Its p are then added to
+// the sums of its block of rows, before the values are:
+//     mass_bj = sum_i 2^x_ij / sum_i        over rows i of block b
+// and the blocks' sums are added up in order, in double, when all rows have run (turns.cpp). Blocks are the same
+// whatever the items are, so that nothing depends on the number of threads.
 //
-// An item meets all rows in order and owns its keys, so nothing depends on the number of threads.
+// Beyond one block of keys a row's first p are only known after its last logit. A second pass (key_mass_pass.h) works
+// the logits out again.
 #ifndef HEADSCOPE_KERNEL_KEY_MASS_H
 #define HEADSCOPE_KERNEL_KEY_MASS_H
 
-#include "attention.h"
+#include "softmax.h"
 
 namespace headscope {
 namespace HEADSCOPE_TARGET {
 
-// Keys first..first + key_block - 1 of the item's head, rows first_row..end_row - 1. Adds to what earlier rows gave.
-inline void run_key_mass(const headscope_attention& call, const Plan& plan, int64_t head_index, int64_t first,
-                         int64_t first_row, int64_t end_row, void* memory) {
-    const int64_t sample = head_index / call.heads, head = head_index % call.heads;
-    const int64_t count = smaller(plan.key_block, call.keys - first);
-    const int64_t padded = round_up(count, LANES), units = units_of(call.dim);
-    float* masses = nullptr;
-    for (int64_t i = 0; i < call.statistic_count; ++i) {
-        if (call.statistics[i].kind == HEADSCOPE_KEY_MASS) masses = call.statistics[i].output;
-    }
-    Statistics statistics;
-    Workspace space;
-    lay_out(call, plan.key_block, BLOCK_ROWS, static_cast<char*>(memory), &space, &statistics);
-    double sums[MAX_KEY_BLOCK] = {};
-    const float scale = static_cast<float>(call.scale / static_cast<double>(head_edit(call.temperature, sample, head)));
-    // the logits of the first pass
-    const bool in_keys = scales_keys(call, plan);
-    pack_keys(call, sample, head / (call.heads / call.kv_heads), first, count, in_keys ? scale : 1.0f, space.keys);
-    if (call.key_bias.data) copy_edit(call.key_bias, sample, head, first, count, space.bias);
-    const int64_t start = call.is_causal ? larger(first_row, first / BLOCK_ROWS * BLOCK_ROWS) : first_row;
-    for (int64_t row = start; row < end_row; row += BLOCK_ROWS) {
-        const int64_t rows = smaller(BLOCK_ROWS, end_row - row);
-        pack_queries(call, sample, head, row, rows, in_keys ? 1.0f : scale, space.queries);
-        compute_logits(space.queries, units, (rows + TILE_ROWS - 1) / TILE_ROWS, space.keys, count, units, scale,
-                       space.logits);
-        float* block = space.key_scale;
-        for (int64_t j = 0; j < padded; ++j) block[j] = 0.0f;
-        for (int64_t r = 0; r < rows; ++r) {
-            float* logits = space.logits + r * LOGIT_STRIDE;
-            apply_mask(call, sample, head, row + r, first, count, call.key_bias.data ? space.bias : nullptr, logits);
-            const int64_t saved = head_index * call.queries + row + r - plan.first_saved_row;
-            const float row_max = plan.row_max[saved];
-            const Floats shift = broadcast(row_max == -INFINITE ? 0.0f : row_max);
-            const Floats share = broadcast(plan.row_share[saved]);
-            for (int64_t j = 0; j < padded; j += LANES) {
-                Floats bounded;
-                const Floats exponent = multiply(subtract(load(logits + j), shift), broadcast(LOG2_E));
-                store(block + j, multiply_add(exp2_of(exponent, &bounded), share, load(block + j)));
+// Adds the p of `rows` rows, at most GROUP_ROWS, to masses [count]. powers: 2^x, rows LOGIT_STRIDE apart.
+inline void add_masses(const float* powers, int64_t rows, int64_t count, const RowState* states, float* masses) {
+    Floats shares[GROUP_ROWS];
+    for (int64_t r = 0; r < rows; ++r) shares[r] = broadcast(normaliser(states[r]));
+    if (rows == GROUP_ROWS) {
+        for (int64_t j = 0; j < count; j += LANES) {
+            Floats mass = load(masses + j);
+            HEADSCOPE_UNROLL
+            for (int r = 0; r < GROUP_ROWS; ++r) {
+                mass = multiply_add(load(powers + r * LOGIT_STRIDE + j), shares[r], mass);
             }
+            store(masses + j, mass);
         }
-        for (int64_t j = 0; j < count; ++j) sums[j] += static_cast<double>(block[j]);
+        return;
     }
-    float* to = masses + head_index * call.keys + first;
-    for (int64_t j = 0; j < count; ++j) {
-        to[j] = static_cast<float>(sums[j] + (first_row > 0 ? static_cast<double>(to[j]) : 0.0));
+    for (int64_t j = 0; j < count; j += LANES) {
+        Floats mass = load(masses + j);
+        for (int64_t r = 0; r < rows; ++r) {
+            mass = multiply_add(load(powers + r * LOGIT_STRIDE + j), shares[r], mass);
+        }
+        store(masses + j, mass);
     }
+}
+
+// The masses of keys that lie behind what `rows` rows see: 0, or NaN where a row is.
+inline float unseen_mass(const RowState* states, int64_t rows) {
+    float mass = 0.0f;
+    for (int64_t r = 0; r < rows; ++r) mass += 0.0f * normaliser(states[r]);
+    return mass;
 }
 
 }  // namespace HEADSCOPE_TARGET

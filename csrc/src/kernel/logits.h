@@ -54,17 +54,18 @@ HEADSCOPE_INLINE void logits_piece(const Unit* queries, int64_t stride, const Un
     }
 }
 
+// The units of each piece, the last of which may be shorter.
+HEADSCOPE_INLINE int64_t piece_of(int64_t units) {
+    constexpr int64_t MAX_UNITS = MAX_PIECE / TERMS;
+    const int64_t pieces = (units + MAX_UNITS - 1) / MAX_UNITS;
+    return units <= MAX_UNITS ? units : (units + pieces - 1) / pieces;
+}
+
 template <int VECTORS>
 HEADSCOPE_INLINE void logits_tile(const Unit* queries, int64_t stride, const Unit* keys, int64_t units, float scale,
                                   float* logits) {
-    constexpr int64_t MAX_UNITS = MAX_PIECE / TERMS;
-    if (units <= MAX_UNITS) {
-        logits_piece<VECTORS, false>(queries, stride, keys, units, true, scale, logits);
-        return;
-    }
-    const int64_t pieces = (units + MAX_UNITS - 1) / MAX_UNITS;
-    const int64_t length = (units + pieces - 1) / pieces;
-    logits_piece<VECTORS, false>(queries, stride, keys, length, false, scale, logits);
+    const int64_t length = piece_of(units);
+    logits_piece<VECTORS, false>(queries, stride, keys, length, length == units, scale, logits);
     for (int64_t d = length; d < units; d += length) {
         logits_piece<VECTORS, true>(queries + d, stride, keys + d * VECTORS * LANES, smaller(length, units - d),
                                     d + length >= units, scale, logits);
@@ -88,6 +89,26 @@ inline void compute_logits(const Unit* queries, int64_t stride, int64_t tiles, c
         keys += panel.width() * units;
         key += panel.width();
     }
+}
+
+// what one item may spend on packed keys and values
+constexpr int64_t KEY_BYTES = int64_t{1} << 20;
+
+// The keys of a forward's step.
+inline int64_t key_block_of(const headscope_attention& call) {
+    const int64_t key_bytes = 4 * (units_of(call.dim) + padded_channels(call.dim_v));
+    constexpr int64_t LEAST = MAX_VECTORS * LANES;
+    int64_t block = MAX_KEY_BLOCK;
+    while (block / 2 > LEAST && block * key_bytes > KEY_BYTES) block /= 2;
+    return larger(LANES, smaller(block, round_up(call.keys, LANES)));
+}
+
+// Whether the keys are scaled instead of the queries, which can then be read where they are: worth it where queries
+// meet all keys at once. Threads and statistics have no say in it, so that they don't change a bit of the result. Heads
+// that share keys have to share their scale.
+inline bool scales_keys(const headscope_attention& call, int64_t key_block) {
+    return TERMS == 1 && call.query.dtype == HEADSCOPE_FLOAT32 && call.query.strides[3] == 1 && call.dim > 0 &&
+           call.keys <= key_block && (call.heads == call.kv_heads || !call.temperature.data);
 }
 
 }  // namespace HEADSCOPE_TARGET

@@ -46,22 +46,23 @@ HEADSCOPE_INLINE void with_input_element(int64_t dtype, const Function& function
 
 #endif
 
-// Rows first..first + count - 1 of a head's queries -> [count rounded up to TILE_ROWS][units of dim]; the rest are 0.
-// Scaled here where units are float32; pairs of bfloat16 stay as they are, and their logits are scaled.
-inline void pack_queries(const headscope_attention& call, int64_t sample, int64_t head, int64_t first, int64_t count,
-                         float scale, Unit* packed) {
+// Rows first..first + count - 1 of a head's queries, or of whatever else meets columns of channels -> [count rounded up
+// to TILE_ROWS][units of dim]; the rest are 0. Scaled here where units are float32; pairs of bfloat16 stay as they are,
+// and their logits are scaled.
+inline void pack_queries(const headscope_tensor& tensor, int64_t dim, int64_t sample, int64_t head, int64_t first,
+                         int64_t count, float scale, Unit* packed) {
     // an empty tensor has no address to count from
-    if (call.dim == 0) return;
-    const int64_t units = units_of(call.dim);
-    with_input_element(call.query.dtype, [&](auto element) {
+    if (dim == 0) return;
+    const int64_t units = units_of(dim);
+    with_input_element(tensor.dtype, [&](auto element) {
         using Element = decltype(element);
-        const int64_t* strides = call.query.strides;
-        const Element* source = at<Element>(call.query, sample, head, first);
+        const int64_t* strides = tensor.strides;
+        const Element* source = at<Element>(tensor, sample, head, first);
         for (int64_t row = 0; row < count; ++row) {
             const Element* from = source + row * strides[2];
             Unit* to = packed + row * units;
             for (int64_t d = 0; d < units; d += LANES) {
-                const int64_t terms = smaller(LANES * TERMS, call.dim - d * TERMS);
+                const int64_t terms = smaller(LANES * TERMS, dim - d * TERMS);
                 Floats x = gather_units(from + d * TERMS * strides[3], strides[3], terms);
                 if (TERMS == 1) x = multiply(x, broadcast(scale));
                 if (d + LANES <= units) {
@@ -84,28 +85,28 @@ HEADSCOPE_INLINE void prefetch_row(const void* row, int64_t bytes) {
     for (int64_t b = 0; b < bytes; b += 64) HEADSCOPE_PREFETCH(static_cast<const char*>(row) + b);
 }
 
-// Keys first..first + count - 1 of a key head -> [panels][units of dim][panel's width]; keys past the last are 0.
-// Scaled here where units are float32.
-inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
-                      float scale, Unit* packed) {
-    if (call.dim == 0 || count <= 0) return;
-    const int64_t units = units_of(call.dim);
-    with_input_element(call.key.dtype, [&](auto element) {
+// Keys first..first + count - 1 of a key head, or of whatever else meets rows of channels -> [panels][units of
+// dim][panel's width]; keys past the last are 0. Scaled here where units are float32.
+inline void pack_keys(const headscope_tensor& tensor, int64_t dim, int64_t sample, int64_t kv_head, int64_t first,
+                      int64_t count, float scale, Unit* packed) {
+    if (dim == 0 || count <= 0) return;
+    const int64_t units = units_of(dim);
+    with_input_element(tensor.dtype, [&](auto element) {
         using Element = decltype(element);
-        const int64_t* strides = call.key.strides;
-        const Element* source = at<Element>(call.key, sample, kv_head, first);
+        const int64_t* strides = tensor.strides;
+        const Element* source = at<Element>(tensor, sample, kv_head, first);
         const int64_t padded = round_up(count, LANES);
         for (int64_t key = 0; key < padded;) {
             const int64_t width = first_key_panel(padded - key).width();
             for (int64_t end = key + width; key < end; key += LANES, packed += LANES) {
                 if (strides[3] == 1) {
-                    const int64_t bytes = call.dim * static_cast<int64_t>(sizeof(Element));
+                    const int64_t bytes = dim * static_cast<int64_t>(sizeof(Element));
                     for (int64_t i = key + LANES; i < smaller(count, key + 2 * LANES); ++i) {
                         prefetch_row(source + i * strides[2], bytes);
                     }
                 }
                 for (int64_t d = 0; d < units; d += LANES) {
-                    const int64_t terms = smaller(LANES * TERMS, call.dim - d * TERMS);
+                    const int64_t terms = smaller(LANES * TERMS, dim - d * TERMS);
                     const Element* from = source + d * TERMS * strides[3];
                     Floats block[LANES];
                     HEADSCOPE_UNROLL
@@ -134,20 +135,20 @@ inline void pack_keys(const headscope_attention& call, int64_t sample, int64_t k
 
 #if defined(HEADSCOPE_DOTS)
 
-// Values of keys first..first + count - 1 -> [panels][pairs of keys][panel's width]; what is missing is 0. Returns
-// whether all of them are finite.
-inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
-                        Unit* packed) {
-    if (call.dim_v == 0 || count <= 0) return true;
+// Values of keys first..first + count - 1, or whatever else is weighted and summed -> [panels][pairs of keys][panel's
+// width]; what is missing is 0. Returns whether all of them are finite.
+inline bool pack_values(const headscope_tensor& tensor, int64_t dim, int64_t sample, int64_t kv_head, int64_t first,
+                        int64_t count, Unit* packed) {
+    if (dim == 0 || count <= 0) return true;
     const __m256i exponent = _mm256_set1_epi16(0x7f80);
-    const int64_t stride = call.value.strides[3];
+    const int64_t stride = tensor.strides[3];
     const int64_t pairs = units_of(count);
-    const int64_t width = padded_channels(call.dim_v);
-    const BFloat16* source = at<BFloat16>(call.value, sample, kv_head, first);
+    const int64_t width = padded_channels(dim);
+    const BFloat16* source = at<BFloat16>(tensor, sample, kv_head, first);
     unsigned not_finite = 0;
     const auto gather = [&](int64_t key, int64_t channel, int64_t channels) {
         if (key >= count) return _mm256_setzero_si256();
-        const BFloat16* from = source + key * call.value.strides[2] + channel * stride;
+        const BFloat16* from = source + key * tensor.strides[2] + channel * stride;
         __m256i x;
         if (stride == 1) {
             x = _mm256_maskz_loadu_epi16(first_lanes(channels), from);
@@ -163,12 +164,12 @@ inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t
         const int64_t panel = first_panel(width - channel).width();
         for (int64_t pair = 0; pair < pairs; ++pair, packed += panel) {
             if (stride == 1 && 2 * pair + ROWS_AHEAD + 1 < count) {
-                const BFloat16* ahead = source + (2 * pair + ROWS_AHEAD) * call.value.strides[2] + channel;
+                const BFloat16* ahead = source + (2 * pair + ROWS_AHEAD) * tensor.strides[2] + channel;
                 prefetch_row(ahead, 2 * panel);
-                prefetch_row(ahead + call.value.strides[2], 2 * panel);
+                prefetch_row(ahead + tensor.strides[2], 2 * panel);
             }
             for (int64_t c = 0; c < panel; c += LANES) {
-                const int64_t channels = larger(0, smaller(LANES, call.dim_v - channel - c));
+                const int64_t channels = larger(0, smaller(LANES, dim - channel - c));
                 const __m512i even = _mm512_cvtepu16_epi32(gather(2 * pair, channel + c, channels));
                 const __m512i odd = _mm512_cvtepu16_epi32(gather(2 * pair + 1, channel + c, channels));
                 const __m512i both = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
@@ -180,6 +181,14 @@ inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t
     return not_finite == 0;
 }
 
+// Makes 0 of what isn't finite.
+inline void drop_not_finite(Unit* packed, int64_t units) {
+    for (int64_t i = 0; i < units; ++i) {
+        if ((packed[i] & 0x7f80u) == 0x7f80u) packed[i] &= 0xffff0000u;
+        if ((packed[i] & 0x7f800000u) == 0x7f800000u) packed[i] &= 0xffffu;
+    }
+}
+
 HEADSCOPE_INLINE float packed_power(const Unit* row, int64_t key) {
     return bit_cast<float>(key % 2 ? row[key / 2] & 0xffff0000u : row[key / 2] << 16);
 }
@@ -189,18 +198,18 @@ HEADSCOPE_INLINE float packed_value(const Unit* panel, int64_t width, int64_t ke
 
 #else
 
-// Values of keys first..first + count - 1 -> [panels][count][panel's width], channels past dim_v are 0. Returns
-// whether all of them are finite.
-inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t kv_head, int64_t first, int64_t count,
-                        Unit* packed) {
-    if (call.dim_v == 0 || count <= 0) return true;
+// Values of keys first..first + count - 1, or whatever else is weighted and summed -> [panels][count][panel's width],
+// channels past dim are 0. Returns whether all of them are finite.
+inline bool pack_values(const headscope_tensor& tensor, int64_t dim, int64_t sample, int64_t kv_head, int64_t first,
+                        int64_t count, Unit* packed) {
+    if (dim == 0 || count <= 0) return true;
     // 0 times anything finite is 0, everything else makes this NaN
     Floats not_finite = broadcast(0.0f);
-    with_input_element(call.value.dtype, [&](auto element) {
+    with_input_element(tensor.dtype, [&](auto element) {
         using Element = decltype(element);
-        const int64_t* strides = call.value.strides;
-        const Element* source = at<Element>(call.value, sample, kv_head, first);
-        const int64_t width = padded_channels(call.dim_v);
+        const int64_t* strides = tensor.strides;
+        const Element* source = at<Element>(tensor, sample, kv_head, first);
+        const int64_t width = padded_channels(dim);
         for (int64_t channel = 0; channel < width;) {
             const int64_t panel = first_panel(width - channel).width();
             for (int64_t key = 0; key < count; ++key, packed += panel) {
@@ -209,7 +218,7 @@ inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t
                     prefetch_row(from + ROWS_AHEAD * strides[2], panel * static_cast<int64_t>(sizeof(Element)));
                 }
                 for (int64_t c = 0; c < panel; c += LANES) {
-                    const int64_t channels = smaller(LANES, call.dim_v - channel - c);
+                    const int64_t channels = smaller(LANES, dim - channel - c);
                     const Floats x = gather_as_floats(from + c * strides[3], strides[3], channels);
                     not_finite = multiply_add(x, broadcast(0.0f), not_finite);
                     if (c + LANES <= panel) {
@@ -223,6 +232,11 @@ inline bool pack_values(const headscope_attention& call, int64_t sample, int64_t
         }
     });
     return sum_of_lanes(not_finite) == 0.0f;
+}
+
+// Makes 0 of what isn't finite.
+inline void drop_not_finite(Unit* packed, int64_t units) {
+    for (int64_t i = 0; i < units; ++i) packed[i] = packed[i] * 0.0f == 0.0f ? packed[i] : 0.0f;
 }
 
 HEADSCOPE_INLINE float packed_power(const Unit* row, int64_t key) { return row[key]; }

@@ -11,6 +11,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(HEADSCOPE_TARGET)
@@ -50,6 +52,8 @@ HEADSCOPE_INLINE To bit_cast(From from) {
 //   mute(x, bias)           -inf where bias is -inf, whatever x, else x + bias
 //   mask_of(bits)           lane i is on where bit i of `bits` is
 //   add_where(mask, a, b)   a + b where the mask is on, else a
+//   zero_where_zero(x, y)   0 where x is 0, else y
+//   gather_or_zero(from, i) from[i] of each lane, 0 where i is negative
 
 #if defined(__AVX512F__)
 
@@ -117,6 +121,14 @@ HEADSCOPE_INLINE Floats mute(Floats x, Floats bias) {
 }
 HEADSCOPE_INLINE LaneMask mask_of(uint32_t bits) { return static_cast<__mmask16>(bits); }
 HEADSCOPE_INLINE Floats add_where(LaneMask mask, Floats a, Floats b) { return _mm512_mask_add_ps(a, mask, a, b); }
+HEADSCOPE_INLINE Floats zero_where_zero(Floats x, Floats y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), y);
+}
+HEADSCOPE_INLINE Floats gather_or_zero(const float* from, const int32_t* index) {
+    const __m512i lanes = _mm512_loadu_si512(index);
+    const __mmask16 valid = _mm512_cmpge_epi32_mask(lanes, _mm512_setzero_si512());
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, lanes, from, 4);
+}
 
 // lane j of vector i becomes lane i of vector j
 HEADSCOPE_INLINE void transpose(Floats x[LANES]) {
@@ -189,6 +201,14 @@ HEADSCOPE_INLINE LaneMask mask_of(uint32_t bits) {
 HEADSCOPE_INLINE Floats add_where(LaneMask mask, Floats a, Floats b) {
     return _mm256_add_ps(a, _mm256_and_ps(_mm256_castsi256_ps(mask), b));
 }
+HEADSCOPE_INLINE Floats zero_where_zero(Floats x, Floats y) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ), y);
+}
+HEADSCOPE_INLINE Floats gather_or_zero(const float* from, const int32_t* index) {
+    const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+    const __m256 valid = _mm256_castsi256_ps(_mm256_cmpgt_epi32(lanes, _mm256_set1_epi32(-1)));
+    return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), from, lanes, valid, 4);
+}
 
 HEADSCOPE_INLINE void transpose(Floats x[LANES]) {
     Floats y[LANES];
@@ -222,6 +242,9 @@ constexpr int MAX_VECTORS = 2;
 #if defined(__GNUC__)
 // SSE2, NEON, VSX, RVV...: whatever the compiler makes of four floats
 typedef float Floats __attribute__((vector_size(4 * LANES)));
+#if defined(__clang__) || __GNUC__ >= 12
+#define HEADSCOPE_SHUFFLES
+#endif
 #else
 struct Floats {
     float lane[LANES];
@@ -289,8 +312,8 @@ HEADSCOPE_INLINE Floats scale_from(Floats x, Floats low, Floats y, Floats n) {
     // by multiplication, so that NaN stays NaN; 2^n is built from its exponent bits
     Floats power;
     for (int i = 0; i < LANES; ++i) {
-        // converting a NaN to an integer is undefined
-        const int32_t exponent = n[i] == n[i] ? static_cast<int32_t>(n[i]) : 0;
+        // converting a NaN to an integer is undefined, and so is shifting too large a one
+        const int32_t exponent = n[i] <= 127.0f ? static_cast<int32_t>(n[i]) : 127;
         power[i] = bit_cast<float>((exponent + 127) << 23);
     }
     y = y * power;
@@ -302,20 +325,53 @@ HEADSCOPE_INLINE Floats scale_from(Floats x, Floats low, Floats y, Floats n) {
 #endif
 }
 HEADSCOPE_INLINE Floats mute(Floats x, Floats bias) {
+#if defined(__GNUC__)
+    const Floats lowest = broadcast(-INFINITY);
+    return bias == lowest ? lowest : x + bias;
+#else
     for (int i = 0; i < LANES; ++i) x[i] = bias[i] == -INFINITY ? -INFINITY : x[i] + bias[i];
     return x;
+#endif
 }
 HEADSCOPE_INLINE LaneMask mask_of(uint32_t bits) { return bits; }
 HEADSCOPE_INLINE Floats add_where(LaneMask mask, Floats a, Floats b) {
+#if defined(__GNUC__)
+    typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+    const Bits own = {1, 2, 4, 8};
+    return a + ((Bits{mask, mask, mask, mask} & own) == own ? b : Floats{});
+#else
     for (int i = 0; i < LANES; ++i) a[i] += (mask >> i) & 1u ? b[i] : 0.0f;
     return a;
+#endif
+}
+HEADSCOPE_INLINE Floats zero_where_zero(Floats x, Floats y) {
+    for (int i = 0; i < LANES; ++i) y[i] = x[i] == 0.0f ? 0.0f : y[i];
+    return y;
+}
+HEADSCOPE_INLINE Floats gather_or_zero(const float* from, const int32_t* index) {
+    Floats x = broadcast(0.0f);
+    for (int i = 0; i < LANES; ++i) {
+        if (index[i] >= 0) x[i] = from[index[i]];
+    }
+    return x;
 }
 HEADSCOPE_INLINE void transpose(Floats x[LANES]) {
+#if defined(HEADSCOPE_SHUFFLES)
+    const Floats a = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
+    const Floats b = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+    const Floats c = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
+    const Floats d = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+    x[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+    x[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+    x[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+    x[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+#else
     float lanes[LANES][LANES];
     for (int i = 0; i < LANES; ++i) {
         for (int j = 0; j < LANES; ++j) lanes[j][i] = x[i][j];
     }
     for (int i = 0; i < LANES; ++i) x[i] = load(lanes[i]);
+#endif
 }
 
 #endif

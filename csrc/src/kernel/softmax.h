@@ -87,10 +87,11 @@ HEADSCOPE_INLINE void add_sums(RowState* state, float sum, float weighted) {
 }
 
 // Takes a block of logits (count a multiple of LANES, padding -inf) of `rows` rows, at most GROUP_ROWS, into their
-// states and turns it, in place, into what the values are multiplied with: 2^x. Where rows isn't a multiple of
-// SIDE_BY_SIDE, the row behind the last one is overwritten, and its state only read.
+// states and turns it, in place, into what the values are multiplied with: 2^x. Where that is rounded, 2^x itself goes
+// to `powers`, unless null. Where rows isn't a multiple of SIDE_BY_SIDE, the row behind the last one is overwritten,
+// and its state only read.
 template <bool ENTROPY>
-void softmax_rows(float* logits, int64_t rows, int64_t count, RowState* states) {
+void softmax_rows(float* logits, int64_t rows, int64_t count, RowState* states, float* powers) {
     Floats greatest[GROUP_ROWS], sums[2 * GROUP_ROWS];
     float shift[GROUP_ROWS], totals[2 * GROUP_ROWS];
     for (Floats& row : greatest) row = broadcast(-INFINITE);
@@ -122,6 +123,7 @@ void softmax_rows(float* logits, int64_t rows, int64_t count, RowState* states) 
                 Floats exponent;
                 const Floats power = power_of(row + j, broadcast(shift[first + r]), &exponent);
                 store_powers(reinterpret_cast<Unit*>(row), j, power);
+                if (TERMS > 1 && powers) store(powers + (first + r) * LOGIT_STRIDE + j, power);
                 sum[r] = add(sum[r], power);
                 if (ENTROPY) weighted[r] = multiply_add(power, exponent, weighted[r]);
             }
@@ -137,9 +139,9 @@ void softmax_rows(float* logits, int64_t rows, int64_t count, RowState* states) 
 }
 
 // The same for one row with every other statistic, and with the keys' scales (or null) in what the values are
-// multiplied with. row counts from the item's first.
+// multiplied with; 2^x itself goes to `powers`, unless null. row counts from the item's first.
 inline void softmax_with_statistics(float* logits, int64_t count, RowState* state, Statistics* statistics,
-                                    const float* key_scale, int64_t row, int64_t absolute_row) {
+                                    const float* key_scale, float* powers, int64_t row, int64_t absolute_row) {
     Floats greatest = broadcast(state->running_max);
     for (int64_t j = 0; j < count; j += LANES) greatest = max_of(load(logits + j), greatest);
     const Floats shift = broadcast(meet_maximum(logits, count, max_of_lanes(greatest), state));
@@ -149,6 +151,7 @@ inline void softmax_with_statistics(float* logits, int64_t count, RowState* stat
         Floats exponent;
         const Floats power = power_of(logits + j, shift, &exponent);
         store_powers(reinterpret_cast<Unit*>(logits), j, key_scale ? multiply(power, load(key_scale + j)) : power);
+        if (powers) store(powers + j, power);
         sum = add(sum, power);
         weighted = multiply_add(power, exponent, weighted);
         squares = multiply_add(power, power, squares);

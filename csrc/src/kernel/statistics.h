@@ -285,6 +285,17 @@ HEADSCOPE_INLINE float normaliser(const RowState& row) {
     return row.sum == 0.0 ? 0.0f : static_cast<float>(1.0 / row.sum);
 }
 
+// What the backward needs of `rows` rows: see row_max and log2_sum of headscope_attention.
+inline void save_rows(const RowState* states, int64_t rows, float* row_max, float* log2_sum) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const double sum = states[r].sum;
+        const bool dead = sum == 0.0;
+        const double log_sum = natural_log(sum) * (1.0 / LN_2);
+        row_max[r] = dead ? 0.0f : states[r].running_max;
+        log2_sum[r] = static_cast<float>(sum > 0.0 ? log_sum : (dead ? INFINITY : sum));
+    }
+}
+
 HEADSCOPE_INLINE float group_entropy(float mass, float weighted) {
     if (mass == 0.0f) return 0.0f;
     const double entropy =

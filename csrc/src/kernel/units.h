@@ -26,6 +26,13 @@ HEADSCOPE_INLINE void store_powers(Unit* row, int64_t j, Floats powers) {
     const __m256bh rounded = _mm512_cvtneps_pbh(powers);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + j / TERMS), reinterpret_cast<__m256i>(rounded));
 }
+// Units of two rows: lane i is the pair of both rows' number i.
+HEADSCOPE_INLINE void store_pairs(Unit* to, Floats first, Floats second) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
+}
 
 #else
 

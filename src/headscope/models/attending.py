@@ -155,7 +155,7 @@ class SiteFrame:
 def _attend(call: SiteCall, interest: _Interest, arguments: AttentionArguments) -> Tensor:
     """The edited output of a call, recorded; tensors are [rows, heads, tokens, dim]."""
     query, key, value, attn_mask, _, is_causal, *_ = arguments
-    # a repetition takes the operator that ran the first time, so that it saves the same tensors
+    # a repetition asks for what was asked for the first time, so that the operator saves the same tensors
     repeated = call.forward.totals is not None
     recordings = () if repeated else interest.recordings
     for recording in recordings:
@@ -166,14 +166,16 @@ def _attend(call: SiteCall, interest: _Interest, arguments: AttentionArguments) 
             change for edit in interest.edits if edit.acts_in(call.forward) for change in edit.changes(call, query)
         ]
         combined = combine(changes, query, key, value) if changes else combined
-    requested, masses = (() if repeated else interest.requested), []
+    requested, masses = interest.requested, []
     of_regions: dict[str, tuple[Placed, str]] = {}
-    if interest.of_regions and not repeated:
+    if interest.of_regions:
         requested, of_regions = _placed(requested, call, key)
-    if interest.token_maps and not repeated:
+    if interest.token_maps:
         masses = _token_masses(call, interest.token_maps, key)
         requested = (*requested, *(mass for _, mass in masses))
     output, values = _compute(combined, requested, arguments)
+    if repeated:
+        return output
     values |= {name: place.finished(values[source]) for name, (place, source) in of_regions.items()}
     for maps, mass in masses:
         maps.add(call, values[mass.name])

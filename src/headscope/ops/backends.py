@@ -123,7 +123,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("triton", "fused Triton kernels, GPU", _triton_unavailable, _triton_rejects),
-        Backend("cpu", "fused C++ kernel, CPU (gradients: portable's)", _cpu_unavailable, _cpu_rejects),
+        Backend("cpu", "fused C++ kernels, CPU", _cpu_unavailable, _cpu_rejects),
         Backend("portable", "plain torch over chunks of rows, any device, with gradients", _nothing, _anything),
         Backend("reference", "plain torch in float64, for tests", _nothing, _anything),
     )

@@ -6,7 +6,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headscope._shapes import FillTensor, Float, Mask, PerHead, PerKey, RowValue, StatisticTensor, StatisticValue
+from headscope._shapes import (
+    FillTensor,
+    Float,
+    Mask,
+    PerHead,
+    PerKey,
+    RowGradient,
+    RowValue,
+    StatisticGradient,
+    StatisticTensor,
+    StatisticValue,
+)
 from headscope.ops.statistics import Statistic, restore_statistics
 
 # the tensors that gradients flow into, in the order in which a backward is asked for them
@@ -80,6 +91,16 @@ class Call(NamedTuple):
         """An empty number for each row, in the statistics' dtype."""
         return self.query.new_empty(self.row_shape, dtype=self.statistic_dtype)
 
+    def empty_saved(self) -> list[Tensor]:
+        """What a forward saves for a backward that doesn't start from the inputs again, empty; nothing if none follows.
+
+        Each row's largest logit and log2 of its sum; with a gate also the output before gate and fill.
+        """
+        if not self.training:
+            return []
+        saved = [self.empty_rows(), self.empty_rows()]
+        return saved if self.gate is None else [*saved, self.empty_output()]
+
     def empty_statistics(self, statistics: Sequence[Statistic] | None = None) -> list[StatisticValue]:
         """Uninitialised results of the statistics, which may be given if they are at hand."""
         sizes, dtype = (*self.row_shape, self.key.shape[2]), self.statistic_dtype
@@ -97,14 +118,53 @@ class Cotangents(NamedTuple):
     Attributes:
         output: the output's cotangent, or None for 0.
         statistics: for each statistic its cotangent in its shape, or None for 0.
+        several: the size of a dimension in front of all cotangents, and so of all gradients; None: there is none.
         attention, values, saved: the forward's results: the output before gate and fill, the statistics, and whatever
             else the backend returned for its backward. Empty where the backend starts from the inputs again.
         needed: for each of DIFFERENTIABLE True if its gradient is wanted; no absent tensor's is.
     """
 
-    output: Float[Tensor, "batch heads queries dim_v"] | None
-    statistics: list[StatisticValue | None]
+    output: Float[Tensor, "*several batch heads queries dim_v"] | None
+    statistics: list[StatisticGradient | None]
+    several: int | None
     attention: Float[Tensor, "batch heads queries dim_v"] | None
     values: list[StatisticValue]
     saved: list[Tensor]
     needed: list[bool]
+
+    def wanted(self) -> list[str]:
+        """The names of DIFFERENTIABLE whose gradients are wanted."""
+        return [name for name, need in zip(DIFFERENTIABLE, self.needed, strict=True) if need]
+
+    def apart(self) -> list["Cotangents"]:
+        """Each of several by itself."""
+        return [
+            self._replace(
+                output=None if self.output is None else self.output[index],
+                statistics=[None if grad is None else grad[index] for grad in self.statistics],
+                several=None,
+            )
+            for index in range(self.several or 0)
+        ]
+
+    def of_differentiable(
+        self, statistics: Sequence[Statistic]
+    ) -> list[tuple[Statistic, StatisticGradient, StatisticValue]]:
+        """(statistic, contiguous cotangent, value) of the statistics that a gradient comes through."""
+        entries = zip(statistics, self.statistics, self.values, strict=True)
+        return [
+            (statistic, grad.contiguous(), value)
+            for statistic, grad, value in entries
+            if grad is not None and statistic.differentiable
+        ]
+
+
+def row_constants(
+    entries: Sequence[tuple[Statistic, StatisticGradient, StatisticValue]],
+) -> RowGradient | None:
+    """The sum of the statistics' row constants, contiguous, None where there are none; of `of_differentiable`."""
+    total: Tensor | None = None
+    for statistic, grad, value in entries:
+        constant = statistic.row_constant(grad, value)
+        total = constant if total is None else total + constant
+    return None if total is None else total.contiguous()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headscope._shapes import PerHead, PerKey, StatisticTensor, StatisticValue
+from headscope._shapes import PerHead, PerKey, StatisticGradient, StatisticTensor, StatisticValue
 
 # the order is that of headscope_statistic_kind in csrc/include/headscope_cpu.h
 STATISTICS = (
@@ -31,17 +31,23 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FILL_DTYPES = (*INPUT_DTYPES, torch.float64)
 MASK_DTYPES = tuple(_DTYPES)
-# headscope_attention and headscope_statistic, field for field, every one eight bytes wide. Packed at once: setting a
-# ctypes structure's fields one by one would take longer than a small call.
+# headscope_attention, headscope_statistic, headscope_gradients and headscope_group_cotangent, field for field, every
+# one eight bytes wide. Packed at once: setting a ctypes structure's fields singly would take longer than a small call.
 _TENSOR = "P4qq"
 _EDIT = "P3q"
-ATTENTION = struct.Struct("7q" + 6 * _TENSOR + 4 * _EDIT + "dqqqq")
+_STACK = "P5qq"
+ATTENTION = struct.Struct("7q" + 6 * _TENSOR + 4 * _EDIT + _TENSOR + "PPdqqqq")
 STATISTIC = struct.Struct("qP4qP3q")
-_NO_TENSOR = (0,) * 6
+GRADIENTS = struct.Struct("q" + _STACK + "PP" + 3 * _STACK + "PPPPP4qq")
+GROUP_COTANGENT = struct.Struct("PqqP3q")
+NO_TENSOR = (0,) * 6
+NO_STACK = (0,) * 7
 _NO_EDIT = (0,) * 4
 
 # a name, or (name, constants, tensors)
 StatisticSpec = str | tuple[str, Sequence[int | float], Sequence[StatisticTensor]]
+# the constants and tensors of a group_mass, and its cotangents [cotangents, batch, heads, queries, count]
+GroupCotangent = tuple[Sequence[int | float], Sequence[StatisticTensor], StatisticGradient]
 
 
 def check(name: str, tensor: Tensor, sizes: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
@@ -78,8 +84,18 @@ def _broadcast(name: str, tensor: Tensor, sizes: Sequence[int], dtypes: Sequence
     return tensor
 
 
+def contiguous_address(name: str, tensor: Tensor | None, sizes: Sequence[int]) -> int:
+    """The address of a contiguous float32 tensor of these sizes, 0 for None."""
+    if tensor is None:
+        return 0
+    if tensor.shape != sizes or tensor.dtype != torch.float32 or not tensor.is_contiguous() or not tensor.is_cpu:
+        check(name, tensor, sizes, (torch.float32,))
+        raise ValueError(f"{name}: got strides {tensor.stride()}, expected a contiguous one")
+    return tensor.data_ptr()
+
+
 def tensor_fields(tensor: Tensor) -> tuple[int, ...]:
-    """The fields of a headscope_tensor."""
+    """The fields of a headscope_tensor, or of a headscope_stack."""
     return (tensor.data_ptr(), *tensor.stride(), _DTYPES[tensor.dtype])
 
 
@@ -87,7 +103,7 @@ def broadcast_fields(
     name: str, tensor: Tensor | None, sizes: Sequence[int], dtypes: Sequence[torch.dtype]
 ) -> tuple[int, ...]:
     """The fields of the headscope_tensor of a mask or a fill, each of its sizes 1 or full."""
-    return _NO_TENSOR if tensor is None else tensor_fields(_broadcast(name, tensor, sizes, dtypes))
+    return NO_TENSOR if tensor is None else tensor_fields(_broadcast(name, tensor, sizes, dtypes))
 
 
 def edit_fields(name: str, tensor: PerHead | PerKey | None, sizes: Sequence[int]) -> tuple[int, ...]:
@@ -96,6 +112,16 @@ def edit_fields(name: str, tensor: PerHead | PerKey | None, sizes: Sequence[int]
         return _NO_EDIT
     tensor = _broadcast(name, tensor, sizes, (torch.float32,))
     return (tensor.data_ptr(), *tensor.stride(), *(0,) * (3 - len(sizes)))
+
+
+def stack_fields(
+    name: str, tensor: Tensor | None, sizes: Sequence[int], dtypes: Sequence[torch.dtype]
+) -> tuple[int, ...]:
+    """The fields of a headscope_stack of these sizes."""
+    if tensor is None:
+        return NO_STACK
+    check(name, tensor, sizes, dtypes)
+    return tensor_fields(tensor)
 
 
 def statistic_struct(
@@ -120,6 +146,16 @@ def statistic_struct(
         check(f"statistic_outputs[{name!r}]", output, shape, (torch.float32,))
         raise ValueError(f"statistic_outputs[{name!r}]: got strides {output.stride()}, expected a contiguous one")
     return STATISTIC.pack(kind, output.data_ptr(), *sizes, *groups)
+
+
+def group_cotangent_struct(
+    cotangent: GroupCotangent, count: int, batch: int, heads: int, queries: int, keys: int
+) -> bytes:
+    """One headscope_group_cotangent, of as many cotangents as `count`."""
+    constants, tensors, grad = cotangent
+    groups, first = _group_sizes("group_mass", constants, tensors)[:2]
+    address = contiguous_address("group_cotangents", grad, (count, batch, heads, queries, groups))
+    return GROUP_COTANGENT.pack(address, groups, first, *_group_ids(tensors, (batch, heads, keys)))
 
 
 def _integers(name: str, constants: Sequence[int | float], least: Sequence[int]) -> tuple[int, ...]:

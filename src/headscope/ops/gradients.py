@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from headscope._shapes import Bool, Float, RowIndices, Scores, StatisticValue
+from headscope._shapes import Bool, Float, PerHead, RowIndices, Scores, StatisticValue
 from headscope.ops.attend import for_every_head, scale_of, scores, weights_of
 from headscope.ops.call import Call
 
@@ -84,7 +84,8 @@ def _of_statistics(
     ]
     if not pairs:
         return None, None
-    with torch.enable_grad():
+    # under a dispatch mode of torch, operators run with autograd switched off
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         leaves = (probabilities.detach().requires_grad_(), logits.detach().requires_grad_())
         values = [statistic.formula(leaves[1], leaves[0], rows, statistic.tensors) for statistic, _ in pairs]
     by_probabilities, by_logits = torch.autograd.grad(values, leaves, [grad for _, grad in pairs], allow_unused=True)
@@ -107,8 +108,22 @@ def _of_blend(
         difference = attention if call.fill is None else attention - call.fill
         found["gate"] = (difference * grad_output).sum((-1, -2)).sum_to_size(call.gate.shape)
     if "fill" in wanted and call.fill is not None:
-        found["fill"] = torch.where(gate == 1, 0, (1 - gate) * grad_output).sum_to_size(call.fill.shape)
+        found["fill"] = fill_gradient(grad_output, call.gate, call.fill.shape)
     return torch.where(gate == 0, 0, gate * grad_output)
+
+
+def fill_gradient(
+    grad_output: Float[Tensor, "*several batch heads queries dim_v"], gate: PerHead, shape: Sequence[int]
+) -> Tensor:
+    """(1 - gate) * grad_output, summed to the fill's shape (behind any dimension in front), in the gate's dtype.
+
+    What a gate of 1 drops may be NaN.
+    """
+    # one gate for all of a head: queries and channels are summed first
+    inner = [dimension for dimension in (-2, -1) if shape[dimension] == 1]
+    total = grad_output.sum(inner, keepdim=True, dtype=gate.dtype) if inner else grad_output
+    gate = gate[..., None, None]
+    return torch.where(gate == 1, 0, (1 - gate) * total).sum_to_size((*grad_output.shape[:-4], *shape))
 
 
 def _of_logits(

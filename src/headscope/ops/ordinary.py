@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 _KEY = torch._C.DispatchKey
 
@@ -36,16 +37,24 @@ _AUTOGRAD = _KEY.AutogradFunctionality
 _CLASSES = (Tensor, torch.nn.Parameter)
 
 
+class Bystander(TorchFunctionMode):
+    """A torch function mode of headscope's own that leaves attention alone."""
+
+
 def unobserved() -> bool:
     """True if no mode, transform or profiler of torch is active, nor anything that traces."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._dispatch_tls_local_include_set().raw_repr() in _QUIET
         and not (torch.is_grad_enabled() and torch._C._dispatch_tls_is_dispatch_key_excluded(_AUTOGRAD))
-        and torch._C._len_torch_function_stack() == 0
+        and (torch._C._len_torch_function_stack() == 0 or _only_bystanders())
         and forward_ad._current_level < 0
         and not profiler._is_profiler_enabled
     )
+
+
+def _only_bystanders() -> bool:
+    return all(isinstance(mode, Bystander) for mode in _get_current_function_mode_stack())
 
 
 def looks(tensors: Iterable[Any]) -> Hashable | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headscope._shapes import Float, StatisticValue
+from headscope.ops.batching import is_mapped, older_rule, rule
 from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, Results, autocasts
 from headscope.ops.ordinary import looks, unobserved
 
@@ -26,11 +27,15 @@ _CALL = (
 # the output, the statistics, and what this backend saves for its backward
 SCHEMA = f"({_CALL}) -> (Tensor, Tensor[], Tensor[])"
 BACKWARD_SCHEMA = (
-    "(Tensor? grad_output, Tensor?[] grad_statistics, Tensor? attention, Tensor[] values, Tensor[] saved,"
-    f" bool[] needed, {_CALL}) -> Tensor[]"
+    "(Tensor? grad_output, Tensor?[] grad_statistics, SymInt? several, Tensor? attention, Tensor[] values,"
+    f" Tensor[] saved, bool[] needed, {_CALL}) -> Tensor[]"
 )
-# the backend whose backward gives the gradients: C++ has none
-BACKWARDS = {"portable": "portable", "cpu": "portable", "triton": "triton"}
+# the backends with a backward of their own; reference is differentiated by torch
+BACKWARDS = ("portable", "cpu", "triton")
+# those that start from the forward's results, where portable starts from the inputs again
+_SAVING = ("cpu", "triton")
+# those that give the gradients of several cotangents in one call
+_TOGETHER = ("cpu",)
 
 
 def default_scale(dim: int) -> float:
@@ -38,28 +43,20 @@ def default_scale(dim: int) -> float:
     return 1.0 / math.sqrt(dim) if dim else 1.0
 
 
-def triton_saved(call: Call) -> list[Tensor]:
-    """Empty tensors for the Triton forward to save: each row's largest logit, log2 of its sum, the ungated output."""
-    if not call.training:
-        return []
-    saved = [call.empty_rows(), call.empty_rows()]
-    return saved if call.gate is None else [*saved, call.empty_output()]
+def _fake_of(backend: str) -> Callable[..., Results]:
+    def fake(*arguments: Any) -> Results:
+        call = Call(*arguments)
+        return call.empty_output(), call.empty_statistics(), call.empty_saved() if backend in _SAVING else []
 
-
-def _fake(*arguments: Any) -> Results:
-    call = Call(*arguments)
-    return call.empty_output(), call.empty_statistics(), []
-
-
-def _triton_fake(*arguments: Any) -> Results:
-    call = Call(*arguments)
-    return call.empty_output(), call.empty_statistics(), triton_saved(call)
+    return fake
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
     cotangents, call = _split(arguments)
-    tensors = [getattr(call, name) for name in DIFFERENTIABLE]
-    return [torch.empty_like(tensor) for tensor, need in zip(tensors, cotangents.needed, strict=True) if need]
+    tensors = [getattr(call, name) for name in cotangents.wanted()]
+    if cotangents.several is None:
+        return [torch.empty_like(tensor) for tensor in tensors]
+    return [tensor.new_empty((cotangents.several, *tensor.shape)) for tensor in tensors]
 
 
 def _split(arguments: Sequence[Any]) -> tuple[Cotangents, Call]:
@@ -105,10 +102,16 @@ def _forward_of(backend: str) -> Callable[..., Any]:
 def _backward_of(backend: str) -> Callable[..., Any]:
     def backward(*arguments: Any) -> Any:
         cotangents, call = _split(arguments)
+        wanted = cotangents.wanted()
         with _as_written(call):
-            found = _module(backend).backward(call, cotangents)
-        wanted = [name for name, need in zip(DIFFERENTIABLE, cotangents.needed, strict=True) if need]
-        return [_laid_out_like(getattr(call, name), found[name]) for name in wanted]
+            if cotangents.several is None:
+                found = _module(backend).backward(call, cotangents)
+                return [_laid_out_like(getattr(call, name), found[name]) for name in wanted]
+            if backend in _TOGETHER:
+                found = _module(backend).backward(call, cotangents)
+                return [found[name].contiguous() for name in wanted]
+            each = [_module(backend).backward(call, one) for one in cotangents.apart()]
+            return [torch.stack([found[name] for found in each]) for name in wanted]
 
     return backward
 
@@ -167,15 +170,18 @@ def _gradients(
     cotangents = Cotangents(
         output=grad_output,
         statistics=list(grad_values) if grad_values else [None] * len(specs),
+        several=None,
         attention=results[0] if has_results else None,
         values=results[1:-2] if has_results else [],
         saved=results[-2:] if has_results else [],
         needed=needed,
     )
     with torch.no_grad():
-        found = _backward(BACKWARDS[backend], cotangents, call, saved)
+        found = _backward(backend, cotangents, call, saved)
     if torch.is_grad_enabled():
         # create_graph=True: nothing may quietly come out as a constant
+        if any(map(is_mapped, found)):
+            raise RuntimeError(_NOT_AGAIN)
         found = _OnlyOnce.apply(len(found), *found, *(tensor for tensor in inputs.values() if tensor is not None))
     each = iter(found)
     return {name: next(each) if need else None for name, need in zip(DIFFERENTIABLE, needed, strict=True)}
@@ -248,10 +254,13 @@ class _OnlyOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "headscope.attention: the gradients of this backend can't be differentiated again;"
-            ' backend="reference" can be, any number of times'
-        )
+        raise RuntimeError(_NOT_AGAIN)
+
+
+_NOT_AGAIN = (
+    "headscope.attention: the gradients of this backend can't be differentiated again;"
+    ' backend="reference" can be, any number of times'
+)
 
 
 def _no_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
@@ -271,14 +280,16 @@ for _backend in BACKWARDS:
     _name = f"{_backend}_attention"
     LIBRARY.define(f"{_name}{SCHEMA}")
     LIBRARY.impl(_name, _forward_of(_backend), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"headscope::{_name}", _triton_fake if _backend == "triton" else _fake, lib=LIBRARY)
+    torch.library.register_fake(f"headscope::{_name}", _fake_of(_backend), lib=LIBRARY)
     torch.library.register_autograd(
         f"headscope::{_name}", _autograd_of(_backend), setup_context=_setup_context, lib=LIBRARY
     )
     torch.library.register_vmap(f"headscope::{_name}", _no_vmap, lib=LIBRARY)
 
-for _backend in sorted(set(BACKWARDS.values())):
     _name = f"{_backend}_attention_backward"
     LIBRARY.define(f"{_name}{BACKWARD_SCHEMA}")
     LIBRARY.impl(_name, _backward_of(_backend), "CompositeExplicitAutograd")
     torch.library.register_fake(f"headscope::{_name}", _backward_fake, lib=LIBRARY)
+    _operator = getattr(torch.ops.headscope, _name).default
+    torch.library.register_vmap(f"headscope::{_name}", rule(_operator), lib=LIBRARY)
+    LIBRARY.impl(_name, older_rule(_operator), "Batched")

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from headscope._shapes import StatisticValue
-from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, Results
-from headscope.ops.schema import triton_saved
+from headscope.ops.call import DIFFERENTIABLE, Call, Cotangents, Results, row_constants
 from headscope.ops.statistics import Statistic
 from headscope_kernels.attention import BoundStatistic, attention_backward, attention_forward, attention_key_mass
 
 
 def forward(call: Call) -> Results:
     statistics = call.restored_statistics()
-    output, values, saved = call.empty_output(), call.empty_statistics(statistics), triton_saved(call)
+    output, values, saved = call.empty_output(), call.empty_statistics(statistics), call.empty_saved()
     entries = list(zip(statistics, values, strict=True))
     second_pass = [value for statistic, value in entries if statistic.sums_over_queries]
     row_max, log2_sum = saved[:2] if saved else (None, None)
@@ -89,13 +88,8 @@ def backward(call: Call, cotangents: Cotangents) -> dict[str, Tensor]:
     """Gradients of those of DIFFERENTIABLE that are needed."""
     row_max, log2_sum = cotangents.saved
     statistics, grads = [], []
-    constants: Tensor | None = None
-    entries = zip(call.restored_statistics(), cotangents.values, cotangents.statistics, strict=True)
-    for statistic, value, grad in entries:
-        if grad is None or not statistic.differentiable:
-            continue
-        constant = statistic.row_constant(grad.contiguous(), value).contiguous()
-        constants = constant if constants is None else constants + constant
+    entries = cotangents.of_differentiable(call.restored_statistics())
+    for statistic, grad, _ in entries:
         for kernel, columns in statistic.kernel_pieces():
             if kernel.gradient is not None:
                 statistics.append(BoundStatistic(kernel, statistic.tensors))
@@ -116,7 +110,7 @@ def backward(call: Call, cotangents: Cotangents) -> dict[str, Tensor]:
         attention=cotangents.attention,
         row_max=row_max,
         log2_sum=log2_sum,
-        row_constants=constants,
+        row_constants=row_constants(entries),
         statistics=statistics,
         statistic_grads=grads,
         needed=dict(zip(DIFFERENTIABLE, cotangents.needed, strict=True)),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope._shapes import Float, GroupValue, Int32, Integer, RowIndices, RowValue, Scores, StatisticTensors
+from headscope._shapes import Float, GroupValue, Int32, Integer, RowGradient, RowIndices, Scores, StatisticTensors
 from headscope.ops.regions import Regions
 from headscope.ops.statistics.statistic import Statistic
 
@@ -124,7 +124,9 @@ class GroupMass(GroupStatistic):
     def formula(self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors) -> GroupValue:
         return probabilities @ self.members(tensors[0], probabilities.dtype)
 
-    def row_constant(self, grad: GroupValue, value: GroupValue) -> RowValue:
+    def row_constant(
+        self, grad: Float[Tensor, "*several batch heads queries groups"], value: GroupValue
+    ) -> RowGradient:
         # gradient_j is the cotangent of j's group
         return (grad * value).sum(-1)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from headscope._shapes import RowIndices, RowValue, Scores, StatisticTensors
+from headscope._shapes import RowGradient, RowIndices, RowValue, Scores, StatisticTensors
 from headscope.ops.statistics.statistic import BuiltIn, dead_rows
 
 
@@ -18,7 +18,7 @@ class Entropy(BuiltIn):
         logarithm = torch.where(probabilities == 0, 1, probabilities).log()
         return -(probabilities * logarithm).sum(-1)
 
-    def row_constant(self, grad: RowValue, value: RowValue) -> RowValue:
+    def row_constant(self, grad: RowGradient, value: RowValue) -> RowGradient:
         # gradient_j = -grad ln p_j
         return grad * value
 
@@ -35,9 +35,14 @@ class LogSumExp(BuiltIn):
     def formula(self, logits: Scores, probabilities: Scores, rows: RowIndices, tensors: StatisticTensors) -> RowValue:
         dead = dead_rows(logits)
         finite = torch.where(dead.unsqueeze(-1), 0, logits)
-        return torch.where(dead, -torch.inf, finite.logsumexp(-1)) if logits.shape[-1] else finite.logsumexp(-1)
+        if not logits.shape[-1]:
+            return finite.logsumexp(-1)
+        # relative to the largest: in a row of finfo.min its gradient would lose the number of keys beside 3e38
+        largest = finite.detach().amax(-1)
+        largest = torch.where(largest.isfinite(), largest, 0)
+        return torch.where(dead, -torch.inf, (finite - largest.unsqueeze(-1)).logsumexp(-1) + largest)
 
-    def row_constant(self, grad: RowValue, value: RowValue) -> RowValue:
+    def row_constant(self, grad: RowGradient, value: RowValue) -> RowGradient:
         # d logsumexp / d logit_j = p_j, which a constant of -1 in the softmax's own gradient gives
         return torch.where(value == -torch.inf, 0, -grad)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from headscope._shapes import (
     Bool,
     Float,
+    RowGradient,
     RowIndices,
-    RowValue,
     Scores,
+    StatisticGradient,
     StatisticTensor,
     StatisticTensors,
     StatisticValue,
@@ -39,7 +40,7 @@ class Statistic:
         differentiable: True if gradients flow through it; the others are marked non-differentiable.
         constant_gradient: True if `row_constant` is all of its gradient: the Triton backward needs no function of it.
         sums_over_queries: True if the result is the sum of the formula's results over pieces of the queries (so its
-            shape has no queries in it), and comes from a second pass.
+            shape has no queries in it), and comes from a second pass, as a rule.
         tensor_count: how many tensors it works with.
         constants: ints and floats that the formula depends on; part of what is compiled.
         tensors: its data, int32 or float32, each [batch or 1, heads or 1, length].
@@ -112,11 +113,12 @@ class Statistic:
         """Its Triton functions in as many pieces as passes are needed, and which columns of the result each gives."""
         return [(self.kernel(), slice(None))]
 
-    def row_constant(self, grad: StatisticValue, value: StatisticValue) -> RowValue:
-        """sum_j p_j * gradient_j of each row, for the Triton backward of a differentiable statistic.
+    def row_constant(self, grad: StatisticGradient, value: StatisticValue) -> RowGradient:
+        """sum_j p_j * gradient_j of each row, for the fused backwards of a differentiable statistic.
 
         Args:
-            grad, value: the cotangent and the value of the statistic, in its shape.
+            grad, value: the cotangent and the value of the statistic, in its shape; of a built-in statistic the
+                cotangent may have a dimension for several of them in front.
 
         `gradient_j` is the result of the Triton function `gradient` for key j.
         """
