@@ -25,6 +25,7 @@ from torch import Tensor
 
 from headscope._extras import require
 from headscope.counter import counter_uniform, whole
+from headscope.models.hooks.passing import PassingGradients
 from headscope.models.tasks import NoisyInputs, Prepared, Task, TaskItem
 from headscope.ops import HeadEdit
 
@@ -147,7 +148,11 @@ class _Gates:
             name: torch.full((samples, heads), level, device=self._device, requires_grad=True)
             for name, heads in self._sites.items()
         }
-        with torch.enable_grad(), self._edit({name: HeadEdit(gate) for name, gate in gates.items()}):
+        with (
+            torch.enable_grad(),
+            PassingGradients(),
+            self._edit({name: HeadEdit(gate) for name, gate in gates.items()}),
+        ):
             yield list(gates.values())
 
 
@@ -160,7 +165,10 @@ def _gradient(value: Tensor, gates: list[Tensor], retain: bool = True) -> Tensor
 def _one_forward(
     task: Task, inputs: NoisyInputs, gates: _Gates, vectors: Iterator[Tensor]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Loss [items], g and c [items, heads], from one forward and a backward per cotangent and one more."""
+    """Loss [items], g and c [items, heads], from one forward and a backward per cotangent and one more.
+
+    One backward after the other: all at once takes as long from eight items on, and memory for each (bench/NOTES.md).
+    """
     with gates.applied(len(inputs.sample)) as leaves:
         prediction = task.predict(inputs)
         error = prediction.double() - inputs.target.double()

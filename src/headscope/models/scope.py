@@ -290,17 +290,19 @@ class Scope:
 
         if task.denoiser is not self.denoiser:
             raise ValueError("task: got one of another model, expected the scope's own denoiser")
-        return attribute(
-            task,
-            items,
-            timesteps,
-            sites={name: self.site(name).heads for name in names},
-            edit=edit,
-            cotangents=cotangents,
-            replicate=replicate,
-            integrate=integrate,
-            batch=batch,
-        )
+        # hooks are put in place once, not for every batch and timestep
+        with self.keep_hooks():
+            return attribute(
+                task,
+                items,
+                timesteps,
+                sites={name: self.site(name).heads for name in names},
+                edit=edit,
+                cotangents=cotangents,
+                replicate=replicate,
+                integrate=integrate,
+                batch=batch,
+            )
 
     def _look_again(self) -> None:
         """Look at the model again, unless a context is open: processors may have changed, it may have been compiled."""

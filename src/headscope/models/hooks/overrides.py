@@ -20,9 +20,11 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
+from headscope.ops.ordinary import Bystander
+
 TORCHS_OWN: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
-# torch.set_default_device leaves it active for good; it places new tensors, and passes all else on
-_PASSIVE = (DeviceContext,)
+# torch.set_default_device leaves the first active for good; it places new tensors, and passes all else on
+_PASSIVE = (DeviceContext, Bystander)
 
 
 def anyone_acts(args: tuple, kwargs: Mapping[str, Any]) -> bool:
@@ -35,7 +37,7 @@ def anyone_acts(args: tuple, kwargs: Mapping[str, Any]) -> bool:
 
 def acting_modes() -> list[TorchFunctionMode]:
     """The torch function modes that may act on attention, outermost first."""
-    return [mode for mode in _get_current_function_mode_stack() if type(mode) not in _PASSIVE]
+    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, _PASSIVE)]
 
 
 def acting_classes(args: tuple, kwargs: Mapping[str, Any]) -> list[type]:
