@@ -14,8 +14,6 @@ cpu-attention.html, a table and a plot of all such files.
 
 import html
 import json
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import plotly.graph_objects as plots
 import pytest
 import torch
 import torch.nn.functional as functional
+from bench.cpu_peaks import peaks
 from bench.peers import materialised, truth
 
 import headscope
@@ -106,6 +105,8 @@ def contenders(shape, dtype) -> dict[str, Callable[[], object]]:
         KERNEL: kernel,
         "headscope, output only": lambda: headscope.attention(query, key, value, backend="cpu"),
         "headscope, all one-pass statistics": everything,
+        # up to 512 keys with the output, beyond from a second pass
+        "headscope, key_mass": lambda: headscope.attention(query, key, value, statistics=["key_mass"], backend="cpu"),
         "headscope, half the heads removed": lambda: headscope.attention(query, key, value, edit=half, backend="cpu"),
         "two SDPA calls": lambda: (
             functional.scaled_dot_product_attention(query, key, value),
@@ -115,11 +116,6 @@ def contenders(shape, dtype) -> dict[str, Callable[[], object]]:
     }
     if shape in LARGE and dtype == torch.float32:
         calls[f"{KERNEL}, AVX2"] = avx2
-    if keys == 4096:
-        # a second pass over the keys
-        calls["headscope, key_mass"] = lambda: headscope.attention(
-            query, key, value, statistics=["key_mass"], backend="cpu"
-        )
     check(kernel(), query, key, value)
     return calls
 
@@ -181,20 +177,6 @@ def measure(benchmark, shape, dtype, names: list[str] | None = None) -> list[dic
         )
     benchmark.extra_info.update({"over_sdpa": {row["call"]: row["over_sdpa"] for row in found}})
     return found
-
-
-def peaks() -> dict | None:
-    """The peaks of the cores, measured now; None without a compiler."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        return None
-    program = HERE / "cpu" / "peaks.out"
-    flags = ["-O3", "-march=native", "-fopenmp", "-std=c++17"]
-    subprocess.run([compiler, *flags, str(HERE / "cpu" / "peaks.cpp"), "-o", str(program)], check=True)
-    threads = str(torch.get_num_threads())
-    result = subprocess.run([str(program), threads], capture_output=True, text=True, check=True)
-    program.unlink()
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
