@@ -27,8 +27,12 @@ class Backward(NamedTuple):
 
 
 def draw_backward(number: int, backend: str, inputs: Inputs) -> Backward | None:
-    """The backward of the call of this number; None where a NaN would be all that there is to compare."""
-    if bool(inputs.query.isnan().any()):
+    """The backward of the call of this number; None where all would be NaN, or no bound is known.
+
+    Triton's products take p and ds in the inputs' own type. In float16 those below 2^-14 lose digits, and below 2^-25
+    they are 0, which the bound of each element doesn't know: tests/kernels bounds these gradients by the largest.
+    """
+    if bool(inputs.query.isnan().any()) or (backend == "triton" and inputs.query.dtype == torch.float16):
         return None
     choice = random.Random(f"{number} {backend} backward")
     torch.manual_seed(choice.getrandbits(62))
