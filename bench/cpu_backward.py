@@ -4,11 +4,10 @@
 
 Every call is `torch.autograd.grad` of query, key and value from one output's cotangent, the graph kept; SDPA's is
 without statistics. headscope's beside it: with the entropy's cotangent and the gradient of a gate too, AVX2 forced,
-portable's plain torch, the materialised softmax; and four cotangents at once against four calls, which is what
-attribution asks (`is_grads_batched=True`). Rounds ask every call in turn and each begins with another one; a ratio is
-the median over rounds. Numbers are checked against float64 before anything is timed. Memory is the largest that is
-resident during a process's first call, beyond what was before it and the results. Writes
-results/cpu-backward-<dtype>.json and prints a table.
+portable's plain torch, the materialised softmax; and four cotangents at once (`is_grads_batched=True`) against four
+calls. Rounds ask every call in turn and each begins with another one; a ratio is the median over rounds. Numbers are
+checked against float64 before anything is timed. Memory is the largest that is resident during a process's first call,
+beyond what was before it and the results. Writes results/cpu-backward-<dtype>.json and prints a table.
 """
 
 import argparse
@@ -32,6 +31,7 @@ from cpu_peaks import peaks
 from headscope.bench import records, timing
 from headscope.bench.memory import peak_bytes
 from headscope.ops import cpu_library
+from peers import materialised
 
 # (batch, heads, queries, keys, dim): at most this over SDPA, float32 and bfloat16
 AIMS = {
@@ -96,12 +96,8 @@ def contenders(shape: tuple[int, ...], dtype: torch.dtype) -> Calls:
         calls["headscope, AVX2"] = avx2
     if shape[2] * shape[3] < LARGE:
         calls["portable"] = ours("portable")
-        calls["materialised"] = gradients([_materialised(query, key, value)], inputs, [cotangents[0]])
+        calls["materialised"] = gradients([materialised(query, key, value)[0]], inputs, [cotangents[0]])
     return calls
-
-
-def _materialised(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value
 
 
 def check(shape: tuple[int, ...], dtype: torch.dtype) -> None:

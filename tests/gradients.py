@@ -7,6 +7,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from contract import CASES, Inputs
+from gradient_truth import leaves_of
 from headscope.ops import GroupMass, HeadEdit, Statistic, attention
 
 DIFFERENTIABLE = ("entropy", "logsumexp")
@@ -14,28 +15,15 @@ DIFFERENTIABLE = ("entropy", "logsumexp")
 
 def _leaves(inputs: Inputs) -> dict[str, Tensor]:
     """Every tensor of a case that gradients flow into, requiring them."""
-    edit = inputs.edit()
-    mask = inputs.options["attn_mask"]
-    tensors = {
-        "query": inputs.query,
-        "key": inputs.key,
-        "value": inputs.value,
-        "mask": None if mask is None or mask.dtype == torch.bool else mask,
-        "gate": edit.gate,
-        "fill": edit.fill if isinstance(edit.fill, Tensor) else None,
-        "temperature": edit.temperature,
-        "key_bias": edit.key_bias,
-        "key_scale": edit.key_scale,
-    }
-    return {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items() if tensor is not None}
+    return {name: tensor.detach().clone().requires_grad_() for name, tensor in leaves_of(inputs).items()}
 
 
 def gradients_of(inputs: Inputs, backend: str, *, statistics: bool = True) -> dict[str, Tensor]:
     """Gradients of a random sum of the output and, if asked, of all differentiable statistics; "torch" is its SDPA."""
     leaves = _leaves(inputs)
     options = dict(inputs.options)
-    if "mask" in leaves:
-        options["attn_mask"] = leaves["mask"]
+    if "attn_mask" in leaves:
+        options["attn_mask"] = leaves["attn_mask"]
     edit = HeadEdit(
         leaves.get("gate"),
         leaves.get("fill", inputs.fill),  # type: ignore[arg-type]

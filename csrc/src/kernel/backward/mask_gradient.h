@@ -11,7 +11,7 @@
 namespace headscope {
 namespace HEADSCOPE_TARGET {
 
-// From `first`, `step` at a time, up to `end`.
+// From `first` up to `end`, without it.
 struct Stretch {
     int64_t first, end;
 };
@@ -28,14 +28,14 @@ public:
              int64_t item, void* memory)
         : HeadBlock(call, gradients, plan, memory) {
         const int64_t* sizes = gradients.mask_sizes;
-        key_piece_ = item % plan.mask_key_pieces;
-        row_piece_ = item / plan.mask_key_pieces % plan.mask_row_pieces;
+        const int64_t key_piece = item % plan.mask_key_pieces;
+        const int64_t row_piece = item / plan.mask_key_pieces % plan.mask_row_pieces;
         const int64_t head = item / plan.mask_key_pieces / plan.mask_row_pieces % sizes[1];
         const int64_t sample = item / plan.mask_key_pieces / plan.mask_row_pieces / sizes[1];
         samples_ = stretch_of(sizes[0], call.batch, sample, 1);
         heads_ = stretch_of(sizes[1], call.heads, head, 1);
-        row_stretch_ = stretch_of(sizes[2], call.queries, row_piece_, plan_.row_block);
-        key_stretch_ = stretch_of(sizes[3], call.keys, key_piece_, plan.key_block);
+        row_stretch_ = stretch_of(sizes[2], call.queries, row_piece, plan_.row_block);
+        key_stretch_ = stretch_of(sizes[3], call.keys, key_piece, plan.key_block);
         by_row_ = sizes[2] == call.queries;
         by_key_ = sizes[3] == call.keys;
         first_number_ = ((sample * sizes[1] + head) * sizes[2] + (by_row_ ? row_stretch_.first : 0)) * sizes[3] +
@@ -93,7 +93,7 @@ private:
         for (int64_t j = 0; j < count_; ++j) sums[0] += static_cast<double>(found[j]);
     }
 
-    int64_t row_piece_, key_piece_, first_number_;
+    int64_t first_number_;
     Stretch samples_, heads_, row_stretch_, key_stretch_;
     // the mask has a number for every row, and for every key
     bool by_row_, by_key_;
