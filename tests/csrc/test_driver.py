@@ -36,11 +36,12 @@ def _compiler() -> str:
     return compiler
 
 
-def _build(sanitizers: str, folder: Path) -> Path:
+def _build(sanitizers: str, folder: Path, *options: str) -> Path:
     _compiler()
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    options = ["-DHEADSCOPE_STRICT=ON", "-DHEADSCOPE_DRIVER=ON", f"-DHEADSCOPE_SANITIZE={sanitizers}"]
-    _run("cmake", "-S", SOURCE, "-B", folder, *generator, *options, "-DCMAKE_BUILD_TYPE=RelWithDebInfo")
+    options = ("-DHEADSCOPE_STRICT=ON", "-DHEADSCOPE_DRIVER=ON", f"-DHEADSCOPE_SANITIZE={sanitizers}", *options)
+    # with -O2 the build takes three times as long, and the driver gains less than that
+    _run("cmake", "-S", SOURCE, "-B", folder, *generator, *options, "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
     _run("cmake", "--build", folder, "--parallel", "4")
     return folder
 
@@ -60,7 +61,8 @@ def test_driver_under_sanitizers(checked: Path):
 @pytest.mark.full
 @pytest.mark.timeout(MINUTES * 60)
 def test_driver_under_the_thread_sanitizer(tmp_path: Path):
-    assert "baseline: passed" in _run(_build("thread", tmp_path) / "driver")
+    """With one instruction set: how threads wait for each other and share sums is the same code in all of them."""
+    assert "baseline: passed" in _run(_build("thread", tmp_path, "-DHEADSCOPE_BASELINE_ONLY=ON") / "driver")
 
 
 @pytest.mark.full
