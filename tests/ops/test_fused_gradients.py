@@ -1,5 +1,6 @@
 """Gradients of the cpu backend beyond the contract's cases: low precision, layouts, threads, NaN, memory."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from contract import CASES, Case, make_inputs
+from gradient_truth import Cotangents, truth
 from gradients import COMPARABLE
 from headscope.ops import GroupMass, HeadEdit, attention
 from headscope.ops.statistics import Entropy
@@ -41,9 +43,10 @@ def _gradients(leaves: list[Tensor], cotangent: Tensor, backend: str, **options)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 def test_low_precision_is_as_good_as_torch(case: Case, dtype: torch.dtype):
-    """Against float64 on the same inputs: twice torch's own largest error, and a unit in the last place of the largest.
+    """Against float64 on the same inputs: twice torch's own largest error, and a floor for where torch is lucky.
 
-    The floor is what rounding a result once may cost, for where torch is lucky.
+    The floor is what rounding a result once may cost, and what the sums before it may err by in float32: with one key
+    all of the query's gradient cancels, and torch's is exactly 0 on some processors.
     """
     inputs = make_inputs(case, dtype)
     qkv = [inputs.query, inputs.key, inputs.value]
@@ -51,17 +54,19 @@ def test_low_precision_is_as_good_as_torch(case: Case, dtype: torch.dtype):
     cotangent = torch.randn(*inputs.query.shape[:3], inputs.value.shape[3]).to(dtype)
     if isinstance(options["attn_mask"], Tensor) and options["attn_mask"].is_floating_point():
         options["attn_mask"] = options["attn_mask"].to(dtype)
+    single = dataclasses.replace(inputs, **{name: getattr(inputs, name).float() for name in ("query", "key", "value")})
+    sums = truth(single, Cotangents(output=cotangent.float()[None]))
     exact = _gradients([tensor.double() for tensor in qkv], cotangent.double(), "reference", **options)
     torchs = _gradients(qkv, cotangent, "torch", **options)
     ours = _gradients(qkv, cotangent, "cpu", **options)
-    for name, truth, peer, got in zip(("query", "key", "value"), exact, torchs, ours, strict=True):
+    for name, expected, peer, got in zip(("query", "key", "value"), exact, torchs, ours, strict=True):
         assert got.dtype == dtype
-        if not truth.numel():
+        if not expected.numel():
             continue
         # torch answers NaN for rows that see nothing in some of these; the truth is finite everywhere
-        error, allowed = (float((found.double() - truth).abs().nan_to_num(0.0).max()) for found in (got, peer))
+        error, allowed = (float((found.double() - expected).abs().nan_to_num(0.0).max()) for found in (got, peer))
         assert got.isfinite().all(), name
-        floor = torch.finfo(dtype).eps * float(truth.abs().max())
+        floor = torch.finfo(dtype).eps * float(expected.abs().max()) + float(sums[name].tolerance.max())
         assert error <= 2 * allowed + floor, f"{name}: {error:.3g}, torch {allowed:.3g}, floor {floor:.3g}"
 
 

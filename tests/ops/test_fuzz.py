@@ -11,9 +11,9 @@ from headscope.ops import attention, cpu_library
 from ops import fuzz, fuzz_backward
 from ops.backends import require_backend
 
-# an interpreted kernel takes a fifth of a second a call
+# an interpreted call and its backward take half a second to three seconds, by the processor
 QUICK = {"reference": 40, "portable": 40, "cpu": 60, "triton": 4}
-PIECES = [("reference", 0, 1000), ("portable", 0, 1000), *(("triton", first, 250) for first in range(0, 1000, 250))]
+PIECES = [("reference", 0, 1000), ("portable", 0, 1000), ("triton", 0, 100), ("triton", 100, 100)]
 
 
 def _check(backend: str, first: int, calls: int) -> None:
