@@ -61,6 +61,13 @@ struct Acceptance {
 
 void remove_ids(Pair* pair) { pair->gradients.groups[0].data = nullptr, pair->gradients.groups[0].groups = nullptr; }
 
+// No addresses of queries, keys and values, nor of what goes with each key.
+void remove_inputs(Pair* pair) {
+    pair->gradients.mask = nullptr;
+    pair->call.query.data = pair->call.key.data = pair->call.value.data = nullptr;
+    remove_ids(pair);
+}
+
 const Acceptance ACCEPTANCES[] = {
     {"no groups of none",
      [](Pair* pair) {
@@ -70,16 +77,12 @@ const Acceptance ACCEPTANCES[] = {
     {"no keys and no groups for rows that aren't there",
      [](Pair* pair) {
          pair->call.queries = 0;
-         pair->gradients.mask = nullptr;
-         pair->call.query.data = pair->call.key.data = pair->call.value.data = nullptr;
-         remove_ids(pair);
+         remove_inputs(pair);
      }},
     {"no keys for heads that aren't there",
      [](Pair* pair) {
          pair->call.heads = 0;
-         pair->gradients.mask = nullptr;
-         pair->call.query.data = pair->call.key.data = pair->call.value.data = nullptr;
-         remove_ids(pair);
+         remove_inputs(pair);
      }},
 };
 
